@@ -1,0 +1,46 @@
+"""Pipeline parallelism from one Python process."""
+
+from rpcpipe import schedules
+from rpcpipe.errors import (
+    CheckpointError,
+    DeadlineExceeded,
+    PartitionError,
+    RendezvousError,
+    RpcPipeError,
+    ScheduleError,
+    StageError,
+    WorkerLost,
+)
+from rpcpipe.launch import Cluster, launch
+from rpcpipe.layers import LayerSpec
+from rpcpipe.pipeline import Pipeline
+from rpcpipe.result import StepResult
+from rpcpipe.schedules import Action, Schedule, bubble_fraction, optimal_microbatches
+from rpcpipe.simulate import Costs
+from rpcpipe.timeline import Span, Timeline
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Action",
+    "CheckpointError",
+    "Cluster",
+    "Costs",
+    "DeadlineExceeded",
+    "LayerSpec",
+    "PartitionError",
+    "Pipeline",
+    "RendezvousError",
+    "RpcPipeError",
+    "Schedule",
+    "ScheduleError",
+    "Span",
+    "StageError",
+    "StepResult",
+    "Timeline",
+    "WorkerLost",
+    "bubble_fraction",
+    "launch",
+    "optimal_microbatches",
+    "schedules",
+]

@@ -1,0 +1,209 @@
+"""The remote actor: one pipeline's stages on one worker, and everything the driver may ask of them.
+
+Its public methods are the operations of ``messages.Task``; the executor's compute thread calls
+them one at a time, in the driver's order.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import cloudpickle
+import torch
+from torch import nn
+
+from rpcpipe import gradients, layers
+from rpcpipe.errors import CheckpointError
+from rpcpipe.messages import Port, Report, Route, StepPlan
+from rpcpipe.microbatch import map_tensors
+from rpcpipe.optimizer import Factory, LocalOptimizer
+from rpcpipe.stage import Loss, Stage
+
+
+class Ledger(Protocol):
+    """Where gradients are filed: the step's distributed-autograd context."""
+
+    def file(self, context_id: int, root: torch.Tensor) -> None: ...
+
+    def collect(self, context_id: int) -> Mapping[torch.Tensor, torch.Tensor]: ...
+
+
+@dataclass
+class ActorSpec:
+    """What a worker needs to build its stages; travels by cloudpickle.
+
+    ``stages`` maps the stage's number to its named layers and the model index of the first.
+    """
+
+    stages: dict[int, tuple[OrderedDict[str, layers.Layer], int]]
+    last_stage: int
+    loss: Loss
+    optimizer: Factory
+    seed: int
+
+
+Send = Callable[[str, int, Port, Any], None]
+
+
+class Actor:
+    """Stages of one pipeline on worker ``name``."""
+
+    def __init__(self, name: str, spec: ActorSpec, *, device: torch.device, send: Send, ledger: Ledger) -> None:
+        self.name = name
+        self._send = send
+        self._ledger = ledger
+        self.stages = {
+            number: Stage(
+                number,
+                OrderedDict(
+                    (key, layers.build(layer, seed=spec.seed, index=index))
+                    for index, (key, layer) in enumerate(named.items(), first)
+                ),
+                first_layer=first,
+                seed=spec.seed,
+                device=device,
+                loss=spec.loss if number == spec.last_stage else None,
+            )
+            for number, (named, first) in sorted(spec.stages.items())
+        }
+        parameters = self.parameters
+        self._optimizer = LocalOptimizer(spec.optimizer, parameters) if parameters else None
+        self._plan = StepPlan(-1, False, ())
+        self._report = Report(name)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The trainable parameters of all stages here, in the model's order."""
+        return [parameter for stage in self.stages.values() for parameter in stage.parameters]
+
+    def chore(self) -> bool:
+        """Something useful to do while waiting for input; False if there is nothing."""
+        return self._optimizer is not None and self._optimizer.undo.copy_one()
+
+    # --- operations of a step, in the order in which they come ---
+
+    def begin(self, plan: StepPlan) -> None:
+        """Start ``plan.step``. That it starts means that the step before is settled everywhere."""
+        self._clear()
+        self._plan = plan
+        if self._optimizer is not None and plan.training:
+            self._optimizer.undo.outdate()
+
+    def act(self, route: Route, *, input: Any = None, target: Any = None) -> None:
+        """Execute one action of the schedule and send its result on."""
+        kind, number, chunk = route.action
+        stage, plan = self.stages[number], self._plan
+        start = time.monotonic_ns()
+        result: Any
+        if kind == "F":
+            result = stage.forward(plan, chunk, input, target)
+        else:
+            result = stage.backward(plan, chunk, input)
+        self._report.spans.append((kind, number, chunk, start, time.monotonic_ns()))
+        if route.worker is not None and route.consumer is not None:
+            self._send(route.worker, plan.step, Port(route.consumer, "input"), result)
+
+    def settle(self) -> Report:
+        """All actions here are done: the worker's account of the step."""
+        report = self._report
+        for number, stage in self.stages.items():
+            report.losses.update(stage.loss_values())
+            report.outputs.update(
+                {chunk: map_tensors(lambda leaf: leaf.cpu(), out) for chunk, out in stage.outputs.items()}
+            )
+            report.peak_in_flight[number] = stage.peak_in_flight
+            stage.outputs = {}
+        return report
+
+    def seal(self, count: float | None) -> dict[int, list[float]]:
+        """Divide sums by ``count``, if the loss gave sums; the gradients' norms by stage."""
+        if count is not None:
+            gradients.divide(self.parameters, count)
+        return {number: gradients.norms(stage.parameters) for number, stage in self.stages.items()}
+
+    def hand_over(self, context_id: int, factor: float) -> None:
+        """File the gradients, times ``factor``, in the step's distributed-autograd context."""
+        parameters = self.parameters
+        if factor != 1.0:
+            gradients.scale(parameters, factor)
+        root = gradients.take(parameters)
+        if root is not None:
+            self._ledger.file(context_id, root)
+
+    def optimize(self, context_id: int, changes: Sequence[Mapping[str, Any]]) -> None:
+        """Apply the context's gradients."""
+        if self._optimizer is not None:
+            self._optimizer.step(self._ledger.collect(context_id), changes)
+
+    def undo(self) -> None:
+        """Take ``optimize`` back: another worker's failed."""
+        if self._optimizer is not None:
+            self._optimizer.undo.restore()
+
+    def reset(self, step: int) -> None:
+        """Forget ``step``, which failed, unless the next one has begun (the messages may cross)."""
+        if self._plan.step <= step:
+            self._clear()
+
+    def _clear(self) -> None:
+        self._report = Report(self.name)
+        for stage in self.stages.values():
+            stage.reset()
+
+    # --- operations between steps ---
+
+    def describe(self) -> dict[int, dict[str, Any]]:
+        """Per stage: layers, parameters, bytes, device, and the optimizer's groups."""
+        groups = self._optimizer.groups() if self._optimizer is not None else []
+        return {
+            number: {
+                "layers": [name for name, _ in stage.module.named_children()],
+                "trainable": [name for name, p in stage.module.named_parameters() if p.requires_grad],
+                "parameters": sum(p.numel() for p in stage.module.parameters()),
+                "bytes": sum(p.numel() * p.element_size() for p in stage.module.parameters()),
+                "device": str(stage.device),
+                "groups": groups,
+            }
+            for number, stage in self.stages.items()
+        }
+
+    def call(self, number: int, function: bytes) -> Any:
+        """``function(module)`` of stage ``number``, which may change weights; the result cloudpickled."""
+        try:
+            return cloudpickle.dumps(cloudpickle.loads(function)(self.stages[number].module))
+        finally:
+            self._weights_changed()
+
+    def module(self, number: int) -> nn.Module:
+        """The stage's module itself, for an RRef to it."""
+        return self.stages[number].module
+
+    def parameter(self, number: int, name: str) -> nn.Parameter:
+        """The parameter itself, for an RRef to it."""
+        return self.stages[number].module.get_parameter(name)
+
+    def state_dict(self) -> dict[int, dict[str, torch.Tensor]]:
+        """Per stage its state under the unsplit model's names, on the CPU."""
+        return {
+            number: {key: value.detach().cpu() for key, value in stage.module.state_dict().items()}
+            for number, stage in self.stages.items()
+        }
+
+    def load_state_dict(self, states: Mapping[int, Mapping[str, torch.Tensor]]) -> None:
+        """Inverse of ``state_dict``; every shape is checked before anything changes."""
+        for number, state in states.items():
+            live = self.stages[number].module.state_dict()
+            for key, value in state.items():
+                if live[key].shape != value.shape:
+                    raise CheckpointError(f"{key} has shape {tuple(value.shape)}, the model's {tuple(live[key].shape)}")
+        for number, state in states.items():
+            self.stages[number].module.load_state_dict(dict(state))
+        self._weights_changed()
+
+    def _weights_changed(self) -> None:
+        if self._optimizer is not None:
+            self._optimizer.undo.outdate()

@@ -1,0 +1,206 @@
+"""The driver's half of a pipeline: issue the step, collect the reports, gate, apply.
+
+Nothing here waits for data: all of a step's calls are issued ahead, and the workers put them in
+order by their sequence numbers.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from rpcpipe import gradients
+from rpcpipe.errors import DeadlineExceeded, Failure, StageError, WorkerLost
+from rpcpipe.messages import Port, Report, Route, StepPlan, Task
+from rpcpipe.transport.base import Transport
+
+# How often a silent wait asks the workers whether anything still moves, in seconds.
+_POLL = 1.0
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What all stages together say of a step before any weight changes."""
+
+    grad_norm: float
+    factor: float
+    finite: bool
+
+
+class Driver:
+    """One pipeline's calls to its workers, each worker's in one strict sequence."""
+
+    def __init__(
+        self, transport: Transport, pipeline: str, workers: Sequence[str], *, timeout: float, batched: bool
+    ) -> None:
+        self.workers = list(workers)
+        self.step = 0
+        self._transport = transport
+        self._pipeline = pipeline
+        self._timeout = timeout
+        self._batched = batched
+        self._next = dict.fromkeys(self.workers, 0)
+        self._held: list[object] = []
+
+    # --- a step, in the order of DESIGN: issue, collect, gate, apply ---
+
+    def run(self, routes: Sequence[tuple[str, Route]], plan: StepPlan, values: Mapping[Port, Any]) -> dict[str, Report]:
+        """Execute one step's actions; every worker's report, or one error and a cancelled step."""
+        with self._cancelling(plan.step):
+            replies = self._issue_batched(routes, plan, values) if self._batched else self._issue(routes, plan, values)
+            return self.collect(replies)
+
+    def gate(self, step: int, count: float | None, max_norm: float | None) -> Gate:
+        """All stages are done: the norm of all gradients, the clipping factor, NaN and Inf seen."""
+        with self._cancelling(step):
+            replies = {worker: self._post(worker, step, [Task("seal", (count,))]) for worker in self.workers}
+            found = self.collect(replies)
+        by_stage = {stage: norms for stages in found.values() for stage, norms in stages.items()}
+        norm = gradients.total_norm([norm for stage in sorted(by_stage) for norm in by_stage[stage]])
+        factor = 1.0 if max_norm is None else min(1.0, max_norm / (norm + 1e-6))
+        return Gate(norm, factor, math.isfinite(norm))
+
+    def hand_over(self, step: int, context_id: int, factor: float) -> None:
+        """File every stage's gradients in the step's distributed-autograd context."""
+        with self._cancelling(step):
+            self._all(step, Task("hand_over", (context_id, factor)))
+
+    def optimize(self, step: int, context_id: int, changes: Sequence[Mapping[str, Any]]) -> None:
+        """Apply the context's gradients on all workers, or on none."""
+        try:
+            with self._cancelling(step):
+                self._all(step, Task("optimize", (context_id, changes)))
+        except BaseException as error:
+            if not isinstance(error, WorkerLost):
+                self._all(-1, Task("undo"))
+            raise
+
+    # --- calls ---
+
+    def control(self, worker: str, op: str, *args: Any) -> Any:
+        """One operation of ``worker``'s actor, between steps."""
+        return self.collect({worker: self.post(worker, op, *args)})[worker]
+
+    def post(self, worker: str, op: str, *args: Any) -> Future[Any]:
+        """Like ``control``, without waiting."""
+        return self._post(worker, -1, [Task(op, args)])
+
+    def hold(self, worker: str, op: str, *args: Any) -> Any:
+        """Like ``post``; the result stays on the worker and an RRef comes back."""
+        return self._hold(worker, -1, [Task(op, args)])
+
+    def chain(self, worker: str, number: int, inputs: Any) -> Any:
+        """An RRef to stage ``number``'s output for ``inputs``, which may hold RRefs."""
+        return self._transport.chain(worker, "forward", self._pipeline, number, inputs)
+
+    def cancel(self, step: int) -> None:
+        """Drop ``step`` on all workers; what they still send for it is discarded by its number."""
+        self._held.clear()
+        for worker in self.workers:
+            self._transport.tell(worker, "cancel", self._pipeline, step, self._next[worker])
+
+    def drop(self) -> list[Future[Any]]:
+        """Free the stages."""
+        self._held.clear()
+        return [self._transport.post(worker, "drop", self._pipeline) for worker in self.workers]
+
+    def _issue(
+        self, routes: Iterable[tuple[str, Route]], plan: StepPlan, values: Mapping[Port, Any]
+    ) -> dict[str, Future[Any]]:
+        """One asynchronous call per action, whose RRef is kept until the step is over."""
+        self._held = [self._hold(worker, plan.step, [Task("begin", (plan,))]) for worker in self.workers]
+        for worker, route in routes:
+            given = [(port, values[port]) for port in route.awaits if port in values]
+            self._held.append(self._hold(worker, plan.step, [Task("act", (route,), route.awaits)], given))
+        return {worker: self._post(worker, plan.step, [Task("settle")]) for worker in self.workers}
+
+    def _issue_batched(
+        self, routes: Iterable[tuple[str, Route]], plan: StepPlan, values: Mapping[Port, Any]
+    ) -> dict[str, Future[Any]]:
+        """The same tasks in one message per worker."""
+        tasks = {worker: [Task("begin", (plan,))] for worker in self.workers}
+        given: dict[str, list[tuple[Port, Any]]] = {worker: [] for worker in self.workers}
+        for worker, route in routes:
+            tasks[worker].append(Task("act", (route,), route.awaits))
+            given[worker] += [(port, values[port]) for port in route.awaits if port in values]
+        return {
+            worker: self._post(worker, plan.step, [*tasks[worker], Task("settle")], given[worker])
+            for worker in self.workers
+        }
+
+    def _all(self, step: int, task: Task) -> None:
+        self.collect({worker: self._post(worker, step, [task]) for worker in self.workers})
+
+    def _post(self, worker: str, step: int, tasks: list[Task], values: Sequence[tuple[Port, Any]] = ()) -> Future[Any]:
+        return self._transport.post(worker, "submit", *self._address(worker, step, tasks), tasks, values)
+
+    def _hold(self, worker: str, step: int, tasks: list[Task], values: Sequence[tuple[Port, Any]] = ()) -> Any:
+        return self._transport.hold(worker, "submit", *self._address(worker, step, tasks), tasks, values)
+
+    def _address(self, worker: str, step: int, tasks: list[Task]) -> tuple[str, int, int]:
+        sequence = self._next[worker]
+        self._next[worker] += len(tasks)
+        return self._pipeline, step, sequence
+
+    # --- waiting ---
+
+    @contextmanager
+    def _cancelling(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.cancel(step)
+            raise
+
+    def collect(self, replies: Mapping[str, Future[Any]]) -> dict[str, Any]:
+        """All replies by worker; the first failure is raised, and so is a standstill."""
+        pending = set(replies.values())
+        patience = _Patience(self._transport, self.workers, self._timeout)
+        while pending:
+            done, pending = self._transport.wait(pending, min(_POLL, self._timeout / 4))
+            for reply in done:
+                self._raise_failure(reply.result())
+            if not done:
+                patience.check()
+        return {worker: reply.result() for worker, reply in replies.items()}
+
+    def _raise_failure(self, outcome: Any) -> None:
+        if isinstance(outcome, Failure):
+            raise StageError(outcome)
+
+
+class _Patience:
+    """Ends a wait in which no worker has finished anything for ``timeout`` seconds."""
+
+    def __init__(self, transport: Transport, workers: Sequence[str], timeout: float) -> None:
+        self._transport = transport
+        self._workers = workers
+        self._timeout = timeout
+        self._last: dict[str, int] = {}
+        self._moved = time.monotonic()
+
+    def check(self) -> None:
+        asked = {worker: self._transport.post(worker, "progress") for worker in self._workers}
+        pending, until = set(asked.values()), time.monotonic() + min(_POLL, self._timeout / 4)
+        while pending and (left := until - time.monotonic()) > 0:
+            done, pending = self._transport.wait(pending, left)
+            if not done:
+                break
+        states = {worker: reply.result() for worker, reply in asked.items() if reply.done()}
+        finished = {worker: state[0] for worker, state in states.items()}
+        if any(self._last.get(worker) != count for worker, count in finished.items()):
+            self._last.update(finished)
+            self._moved = time.monotonic()
+        elif time.monotonic() - self._moved > self._timeout:
+            now = "; ".join(
+                f"{worker} {states[worker][1] if worker in states else 'does not answer'}" for worker in self._workers
+            )
+            raise DeadlineExceeded(
+                f"no worker has finished anything for {self._timeout:g} s: {now}."
+                " If an action may take that long, pass a larger timeout to rp.launch"
+            )

@@ -1,0 +1,73 @@
+"""From a stage's ``.grad`` to the step's distributed-autograd context, without a copy.
+
+Running every micro-batch's backward through the distributed engine costs 10-15 % of a step. The
+stage accumulates locally instead and files the sums once: a function of all parameters whose
+backward hands the engine the finished gradients. The list is emptied as they are handed out, so
+the engine is their only owner and the context keeps the tensors themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class HandOver(torch.autograd.Function):
+    """A zero whose gradient with respect to each parameter is the list's entry."""
+
+    @staticmethod
+    def forward(ctx: Any, gradients: list[torch.Tensor], *parameters: torch.Tensor) -> torch.Tensor:
+        ctx.gradients = gradients
+        return torch.zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        given = ctx.gradients[::-1]
+        ctx.gradients.clear()
+        return (None, *(given.pop() for _ in range(len(given))))
+
+
+def take(parameters: Sequence[nn.Parameter]) -> torch.Tensor | None:
+    """A scalar whose backward yields the parameters' ``.grad``, which are cleared; None if all are."""
+    owners = [parameter for parameter in parameters if parameter.grad is not None]
+    if not owners:
+        return None
+    gradients = [parameter.grad for parameter in owners]
+    for parameter in owners:
+        parameter.grad = None
+    scalar: torch.Tensor = HandOver.apply(gradients, *owners)  # type: ignore[no-untyped-call]
+    return scalar
+
+
+def norms(parameters: Sequence[nn.Parameter]) -> list[float]:
+    """The 2-norm of every gradient, in order (0 for parameters without one)."""
+    present = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    found = iter(torch.stack(torch._foreach_norm(present)).tolist() if present else ())
+    return [next(found) if parameter.grad is not None else 0.0 for parameter in parameters]
+
+
+def total_norm(per_parameter: Sequence[float]) -> float:
+    """The whole model's gradient norm: to the bit what ``torch.nn.utils.get_total_norm`` gives.
+
+    Holds for float32 gradients given in the model's parameter order.
+    """
+    return float(torch.linalg.vector_norm(torch.tensor(per_parameter, dtype=torch.float32)))
+
+
+def divide(parameters: Sequence[nn.Parameter], divisor: float) -> None:
+    """Turn sums of per-sample gradients into means, in place."""
+    _each(parameters, lambda grads: torch._foreach_div_(grads, divisor))
+
+
+def scale(parameters: Sequence[nn.Parameter], factor: float) -> None:
+    """Multiply the gradients in place (clipping)."""
+    _each(parameters, lambda grads: torch._foreach_mul_(grads, factor))
+
+
+def _each(parameters: Sequence[nn.Parameter], change: Any) -> None:
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if grads:
+        change(grads)

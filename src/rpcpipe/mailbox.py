@@ -1,0 +1,103 @@
+"""Puts calls and values that arrive in any order back into one strict order.
+
+torch RPC delivers messages in any order. Every task carries its place in the worker's sequence;
+every value the place it is meant for. This class only decides, it neither waits nor locks: its
+caller holds a lock and runs what ``take`` returns.
+
+Invariants: tasks leave in ascending sequence without gaps, except for those that ``cancel`` drops;
+a task leaves only with all values it awaits; values of a step before ``floor`` are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from rpcpipe.errors import Failure
+from rpcpipe.messages import Port, Task
+
+
+@dataclass(eq=False)
+class Entry:
+    """A task in its place. ``reply`` is set on the last one of a message."""
+
+    step: int
+    task: Task
+    reply: Future[Any] | None = None
+    values: dict[str, Any] = field(default_factory=dict)
+    failure: Failure | None = None
+
+
+class Mailbox:
+    """One pipeline's tasks and values on one worker."""
+
+    def __init__(self) -> None:
+        self.expected = 0
+        self.floor = 0
+        self._queue: dict[int, Entry] = {}
+        self._inbox: dict[tuple[int, Port], Any] = {}
+        self._failed: dict[int, Failure] = {}
+
+    def submit(self, sequence: int, entries: Sequence[Entry]) -> list[Entry]:
+        """File ``entries`` from place ``sequence`` on; returns those that come too late to run."""
+        late = [entry for at, entry in enumerate(entries, sequence) if at < self.expected]
+        for at, entry in enumerate(entries, sequence):
+            if at >= self.expected:
+                self._queue[at] = entry
+        return late
+
+    def put(self, step: int, port: Port, value: Any) -> None:
+        """File ``value`` for ``port``; values of steps that are over are dropped."""
+        if step >= self.floor and step not in self._failed:
+            self._inbox[step, port] = value
+
+    def take(self) -> Entry | None:
+        """The next task in sequence if nothing it awaits is missing, else None.
+
+        A task of a failed step comes with the failure and must not run.
+        """
+        entry = self._queue.get(self.expected)
+        if entry is None:
+            return None
+        entry.failure = self._failed.get(entry.step)
+        if entry.failure is None:
+            keys = [(entry.step, port) for port in entry.task.awaits]
+            if not all(key in self._inbox for key in keys):
+                return None
+            entry.values = {port.slot: self._inbox.pop((step, port)) for step, port in keys}
+        del self._queue[self.expected]
+        self.expected += 1
+        return entry
+
+    def fail(self, step: int, failure: Failure) -> None:
+        """From here on every task of ``step`` ends with ``failure`` (the first one given)."""
+        self._failed.setdefault(step, failure)
+        self._forget(lambda of: of == step)
+
+    def cancel(self, step: int, resume: int) -> list[Entry]:
+        """Drop all up to ``step``; go on at place ``resume``. Returns the tasks that were waiting."""
+        dropped = [self._queue.pop(at) for at in sorted(self._queue) if at < resume]
+        self.expected = max(self.expected, resume)
+        self.finish(step)
+        return dropped
+
+    def finish(self, step: int) -> None:
+        """Steps up to ``step`` are over: what still comes for them is dropped."""
+        self.floor = max(self.floor, step + 1)
+        self._forget(lambda of: of < self.floor)
+        self._failed = {of: failure for of, failure in self._failed.items() if of >= self.floor}
+
+    def _forget(self, over: Any) -> None:
+        for key in [key for key in self._inbox if over(key[0])]:
+            del self._inbox[key]
+
+    def waiting_for(self) -> str:
+        """The next task and the values it lacks, for a message to a person."""
+        entry = self._queue.get(self.expected)
+        if entry is None:
+            return "nothing to do" if not self._queue else f"call {self.expected}, which has not arrived"
+        missing = [port for port in entry.task.awaits if (entry.step, port) not in self._inbox]
+        what = str(missing[0].action) if missing else entry.task.op
+        return f"{what} (waits for its {' and '.join(port.slot for port in missing)})" if missing else what

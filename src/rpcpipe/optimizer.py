@@ -1,0 +1,87 @@
+"""The distributed optimizer: one torch optimizer per worker, one in front of them on the driver."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from rpcpipe.undo import Undo
+
+Factory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+
+
+class LocalOptimizer:
+    """A worker's share: the user's optimizer over the parameters of its stages."""
+
+    def __init__(self, factory: Factory, parameters: Sequence[nn.Parameter]) -> None:
+        self.parameters = list(parameters)
+        self.optimizer = factory(self.parameters)
+        if not isinstance(self.optimizer, torch.optim.Optimizer):
+            raise TypeError(
+                f"optimizer must return a torch.optim.Optimizer, not {type(self.optimizer).__name__};"
+                " for instance optimizer=lambda params: torch.optim.AdamW(params, lr=3e-4)"
+            )
+        self.undo = Undo(self.parameters, self.optimizer)
+
+    def groups(self) -> list[dict[str, Any]]:
+        """The hyperparameters of every group, without its parameters."""
+        return hyperparameters(self.optimizer)
+
+    def step(self, gradients: Mapping[torch.Tensor, torch.Tensor], changes: Sequence[Mapping[str, Any]]) -> None:
+        """Apply ``gradients``; ``changes`` holds per group the hyperparameters the driver has set."""
+        self.undo.complete()
+        for group, changed in zip(self.optimizer.param_groups, changes, strict=True):
+            group.update(changed)
+        for parameter in self.parameters:
+            parameter.grad = gradients.get(parameter)
+        try:
+            self.optimizer.step()
+        except BaseException:
+            self.undo.restore()
+            raise
+        finally:
+            for parameter in self.parameters:
+                parameter.grad = None
+
+
+def hyperparameters(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """``param_groups`` without the parameters."""
+    return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+
+
+class PipelineOptimizer(torch.optim.Optimizer):
+    """What ``pipe.optimizer`` is: the workers' param_groups, to be read and set on the driver.
+
+    Learning-rate schedulers and ``param_groups[i]["lr"] = …`` work as on any torch optimizer; a
+    changed value reaches all workers with the next step. Its parameters are empty stand-ins.
+    """
+
+    def __init__(self, groups: Sequence[Mapping[str, Any]], apply: Callable[[], None]) -> None:
+        stand_ins = [{**group, "params": [nn.Parameter(torch.empty(0))]} for group in groups]
+        super().__init__(stand_ins, dict(groups[0]) if groups else {})
+        self._apply = apply
+        self._initial = hyperparameters(self)
+
+    def changes(self) -> list[dict[str, Any]]:
+        """Per group, the hyperparameters that are no longer what the factory gave."""
+        current = hyperparameters(self)
+        # A scheduler may add keys (initial_lr) and a value may have come back to its first one
+        # after another was sent, so every key that ever differed goes on being sent.
+        for initial, now in zip(self._initial, current, strict=True):
+            for key in [key for key in initial if initial[key] != now[key]]:
+                del initial[key]
+        return [
+            {key: value for key, value in now.items() if key not in initial}
+            for initial, now in zip(self._initial, current, strict=True)
+        ]
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Apply the gradients of the open step on all workers: what ``s.optimize()`` does."""
+        if closure is not None:
+            raise TypeError(
+                "a pipeline's optimizer takes no closure: its gradients come from train_step or pipe.step()"
+            )
+        self._apply()

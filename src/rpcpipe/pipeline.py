@@ -1,0 +1,414 @@
+"""The user's API: composition of the parts, no mechanism of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+import uuid
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import cloudpickle
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from rpcpipe import schedules
+from rpcpipe.actor import ActorSpec
+from rpcpipe.backward import Received
+from rpcpipe.driver import Driver
+from rpcpipe.errors import CheckpointError, PartitionError, RpcPipeError, ScheduleError
+from rpcpipe.launch import Cluster
+from rpcpipe.layers import Layer, named_layers, parameter_counts, shared_parameters
+from rpcpipe.messages import Port, Route, StepPlan
+from rpcpipe.microbatch import Nest, batch_size, merge, split
+from rpcpipe.optimizer import Factory, PipelineOptimizer
+from rpcpipe.partition import balance as cut
+from rpcpipe.partition import check_balance
+from rpcpipe.program import compile_routes
+from rpcpipe.result import StepResult, mean_loss, peaks, timeline
+from rpcpipe.schedules import Action, Schedule
+from rpcpipe.stage import Loss
+
+log = logging.getLogger("rpcpipe")
+
+_DISPATCH = ("rref", "batched")
+
+
+class Pipeline:
+    """A model cut into stages on a cluster's workers, trained from this process.
+
+    ``model``: an ``nn.Sequential``, or a list of ``nn.Module`` and ``LayerSpec``. ``loss(output,
+    target)`` gives the mean as a scalar tensor, or (sum, count), which is normalised over the whole
+    batch. ``optimizer(params)`` makes a torch optimizer, once per worker. ``balance``: layers per
+    stage, or "parameters". ``dispatch``: "rref" issues one asynchronous call per action and keeps
+    its RRef, "batched" one message per worker and step; the results are the same.
+
+    Raises ScheduleError, PartitionError or ValueError before anything starts.
+    """
+
+    def __init__(
+        self,
+        model: nn.Sequential | Sequence[Layer],
+        cluster: Cluster,
+        *,
+        loss: Loss,
+        optimizer: Factory,
+        schedule: str | Schedule = "1f1b",
+        chunks: int = 8,
+        balance: str | Sequence[int] = "parameters",
+        clip_grad_norm: float | None = None,
+        seed: int = 0,
+        dispatch: str = "rref",
+    ) -> None:
+        _refuse(not callable(loss), f"loss must be callable as loss(output, target), not {loss!r}")
+        _refuse(not callable(optimizer), f"optimizer must be a function of the parameters, not {optimizer!r}")
+        _refuse(dispatch not in _DISPATCH, f"dispatch must be one of {_DISPATCH}, not {dispatch!r}")
+        _refuse(chunks < 1, f"chunks must be at least 1, not {chunks}")
+        cluster.check()
+        self.cluster = cluster
+        self.chunks = chunks
+        self.clip_grad_norm = clip_grad_norm
+        self._names = [worker.name for worker in cluster.workers]
+        self._schedule_of = _schedule_factory(schedule, len(self._names))
+        self.schedule = self._schedule_of(chunks)
+        layers = named_layers(model)
+        self.balance = _cut(layers, balance, self.schedule.stages)
+        self._closed = False
+        self._open: Step | None = None
+        self._routes: dict[Any, list[tuple[str, Route]]] = {}
+        identity = uuid.uuid4().hex
+        self._driver = Driver(
+            cluster.transport, identity, self._names, timeout=cluster.timeout, batched=dispatch == "batched"
+        )
+        cluster.pipelines.add(self)
+        try:
+            self._create(identity, layers, loss, optimizer, seed)
+        except BaseException:
+            self.close()
+            raise
+
+    def _create(
+        self, identity: str, layers: OrderedDict[str, Layer], loss: Loss, optimizer: Factory, seed: int
+    ) -> None:
+        """Build every worker's stages; one worker's layers are pickled at a time."""
+        last = self.schedule.stages - 1
+        replies = {}
+        for worker, name in enumerate(self._names):
+            mine = {stage: part for stage, part in self._parts(layers) if self.schedule.placement[stage] == worker}
+            spec = cloudpickle.dumps(ActorSpec(mine, last, loss, optimizer, seed))
+            replies[name] = self.cluster.transport.post(name, "create", identity, spec)
+        found = self._driver.collect(replies)
+        described = {stage: info for stages in found.values() for stage, info in stages.items()}
+        self.stages = tuple(
+            StageHandle(self, stage, self._names[self.schedule.placement[stage]], described[stage])
+            for stage in range(last + 1)
+        )
+        groups = [info["groups"] for info in described.values() if info["groups"]]
+        _refuse(
+            len({len(group) for group in groups}) > 1,
+            f"optimizer made {sorted({len(group) for group in groups})} parameter groups on different workers;"
+            " return the same number of groups everywhere, empty ones too",
+        )
+        self.optimizer = PipelineOptimizer(groups[0] if groups else [], self._apply_open)
+
+    def _parts(self, layers: OrderedDict[str, Layer]) -> Iterator[tuple[int, tuple[OrderedDict[str, Layer], int]]]:
+        items, first = list(layers.items()), 0
+        for stage, size in enumerate(self.balance):
+            yield stage, (OrderedDict(items[first : first + size]), first)
+            first += size
+
+    # --- training ---
+
+    def train_step(self, inputs: Nest, targets: Nest) -> StepResult:
+        """One batch forward and backward, and one update.
+
+        ``inputs`` and ``targets``: nests of tensors with the batch in dimension 0. Raises
+        StageError, WorkerLost or DeadlineExceeded; the weights are then as before.
+        """
+        with self.step() as step:
+            step.forward_backward(inputs, targets)
+            step.optimize()
+            return step.result()
+
+    def train(self, batches: Iterable[tuple[Nest, Nest]], progress: bool = False) -> Iterator[StepResult]:
+        """``train_step`` for each (inputs, targets); ``progress`` shows a bar with the loss."""
+        with tqdm(batches, disable=not progress, unit="step") as bar:
+            for inputs, targets in bar:
+                result = self.train_step(inputs, targets)
+                bar.set_postfix(loss=f"{result.loss:.4f}", bubble=f"{result.bubble:.0%}", refresh=False)
+                yield result
+
+    @contextmanager
+    def step(self) -> Iterator[Step]:
+        """A step by hand, inside a distributed-autograd context: ``s.context_id``.
+
+        The gradients are in the context after ``s.forward_backward(inputs, targets)``; apply them
+        with ``s.optimize()``, or with torch's ``DistributedOptimizer`` on ``parameter_rrefs()``.
+        """
+        self._check()
+        if self._open is not None:
+            raise RpcPipeError("a step of this pipeline is open already; leave its with-block first")
+        with self.cluster.transport.context() as context_id:
+            self._open = Step(self, context_id, self._driver.step)
+            self._driver.step += 1
+            try:
+                yield self._open
+            finally:
+                self._open = None
+
+    def _apply_open(self) -> None:
+        if self._open is None:
+            raise RpcPipeError("no step is open; call train_step, or optimize inside `with pipe.step() as s:`")
+        self._open.apply()
+
+    # --- inference ---
+
+    def __call__(self, inputs: Nest) -> Nest:
+        """The model's output in eval mode, gathered on this process."""
+        self._check()
+        parts = split(inputs, self.chunks)
+        plan = StepPlan(self._next_step(), False, (), keep_outputs=True)
+        reports = self._driver.run(self._forward_routes(len(parts), targets=False), plan, self._values(parts, None))
+        outputs = {chunk: output for report in reports.values() for chunk, output in report.outputs.items()}
+        return merge([outputs[chunk] for chunk in range(len(parts))])
+
+    def evaluate(self, batches: Iterable[tuple[Nest, Nest]]) -> float:
+        """The mean loss over all samples of ``batches``, in eval mode."""
+        self._check()
+        total, samples = 0.0, 0.0
+        for inputs, targets in batches:
+            parts, weights = self._cut_batch(inputs)
+            plan = StepPlan(self._next_step(), False, weights)
+            values = self._values(parts, split(targets, self.chunks))
+            loss, count = mean_loss(
+                self._driver.run(self._forward_routes(len(parts), targets=True), plan, values), weights
+            )
+            share = float(batch_size(inputs)) if count is None else count
+            total, samples = total + loss * share, samples + share
+        if not samples:
+            raise ValueError("evaluate needs at least one batch")
+        return total / samples
+
+    # --- weights ---
+
+    def parameter_rrefs(self) -> list[Any]:
+        """An RRef to every trainable parameter, in the model's order, for ``DistributedOptimizer``."""
+        self._check()
+        return [rref for stage in self.stages for rref in stage.parameter_rrefs()]
+
+    def state_dict(self) -> OrderedDict[str, torch.Tensor]:
+        """All parameters and buffers under the unsplit model's names, on the CPU."""
+        self._check()
+        found = self._driver.collect({name: self._driver.post(name, "state_dict") for name in self._names})
+        by_stage = {stage: state for stages in found.values() for stage, state in stages.items()}
+        return OrderedDict((key, value) for stage in sorted(by_stage) for key, value in by_stage[stage].items())
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Inverse of ``state_dict``; reads the unsplit model's as well.
+
+        Raises CheckpointError, before anything changes, unless names and shapes are the model's.
+        """
+        live = self.state_dict()
+        missing, extra = sorted(live.keys() - state.keys()), sorted(state.keys() - live.keys())
+        wrong = [key for key in live.keys() & state.keys() if live[key].shape != state[key].shape]
+        if missing or extra or wrong:
+            raise CheckpointError(
+                f"the state does not fit the model: missing {missing[:5]}, unexpected {extra[:5]}, wrong shape {wrong[:5]}"
+            )
+        owner = {layer: stage for stage in self.stages for layer in stage.layers}
+        parts: dict[str, dict[int, dict[str, torch.Tensor]]] = {name: {} for name in self._names}
+        for key, value in state.items():
+            stage = owner[key.partition(".")[0]]
+            parts[stage.worker].setdefault(stage.index, {})[key] = value
+        self._driver.collect({name: self._driver.post(name, "load_state_dict", parts[name]) for name in self._names})
+
+    # --- life ---
+
+    def close(self) -> None:
+        """Free the stages on the workers; closing twice is allowed."""
+        if self._closed:
+            return
+        self._closed = True
+        self.stages = ()
+        if self.cluster.healthy:
+            self._driver.drop()
+
+    def __repr__(self) -> str:
+        if self._closed:
+            return "Pipeline(closed)"
+        rows = "\n".join(f"  {stage!r}" for stage in self.stages)
+        return f"Pipeline({self.schedule.name}, {len(self.stages)} stages, {self.chunks} micro-batches)\n{rows}"
+
+    def _check(self) -> None:
+        if self._closed:
+            raise RpcPipeError("the pipeline is closed; make a new one")
+        self.cluster.check()
+
+    def _next_step(self) -> int:
+        self._driver.step += 1
+        return self._driver.step - 1
+
+    # --- what a step consists of ---
+
+    def _cut_batch(self, inputs: Nest) -> tuple[list[Nest], tuple[float, ...]]:
+        parts = split(inputs, self.chunks)
+        total = batch_size(inputs)
+        return parts, tuple(batch_size(part) / total for part in parts)
+
+    def _values(self, inputs: list[Nest], targets: list[Nest] | None) -> dict[Port, Any]:
+        """The driver's inputs and targets by the port that awaits them."""
+        values: dict[Port, Any] = {
+            Port(Action("F", 0, chunk), "input"): Received.constant(part) for chunk, part in enumerate(inputs)
+        }
+        if targets is not None:
+            if len(targets) != len(inputs):
+                raise ValueError(
+                    f"inputs make {len(inputs)} micro-batches and targets {len(targets)}: their batch sizes differ"
+                )
+            last = self.schedule.stages - 1
+            values |= {Port(Action("F", last, chunk), "target"): part for chunk, part in enumerate(targets)}
+        return values
+
+    def _train_routes(self, chunks: int) -> list[tuple[str, Route]]:
+        if chunks not in self._routes:
+            self._routes[chunks] = compile_routes(self._schedule_of(chunks), self._names, targets=True)
+        return self._routes[chunks]
+
+    def _forward_routes(self, chunks: int, *, targets: bool) -> list[tuple[str, Route]]:
+        key = ("forward", chunks, targets)
+        if key not in self._routes:
+            self._routes[key] = compile_routes(
+                schedules.forward_only(self.schedule, chunks), self._names, targets=targets
+            )
+        return self._routes[key]
+
+
+class Step:
+    """An open step; ``context_id`` names its distributed-autograd context."""
+
+    def __init__(self, pipe: Pipeline, context_id: int, number: int) -> None:
+        self.context_id = context_id
+        self._pipe = pipe
+        self._number = number
+        self._started = time.perf_counter()
+        self._result: StepResult | None = None
+
+    def forward_backward(self, inputs: Nest, targets: Nest) -> float:
+        """Run the batch; the gradients of its mean loss are then in the context. Returns the loss."""
+        if self._result is not None:
+            raise RpcPipeError("forward_backward was called in this step already; open another step")
+        pipe, driver = self._pipe, self._pipe._driver
+        parts, weights = pipe._cut_batch(inputs)
+        values = pipe._values(parts, split(targets, pipe.chunks))
+        reports = driver.run(pipe._train_routes(len(parts)), StepPlan(self._number, True, weights), values)
+        loss, count = mean_loss(reports, weights)
+        gate = driver.gate(self._number, count, pipe.clip_grad_norm)
+        if gate.finite:
+            driver.hand_over(self._number, self.context_id, gate.factor)
+        else:
+            log.warning("step %d: the gradient's norm is %s; no weight changes", self._number, gate.grad_norm)
+        self._result = StepResult(
+            self._number,
+            loss,
+            gate.grad_norm,
+            time.perf_counter() - self._started,
+            peaks(reports),
+            gate.finite,
+            timeline(reports, pipe.schedule.name),
+        )
+        return loss
+
+    def optimize(self) -> None:
+        """Apply the gradients on all workers, or on none."""
+        self._pipe.optimizer.step()
+
+    def apply(self) -> None:
+        """What ``optimize`` does once a learning-rate scheduler has counted the call."""
+        if self.result().applied:
+            self._pipe._driver.optimize(self._number, self.context_id, self._pipe.optimizer.changes())
+
+    def result(self) -> StepResult:
+        """The figures so far; raises RpcPipeError before ``forward_backward``."""
+        if self._result is None:
+            raise RpcPipeError("call s.forward_backward(inputs, targets) first")
+        return dataclasses.replace(self._result, seconds=time.perf_counter() - self._started)
+
+
+class StageHandle:
+    """Stage ``index``, on worker ``worker``: what ``pipe.stages[k]`` is."""
+
+    def __init__(self, pipe: Pipeline, index: int, worker: str, info: Mapping[str, Any]) -> None:
+        self.index = index
+        self.worker = worker
+        self.layers: list[str] = info["layers"]
+        self._info = info
+        self._driver = pipe._driver
+
+    def __repr__(self) -> str:
+        names = self.layers[0] if len(self.layers) == 1 else f"{self.layers[0]} … {self.layers[-1]}"
+        info = self._info
+        size = f"{info['parameters']:,} parameters, {info['bytes'] / 2**20:.1f} MiB"
+        return f"stage {self.index} on {self.worker} ({info['device']}): layers {names}, {size}"
+
+    @property
+    def rref(self) -> Any:
+        """An RRef to the stage's module, on its worker."""
+        return self._driver.hold(self.worker, "module", self.index)
+
+    def call(self, function: Callable[[nn.Module], Any]) -> Any:
+        """``function(module)`` on the stage's worker; it may change the weights."""
+        return cloudpickle.loads(self._driver.control(self.worker, "call", self.index, cloudpickle.dumps(function)))
+
+    def forward(self, inputs: Nest) -> Any:
+        """An RRef to the module's output for ``inputs``: a nest of tensors, or another RRef.
+
+        Inside ``dist_autograd.context()`` its graph is recorded across the workers.
+        """
+        return self._driver.chain(self.worker, self.index, inputs)
+
+    def parameter_rrefs(self) -> list[Any]:
+        """An RRef to every trainable parameter of the stage."""
+        return [self._driver.hold(self.worker, "parameter", self.index, name) for name in self._info["trainable"]]
+
+
+def _refuse(condition: bool, message: str) -> None:
+    if condition:
+        raise ValueError(message)
+
+
+def _schedule_factory(schedule: str | Schedule, workers: int) -> Callable[[int], Schedule]:
+    if isinstance(schedule, str):
+        name = schedule
+        return lambda chunks: schedules.get(name, workers, chunks).validate()
+    fixed = schedule.validate()
+    if fixed.workers != workers:
+        raise ScheduleError(f"schedule {fixed.name!r} is for {fixed.workers} workers, the cluster has {workers}")
+
+    def of(chunks: int) -> Schedule:
+        if chunks != fixed.chunks:
+            raise ScheduleError(
+                f"schedule {fixed.name!r} is for {fixed.chunks} micro-batches, the batch makes {chunks};"
+                " pass chunks to match, or a schedule by name"
+            )
+        return fixed
+
+    return of
+
+
+def _cut(layers: OrderedDict[str, Layer], balance: str | Sequence[int], stages: int) -> list[int]:
+    if len(layers) < stages:
+        raise PartitionError(
+            f"the model has {len(layers)} layers and the schedule {stages} stages; use fewer workers or split layers"
+        )
+    if isinstance(balance, str):
+        _refuse(balance != "parameters", f"balance must be layers per stage or 'parameters', not {balance!r}")
+        sizes = cut(parameter_counts(list(layers.values())), stages)
+    else:
+        sizes = check_balance(balance, len(layers), stages)
+    if (shared := shared_parameters(layers, sizes)) is not None:
+        raise PartitionError(f"{shared} are one parameter on two stages; keep them on one stage with balance=[…]")
+    return sizes

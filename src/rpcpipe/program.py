@@ -1,0 +1,31 @@
+"""A schedule, addressed: for every action the values it awaits and where its result goes.
+
+Derived from ``Schedule.upstream`` and its inverse alone, so the rule of what waits for what stays
+in one place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rpcpipe.messages import Port, Route
+from rpcpipe.schedules import Action, Schedule
+
+
+def compile_routes(schedule: Schedule, workers: Sequence[str], *, targets: bool) -> list[tuple[str, Route]]:
+    """(worker, route) for every action, in an order in which everything could run one by one.
+
+    ``targets``: the last stage awaits the targets as well.
+    """
+    return [(workers[at], _route(schedule, action, workers, targets)) for at, action in schedule.walk()]
+
+
+def _route(schedule: Schedule, action: Action, workers: Sequence[str], targets: bool) -> Route:
+    awaits = []
+    if schedule.upstream(action) is not None or (action.kind == "F" and action.stage == 0):
+        awaits.append(Port(action, "input"))
+    if targets and action.kind == "F" and action.stage == schedule.stages - 1:
+        awaits.append(Port(action, "target"))
+    consumer = schedule.consumer(action)
+    worker = None if consumer is None else workers[schedule.placement[consumer.stage]]
+    return Route(action, tuple(awaits), worker, consumer)

@@ -1,0 +1,59 @@
+"""What a step gave."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from rpcpipe.messages import Report
+from rpcpipe.timeline import Span, Timeline
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Figures of one ``train_step``.
+
+    ``loss`` is the mean over the batch, ``grad_norm`` the 2-norm of all gradients before clipping,
+    ``seconds`` the driver's wall time, ``peak_in_flight`` the most micro-batches whose activations
+    were alive at once, per stage, ``bubble`` the workers' measured idle share from the first
+    action's start to the last one's end. ``applied`` is False where NaN or Inf in the gradients
+    left the weights as they were.
+    """
+
+    step: int
+    loss: float
+    grad_norm: float
+    seconds: float
+    peak_in_flight: tuple[int, ...]
+    applied: bool
+    timeline: Timeline = field(repr=False, compare=False)
+
+    @property
+    def bubble(self) -> float:
+        return self.timeline.bubble
+
+
+def mean_loss(reports: Mapping[str, Report], weights: tuple[float, ...]) -> tuple[float, float | None]:
+    """(mean over the batch, total count or None) from the last stage's losses."""
+    losses = {chunk: loss for report in reports.values() for chunk, loss in report.losses.items()}
+    counts = [count for _, count in losses.values() if count is not None]
+    if not counts:
+        return sum(losses[chunk][0] * weights[chunk] for chunk in sorted(losses)), None
+    total = sum(counts)
+    return sum(losses[chunk][0] for chunk in sorted(losses)) / total if total else float("nan"), total
+
+
+def timeline(reports: Mapping[str, Report], name: str) -> Timeline:
+    """The measured timeline; seconds of the host's monotonic clock."""
+    spans = [
+        Span(index, kind, stage, chunk, start * 1e-9, end * 1e-9)
+        for index, report in enumerate(reports.values())
+        for kind, stage, chunk, start, end in report.spans
+    ]
+    return Timeline(spans, workers=len(reports), name=name)
+
+
+def peaks(reports: Mapping[str, Report]) -> tuple[int, ...]:
+    """Peak in flight per stage."""
+    found = {stage: peak for report in reports.values() for stage, peak in report.peak_in_flight.items()}
+    return tuple(found[stage] for stage in sorted(found))

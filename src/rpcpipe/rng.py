@@ -1,0 +1,41 @@
+"""Random numbers as a function of (seed, step, micro-batch, layer), and of nothing else.
+
+So dropout draws the same bits on any number of stages, under any schedule, in a recomputation
+and in a replay. A plain loop reproduces a pipeline by calling ``seed_layer`` before each layer.
+"""
+
+from __future__ import annotations
+
+import torch
+
+_MASK = (1 << 64) - 1
+# Where the layer's weights are drawn, no step is running.
+_INITIAL = _MASK
+
+
+def derive(*parts: int) -> int:
+    """A 64-bit seed from integers: splitmix64 (Steele et al., OOPSLA 2014) over their sequence."""
+    state = 0
+    for part in parts:
+        state = (state ^ (part & _MASK)) + 0x9E3779B97F4A7C15 & _MASK
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & _MASK
+        state = (state ^ state >> 27) * 0x94D049BB133111EB & _MASK
+        state ^= state >> 31
+    return state
+
+
+def seed_layer(seed: int, step: int, chunk: int, layer: int) -> None:
+    """Seed this process's generators for ``layer``'s forward of micro-batch ``chunk`` in ``step``."""
+    _seed(derive(seed, step, chunk, layer))
+
+
+def seed_init(seed: int, layer: int) -> None:
+    """Seed this process's generators for building ``layer`` from its LayerSpec."""
+    _seed(derive(seed, _INITIAL, 0, layer))
+
+
+def _seed(value: int) -> None:
+    # Not torch.manual_seed: that visits every backend and costs 20 times as much per layer.
+    torch.default_generator.manual_seed(value)
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.manual_seed(value)

@@ -1,0 +1,194 @@
+"""torch.distributed.rpc: the only file that imports it.
+
+The agent is built directly over a store of our own instead of by ``init_rpc``, whose process-wide
+counters make a second group in one process wait for ever; the private names it takes
+(``autograd._init``, ``api._init_rpc_states``) are pinned by a test.
+
+No exception crosses the wire (torch would rebuild it as ``type(message)``): endpoints answer with
+``errors.Failure`` values. Handlers never block; where the answer takes time they return a future.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Collection, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import AbstractContextManager
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch.distributed import Store, rpc
+from torch.distributed import autograd as dist_autograd
+from torch.distributed.rpc import api
+from torch.utils import _pytree as pytree
+
+from rpcpipe.errors import Failure, RpcPipeError, StageError, WorkerLost
+
+RRef = rpc.RRef
+
+# uv: the default shm transport keeps a core busy per process even when idle. basic: through the socket.
+_TRANSPORTS, _CHANNELS = ["uv"], ["basic"]
+# Handlers only file what they get, so a few threads serve any number of messages.
+_HANDLER_THREADS = 4
+
+# (generation, the object whose methods are the verbs)
+_endpoint: tuple[str, Any] | None = None
+
+
+def join(store: Store, name: str, rank: int, world_size: int, *, interface: str, timeout: float) -> None:
+    """Form the group: returns once every rank has published its address in ``store``.
+
+    Raises RpcPipeError if this process is in a group already, RuntimeError on timeout.
+    """
+    if rpc._is_current_rpc_agent_set():
+        raise RpcPipeError("this process already runs torch RPC; close the cluster, or call rpc.shutdown(), first")
+    os.environ["TP_SOCKET_IFNAME"] = interface
+    store.set_timeout(timedelta(seconds=timeout))
+    dist_autograd._init(rank)  # type: ignore[attr-defined]
+    options = rpc.TensorPipeRpcBackendOptions(
+        num_worker_threads=_HANDLER_THREADS,
+        rpc_timeout=0,  # deadlines are the driver's; an expired call would not stop the remote work
+        _transports=_TRANSPORTS,
+        _channels=_CHANNELS,
+    )
+    agent = rpc.TensorPipeAgent(store, name, rank, world_size, options, {}, [])  # type: ignore[attr-defined]
+    api._init_rpc_states(agent)  # type: ignore[no-untyped-call]
+
+
+def leave() -> None:
+    """Leave the group without waiting for anybody."""
+    serve(None)
+    if rpc._is_current_rpc_agent_set():
+        rpc.shutdown(graceful=False)
+
+
+def serve(endpoint: tuple[str, Any] | None) -> None:
+    """From now on messages of the given generation go to the given endpoint."""
+    global _endpoint
+    _endpoint = endpoint
+
+
+def _receive(generation: str, verb: str, args: tuple[Any, ...]) -> Any:
+    if _endpoint is None or _endpoint[0] != generation:
+        return None  # a message of a group that is no more
+    return getattr(_endpoint[1], verb)(*args)
+
+
+@rpc.functions.async_execution  # type: ignore[untyped-decorator]
+def _receive_later(generation: str, verb: str, args: tuple[Any, ...]) -> torch.futures.Future[Any]:
+    answer: torch.futures.Future[Any] = torch.futures.Future()
+    result = _receive(generation, verb, args)
+    if isinstance(result, Future):
+        result.add_done_callback(lambda done: answer.set_result(done.result()))
+    else:
+        answer.set_result(result)
+    return answer
+
+
+@rpc.functions.async_execution  # type: ignore[untyped-decorator]
+def _receive_chained(generation: str, verb: str, args: tuple[Any, ...]) -> torch.futures.Future[Any]:
+    """Like ``_receive_later`` once the RRefs among ``args`` have been fetched.
+
+    The fetches are issued on this handler's thread, where the caller's distributed-autograd context
+    is in force, so the graph spans the workers; nothing waits here.
+    """
+    leaves, spec = pytree.tree_flatten(args)
+    fetches = [
+        rpc.rpc_async(leaf.owner(), _local_value, args=(leaf,)) if isinstance(leaf, RRef) else None for leaf in leaves
+    ]
+    answer: torch.futures.Future[Any] = torch.futures.Future()
+
+    def fetched(_: object) -> None:
+        try:
+            values = [leaf if fetch is None else fetch.value() for leaf, fetch in zip(leaves, fetches, strict=True)]
+            result = _receive(generation, verb, pytree.tree_unflatten(values, spec))
+        except Exception as error:
+            answer.set_exception(error)
+        else:
+            result.add_done_callback(answered)
+
+    def answered(done: Future[Any]) -> None:
+        outcome = done.result()
+        if isinstance(outcome, Failure):
+            # Called by hand, so torch's own way of reporting applies: raised by to_here().
+            answer.set_exception(RuntimeError(str(StageError(outcome))))
+        else:
+            answer.set_result(outcome)
+
+    torch.futures.collect_all([fetch for fetch in fetches if fetch is not None]).add_done_callback(fetched)
+    return answer
+
+
+def _local_value(rref: Any) -> Any:
+    return rref.local_value()
+
+
+class RpcTransport:
+    """Messages of one generation of workers, as seen from the driver or from a worker."""
+
+    def __init__(self, generation: str) -> None:
+        self._generation = generation
+        self._lock = threading.Lock()
+        self._pending: dict[str, set[Future[Any]]] = {}
+        self._lost: dict[str, WorkerLost] = {}
+
+    def tell(self, to: str, verb: str, *args: Any) -> None:
+        rpc.rpc_async(to, _receive, args=(self._generation, verb, args))
+
+    def post(self, to: str, verb: str, *args: Any) -> Future[Any]:
+        reply: Future[Any] = Future()
+        with self._lock:
+            if to in self._lost:
+                reply.set_exception(self._lost[to])
+                return reply
+            self._pending.setdefault(to, set()).add(reply)
+        answer = rpc.rpc_async(to, _receive_later, args=(self._generation, verb, args))
+        answer.add_done_callback(lambda done: self._settle(to, reply, done))
+        return reply
+
+    def _settle(self, to: str, reply: Future[Any], answer: torch.futures.Future[Any]) -> None:
+        """Runs on a thread of the agent."""
+        try:
+            outcome, error = answer.value(), None
+        except Exception as raised:
+            outcome, error = None, raised
+        with self._lock:
+            if reply not in self._pending.get(to, ()):
+                return  # failed by `lose` in the meantime
+            if error is not None:
+                # A broken connection is usually a death that the watch reports in a moment, with
+                # its cause; left pending for that. What is no death runs into the deadline.
+                return
+            self._pending[to].discard(reply)
+        reply.set_result(outcome)
+
+    def lose(self, worker: str, error: WorkerLost) -> None:
+        """``worker`` is gone: its pending and future calls end with ``error``."""
+        with self._lock:
+            self._lost.setdefault(worker, error)
+            pending = self._pending.pop(worker, set())
+        for reply in pending:
+            reply.set_exception(error)
+
+    def hold(self, to: str, verb: str, *args: Any) -> object:
+        return rpc.remote(to, _receive_later, args=(self._generation, verb, args))
+
+    def chain(self, to: str, verb: str, *args: Any) -> object:
+        return rpc.remote(to, _receive_chained, args=(self._generation, verb, args))
+
+    def wait(self, replies: Collection[Future[Any]], timeout: float) -> tuple[set[Future[Any]], set[Future[Any]]]:
+        # Not torch's Future.wait, which ignores Ctrl-C until the call ends.
+        done, pending = wait(replies, timeout, return_when=FIRST_COMPLETED)
+        return done, pending
+
+    def context(self) -> AbstractContextManager[int]:
+        return dist_autograd.context()
+
+    def file(self, context_id: int, root: torch.Tensor) -> None:
+        dist_autograd.backward(context_id, [root])  # type: ignore[attr-defined]
+
+    def collect(self, context_id: int) -> Mapping[torch.Tensor, torch.Tensor]:
+        gradients: Mapping[torch.Tensor, torch.Tensor] = dist_autograd.get_gradients(context_id)  # type: ignore[attr-defined]
+        return gradients

@@ -1,0 +1,68 @@
+"""Takes back an optimizer step that failed on another stage.
+
+A step changes no weight unless all stages could apply it, and an optimizer may raise after others
+have succeeded. The only general way back is a copy of the parameters and the optimizer's state.
+It is made piece by piece while the worker waits for input, so that it costs the pipeline's bubble
+and no time; its memory (parameters + optimizer state once more) is the price of the guarantee.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class Undo:
+    """A copy of ``parameters`` and of ``optimizer.state``, kept up to date by ``copy_one``.
+
+    Invariant: what is in ``_copies`` and not in ``_stale`` equals the live values.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+        self._parameters = list(parameters)
+        self._optimizer = optimizer
+        self._copies: dict[nn.Parameter, tuple[torch.Tensor, dict[str, Any]]] = {}
+        self._stale = list(self._parameters)
+
+    def outdate(self) -> None:
+        """The live values have changed; the copies are to be made again."""
+        self._stale = list(self._parameters)
+
+    def copy_one(self) -> bool:
+        """Bring one parameter's copy up to date; False if all are."""
+        if not self._stale:
+            return False
+        parameter = self._stale.pop()
+        old_value, old_state = self._copies.get(parameter, (None, {}))
+        state = self._optimizer.state.get(parameter, {})
+        self._copies[parameter] = (
+            _copy(parameter.detach(), old_value),
+            {key: _copy(value, old_state.get(key)) for key, value in state.items()},
+        )
+        return True
+
+    def complete(self) -> None:
+        """Bring all copies up to date."""
+        while self.copy_one():
+            pass
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the copies back into the live parameters and the optimizer's state."""
+        for parameter, (value, state) in self._copies.items():
+            parameter.copy_(value)
+            self._optimizer.state.pop(parameter, None)
+            if state:
+                self._optimizer.state[parameter] = {key: _copy(entry, None) for key, entry in state.items()}
+
+
+def _copy(value: Any, buffer: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return copy.deepcopy(value)
+    if isinstance(buffer, torch.Tensor) and buffer.shape == value.shape and buffer.dtype == value.dtype:
+        return buffer.copy_(value)
+    return value.detach().clone()
