@@ -98,11 +98,7 @@ class Actor:
         kind, number, chunk = route.action
         stage, plan = self.stages[number], self._plan
         start = time.monotonic_ns()
-        result: Any
-        if kind == "F":
-            result = stage.forward(plan, chunk, input, target)
-        else:
-            result = stage.backward(plan, chunk, input)
+        result: Any = stage.forward(plan, chunk, input, target) if kind == "F" else stage.backward(plan, chunk, input)
         self._report.spans.append((kind, number, chunk, start, time.monotonic_ns()))
         if route.worker is not None and route.consumer is not None:
             self._send(route.worker, plan.step, Port(route.consumer, "input"), result)
@@ -116,18 +112,19 @@ class Actor:
                 {chunk: map_tensors(lambda leaf: leaf.cpu(), out) for chunk, out in stage.outputs.items()}
             )
             report.peak_in_flight[number] = stage.peak_in_flight
+            if self._plan.training:
+                report.norms[number] = gradients.norms(stage.parameters)
             stage.outputs = {}
         return report
 
-    def seal(self, count: float | None) -> dict[int, list[float]]:
-        """Divide sums by ``count``, if the loss gave sums; the gradients' norms by stage."""
-        if count is not None:
-            gradients.divide(self.parameters, count)
-        return {number: gradients.norms(stage.parameters) for number, stage in self.stages.items()}
+    def hand_over(self, context_id: int, count: float | None, factor: float) -> None:
+        """File the gradients in the step's distributed-autograd context.
 
-    def hand_over(self, context_id: int, factor: float) -> None:
-        """File the gradients, times ``factor``, in the step's distributed-autograd context."""
+        Divided by ``count``, if the loss gave sums, and then times ``factor`` (clipping).
+        """
         parameters = self.parameters
+        if count is not None:
+            gradients.divide(parameters, count)
         if factor != 1.0:
             gradients.scale(parameters, factor)
         root = gradients.take(parameters)

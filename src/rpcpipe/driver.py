@@ -25,11 +25,28 @@ _POLL = 1.0
 
 @dataclass(frozen=True)
 class Gate:
-    """What all stages together say of a step before any weight changes."""
+    """What all stages together say of a step before any weight changes.
+
+    ``count`` divides the gradients where the loss gave sums, then ``factor`` clips them.
+    """
 
     grad_norm: float
+    count: float | None
     factor: float
-    finite: bool
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.grad_norm)
+
+    @classmethod
+    def of(cls, reports: Mapping[str, Report], count: float | None, max_norm: float | None) -> Gate:
+        """The norm of all gradients and what clipping to ``max_norm`` makes of it.
+
+        The factor is ``torch.nn.utils.clip_grad_norm_``'s.
+        """
+        by_stage = {stage: norms for report in reports.values() for stage, norms in report.norms.items()}
+        norm = gradients.total_norm([norm for stage in sorted(by_stage) for norm in by_stage[stage]]) / (count or 1.0)
+        return cls(norm, count, 1.0 if max_norm is None else min(1.0, max_norm / (norm + 1e-6)))
 
 
 class Driver:
@@ -55,20 +72,16 @@ class Driver:
             replies = self._issue_batched(routes, plan, values) if self._batched else self._issue(routes, plan, values)
             return self.collect(replies)
 
-    def gate(self, step: int, count: float | None, max_norm: float | None) -> Gate:
-        """All stages are done: the norm of all gradients, the clipping factor, NaN and Inf seen."""
-        with self._cancelling(step):
-            replies = {worker: self._post(worker, step, [Task("seal", (count,))]) for worker in self.workers}
-            found = self.collect(replies)
-        by_stage = {stage: norms for stages in found.values() for stage, norms in stages.items()}
-        norm = gradients.total_norm([norm for stage in sorted(by_stage) for norm in by_stage[stage]])
-        factor = 1.0 if max_norm is None else min(1.0, max_norm / (norm + 1e-6))
-        return Gate(norm, factor, math.isfinite(norm))
-
-    def hand_over(self, step: int, context_id: int, factor: float) -> None:
+    def hand_over(self, step: int, context_id: int, gate: Gate) -> dict[str, Future[Any]]:
         """File every stage's gradients in the step's distributed-autograd context."""
+        task = Task("hand_over", (context_id, gate.count, gate.factor))
         with self._cancelling(step):
-            self._all(step, Task("hand_over", (context_id, factor)))
+            return {worker: self._post(worker, step, [task]) for worker in self.workers}
+
+    def settle(self, step: int, replies: Mapping[str, Future[Any]]) -> None:
+        """Wait for what ``hand_over`` has begun."""
+        with self._cancelling(step):
+            self.collect(replies)
 
     def optimize(self, step: int, context_id: int, changes: Sequence[Mapping[str, Any]]) -> None:
         """Apply the context's gradients on all workers, or on none."""
@@ -92,7 +105,7 @@ class Driver:
 
     def hold(self, worker: str, op: str, *args: Any) -> Any:
         """Like ``post``; the result stays on the worker and an RRef comes back."""
-        return self._hold(worker, -1, [Task(op, args)])
+        return self._transport.hold(worker, "submit", *self._call(worker, -1, [Task(op, args)]), later=True)
 
     def chain(self, worker: str, number: int, inputs: Any) -> Any:
         """An RRef to stage ``number``'s output for ``inputs``, which may hold RRefs."""
@@ -113,10 +126,16 @@ class Driver:
         self, routes: Iterable[tuple[str, Route]], plan: StepPlan, values: Mapping[Port, Any]
     ) -> dict[str, Future[Any]]:
         """One asynchronous call per action, whose RRef is kept until the step is over."""
-        self._held = [self._hold(worker, plan.step, [Task("begin", (plan,))]) for worker in self.workers]
+        self._held = []
+        begun: set[str] = set()
         for worker, route in routes:
             given = [(port, values[port]) for port in route.awaits if port in values]
-            self._held.append(self._hold(worker, plan.step, [Task("act", (route,), route.awaits)], given))
+            tasks = [Task("act", (route,), route.awaits)]
+            if worker not in begun:
+                begun.add(worker)
+                tasks.insert(0, Task("begin", (plan,)))
+            call = self._call(worker, plan.step, tasks, given)
+            self._held.append(self._transport.hold(worker, "accept", *call))
         return {worker: self._post(worker, plan.step, [Task("settle")]) for worker in self.workers}
 
     def _issue_batched(
@@ -137,15 +156,15 @@ class Driver:
         self.collect({worker: self._post(worker, step, [task]) for worker in self.workers})
 
     def _post(self, worker: str, step: int, tasks: list[Task], values: Sequence[tuple[Port, Any]] = ()) -> Future[Any]:
-        return self._transport.post(worker, "submit", *self._address(worker, step, tasks), tasks, values)
+        return self._transport.post(worker, "submit", *self._call(worker, step, tasks, values))
 
-    def _hold(self, worker: str, step: int, tasks: list[Task], values: Sequence[tuple[Port, Any]] = ()) -> Any:
-        return self._transport.hold(worker, "submit", *self._address(worker, step, tasks), tasks, values)
-
-    def _address(self, worker: str, step: int, tasks: list[Task]) -> tuple[str, int, int]:
+    def _call(
+        self, worker: str, step: int, tasks: list[Task], values: Sequence[tuple[Port, Any]] = ()
+    ) -> tuple[str, int, int, list[Task], Sequence[tuple[Port, Any]]]:
+        """The arguments of ``submit`` and ``accept``; takes the tasks' places in the sequence."""
         sequence = self._next[worker]
         self._next[worker] += len(tasks)
-        return self._pipeline, step, sequence
+        return self._pipeline, step, sequence, tasks, values
 
     # --- waiting ---
 

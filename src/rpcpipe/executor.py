@@ -8,6 +8,7 @@ pipeline has one, and runs it.
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -22,6 +23,8 @@ from rpcpipe.mailbox import Entry, Mailbox
 from rpcpipe.messages import Port, Task
 from rpcpipe.schedules.action import NAMES
 from rpcpipe.transport.base import Transport
+
+_SWITCH_SECONDS = 2e-4
 
 log = logging.getLogger("rpcpipe.worker")
 
@@ -84,6 +87,16 @@ class Executor:
         self._refuse(late)
         return reply
 
+    def accept(
+        self, pipeline: str, step: int, sequence: int, tasks: Sequence[Task], values: Sequence[tuple[Port, Any]] = ()
+    ) -> str:
+        """Like ``submit`` for calls whose outcome ``settle`` reports: answers as soon as they are filed.
+
+        An answer at the end of every action would cost the compute thread a message each.
+        """
+        self.submit(pipeline, step, sequence, tasks, values)
+        return "accepted"
+
     def deliver(self, pipeline: str, step: int, port: Port, value: Any) -> None:
         """File a value that another stage has pushed."""
         with self._changed:
@@ -137,6 +150,8 @@ class Executor:
         """Run tasks until ``close``."""
         # A thread's OpenMP pool has its own size; set in the thread that computes.
         torch.set_num_threads(self._threads)
+        # A handler that holds the GIL keeps this thread from starting its next kernel.
+        sys.setswitchinterval(_SWITCH_SECONDS)
         while (taken := self._next()) is not None:
             self._finish(*taken)
 

@@ -12,6 +12,7 @@ import time
 import uuid
 import weakref
 from collections.abc import Callable
+from concurrent.futures import wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +27,7 @@ from rpcpipe.transport import rpc
 
 _DRIVER = "driver"
 _STOP_SECONDS = 1.0
+_DRAIN_SECONDS = 0.3
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,12 @@ class Cluster:
         self._dead[process.name] = error
         self.transport.lose(process.name, error)
 
+    def _drain(self) -> None:
+        """Let what is under way arrive: contexts being released, RRefs being deleted."""
+        if self.healthy:
+            asked = {self.transport.post(worker.name, "progress") for worker in self.workers}
+            wait(asked, _DRAIN_SECONDS)
+
     def close(self) -> None:
         """End the workers; returns within 2 s whatever their state. Closing twice is allowed."""
         global _live
@@ -115,6 +123,7 @@ class Cluster:
             return
         for pipeline in list(self.pipelines):
             pipeline.close()
+        self._drain()
         self._closed = True
         _live = None if _live is self else _live
         self._watch.close()
@@ -122,8 +131,9 @@ class Cluster:
             self.transport.lose(
                 process.name, WorkerLost(f"{process.name}: the cluster was closed", worker=process.name)
             )
-        end(self._processes, _STOP_SECONDS)
+        # First our side of every connection, so that the agent does not report theirs as broken.
         rpc.leave()
+        end(self._processes, _STOP_SECONDS)
 
 
 _live: Cluster | None = None

@@ -49,11 +49,13 @@ class Report:
     """One worker's account of a step.
 
     ``losses`` holds (value, count) per micro-batch on the last stage, count None for a mean;
+    ``norms`` the 2-norm of every parameter's summed gradient, by stage, in the model's order;
     ``spans`` holds (kind, stage, chunk, start, end) in nanoseconds of the worker's monotonic clock.
     """
 
     worker: str
     losses: dict[int, tuple[float, float | None]] = field(default_factory=dict)
     outputs: dict[int, Any] = field(default_factory=dict)
+    norms: dict[int, list[float]] = field(default_factory=dict)
     spans: list[tuple[str, int, int, int, int]] = field(default_factory=list)
     peak_in_flight: dict[int, int] = field(default_factory=dict)

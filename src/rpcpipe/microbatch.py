@@ -33,7 +33,8 @@ def batch_size(nest: Nest) -> int:
     sizes = {leaf.shape[0] for leaf in tensors(nest) if leaf.dim()}
     if len(sizes) != 1 or 0 in sizes:
         raise ValueError(
-            f"a batch needs tensors that agree on a dimension 0 of at least 1; their sizes are {sorted(sizes) or 'none'}."
+            "a batch needs tensors that agree on a dimension 0 of at least 1;"
+            f" their sizes are {sorted(sizes) or 'none'}."
             " Expand what all micro-batches share along dimension 0, or pass it to the layer's constructor"
         )
     return int(sizes.pop())

@@ -8,6 +8,7 @@ import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +20,7 @@ from tqdm import tqdm
 from rpcpipe import schedules
 from rpcpipe.actor import ActorSpec
 from rpcpipe.backward import Received
-from rpcpipe.driver import Driver
+from rpcpipe.driver import Driver, Gate
 from rpcpipe.errors import CheckpointError, PartitionError, RpcPipeError, ScheduleError
 from rpcpipe.launch import Cluster
 from rpcpipe.layers import Layer, named_layers, parameter_counts, shared_parameters
@@ -130,7 +131,8 @@ class Pipeline:
         StageError, WorkerLost or DeadlineExceeded; the weights are then as before.
         """
         with self.step() as step:
-            step.forward_backward(inputs, targets)
+            # Not forward_backward: its wait for the hand-over would cost a round trip.
+            step.run(inputs, targets)
             step.optimize()
             return step.result()
 
@@ -217,7 +219,8 @@ class Pipeline:
         wrong = [key for key in live.keys() & state.keys() if live[key].shape != state[key].shape]
         if missing or extra or wrong:
             raise CheckpointError(
-                f"the state does not fit the model: missing {missing[:5]}, unexpected {extra[:5]}, wrong shape {wrong[:5]}"
+                f"the state does not fit the model: missing {missing[:5]}, unexpected {extra[:5]},"
+                f" wrong shape {wrong[:5]}"
             )
         owner = {layer: stage for stage in self.stages for layer in stage.layers}
         parts: dict[str, dict[int, dict[str, torch.Tensor]]] = {name: {} for name in self._names}
@@ -299,6 +302,11 @@ class Step:
 
     def forward_backward(self, inputs: Nest, targets: Nest) -> float:
         """Run the batch; the gradients of its mean loss are then in the context. Returns the loss."""
+        self._pipe._driver.settle(self._number, self.run(inputs, targets))
+        return self.result().loss
+
+    def run(self, inputs: Nest, targets: Nest) -> dict[str, Future[Any]]:
+        """``forward_backward`` that does not wait until the gradients are in the context."""
         if self._result is not None:
             raise RpcPipeError("forward_backward was called in this step already; open another step")
         pipe, driver = self._pipe, self._pipe._driver
@@ -306,10 +314,8 @@ class Step:
         values = pipe._values(parts, split(targets, pipe.chunks))
         reports = driver.run(pipe._train_routes(len(parts)), StepPlan(self._number, True, weights), values)
         loss, count = mean_loss(reports, weights)
-        gate = driver.gate(self._number, count, pipe.clip_grad_norm)
-        if gate.finite:
-            driver.hand_over(self._number, self.context_id, gate.factor)
-        else:
+        gate = Gate.of(reports, count, pipe.clip_grad_norm)
+        if not gate.finite:
             log.warning("step %d: the gradient's norm is %s; no weight changes", self._number, gate.grad_norm)
         self._result = StepResult(
             self._number,
@@ -320,7 +326,7 @@ class Step:
             gate.finite,
             timeline(reports, pipe.schedule.name),
         )
-        return loss
+        return driver.hand_over(self._number, self.context_id, gate) if gate.finite else {}
 
     def optimize(self) -> None:
         """Apply the gradients on all workers, or on none."""

@@ -21,8 +21,11 @@ class Transport(Protocol):
         """Send; the future gets the result, or WorkerLost."""
         ...
 
-    def hold(self, to: str, verb: str, *args: Any) -> object:
-        """Send; the result stays there until the returned handle (an RRef) is let go."""
+    def hold(self, to: str, verb: str, *args: Any, later: bool = False) -> object:
+        """Send; the result stays there until the returned handle (an RRef) is let go.
+
+        ``later``: the verb answers with a future, and its result is meant.
+        """
         ...
 
     def chain(self, to: str, verb: str, *args: Any) -> object:

@@ -37,7 +37,7 @@ class LocalTransport:
             self._bag.append((to, verb, args, reply))
         return reply
 
-    def hold(self, to: str, verb: str, *args: Any) -> object:
+    def hold(self, to: str, verb: str, *args: Any, later: bool = False) -> object:
         return self.post(to, verb, *args)
 
     def chain(self, to: str, verb: str, *args: Any) -> object:
@@ -77,7 +77,7 @@ class LocalTransport:
         yield self._contexts
 
     def file(self, context_id: int, root: torch.Tensor) -> None:
-        root.backward()
+        root.backward()  # type: ignore[no-untyped-call]
 
     def collect(self, context_id: int) -> Mapping[torch.Tensor, torch.Tensor]:
         return _LeafGradients()
@@ -86,5 +86,5 @@ class LocalTransport:
 class _LeafGradients(dict[torch.Tensor, torch.Tensor]):
     """Without distributed autograd the gradients lie in ``.grad``."""
 
-    def get(self, parameter: torch.Tensor, default: Any = None) -> Any:  # type: ignore[override]
+    def get(self, parameter: torch.Tensor, default: Any = None) -> Any:
         return parameter.grad

@@ -19,7 +19,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from torch.distributed import Store, rpc
+from torch.distributed import Store, rpc  # type: ignore[attr-defined]
 from torch.distributed import autograd as dist_autograd
 from torch.distributed.rpc import api
 from torch.utils import _pytree as pytree
@@ -42,7 +42,7 @@ def join(store: Store, name: str, rank: int, world_size: int, *, interface: str,
 
     Raises RpcPipeError if this process is in a group already, RuntimeError on timeout.
     """
-    if rpc._is_current_rpc_agent_set():
+    if rpc._is_current_rpc_agent_set():  # type: ignore[attr-defined]
         raise RpcPipeError("this process already runs torch RPC; close the cluster, or call rpc.shutdown(), first")
     os.environ["TP_SOCKET_IFNAME"] = interface
     store.set_timeout(timedelta(seconds=timeout))
@@ -60,7 +60,7 @@ def join(store: Store, name: str, rank: int, world_size: int, *, interface: str,
 def leave() -> None:
     """Leave the group without waiting for anybody."""
     serve(None)
-    if rpc._is_current_rpc_agent_set():
+    if rpc._is_current_rpc_agent_set():  # type: ignore[attr-defined]
         rpc.shutdown(graceful=False)
 
 
@@ -172,8 +172,8 @@ class RpcTransport:
         for reply in pending:
             reply.set_exception(error)
 
-    def hold(self, to: str, verb: str, *args: Any) -> object:
-        return rpc.remote(to, _receive_later, args=(self._generation, verb, args))
+    def hold(self, to: str, verb: str, *args: Any, later: bool = False) -> object:
+        return rpc.remote(to, _receive_later if later else _receive, args=(self._generation, verb, args))
 
     def chain(self, to: str, verb: str, *args: Any) -> object:
         return rpc.remote(to, _receive_chained, args=(self._generation, verb, args))
