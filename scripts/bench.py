@@ -12,12 +12,10 @@ import json
 import multiprocessing as mp
 import os
 import platform
-import resource
 import socket
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,8 +24,9 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
-import rpcpipe as rp
 from gpt_model import gpt, next_token_loss
+
+import rpcpipe as rp
 
 VOCABULARY, TIME, MICRO = 256, 128, 2
 

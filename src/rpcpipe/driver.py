@@ -46,7 +46,7 @@ class Gate:
         """
         by_stage = {stage: norms for report in reports.values() for stage, norms in report.norms.items()}
         norm = gradients.total_norm([norm for stage in sorted(by_stage) for norm in by_stage[stage]]) / (count or 1.0)
-        return cls(norm, count, 1.0 if max_norm is None else min(1.0, max_norm / (norm + 1e-6)))
+        return cls(norm, count, 1.0 if max_norm is None else gradients.clip_factor(norm, max_norm))
 
 
 class Driver:

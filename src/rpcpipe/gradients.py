@@ -57,6 +57,11 @@ def total_norm(per_parameter: Sequence[float]) -> float:
     return float(torch.linalg.vector_norm(torch.tensor(per_parameter, dtype=torch.float32)))
 
 
+def clip_factor(norm: float, max_norm: float) -> float:
+    """What ``torch.nn.utils.clip_grad_norm_`` multiplies by, computed in float32 as it does."""
+    return float(torch.clamp(max_norm / (torch.tensor(norm, dtype=torch.float32) + 1e-6), max=1.0))
+
+
 def divide(parameters: Sequence[nn.Parameter], divisor: float) -> None:
     """Turn sums of per-sample gradients into means, in place."""
     _each(parameters, lambda grads: torch._foreach_div_(grads, divisor))

@@ -45,7 +45,8 @@ class Pipeline:
     ``model``: an ``nn.Sequential``, or a list of ``nn.Module`` and ``LayerSpec``. ``loss(output,
     target)`` gives the mean as a scalar tensor, or (sum, count), which is normalised over the whole
     batch. ``optimizer(params)`` makes a torch optimizer, once per worker. ``balance``: layers per
-    stage, or "parameters". ``dispatch``: "rref" issues one asynchronous call per action and keeps
+    stage, or "parameters". A list shorter than the cluster, or a Schedule for fewer workers, uses
+    the first workers and leaves the others to further pipelines. ``dispatch``: "rref" issues one asynchronous call per action and keeps
     its RRef, "batched" one message per worker and step; the results are the same.
 
     Raises ScheduleError, PartitionError or ValueError before anything starts.
@@ -73,7 +74,7 @@ class Pipeline:
         self.cluster = cluster
         self.chunks = chunks
         self.clip_grad_norm = clip_grad_norm
-        self._names = [worker.name for worker in cluster.workers]
+        self._names = _names(cluster, schedule, balance)
         self._schedule_of = _schedule_factory(schedule, len(self._names))
         self.schedule = self._schedule_of(chunks)
         layers = named_layers(model)
@@ -236,6 +237,7 @@ class Pipeline:
         if self._closed:
             return
         self._closed = True
+        self.cluster.pipelines.discard(self)
         self.stages = ()
         if self.cluster.healthy:
             self._driver.drop()
@@ -386,13 +388,22 @@ def _refuse(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def _names(cluster: Cluster, schedule: str | Schedule, balance: str | Sequence[int]) -> list[str]:
+    """The workers that the pipeline uses."""
+    names = [worker.name for worker in cluster.workers]
+    wanted = len(names) if isinstance(balance, str) else len(balance)
+    if isinstance(schedule, Schedule):
+        wanted = schedule.workers
+    if not 1 <= wanted <= len(names):
+        raise PartitionError(f"{wanted} stages need as many workers, the cluster has {len(names)}; launch more")
+    return names[:wanted]
+
+
 def _schedule_factory(schedule: str | Schedule, workers: int) -> Callable[[int], Schedule]:
     if isinstance(schedule, str):
         name = schedule
         return lambda chunks: schedules.get(name, workers, chunks).validate()
     fixed = schedule.validate()
-    if fixed.workers != workers:
-        raise ScheduleError(f"schedule {fixed.name!r} is for {fixed.workers} workers, the cluster has {workers}")
 
     def of(chunks: int) -> Schedule:
         if chunks != fixed.chunks:

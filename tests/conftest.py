@@ -1,0 +1,19 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+import rpcpipe as rp
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Bits depend on the thread count; workers compute with one as well."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def cluster() -> rp.Cluster:
+    """Four live workers, shared by all tests that leave them alive (launch returns the live cluster)."""
+    return rp.launch(workers=4, threads=1, timeout=20.0)

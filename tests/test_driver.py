@@ -1,0 +1,109 @@
+"""Order, cancellation and deadlines, over the transport that shuffles every message."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import rpcpipe as rp
+from helpers import LocalCluster, batches, cross_entropy, mlp, sgd
+from rpcpipe.actor import Actor
+from rpcpipe.messages import Route
+from rpcpipe.optimizer import LocalOptimizer
+
+
+@pytest.fixture
+def executed(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[rp.Action]]:
+    """Every worker's actions in the order in which they really ran."""
+    seen: dict[str, list[rp.Action]] = {}
+    act = Actor.act
+
+    def record(self: Actor, route: Route, **values: object) -> None:
+        seen.setdefault(self.name, []).append(route.action)
+        act(self, route, **values)
+
+    monkeypatch.setattr(Actor, "act", record)
+    return seen
+
+
+def tiny(layers: int) -> nn.Sequential:
+    return nn.Sequential(*[nn.Linear(2, 2) for _ in range(layers)])
+
+
+def mse(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return nn.functional.mse_loss(output, target)
+
+
+@pytest.mark.parametrize("schedule", rp.schedules.names())
+@pytest.mark.parametrize("dispatch", ["rref", "batched"])
+def test_executed_order_is_the_schedules(schedule: str, dispatch: str, executed: dict[str, list[rp.Action]]) -> None:
+    """1,000 shuffles and more: 170 seeds × 3 schedules × 2 dispatch modes."""
+    for seed in range(170):
+        executed.clear()
+        pipe = rp.Pipeline(
+            tiny(3), LocalCluster(3, seed), loss=mse, optimizer=sgd, schedule=schedule, chunks=4, dispatch=dispatch
+        )  # type: ignore[arg-type]
+        pipe.train_step(torch.randn(4, 2), torch.randn(4, 2))
+        planned = rp.schedules.get(schedule, 3, 4).actions
+        assert [tuple(executed[f"worker{index}"]) for index in range(3)] == list(planned)
+
+
+def fail_on_nan(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+    if inputs[0].isnan().any():
+        raise ArithmeticError("NaN in the input")
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_a_failed_step_is_dropped_and_the_next_one_is_right(seed: int) -> None:
+    def model() -> nn.Sequential:
+        layers = mlp(6)
+        layers[3].register_forward_pre_hook(fail_on_nan)
+        return layers
+
+    bad, good = (rp.Pipeline(model(), LocalCluster(3, seed), loss=cross_entropy, optimizer=sgd, chunks=5)
+                 for _ in range(2))  # type: ignore[arg-type]  # fmt: skip
+    (x, y), (x2, y2) = batches(2)
+    poisoned = x.clone()
+    poisoned[6] = float("nan")  # micro-batch 3
+    with pytest.raises(rp.StageError, match="NaN in the input") as caught:
+        bad.train_step(poisoned, y)
+    assert (caught.value.stage, caught.value.chunk, caught.value.action) == (1, 3, "forward")
+    good._driver.step = 1  # the failed step's number is used up
+    bad.train_step(x2, y2)
+    good.train_step(x2, y2)
+    for name, value in good.state_dict().items():
+        assert torch.equal(bad.state_dict()[name], value)
+
+
+def test_a_lost_message_runs_into_the_deadline_which_names_the_action() -> None:
+    lost = iter([False] * 3 + [True])
+
+    def drop(to: str, verb: str) -> bool:
+        return verb == "deliver" and next(lost, False)
+
+    pipe = rp.Pipeline(
+        mlp(), LocalCluster(3, drop=drop, timeout=0.2), loss=cross_entropy, optimizer=sgd, schedule="gpipe", chunks=4
+    )  # type: ignore[arg-type]
+    x, y = next(batches(1))
+    with pytest.raises(rp.DeadlineExceeded, match=r"worker\d \dF\d \(waits for its input\)"):
+        pipe.train_step(x, y)
+    pipe.train_step(x, y)
+
+
+def test_a_step_changes_no_weight_before_all_stages_are_done(
+    executed: dict[str, list[rp.Action]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done_at_update = []
+    step = LocalOptimizer.step
+
+    def record(self: LocalOptimizer, *args: Any) -> None:
+        done_at_update.append({worker: len(actions) for worker, actions in executed.items()})
+        step(self, *args)
+
+    monkeypatch.setattr(LocalOptimizer, "step", record)
+    pipe = rp.Pipeline(tiny(2), LocalCluster(2, 7), loss=mse, optimizer=sgd, chunks=4)  # type: ignore[arg-type]
+    pipe.train_step(torch.randn(4, 2), torch.randn(4, 2))
+    assert done_at_update == [{"worker0": 8, "worker1": 8}] * 2

@@ -1,0 +1,112 @@
+"""The numerics contract: the same bits as a plain single-process loop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import rpcpipe as rp
+from helpers import (
+    OPTIMIZERS,
+    LocalCluster,
+    Oracle,
+    adamw,
+    assert_same_weights,
+    batches,
+    cross_entropy,
+    mlp,
+    sgd,
+    summed,
+)
+
+SIZES = {1: [8], 2: [3, 5], 3: [3, 2, 3], 4: [2, 2, 2, 2]}
+
+
+def train_both(pipe: rp.Pipeline, oracle: Oracle, steps: int = 5, size: int = 10) -> None:
+    for inputs, targets in batches(steps, size):
+        result = pipe.train_step(inputs, targets)
+        assert result.loss == oracle.train_step(inputs, targets)
+        assert result.grad_norm == oracle.grad_norm
+    assert_same_weights(pipe, oracle.model)
+
+
+@pytest.mark.parametrize("dispatch", ["rref", "batched"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("schedule", rp.schedules.names())
+def test_same_bits_through_rpc(cluster: rp.Cluster, schedule: str, optimizer: str, dispatch: str) -> None:
+    for stages, balance in SIZES.items():
+        for chunks in (1, 3, 8):
+            make: Any = OPTIMIZERS[optimizer]
+            pipe = rp.Pipeline(
+                mlp(), cluster, loss=cross_entropy, optimizer=make, schedule=schedule, chunks=chunks,
+                balance=balance, dispatch=dispatch,
+            )  # fmt: skip
+            train_both(pipe, Oracle(mlp(), make, cross_entropy, chunks))
+            assert len(pipe.stages) == stages
+            pipe.close()
+
+
+@pytest.mark.parametrize("dispatch", ["rref", "batched"])
+@pytest.mark.parametrize("schedule", rp.schedules.names())
+def test_same_bits_in_any_order_of_messages(schedule: str, dispatch: str) -> None:
+    for seed, chunks in enumerate((1, 2, 3, 7)):
+        pipe = rp.Pipeline(
+            mlp(), LocalCluster(3, seed), loss=cross_entropy, optimizer=sgd, schedule=schedule, chunks=chunks,
+            dispatch=dispatch,
+        )  # type: ignore[arg-type]  # fmt: skip
+        train_both(pipe, Oracle(mlp(), sgd, cross_entropy, chunks), steps=3)
+
+
+@pytest.mark.parametrize("clip", [None, 0.05])
+def test_a_loss_of_sum_and_count_is_normalised_over_the_batch(cluster: rp.Cluster, clip: float | None) -> None:
+    oracle = Oracle(mlp(), adamw, summed, 3, clip=clip)
+    pipe = rp.Pipeline(mlp(), cluster, loss=summed, optimizer=adamw, chunks=3, clip_grad_norm=clip)
+    for inputs, targets in batches(4):
+        result = pipe.train_step(inputs, targets)
+        assert result.loss == oracle.train_step(inputs, targets)
+        assert result.grad_norm == pytest.approx(oracle.grad_norm, rel=1e-6)
+    if clip is None:
+        assert_same_weights(pipe, oracle.model)
+    else:  # the norm of a quotient differs from the quotient of norms in the last bit
+        for name, value in oracle.model.state_dict().items():
+            torch.testing.assert_close(pipe.state_dict()[name], value, rtol=1e-5, atol=1e-7)
+    pipe.close()
+
+
+def test_clipping_equals_torchs_to_the_bit(cluster: rp.Cluster) -> None:
+    pipe = rp.Pipeline(mlp(), cluster, loss=cross_entropy, optimizer=sgd, chunks=3, clip_grad_norm=0.05)
+    train_both(pipe, Oracle(mlp(), sgd, cross_entropy, 3, clip=0.05))
+    pipe.close()
+
+
+def test_learning_rate_schedulers_work_unchanged(cluster: rp.Cluster) -> None:
+    oracle = Oracle(mlp(), sgd, cross_entropy, 2)
+    pipe = rp.Pipeline(mlp(), cluster, loss=cross_entropy, optimizer=sgd, chunks=2)
+    schedulers = [
+        torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.5, total_steps=8)
+        for optimizer in (pipe.optimizer, oracle.optimizer)
+    ]
+    for inputs, targets in batches(6):
+        pipe.train_step(inputs, targets)
+        oracle.train_step(inputs, targets)
+        for scheduler in schedulers:
+            scheduler.step()
+    pipe.optimizer.param_groups[0]["lr"] = oracle.optimizer.param_groups[0]["lr"] = 0.01
+    train_both_once = next(batches(1))
+    pipe.train_step(*train_both_once)
+    oracle.train_step(*train_both_once)
+    assert_same_weights(pipe, oracle.model)
+    pipe.close()
+
+
+def test_two_runs_give_the_same_bits_and_another_seed_does_not(cluster: rp.Cluster) -> None:
+    def losses(seed: int) -> list[float]:
+        pipe = rp.Pipeline(mlp(), cluster, loss=cross_entropy, optimizer=sgd, chunks=4, seed=seed)
+        found = [pipe.train_step(*batch).loss for batch in batches(2)]
+        pipe.close()
+        return found
+
+    assert losses(1) == losses(1)
+    assert losses(1) != losses(2)
