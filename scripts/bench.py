@@ -41,6 +41,7 @@ class Case(NamedTuple):
 
 
 def layers(case: Case) -> list[rp.LayerSpec]:
+    """The GPT, two blocks a stage."""
     return gpt(VOCABULARY, case.dim, case.dim // 64, 2 * case.stages, TIME)
 
 
@@ -53,11 +54,13 @@ def balance(case: Case) -> list[int]:
 
 
 def batch(case: Case, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random tokens and the next ones."""
     ids = torch.randint(0, VOCABULARY, (MICRO * case.chunks, TIME + 1), generator=torch.Generator().manual_seed(seed))
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
 def adamw(params: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """The same optimizer on every side."""
     return torch.optim.AdamW(params, lr=1e-4)
 
 
@@ -168,7 +171,7 @@ class SingleProcess:
         for _ in range(count):
             start = time.perf_counter()
             for x, y in zip(self._inputs.chunk(self._chunks), self._targets.chunk(self._chunks), strict=True):
-                (next_token_loss(self._model(x), y) / self._chunks).backward()
+                (next_token_loss(self._model(x), y) / self._chunks).backward()  # type: ignore[no-untyped-call]
             self._optimizer.step()
             self._optimizer.zero_grad()
             times.append(time.perf_counter() - start)

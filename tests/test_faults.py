@@ -56,7 +56,7 @@ class RaisingAdamW(torch.optim.AdamW):
 
 def model_with(where: str, position: int) -> nn.Sequential:
     model = mlp()
-    model[position] = nn.Sequential(Boom(where), *model[position])
+    model[position] = nn.Sequential(*model[position], Boom(where))
     return model
 
 

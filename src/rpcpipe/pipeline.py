@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-import logging
-import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,24 +15,21 @@ from tqdm import tqdm
 
 from rpcpipe import schedules
 from rpcpipe.actor import ActorSpec
+from rpcpipe.arguments import check_functions, cut_layers, refuse, schedule_factory, worker_names
 from rpcpipe.backward import Received
-from rpcpipe.driver import Driver, Gate
-from rpcpipe.errors import CheckpointError, PartitionError, RpcPipeError, ScheduleError
+from rpcpipe.driver import Driver
+from rpcpipe.errors import CheckpointError, RpcPipeError
+from rpcpipe.handle import StageHandle
 from rpcpipe.launch import Cluster
-from rpcpipe.layers import Layer, named_layers, parameter_counts, shared_parameters
+from rpcpipe.layers import Layer, named_layers
 from rpcpipe.messages import Port, Route, StepPlan
 from rpcpipe.microbatch import Nest, batch_size, merge, split
 from rpcpipe.optimizer import Factory, PipelineOptimizer
-from rpcpipe.partition import balance as cut
-from rpcpipe.partition import check_balance
 from rpcpipe.program import compile_routes
-from rpcpipe.result import StepResult, mean_loss, peaks, timeline
+from rpcpipe.result import StepResult, mean_loss
 from rpcpipe.schedules import Action, Schedule
 from rpcpipe.stage import Loss
-
-log = logging.getLogger("rpcpipe")
-
-_DISPATCH = ("rref", "batched")
+from rpcpipe.step import Step
 
 
 class Pipeline:
@@ -45,9 +38,10 @@ class Pipeline:
     ``model``: an ``nn.Sequential``, or a list of ``nn.Module`` and ``LayerSpec``. ``loss(output,
     target)`` gives the mean as a scalar tensor, or (sum, count), which is normalised over the whole
     batch. ``optimizer(params)`` makes a torch optimizer, once per worker. ``balance``: layers per
-    stage, or "parameters". A list shorter than the cluster, or a Schedule for fewer workers, uses
-    the first workers and leaves the others to further pipelines. ``dispatch``: "rref" issues one asynchronous call per action and keeps
-    its RRef, "batched" one message per worker and step; the results are the same.
+    stage, or "parameters"; a list shorter than the cluster, or a Schedule for fewer workers, uses
+    the first workers and leaves the others to further pipelines. ``dispatch``: "rref" issues one
+    asynchronous call per action and keeps its RRef, "batched" one message per worker and step; the
+    results are the same.
 
     Raises ScheduleError, PartitionError or ValueError before anything starts.
     """
@@ -66,19 +60,16 @@ class Pipeline:
         seed: int = 0,
         dispatch: str = "rref",
     ) -> None:
-        _refuse(not callable(loss), f"loss must be callable as loss(output, target), not {loss!r}")
-        _refuse(not callable(optimizer), f"optimizer must be a function of the parameters, not {optimizer!r}")
-        _refuse(dispatch not in _DISPATCH, f"dispatch must be one of {_DISPATCH}, not {dispatch!r}")
-        _refuse(chunks < 1, f"chunks must be at least 1, not {chunks}")
+        check_functions(loss, optimizer, dispatch, chunks)
         cluster.check()
         self.cluster = cluster
         self.chunks = chunks
         self.clip_grad_norm = clip_grad_norm
-        self._names = _names(cluster, schedule, balance)
-        self._schedule_of = _schedule_factory(schedule, len(self._names))
+        self._names = worker_names([worker.name for worker in cluster.workers], schedule, balance)
+        self._schedule_of = schedule_factory(schedule, len(self._names))
         self.schedule = self._schedule_of(chunks)
         layers = named_layers(model)
-        self.balance = _cut(layers, balance, self.schedule.stages)
+        self.balance = cut_layers(layers, balance, self.schedule.stages)
         self._closed = False
         self._open: Step | None = None
         self._routes: dict[Any, list[tuple[str, Route]]] = {}
@@ -106,11 +97,11 @@ class Pipeline:
         found = self._driver.collect(replies)
         described = {stage: info for stages in found.values() for stage, info in stages.items()}
         self.stages = tuple(
-            StageHandle(self, stage, self._names[self.schedule.placement[stage]], described[stage])
+            StageHandle(self._driver, stage, self._names[self.schedule.placement[stage]], described[stage])
             for stage in range(last + 1)
         )
         groups = [info["groups"] for info in described.values() if info["groups"]]
-        _refuse(
+        refuse(
             len({len(group) for group in groups}) > 1,
             f"optimizer made {sorted({len(group) for group in groups})} parameter groups on different workers;"
             " return the same number of groups everywhere, empty ones too",
@@ -290,142 +281,3 @@ class Pipeline:
                 schedules.forward_only(self.schedule, chunks), self._names, targets=targets
             )
         return self._routes[key]
-
-
-class Step:
-    """An open step; ``context_id`` names its distributed-autograd context."""
-
-    def __init__(self, pipe: Pipeline, context_id: int, number: int) -> None:
-        self.context_id = context_id
-        self._pipe = pipe
-        self._number = number
-        self._started = time.perf_counter()
-        self._result: StepResult | None = None
-
-    def forward_backward(self, inputs: Nest, targets: Nest) -> float:
-        """Run the batch; the gradients of its mean loss are then in the context. Returns the loss."""
-        self._pipe._driver.settle(self._number, self.run(inputs, targets))
-        return self.result().loss
-
-    def run(self, inputs: Nest, targets: Nest) -> dict[str, Future[Any]]:
-        """``forward_backward`` that does not wait until the gradients are in the context."""
-        if self._result is not None:
-            raise RpcPipeError("forward_backward was called in this step already; open another step")
-        pipe, driver = self._pipe, self._pipe._driver
-        parts, weights = pipe._cut_batch(inputs)
-        values = pipe._values(parts, split(targets, pipe.chunks))
-        reports = driver.run(pipe._train_routes(len(parts)), StepPlan(self._number, True, weights), values)
-        loss, count = mean_loss(reports, weights)
-        gate = Gate.of(reports, count, pipe.clip_grad_norm)
-        if not gate.finite:
-            log.warning("step %d: the gradient's norm is %s; no weight changes", self._number, gate.grad_norm)
-        self._result = StepResult(
-            self._number,
-            loss,
-            gate.grad_norm,
-            time.perf_counter() - self._started,
-            peaks(reports),
-            gate.finite,
-            timeline(reports, pipe.schedule.name),
-        )
-        return driver.hand_over(self._number, self.context_id, gate) if gate.finite else {}
-
-    def optimize(self) -> None:
-        """Apply the gradients on all workers, or on none."""
-        self._pipe.optimizer.step()
-
-    def apply(self) -> None:
-        """What ``optimize`` does once a learning-rate scheduler has counted the call."""
-        if self.result().applied:
-            self._pipe._driver.optimize(self._number, self.context_id, self._pipe.optimizer.changes())
-
-    def result(self) -> StepResult:
-        """The figures so far; raises RpcPipeError before ``forward_backward``."""
-        if self._result is None:
-            raise RpcPipeError("call s.forward_backward(inputs, targets) first")
-        return dataclasses.replace(self._result, seconds=time.perf_counter() - self._started)
-
-
-class StageHandle:
-    """Stage ``index``, on worker ``worker``: what ``pipe.stages[k]`` is."""
-
-    def __init__(self, pipe: Pipeline, index: int, worker: str, info: Mapping[str, Any]) -> None:
-        self.index = index
-        self.worker = worker
-        self.layers: list[str] = info["layers"]
-        self._info = info
-        self._driver = pipe._driver
-
-    def __repr__(self) -> str:
-        names = self.layers[0] if len(self.layers) == 1 else f"{self.layers[0]} … {self.layers[-1]}"
-        info = self._info
-        size = f"{info['parameters']:,} parameters, {info['bytes'] / 2**20:.1f} MiB"
-        return f"stage {self.index} on {self.worker} ({info['device']}): layers {names}, {size}"
-
-    @property
-    def rref(self) -> Any:
-        """An RRef to the stage's module, on its worker."""
-        return self._driver.hold(self.worker, "module", self.index)
-
-    def call(self, function: Callable[[nn.Module], Any]) -> Any:
-        """``function(module)`` on the stage's worker; it may change the weights."""
-        return cloudpickle.loads(self._driver.control(self.worker, "call", self.index, cloudpickle.dumps(function)))
-
-    def forward(self, inputs: Nest) -> Any:
-        """An RRef to the module's output for ``inputs``: a nest of tensors, or another RRef.
-
-        Inside ``dist_autograd.context()`` its graph is recorded across the workers.
-        """
-        return self._driver.chain(self.worker, self.index, inputs)
-
-    def parameter_rrefs(self) -> list[Any]:
-        """An RRef to every trainable parameter of the stage."""
-        return [self._driver.hold(self.worker, "parameter", self.index, name) for name in self._info["trainable"]]
-
-
-def _refuse(condition: bool, message: str) -> None:
-    if condition:
-        raise ValueError(message)
-
-
-def _names(cluster: Cluster, schedule: str | Schedule, balance: str | Sequence[int]) -> list[str]:
-    """The workers that the pipeline uses."""
-    names = [worker.name for worker in cluster.workers]
-    wanted = len(names) if isinstance(balance, str) else len(balance)
-    if isinstance(schedule, Schedule):
-        wanted = schedule.workers
-    if not 1 <= wanted <= len(names):
-        raise PartitionError(f"{wanted} stages need as many workers, the cluster has {len(names)}; launch more")
-    return names[:wanted]
-
-
-def _schedule_factory(schedule: str | Schedule, workers: int) -> Callable[[int], Schedule]:
-    if isinstance(schedule, str):
-        name = schedule
-        return lambda chunks: schedules.get(name, workers, chunks).validate()
-    fixed = schedule.validate()
-
-    def of(chunks: int) -> Schedule:
-        if chunks != fixed.chunks:
-            raise ScheduleError(
-                f"schedule {fixed.name!r} is for {fixed.chunks} micro-batches, the batch makes {chunks};"
-                " pass chunks to match, or a schedule by name"
-            )
-        return fixed
-
-    return of
-
-
-def _cut(layers: OrderedDict[str, Layer], balance: str | Sequence[int], stages: int) -> list[int]:
-    if len(layers) < stages:
-        raise PartitionError(
-            f"the model has {len(layers)} layers and the schedule {stages} stages; use fewer workers or split layers"
-        )
-    if isinstance(balance, str):
-        _refuse(balance != "parameters", f"balance must be layers per stage or 'parameters', not {balance!r}")
-        sizes = cut(parameter_counts(list(layers.values())), stages)
-    else:
-        sizes = check_balance(balance, len(layers), stages)
-    if (shared := shared_parameters(layers, sizes)) is not None:
-        raise PartitionError(f"{shared} are one parameter on two stages; keep them on one stage with balance=[…]")
-    return sizes

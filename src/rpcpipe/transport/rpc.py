@@ -22,11 +22,10 @@ import torch
 from torch.distributed import Store, rpc  # type: ignore[attr-defined]
 from torch.distributed import autograd as dist_autograd
 from torch.distributed.rpc import api
+from torch.distributed.rpc.internal import RemoteException
 from torch.utils import _pytree as pytree
 
 from rpcpipe.errors import Failure, RpcPipeError, StageError, WorkerLost
-
-RRef = rpc.RRef
 
 # uv: the default shm transport keeps a core busy per process even when idle. basic: through the socket.
 _TRANSPORTS, _CHANNELS = ["uv"], ["basic"]
@@ -95,9 +94,7 @@ def _receive_chained(generation: str, verb: str, args: tuple[Any, ...]) -> torch
     is in force, so the graph spans the workers; nothing waits here.
     """
     leaves, spec = pytree.tree_flatten(args)
-    fetches = [
-        rpc.rpc_async(leaf.owner(), _local_value, args=(leaf,)) if isinstance(leaf, RRef) else None for leaf in leaves
-    ]
+    fetches = [rpc.rpc_async(leaf.owner(), _local_value, args=(leaf,)) if _is_rref(leaf) else None for leaf in leaves]
     answer: torch.futures.Future[Any] = torch.futures.Future()
 
     def fetched(_: object) -> None:
@@ -105,20 +102,29 @@ def _receive_chained(generation: str, verb: str, args: tuple[Any, ...]) -> torch
             values = [leaf if fetch is None else fetch.value() for leaf, fetch in zip(leaves, fetches, strict=True)]
             result = _receive(generation, verb, pytree.tree_unflatten(values, spec))
         except Exception as error:
-            answer.set_exception(error)
+            answer.set_result(_raised_by_to_here(f"{type(error).__name__}: {error}"))
         else:
             result.add_done_callback(answered)
 
     def answered(done: Future[Any]) -> None:
         outcome = done.result()
-        if isinstance(outcome, Failure):
-            # Called by hand, so torch's own way of reporting applies: raised by to_here().
-            answer.set_exception(RuntimeError(str(StageError(outcome))))
-        else:
-            answer.set_result(outcome)
+        failed = isinstance(outcome, Failure)
+        answer.set_result(_raised_by_to_here(str(StageError(outcome))) if failed else outcome)
 
     torch.futures.collect_all([fetch for fetch in fetches if fetch is not None]).add_done_callback(fetched)
     return answer
+
+
+def _raised_by_to_here(message: str) -> RemoteException:
+    """Of calls made by hand the user fetches the value himself, so torch's way of reporting applies.
+
+    torch decodes the message's escapes, which mangles non-ASCII text unless it was escaped here.
+    """
+    return RemoteException(message.encode("unicode_escape").decode("ascii"), RuntimeError)
+
+
+def _is_rref(value: object) -> bool:
+    return isinstance(value, rpc.PyRRef)  # type: ignore[attr-defined]
 
 
 def _local_value(rref: Any) -> Any:

@@ -1,0 +1,74 @@
+"""Pipeline's arguments, checked before anything starts; every refusal says the values and what to do."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rpcpipe import schedules
+from rpcpipe.errors import PartitionError, ScheduleError
+from rpcpipe.layers import Layer, parameter_counts, shared_parameters
+from rpcpipe.partition import balance as cut
+from rpcpipe.partition import check_balance
+from rpcpipe.schedules import Schedule
+
+_DISPATCH = ("rref", "batched")
+
+
+def refuse(condition: bool, message: str) -> None:
+    """ValueError with ``message`` if ``condition`` holds."""
+    if condition:
+        raise ValueError(message)
+
+
+def worker_names(names: list[str], schedule: str | Schedule, balance: str | Sequence[int]) -> list[str]:
+    """The workers that the pipeline uses."""
+    wanted = len(names) if isinstance(balance, str) else len(balance)
+    if isinstance(schedule, Schedule):
+        wanted = schedule.workers
+    if not 1 <= wanted <= len(names):
+        raise PartitionError(f"{wanted} stages need as many workers, the cluster has {len(names)}; launch more")
+    return names[:wanted]
+
+
+def schedule_factory(schedule: str | Schedule, workers: int) -> Callable[[int], Schedule]:
+    """The schedule as a function of the number of micro-batches, which a small batch lowers."""
+    if isinstance(schedule, str):
+        name = schedule
+        return lambda chunks: schedules.get(name, workers, chunks).validate()
+    fixed = schedule.validate()
+
+    def of(chunks: int) -> Schedule:
+        if chunks != fixed.chunks:
+            raise ScheduleError(
+                f"schedule {fixed.name!r} is for {fixed.chunks} micro-batches, the batch makes {chunks};"
+                " pass chunks to match, or a schedule by name"
+            )
+        return fixed
+
+    return of
+
+
+def cut_layers(layers: OrderedDict[str, Layer], balance: str | Sequence[int], stages: int) -> list[int]:
+    """Layers per stage; raises PartitionError."""
+    if len(layers) < stages:
+        raise PartitionError(
+            f"the model has {len(layers)} layers and the schedule {stages} stages; use fewer workers or split layers"
+        )
+    if isinstance(balance, str):
+        refuse(balance != "parameters", f"balance must be layers per stage or 'parameters', not {balance!r}")
+        sizes = cut(parameter_counts(list(layers.values())), stages)
+    else:
+        sizes = check_balance(balance, len(layers), stages)
+    if (shared := shared_parameters(layers, sizes)) is not None:
+        raise PartitionError(f"{shared} are one parameter on two stages; keep them on one stage with balance=[…]")
+    return sizes
+
+
+def check_functions(loss: Any, optimizer: Any, dispatch: str, chunks: int) -> None:
+    """Refuse what can be seen to be wrong without running it."""
+    refuse(not callable(loss), f"loss must be callable as loss(output, target), not {loss!r}")
+    refuse(not callable(optimizer), f"optimizer must be a function of the parameters, not {optimizer!r}")
+    refuse(dispatch not in _DISPATCH, f"dispatch must be one of {_DISPATCH}, not {dispatch!r}")
+    refuse(chunks < 1, f"chunks must be at least 1, not {chunks}")

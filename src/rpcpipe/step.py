@@ -1,0 +1,74 @@
+"""One training step by hand: what ``with pipe.step() as s:`` gives."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
+
+from rpcpipe.driver import Gate
+from rpcpipe.errors import RpcPipeError
+from rpcpipe.messages import StepPlan
+from rpcpipe.microbatch import Nest, split
+from rpcpipe.result import StepResult, mean_loss, peaks, timeline
+
+if TYPE_CHECKING:
+    from rpcpipe.pipeline import Pipeline
+
+log = logging.getLogger("rpcpipe")
+
+
+class Step:
+    """An open step; ``context_id`` names its distributed-autograd context."""
+
+    def __init__(self, pipe: Pipeline, context_id: int, number: int) -> None:
+        self.context_id = context_id
+        self._pipe = pipe
+        self._number = number
+        self._started = time.perf_counter()
+        self._result: StepResult | None = None
+
+    def forward_backward(self, inputs: Nest, targets: Nest) -> float:
+        """Run the batch; the gradients of its mean loss are then in the context. Returns the loss."""
+        self._pipe._driver.settle(self._number, self.run(inputs, targets))
+        return self.result().loss
+
+    def run(self, inputs: Nest, targets: Nest) -> dict[str, Future[Any]]:
+        """``forward_backward`` that does not wait until the gradients are in the context."""
+        if self._result is not None:
+            raise RpcPipeError("forward_backward was called in this step already; open another step")
+        pipe, driver = self._pipe, self._pipe._driver
+        parts, weights = pipe._cut_batch(inputs)
+        values = pipe._values(parts, split(targets, pipe.chunks))
+        reports = driver.run(pipe._train_routes(len(parts)), StepPlan(self._number, True, weights), values)
+        loss, count = mean_loss(reports, weights)
+        gate = Gate.of(reports, count, pipe.clip_grad_norm)
+        if not gate.finite:
+            log.warning("step %d: the gradient's norm is %s; no weight changes", self._number, gate.grad_norm)
+        self._result = StepResult(
+            self._number,
+            loss,
+            gate.grad_norm,
+            time.perf_counter() - self._started,
+            peaks(reports),
+            gate.finite,
+            timeline(reports, pipe.schedule.name),
+        )
+        return driver.hand_over(self._number, self.context_id, gate) if gate.finite else {}
+
+    def optimize(self) -> None:
+        """Apply the gradients on all workers, or on none."""
+        self._pipe.optimizer.step()
+
+    def apply(self) -> None:
+        """What ``optimize`` does once a learning-rate scheduler has counted the call."""
+        if self.result().applied:
+            self._pipe._driver.optimize(self._number, self.context_id, self._pipe.optimizer.changes())
+
+    def result(self) -> StepResult:
+        """The figures so far; raises RpcPipeError before ``forward_backward``."""
+        if self._result is None:
+            raise RpcPipeError("call s.forward_backward(inputs, targets) first")
+        return dataclasses.replace(self._result, seconds=time.perf_counter() - self._started)

@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from rpcpipe import microbatch
+
+
+@pytest.mark.parametrize(("size", "chunks"), [(8, 4), (10, 4), (3, 8), (1, 1), (7, 3)])
+def test_split_is_tensor_chunk_and_merge_its_inverse(size: int, chunks: int) -> None:
+    x = torch.randn(size, 2)
+    parts = microbatch.split({"x": x, "plain": 7, "scalar": torch.tensor(3.0)}, chunks)
+    for part, expected in zip(parts, x.chunk(chunks), strict=True):
+        assert torch.equal(part["x"], expected)
+        assert part["plain"] == 7
+        assert part["scalar"] == 3.0
+    assert torch.equal(microbatch.merge([(part["x"],) for part in parts])[0], x)
+
+
+def test_merge_keeps_what_has_no_batch_as_a_list() -> None:
+    assert microbatch.merge([{"n": 1}, {"n": 2}]) == {"n": [1, 2]}
+    assert microbatch.merge([{"n": 1}]) == {"n": 1}
+
+
+@pytest.mark.parametrize("nest", [5, torch.tensor(1.0), torch.empty(0, 3), (torch.ones(2), torch.ones(3))])
+def test_no_batch_no_split(nest: Any) -> None:
+    with pytest.raises(ValueError, match="agree on a dimension 0"):
+        microbatch.split(nest, 2)
