@@ -18,8 +18,9 @@ def apply(optimizer: LocalOptimizer, changes: list[dict[str, float]] | None = No
 
 def state(optimizer: LocalOptimizer) -> list[torch.Tensor]:
     values = [p.detach().clone() for p in optimizer.parameters]
-    for per_parameter in optimizer.optimizer.state.values():
-        values += [v.clone() for v in per_parameter.values() if isinstance(v, torch.Tensor)]
+    for parameter in optimizer.parameters:
+        entries = optimizer.optimizer.state.get(parameter, {}).values()
+        values += [v.clone() for v in entries if isinstance(v, torch.Tensor)]
     return values
 
 

@@ -55,9 +55,10 @@ class Undo:
         """Put the copies back into the live parameters and the optimizer's state."""
         for parameter, (value, state) in self._copies.items():
             parameter.copy_(value)
-            self._optimizer.state.pop(parameter, None)
             if state:
                 self._optimizer.state[parameter] = {key: _copy(entry, None) for key, entry in state.items()}
+            else:
+                self._optimizer.state.pop(parameter, None)
 
 
 def _copy(value: Any, buffer: Any) -> Any:
