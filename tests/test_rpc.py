@@ -8,7 +8,7 @@ import os
 import pytest
 import torch.distributed.autograd as dist_autograd
 from torch.distributed import rpc
-from torch.distributed.rpc import api
+from torch.distributed.rpc import api, internal
 
 import rpcpipe as rp
 from rpcpipe.errors import Failure
@@ -19,6 +19,10 @@ def test_the_private_names_are_there() -> None:
     assert list(inspect.signature(api._init_rpc_states).parameters) == ["agent"]
     assert callable(dist_autograd._init)  # type: ignore[attr-defined]
     assert callable(rpc._is_current_rpc_agent_set)  # type: ignore[attr-defined]
+    assert internal.PythonUDF._fields == ("func", "args", "kwargs")
+    assert hasattr(internal, "_thread_local_tensor_tables")
+    for name in ("_invoke_rpc_python_udf", "_invoke_remote_python_udf"):
+        assert callable(getattr(transport._BINDINGS, name))
 
 
 def listeners(pids: list[int]) -> list[str]:

