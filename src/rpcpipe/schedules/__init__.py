@@ -1,58 +1,115 @@
-"""Schedules by name. A new one is one generator and one line in ``_ONE_STAGE_PER_WORKER``."""
+"""Schedules by name. A new one is one generator and one entry of ``_FAMILY``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 from rpcpipe.errors import ScheduleError
-from rpcpipe.schedules import synchronous
+from rpcpipe.schedules import looped, synchronous, vshaped
 from rpcpipe.schedules.action import Action
 from rpcpipe.schedules.formulas import bubble_fraction, optimal_microbatches
 from rpcpipe.schedules.schedule import Schedule
 
-__all__ = ["Action", "Schedule", "bubble_fraction", "forward_only", "get", "names", "optimal_microbatches"]
+__all__ = [
+    "Action",
+    "Schedule",
+    "bubble_fraction",
+    "describe",
+    "forward_only",
+    "get",
+    "names",
+    "optimal_microbatches",
+]
 
-_Generator = Callable[[int, int, int], Iterator[Action]]
+_Rows = Callable[[int, int, int], Sequence[Iterable[Action]]]  # (workers, chunks, virtual stages)
 
-_ONE_STAGE_PER_WORKER: dict[str, _Generator] = {
-    "naive": synchronous.naive,
-    "gpipe": synchronous.gpipe,
-    "1f1b": synchronous.one_f_one_b,
+
+class _Known(NamedTuple):
+    """How a schedule is made, and what is said of it in a table."""
+
+    rows: _Rows
+    shape: str  # "line": one stage per worker, "loop": v ≥ 2, "v": two in a V
+    note: str
+    fewest_chunks: Callable[[int], int] = lambda workers: 1
+
+
+def _line(generator: Callable[[int, int, int], Iterable[Action]]) -> _Rows:
+    return lambda workers, chunks, _: [generator(rank, workers, chunks) for rank in range(workers)]
+
+
+def _loop(generator: Callable[[int, int, int, int], Iterable[Action]]) -> _Rows:
+    return lambda workers, chunks, virtual: [generator(rank, workers, chunks, virtual) for rank in range(workers)]
+
+
+_FAMILY: dict[str, _Known] = {
+    "naive": _Known(_line(synchronous.naive), "line", "one micro-batch at a time"),
+    "gpipe": _Known(_line(synchronous.gpipe), "line", "all forwards, then all backwards"),
+    "1f1b": _Known(_line(synchronous.one_f_one_b), "line", "gpipe's bubble, K micro-batches in memory; the default"),
+    "eager-1f1b": _Known(_line(synchronous.eager_one_f_one_b), "line", "1f1b with transfers hidden, more memory"),
+    "interleaved": _Known(_loop(looped.interleaved), "loop", "1f1b's bubble divided by v, more transfers"),
+    "looped-bfs": _Known(_loop(looped.looped_bfs), "loop", "breadth first; fewest switches between stages"),
+    "zb-h1": _Known(_line(synchronous.zb_h1), "line", "weight gradients fill the drain; K in memory everywhere"),
+    "zb-v": _Known(lambda workers, chunks, _: vshaped.zb_v(workers, chunks), "v", "no bubble at F = I = W, M ≥ 2K"),
+    "dualpipe-v": _Known(
+        _line(vshaped.dualpipe_v), "v", "forwards paired with backwards; M ≥ 2K", lambda workers: 2 * workers
+    ),
 }
 
 
 def names() -> list[str]:
     """The names ``get`` and ``Pipeline(schedule=…)`` accept."""
-    return list(_ONE_STAGE_PER_WORKER)
+    return list(_FAMILY)
+
+
+def describe(name: str) -> str:
+    """One line on the schedule ``name``."""
+    return _known(name).note
+
+
+def virtual_stages_of(name: str, virtual_stages: int) -> int:
+    """Stages per worker: V-shaped schedules always have two; raises ScheduleError where undefined."""
+    shape = _known(name).shape
+    if shape == "v" and virtual_stages in (1, 2):
+        return 2
+    if (shape == "line" and virtual_stages == 1) or (shape == "loop" and virtual_stages >= 2):
+        return virtual_stages
+    wanted = {"line": "has 1 stage", "loop": "needs 2 or more stages", "v": "has 2 stages"}[shape]
+    raise ScheduleError(f"{name!r} {wanted} per worker; virtual_stages={virtual_stages} does not fit")
 
 
 def get(name: str, workers: int, chunks: int, virtual_stages: int = 1) -> Schedule:
     """The schedule ``name`` for these sizes; raises ScheduleError where it is not defined."""
-    if name not in _ONE_STAGE_PER_WORKER:
-        raise ScheduleError(f"unknown schedule {name!r}; known are {', '.join(names())}")
+    known = _known(name)
     if workers < 1 or chunks < 1 or virtual_stages < 1:
         raise ScheduleError(
             f"workers, chunks and virtual_stages must be at least 1, not {workers}, {chunks}, {virtual_stages}"
         )
-    if virtual_stages != 1:
-        raise ScheduleError(f"{name!r} holds one stage per worker, not virtual_stages={virtual_stages}")
-    return _build(name, _ONE_STAGE_PER_WORKER[name], workers, chunks)
+    virtual = virtual_stages_of(name, virtual_stages)
+    if chunks < known.fewest_chunks(workers):
+        raise ScheduleError(
+            f"{name!r} needs at least {known.fewest_chunks(workers)} micro-batches on {workers} workers, not {chunks}"
+        )
+    placement = vshaped.v_placement(workers) if known.shape == "v" else looped.loop_placement(workers, virtual)
+    rows = tuple(tuple(row) for row in known.rows(workers, chunks, virtual))
+    return Schedule(name, chunks, placement, rows)
 
 
 def forward_only(schedule: Schedule, chunks: int) -> Schedule:
-    """Inference on ``schedule``'s placement: every worker forwards chunk by chunk, stage by stage."""
+    """Inference on ``schedule``'s placement: every worker forwards stage by stage, chunk by chunk."""
     rows = [
         tuple(
             Action("F", stage, chunk)
-            for chunk in range(chunks)
             for stage, holder in enumerate(schedule.placement)
             if holder == worker
+            for chunk in range(chunks)
         )
         for worker in range(schedule.workers)
     ]
     return Schedule("forward", chunks, schedule.placement, tuple(rows))
 
 
-def _build(name: str, generator: _Generator, workers: int, chunks: int) -> Schedule:
-    rows = tuple(tuple(generator(rank, workers, chunks)) for rank in range(workers))
-    return Schedule(name, chunks, tuple(range(workers)), rows)
+def _known(name: str) -> _Known:
+    if name not in _FAMILY:
+        raise ScheduleError(f"unknown schedule {name!r}; known are {', '.join(names())}")
+    return _FAMILY[name]

@@ -1,4 +1,4 @@
-"""Schedules with one stage per worker and one weight update per batch.
+"""Schedules with one stage per worker.
 
 Each is a generator of one worker's actions; everything else is derived.
 """
@@ -39,3 +39,30 @@ def _alternate(rank: int, chunks: int, warmup: int) -> Iterator[Action]:
         yield Action("B", rank, chunk)
         if chunk + warmup < chunks:
             yield Action("F", rank, chunk + warmup)
+
+
+def eager_one_f_one_b(rank: int, workers: int, chunks: int) -> Iterator[Action]:
+    """1F1B with twice the warm-up, so that transfers hide behind work; holds more activations.
+
+    Warm-up min(M, 2(K - k) - 1).
+    """
+    return _alternate(rank, chunks, warmup=2 * (workers - rank) - 1)
+
+
+def zb_h1(rank: int, workers: int, chunks: int) -> Iterator[Action]:
+    """1F1B whose weight gradients fill the drain (Qi et al., "Zero Bubble", section 3, ZB-H1).
+
+    Worker k puts each weight gradient off by k micro-batches, which keeps K micro-batches alive on
+    every worker, as many as 1F1B does on the first. Makespan M(F + B) + (K - 1)(F + I - W).
+    """
+    warmup = min(chunks, workers - rank)
+    for chunk in range(warmup):
+        yield Action("F", rank, chunk)
+    for chunk in range(chunks):
+        yield Action("I", rank, chunk)
+        if chunk >= rank:
+            yield Action("W", rank, chunk - rank)
+        if chunk + warmup < chunks:
+            yield Action("F", rank, chunk + warmup)
+    for chunk in range(max(0, chunks - rank), chunks):
+        yield Action("W", rank, chunk)
