@@ -11,7 +11,19 @@ ROOT = Path(__file__).parent.parent / "src" / "rpcpipe"
 FILES = sorted(ROOT.rglob("*.py"))
 LAYERS = [
     {"errors", "schedules", "simulate", "timeline", "render", "partition"},
-    {"messages", "microbatch", "rng", "layers", "backward", "gradients", "undo", "optimizer", "mailbox", "process"},
+    {
+        "messages",
+        "microbatch",
+        "rng",
+        "layers",
+        "backward",
+        "split_backward",
+        "gradients",
+        "undo",
+        "optimizer",
+        "mailbox",
+        "process",
+    },
     {"stage", "actor", "executor", "program", "transport"},
     {"driver", "launch", "worker", "result", "handle", "arguments"},
     {"pipeline", "step", "__init__"},

@@ -98,7 +98,15 @@ class Actor:
         kind, number, chunk = route.action
         stage, plan = self.stages[number], self._plan
         start = time.monotonic_ns()
-        result: Any = stage.forward(plan, chunk, input, target) if kind == "F" else stage.backward(plan, chunk, input)
+        result: Any = None
+        if kind == "F":
+            result = stage.forward(plan, chunk, input, target)
+        elif kind == "B":
+            result = stage.backward(plan, chunk, input)
+        elif kind == "I":
+            result = stage.backward_input(plan, chunk, input)
+        else:
+            stage.backward_weight(chunk)
         self._report.spans.append((kind, number, chunk, start, time.monotonic_ns()))
         if route.worker is not None and route.consumer is not None:
             self._send(route.worker, plan.step, Port(route.consumer, "input"), result)

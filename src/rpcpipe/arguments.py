@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from rpcpipe import schedules
-from rpcpipe.errors import PartitionError, ScheduleError
+from rpcpipe.errors import PartitionError
 from rpcpipe.layers import Layer, parameter_counts, shared_parameters
 from rpcpipe.partition import balance as cut
 from rpcpipe.partition import check_balance
@@ -22,32 +22,23 @@ def refuse(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def worker_names(names: list[str], schedule: str | Schedule, balance: str | Sequence[int]) -> list[str]:
+def worker_names(names: list[str], schedule: str | Schedule, balance: str | Sequence[int], virtual: int) -> list[str]:
     """The workers that the pipeline uses."""
-    wanted = len(names) if isinstance(balance, str) else len(balance)
+    wanted = len(names)
     if isinstance(schedule, Schedule):
         wanted = schedule.workers
+    elif not isinstance(balance, str):
+        wanted = len(balance) // schedules.virtual_stages_of(schedule, virtual)
     if not 1 <= wanted <= len(names):
         raise PartitionError(f"{wanted} stages need as many workers, the cluster has {len(names)}; launch more")
     return names[:wanted]
 
 
-def schedule_factory(schedule: str | Schedule, workers: int) -> Callable[[int], Schedule]:
-    """The schedule as a function of the number of micro-batches, which a small batch lowers."""
+def make_schedule(schedule: str | Schedule, workers: int, chunks: int, virtual: int) -> Schedule:
+    """The schedule by name for these sizes, or the given one; valid."""
     if isinstance(schedule, str):
-        name = schedule
-        return lambda chunks: schedules.get(name, workers, chunks).validate()
-    fixed = schedule.validate()
-
-    def of(chunks: int) -> Schedule:
-        if chunks != fixed.chunks:
-            raise ScheduleError(
-                f"schedule {fixed.name!r} is for {fixed.chunks} micro-batches, the batch makes {chunks};"
-                " pass chunks to match, or a schedule by name"
-            )
-        return fixed
-
-    return of
+        schedule = schedules.get(schedule, workers, chunks, virtual)
+    return schedule.validate()
 
 
 def cut_layers(layers: OrderedDict[str, Layer], balance: str | Sequence[int], stages: int) -> list[int]:

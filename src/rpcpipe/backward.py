@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from rpcpipe.microbatch import Nest, map_tensors, tensors
 
@@ -44,24 +45,34 @@ class Received:
 
 
 @dataclass
+class Entered:
+    """Where a micro-batch entered the graph: ``edges`` to the Entry node, ``box`` for gradients."""
+
+    edges: list[GradientEdge] = field(default_factory=list)
+    box: list[torch.Tensor | None] = field(default_factory=list)
+
+
+@dataclass
 class Saved:
     """What a stage keeps of one micro-batch between its forward and its backward."""
 
     outputs: list[torch.Tensor]
-    box: list[torch.Tensor | None] = field(default_factory=list)
+    entered: Entered
 
 
-def enter(received: Received) -> tuple[Nest, list[torch.Tensor | None]]:
-    """The nest with gradients flowing to a box, and the box (filled by the backward)."""
+def enter(received: Received) -> tuple[Nest, Entered]:
+    """The nest with gradients flowing to a box, and where that is."""
     leaves = tensors(received.nest)
     wanted = [leaf for leaf, wants in zip(leaves, received.wants_grad, strict=True) if wants]
     box: list[torch.Tensor | None] = [None] * len(wanted)
     if not wanted or not torch.is_grad_enabled():
-        return received.nest, box
+        return received.nest, Entered(box=box)
     anchor = torch.empty(0, requires_grad=True)
-    entered = iter(Entry.apply(box, anchor, *wanted))  # type: ignore[no-untyped-call]
-    flags = iter(received.wants_grad)
-    return map_tensors(lambda leaf: next(entered) if next(flags) else leaf, received.nest), box
+    entered = Entry.apply(box, anchor, *wanted)  # type: ignore[no-untyped-call]
+    edges = [get_gradient_edge(tensor) for tensor in entered]
+    replaced, flags = iter(entered), iter(received.wants_grad)
+    nest = map_tensors(lambda leaf: next(replaced) if next(flags) else leaf, received.nest)
+    return nest, Entered(edges, box)
 
 
 def leave(outputs: Nest) -> Received:
@@ -83,4 +94,4 @@ def backward(saved: Saved, grads: list[torch.Tensor | None]) -> list[torch.Tenso
     pairs = [(out, grad) for out, grad in zip(saved.outputs, grads, strict=True) if grad is not None]
     if pairs:
         torch.autograd.backward(*map(list, zip(*pairs, strict=True)))  # type: ignore[arg-type]
-    return saved.box
+    return saved.entered.box

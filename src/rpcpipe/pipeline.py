@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from rpcpipe import schedules
 from rpcpipe.actor import ActorSpec
-from rpcpipe.arguments import check_functions, cut_layers, refuse, schedule_factory, worker_names
+from rpcpipe.arguments import check_functions, cut_layers, make_schedule, refuse, worker_names
 from rpcpipe.backward import Received
 from rpcpipe.driver import Driver
 from rpcpipe.errors import CheckpointError, RpcPipeError
@@ -39,7 +39,9 @@ class Pipeline:
     target)`` gives the mean as a scalar tensor, or (sum, count), which is normalised over the whole
     batch. ``optimizer(params)`` makes a torch optimizer, once per worker. ``balance``: layers per
     stage, or "parameters"; a list shorter than the cluster, or a Schedule for fewer workers, uses
-    the first workers and leaves the others to further pipelines. ``dispatch``: "rref" issues one
+    the first workers and leaves the others to further pipelines. ``virtual_stages``: stages per
+    worker, for the looped schedules. ``chunks``: micro-batches per batch, fewer where the batch is
+    too small; a Schedule brings its own. ``dispatch``: "rref" issues one
     asynchronous call per action and keeps its RRef, "batched" one message per worker and step; the
     results are the same.
 
@@ -56,6 +58,7 @@ class Pipeline:
         schedule: str | Schedule = "1f1b",
         chunks: int = 8,
         balance: str | Sequence[int] = "parameters",
+        virtual_stages: int = 1,
         clip_grad_norm: float | None = None,
         seed: int = 0,
         dispatch: str = "rref",
@@ -63,11 +66,10 @@ class Pipeline:
         check_functions(loss, optimizer, dispatch, chunks)
         cluster.check()
         self.cluster = cluster
-        self.chunks = chunks
         self.clip_grad_norm = clip_grad_norm
-        self._names = worker_names([worker.name for worker in cluster.workers], schedule, balance)
-        self._schedule_of = schedule_factory(schedule, len(self._names))
-        self.schedule = self._schedule_of(chunks)
+        self._names = worker_names([worker.name for worker in cluster.workers], schedule, balance, virtual_stages)
+        self.schedule = make_schedule(schedule, len(self._names), chunks, virtual_stages)
+        self.chunks = self.schedule.chunks
         layers = named_layers(model)
         self.balance = cut_layers(layers, balance, self.schedule.stages)
         self._closed = False
@@ -271,7 +273,7 @@ class Pipeline:
 
     def _train_routes(self, chunks: int) -> list[tuple[str, Route]]:
         if chunks not in self._routes:
-            self._routes[chunks] = compile_routes(self._schedule_of(chunks), self._names, targets=True)
+            self._routes[chunks] = compile_routes(self.schedule.truncated(chunks), self._names, targets=True)
         return self._routes[chunks]
 
     def _forward_routes(self, chunks: int, *, targets: bool) -> list[tuple[str, Route]]:

@@ -16,6 +16,7 @@ from rpcpipe import backward as autograd
 from rpcpipe import rng
 from rpcpipe.messages import StepPlan
 from rpcpipe.microbatch import Nest, map_tensors
+from rpcpipe.split_backward import Deferred, backward_input, backward_weight
 
 Loss = Callable[[Any, Any], Any]
 
@@ -46,11 +47,12 @@ class Stage:
         self.outputs: dict[int, Nest] = {}
         self.peak_in_flight = 0
         self._saved: dict[int, autograd.Saved] = {}
+        self._deferred: dict[int, Deferred] = {}
 
     @property
     def in_flight(self) -> int:
         """Micro-batches whose activations are alive."""
-        return len(self._saved)
+        return len(self._saved) + len(self._deferred)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -64,14 +66,14 @@ class Stage:
         if self.module.training != plan.training:
             self.module.train(plan.training)
         with torch.set_grad_enabled(plan.training):
-            nest, box = autograd.enter(self._to_device(received))
+            nest, entered = autograd.enter(self._to_device(received))
             outputs = self._run_layers(plan.step, chunk, nest)
             if self.loss is None:
-                return self._save(plan, chunk, outputs, box)
+                return self._save(plan, chunk, outputs, entered)
             if plan.keep_outputs:
                 self.outputs[chunk] = map_tensors(torch.Tensor.detach, outputs)
             else:
-                self._save(plan, chunk, self._take_loss(chunk, outputs, target), box)
+                self._save(plan, chunk, self._take_loss(chunk, outputs, target), entered)
         return None
 
     def _run_layers(self, step: int, chunk: int, nest: Nest) -> Nest:
@@ -80,10 +82,10 @@ class Stage:
             nest = layer(nest)
         return nest
 
-    def _save(self, plan: StepPlan, chunk: int, outputs: Nest, box: list[torch.Tensor | None]) -> autograd.Received:
+    def _save(self, plan: StepPlan, chunk: int, outputs: Nest, entered: autograd.Entered) -> autograd.Received:
         if plan.training:
-            self._saved[chunk] = autograd.Saved(autograd.differentiable(outputs), box)
-            self.peak_in_flight = max(self.peak_in_flight, len(self._saved))
+            self._saved[chunk] = autograd.Saved(autograd.differentiable(outputs), entered)
+            self.peak_in_flight = max(self.peak_in_flight, self.in_flight)
         return autograd.leave(map_tensors(_to_host, outputs))
 
     def _take_loss(self, chunk: int, outputs: Nest, target: Nest) -> torch.Tensor:
@@ -104,8 +106,19 @@ class Stage:
     ) -> list[torch.Tensor | None]:
         """The whole backward: parameters' ``.grad`` grow, the inputs' gradients are returned."""
         saved = self._saved.pop(chunk)
-        found = autograd.backward(saved, self._output_grads(plan, chunk, saved, grads))
-        return [None if grad is None else _to_host(grad) for grad in found]
+        return _all_to_host(autograd.backward(saved, self._output_grads(plan, chunk, saved, grads)))
+
+    def backward_input(
+        self, plan: StepPlan, chunk: int, grads: list[torch.Tensor | None] | None
+    ) -> list[torch.Tensor | None]:
+        """The half of the backward that the stage before waits for."""
+        saved = self._saved.pop(chunk)
+        found, self._deferred[chunk] = backward_input(saved, self._output_grads(plan, chunk, saved, grads))
+        return _all_to_host(found)
+
+    def backward_weight(self, chunk: int) -> None:
+        """The other half: parameters' ``.grad`` grow."""
+        backward_weight(self._deferred.pop(chunk))
 
     def _output_grads(
         self, plan: StepPlan, chunk: int, saved: autograd.Saved, grads: list[torch.Tensor | None] | None
@@ -133,8 +146,13 @@ class Stage:
         """Forget the step before, all that a failed one left included."""
         self.losses, self.outputs, self.peak_in_flight = {}, {}, 0
         self._saved.clear()
+        self._deferred.clear()
         for parameter in self.module.parameters():
             parameter.grad = None
+
+
+def _all_to_host(grads: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    return [None if grad is None else _to_host(grad) for grad in grads]
 
 
 def _to_host(tensor: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,7 @@ __all__ = [
     "get",
     "names",
     "optimal_microbatches",
+    "virtual_stages_of",
 ]
 
 _Rows = Callable[[int, int, int], Sequence[Iterable[Action]]]  # (workers, chunks, virtual stages)

@@ -127,6 +127,14 @@ class Schedule:
         validate(self)
         return self
 
+    def truncated(self, chunks: int) -> Schedule:
+        """The same order without the micro-batches from ``chunks`` on, for a batch that makes fewer.
+
+        Valid where this one is: dependencies join actions of one micro-batch only.
+        """
+        rows = tuple(tuple(action for action in row if action.chunk < chunks) for row in self.actions)
+        return Schedule(self.name, chunks, self.placement, rows)
+
     def simulate(self, costs: Costs | None = None) -> Timeline:
         """Predict the step's timeline; ``costs`` defaults to F = I = W = 1, free communication."""
         from rpcpipe.simulate import simulate

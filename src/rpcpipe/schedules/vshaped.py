@@ -29,16 +29,21 @@ def zb_v(workers: int, chunks: int) -> list[list[Action]]:
     """Zero bubble in a V (Qi et al., "Pipeline Parallelism with Controllable Memory", section 4).
 
     Found by list scheduling with unit costs: in every unit of time each free worker takes the first
-    thing it can in an order of preference, with at most 2K or 2K + 1 activations alive. The best of
-    three orders is kept. At F = I = W and M ≥ 2K no worker idles once it has started: the makespan is
-    M(F + B) + (K - 1)F/2, where F and B are those of a worker's two stages together.
+    thing it can in an order of preference, with at most 2K to 2K + 3 activations alive. The first
+    of these attempts in which no worker idles once it has started is kept, or else the best: at
+    F = I = W and M ≥ 2K the makespan is M(F + B) + (K - 1)F/2, where F and B are those of a
+    worker's two stages together.
     """
-    attempts = [
-        _ListScheduler(workers, chunks, preference, limit).run()
-        for preference in _PREFERENCES
-        for limit in (2 * workers, 2 * workers + 1)
-    ]
-    return min(attempts, key=lambda attempt: attempt[0])[1]
+    best: tuple[int, list[list[Action]]] | None = None
+    for limit in range(2 * workers, 2 * workers + 4):
+        for preference in _PREFERENCES:
+            attempt = _ListScheduler(workers, chunks, preference, limit).run()
+            if best is None or attempt[0] < best[0]:
+                best = attempt
+            if best[0] == 6 * chunks + workers - 1:
+                return best[1]
+    assert best is not None
+    return best[1]
 
 
 class _ListScheduler:
