@@ -107,7 +107,7 @@ class LocalCluster:
         self, workers: int, seed: int = 0, *, timeout: float = 5.0, drop: Callable[[str, str], bool] | None = None
     ) -> None:
         self.transport = LocalTransport(seed, drop=drop)
-        self.workers = [SimpleNamespace(name=f"worker{index}") for index in range(workers)]
+        self.workers = [SimpleNamespace(name=f"worker{index}", host="elsewhere") for index in range(workers)]
         self.timeout = timeout
         self.healthy = True
         self.pipelines: set[Any] = set()

@@ -25,8 +25,8 @@ LAYERS = [
         "process",
     },
     {"stage", "actor", "executor", "program", "transport"},
-    {"driver", "launch", "worker", "result", "handle", "arguments"},
-    {"pipeline", "step", "__init__"},
+    {"driver", "launch", "worker", "result", "trace", "handle", "arguments"},
+    {"pipeline", "step", "cli", "__main__", "__init__"},
 ]
 
 

@@ -127,3 +127,27 @@ def test_two_runs_give_the_same_bits_and_another_seed_does_not(cluster: rp.Clust
 
     assert losses(1) == losses(1)
     assert losses(1) != losses(2)
+
+
+@pytest.mark.parametrize("kind", ["local", "rpc"])
+def test_the_schedule_changes_in_a_live_run_and_the_bits_stay(kind: str, request: pytest.FixtureRequest) -> None:
+    """Same stages, other placements and other cuts; Adam's moments and the learning rate move along."""
+    where: Any = LocalCluster(4, 3) if kind == "local" else request.getfixturevalue("cluster")
+    pipe = rp.Pipeline(mlp(), where, loss=cross_entropy, optimizer=adamw, chunks=8)
+    oracle = Oracle(mlp(), adamw, cross_entropy, 8)
+    names = ["gpipe", "zb-v", "interleaved", "zb-h1", "dualpipe-v", "looped-bfs", "naive", "1f1b"]
+    for batch, name in zip(batches(len(names), 16), names, strict=True):
+        assert pipe.train_step(*batch).loss == oracle.train_step(*batch)
+        pipe.schedule = name  # type: ignore[assignment]
+        for optimizer in (pipe.optimizer, oracle.optimizer):
+            optimizer.param_groups[0]["lr"] *= 0.9
+    custom = rp.Schedule.from_csv(rp.schedules.get("eager-1f1b", 4, 4).to_csv())
+    pipe.schedule = custom
+    oracle.chunks = 4
+    batch = next(batches(1, 16))
+    assert pipe.train_step(*batch).loss == oracle.train_step(*batch)
+    assert_same_weights(pipe, oracle.model)
+    with pytest.raises(rp.ScheduleError, match="unknown schedule"):
+        pipe.schedule = "zigzag"  # type: ignore[assignment]
+    assert pipe.train_step(*batch).loss == oracle.train_step(*batch)
+    pipe.close()

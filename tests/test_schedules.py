@@ -1,42 +1,123 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 import rpcpipe as rp
 from rpcpipe.schedules import Action
 
 PICTURES = {
-    "gpipe": """
+    # SEED: GPipe and 1F1B, 4 stages, 8 micro-batches.
+    ("gpipe", 4, 8, 1): """
 worker 0 |0─1─2─3─4─5─6─7─                  0═══1═══2═══3═══4═══5═══6═══7═══
 worker 1 |  0─1─2─3─4─5─6─7─            0═══1═══2═══3═══4═══5═══6═══7═══
 worker 2 |    0─1─2─3─4─5─6─7─      0═══1═══2═══3═══4═══5═══6═══7═══
 worker 3 |      0─1─2─3─4─5─6─7─0═══1═══2═══3═══4═══5═══6═══7═══
 ─ forward, ═ backward; makespan 33, bubble 27.3%, peak in flight 8 8 8 8""",
-    "1f1b": """
+    ("1f1b", 4, 8, 1): """
 worker 0 |0─1─2─3─            0═══4─1═══5─2═══6─3═══7─4═══  5═══  6═══  7═══
 worker 1 |  0─1─2─        0═══3─1═══4─2═══5─3═══6─4═══7─5═══  6═══  7═══
 worker 2 |    0─1─    0═══2─1═══3─2═══4─3═══5─4═══6─5═══7─6═══  7═══
 worker 3 |      0─0═══1─1═══2─2═══3─3═══4─4═══5─5═══6─6═══7─7═══
 ─ forward, ═ backward; makespan 33, bubble 27.3%, peak in flight 4 3 2 1""",
+    # Narayanan et al. 2021, figure 4: four micro-batches at a time through a worker's two stages.
+    ("interleaved", 4, 8, 2): """
+worker 0 |01230123456   0═71═ 42═53═60═71═2═ 3═ 4═ 5═ 6═ 7═4═5═6═7═
+worker 1 | 012301234  0═51═62═73═40═51═62═73═ 4═ 5═ 6═ 7═4═5═6═7═
+worker 2 |  0123012 0═31═42═53═60═71═42═53═64═75═ 6═ 7═4═5═6═7═
+worker 3 |   012300═11═22═33═40═51═62═73═44═55═66═77═4═5═6═7═
+─ forward, ═ backward; makespan 57, bubble 15.8%, peak in flight 11 9 7 5""",
+    # Qi et al. 2023, figure 2 (top): weight gradients in the drain.
+    ("zb-h1", 4, 8, 1): """
+worker 0 |0──1──2──3──         0~~0▒▒4──1~~1▒▒5──2~~2▒▒6──3~~3▒▒7──4~~4▒▒5~~5▒▒6~~6▒▒7~~7▒▒
+worker 1 |   0──1──2──      0~~3──1~~0▒▒4──2~~1▒▒5──3~~2▒▒6──4~~3▒▒7──5~~4▒▒6~~5▒▒7~~6▒▒7▒▒
+worker 2 |      0──1──   0~~2──1~~3──2~~0▒▒4──3~~1▒▒5──4~~2▒▒6──5~~3▒▒7──6~~4▒▒7~~5▒▒6▒▒7▒▒
+worker 3 |         0──0~~1──1~~2──2~~3──3~~0▒▒4──4~~1▒▒5──5~~2▒▒6──6~~3▒▒7──7~~4▒▒5▒▒6▒▒7▒▒
+─ forward, ~ input gradient, ▒ weight gradient; makespan 27, bubble 11.1%, peak in flight 4 4 4 4""",
 }
 
 
-@pytest.mark.parametrize("name", PICTURES)
-def test_drawn_as_in_the_source_document(name: str) -> None:
-    assert "\n" + rp.schedules.get(name, 4, 8).simulate().to_text() == PICTURES[name]
+@pytest.mark.parametrize("sizes", PICTURES)
+def test_drawn_as_in_the_papers(sizes: tuple[str, int, int, int]) -> None:
+    assert "\n" + rp.schedules.get(*sizes).simulate().to_text() == PICTURES[sizes]
 
 
 @pytest.mark.parametrize("name", rp.schedules.names())
 @pytest.mark.parametrize("workers", range(1, 9))
-def test_every_schedule_is_valid(name: str, workers: int) -> None:
+def test_every_schedule_is_valid_or_refused_with_the_reason(name: str, workers: int) -> None:
+    defined = 0
     for chunks in range(1, 25):
-        rp.schedules.get(name, workers, chunks).validate()
+        for virtual in range(1, 5):
+            try:
+                schedule = rp.schedules.get(name, workers, chunks, virtual)
+            except rp.ScheduleError as error:
+                assert "per worker" in str(error) or "needs at least" in str(error)
+                continue
+            schedule.validate()
+            defined += 1
+    loops = 3 if name in ("interleaved", "looped-bfs") else 2 if name in ("zb-v", "dualpipe-v") else 1
+    assert defined == loops * (24 if name != "dualpipe-v" else max(0, 25 - 2 * workers))
+
+
+def test_closed_forms_at_unit_costs() -> None:
+    """F = I = W = 1 and B = 2, from the papers' tables."""
+    for p in range(1, 9):
+        for m in range(1, 25):
+            line = {name: rp.schedules.get(name, p, m).simulate() for name in ("gpipe", "1f1b", "eager-1f1b", "zb-h1")}
+            assert line["gpipe"].makespan == line["1f1b"].makespan == line["eager-1f1b"].makespan == (m + p - 1) * 3
+            assert line["gpipe"].peak_in_flight == (m,) * p
+            assert line["1f1b"].peak_in_flight == tuple(min(m, p - r) for r in range(p))
+            assert line["eager-1f1b"].peak_in_flight == tuple(min(m, 2 * (p - r) - 1) for r in range(p))
+            if m >= p:
+                assert line["zb-h1"].makespan == m * 3 + (p - 1)
+                assert line["zb-h1"].peak_in_flight == (p,) * p
+            if m >= 2 * p:
+                assert rp.schedules.get("zb-v", p, m).simulate().makespan == 2 * 3 * m + (p - 1)
+            for v in (2, 3, 4):
+                looped = rp.schedules.get("interleaved", p, m, v)
+                if m % p == 0:
+                    assert looped.simulate().makespan == v * m * 3 + (p - 1) * 3
+                    if m >= p:
+                        bfs = rp.schedules.get("looped-bfs", p, m, v).simulate()
+                        assert bfs.makespan == v * m * 3 + (p - 1) * 3
+
+
+def test_a_whole_forward_and_backward_are_paired_in_dualpipe_v() -> None:
+    row = rp.schedules.get("dualpipe-v", 4, 24).actions[1]
+    steady = row[len(row) // 3 : len(row) // 2]
+    kinds = "".join(action.kind for action in steady)
+    assert "FBFBFBFB" in kinds
+    assert all(a.chunk != b.chunk for a, b in pairwise(steady))
 
 
 @pytest.mark.parametrize("text", ["", "F0", "0F", "0X1", "aF1", "0F1F", "-1F0"])
 def test_nonsense_is_no_action(text: str) -> None:
     with pytest.raises(rp.ScheduleError, match="is no action"):
         Action.parse(text)
+
+
+@pytest.mark.parametrize("name", rp.schedules.names())
+def test_a_truncated_schedule_is_valid(name: str) -> None:
+    full = rp.schedules.get(name, 3, 7, rp.schedules.fewest_virtual_stages(name))
+    for chunks in range(1, 8):
+        assert full.truncated(chunks).validate().chunks == chunks
+    assert full.truncated(7).actions == full.actions
+
+
+def test_csv_is_what_torch_reads() -> None:
+    """torch.distributed.pipelining parses our cells, and we its compute-only ones."""
+    from torch.distributed.pipelining.schedules import _Action
+
+    for name in ("1f1b", "zb-h1", "interleaved"):
+        schedule = rp.schedules.get(name, 3, 5, rp.schedules.fewest_virtual_stages(name))
+        for row, actions in zip(schedule.to_csv().splitlines(), schedule.actions, strict=True):
+            for cell, action in zip(row.split(","), actions, strict=True):
+                theirs = _Action.from_str(cell)
+                assert theirs is not None
+                assert (theirs.stage_index, theirs.microbatch_index) == (action.stage, action.chunk)
+                assert repr(theirs) == cell
+        assert rp.Schedule.from_csv(schedule.to_csv()).actions == schedule.actions
 
 
 def test_csv_both_ways() -> None:
@@ -72,7 +153,10 @@ def test_broken_schedules_are_refused(text: str, message: str) -> None:
         (("zigzag", 2, 2), "unknown schedule 'zigzag'; known are naive, gpipe, 1f1b"),
         (("1f1b", 0, 2), "at least 1, not 0"),
         (("1f1b", 2, 0), "at least 1"),
-        (("gpipe", 2, 2, 2), "one stage per worker"),
+        (("gpipe", 2, 2, 2), "has 1 stage per worker; virtual_stages=2"),
+        (("interleaved", 2, 2), "needs 2 or more stages per worker"),
+        (("zb-v", 2, 2, 3), "has 2 stages per worker"),
+        (("dualpipe-v", 4, 7), "needs at least 8 micro-batches on 4 workers, not 7"),
     ],
 )
 def test_undefined_sizes_are_refused(arguments: tuple[object, ...], message: str) -> None:

@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import time
+from itertools import pairwise
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import rpcpipe as rp
-from rpcpipe import Action, Costs
+from rpcpipe import Action, Costs, Span
 
 
 def test_transfers_take_latency_and_bandwidth_between_workers_only() -> None:
@@ -28,15 +33,73 @@ def test_costs_per_stage_and_optimizer() -> None:
 
 @pytest.mark.parametrize("name", rp.schedules.names())
 def test_predicted_spans_respect_dependencies_and_workers(name: str) -> None:
-    schedule = rp.schedules.get(name, 4, 7)
+    schedule = rp.schedules.get(name, 3, 7, rp.schedules.fewest_virtual_stages(name))
     timeline = schedule.simulate(Costs(forward=1.5, latency=0.25))
     end = {Action(s.kind, s.stage, s.chunk): s.end for s in timeline.spans}  # type: ignore[arg-type]
-    free = [0.0] * 4
+    free = [0.0] * 3
     for span in timeline.spans:
         assert span.start >= free[span.worker]
         free[span.worker] = span.end
         for needed in schedule.dependencies(Action(span.kind, span.stage, span.chunk)):  # type: ignore[arg-type]
             assert span.start >= end[needed]
+
+
+@given(
+    st.sampled_from(rp.schedules.names()),
+    st.integers(1, 6),
+    st.integers(1, 12),
+    st.integers(1, 3),
+    st.tuples(*[st.floats(0.1, 10)] * 3),
+    st.floats(0, 5),
+)
+def test_validator_and_simulator_agree(
+    name: str, workers: int, chunks: int, virtual: int, costs: tuple[float, float, float], latency: float
+) -> None:
+    try:
+        schedule = rp.schedules.get(name, workers, chunks, virtual).validate()
+    except rp.ScheduleError:
+        return
+    timeline = schedule.simulate(Costs(*costs, latency=latency))
+    rows: list[list[Action]] = [[] for _ in range(workers)]
+    for span in sorted(timeline.spans, key=lambda span: (span.start, span.end)):
+        rows[span.worker].append(Action(span.kind, span.stage, span.chunk))  # type: ignore[arg-type]
+    assert tuple(map(tuple, rows)) == schedule.actions
+    path = rp.critical_path(timeline, schedule)
+    assert path[0].start == 0.0
+    assert path[-1].end == pytest.approx(timeline.makespan)
+    assert all(a.end <= b.start + 1e-9 for a, b in pairwise(path))
+    if latency == 0:
+        assert sum(span.end - span.start for span in path) == pytest.approx(timeline.makespan)
+
+
+def test_the_critical_path_of_gpipe() -> None:
+    schedule = rp.schedules.get("gpipe", 2, 2)
+    path = rp.critical_path(schedule.simulate(), schedule)
+    names = [f"{span.stage}{span.kind}{span.chunk}" for span in path]
+    assert names[0] == "0F0"
+    assert names[-2:] == ["1B1", "0B1"]
+
+
+def test_transfers_are_listed() -> None:
+    timeline = rp.schedules.get("zb-v", 2, 4).simulate(Costs(latency=0.5))
+    assert all(move.source != move.target and move.arrived == move.sent + 0.5 for move in timeline.transfers)
+    assert len(timeline.transfers) == 2 * 2 * 4  # two crossings each way; the V's turn is local
+
+
+def test_measured_costs_are_means_by_stage() -> None:
+    timeline = rp.Timeline(
+        [Span(0, "F", 0, 0, 0, 1), Span(0, "F", 0, 1, 1, 4), Span(0, "B", 0, 0, 4, 9), Span(1, "F", 1, 0, 1, 2)],
+        workers=2,
+    )
+    costs = Costs.measured(timeline, 2)
+    assert [costs.of("F", 0), costs.of("F", 1), costs.of("B", 0), costs.of("B", 1)] == [2, 1, 5, 0]
+
+
+def test_large_schedules_are_quick() -> None:
+    start = time.process_time()
+    timeline = rp.schedules.get("1f1b", 64, 512).simulate()
+    assert timeline.makespan == (512 + 63) * 3
+    assert time.process_time() - start < 1.0
 
 
 def test_an_empty_timeline_has_no_bubble() -> None:

@@ -16,8 +16,8 @@ from rpcpipe.layers import LayerSpec
 from rpcpipe.pipeline import Pipeline
 from rpcpipe.result import StepResult
 from rpcpipe.schedules import Action, Schedule, bubble_fraction, optimal_microbatches
-from rpcpipe.simulate import Costs
-from rpcpipe.timeline import Span, Timeline
+from rpcpipe.simulate import Costs, critical_path
+from rpcpipe.timeline import Span, Timeline, Transfer, compare
 
 __version__ = "0.1.0"
 
@@ -38,8 +38,11 @@ __all__ = [
     "StageError",
     "StepResult",
     "Timeline",
+    "Transfer",
     "WorkerLost",
     "bubble_fraction",
+    "compare",
+    "critical_path",
     "launch",
     "optimal_microbatches",
     "schedules",

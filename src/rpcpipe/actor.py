@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import cloudpickle
@@ -21,6 +21,7 @@ from rpcpipe.errors import CheckpointError
 from rpcpipe.messages import Port, Report, Route, StepPlan
 from rpcpipe.microbatch import map_tensors
 from rpcpipe.optimizer import Factory, LocalOptimizer
+from rpcpipe.schedules import Action
 from rpcpipe.stage import Loss, Stage
 
 
@@ -32,14 +33,15 @@ class Ledger(Protocol):
     def collect(self, context_id: int) -> Mapping[torch.Tensor, torch.Tensor]: ...
 
 
+# By stage: its named layers, and the first one's index in the model.
+Parts = dict[int, tuple[OrderedDict[str, layers.Layer], int]]
+
+
 @dataclass
 class ActorSpec:
-    """What a worker needs to build its stages; travels by cloudpickle.
+    """What a worker needs to build its stages; travels by cloudpickle."""
 
-    ``stages`` maps the stage's number to its named layers and the model index of the first.
-    """
-
-    stages: dict[int, tuple[OrderedDict[str, layers.Layer], int]]
+    stages: Parts
     last_stage: int
     loss: Loss
     optimizer: Factory
@@ -54,8 +56,20 @@ class Actor:
 
     def __init__(self, name: str, spec: ActorSpec, *, device: torch.device, send: Send, ledger: Ledger) -> None:
         self.name = name
+        self.stages: dict[int, Stage] = {}
         self._send = send
         self._ledger = ledger
+        self._device = device
+        self._spec = replace(spec, stages={})
+        self._optimizer: LocalOptimizer | None = None
+        self._build(spec.stages, spec.last_stage)
+        self._plan = StepPlan(-1, False, ())
+        self._report = Report(name)
+        self._arrivals: list[tuple[int, Action, int]] = []
+
+    def _build(self, parts: Parts, last_stage: int) -> None:
+        """Make the stages, and an optimizer over all their parameters."""
+        spec = self._spec
         self.stages = {
             number: Stage(
                 number,
@@ -65,15 +79,13 @@ class Actor:
                 ),
                 first_layer=first,
                 seed=spec.seed,
-                device=device,
-                loss=spec.loss if number == spec.last_stage else None,
+                device=self._device,
+                loss=spec.loss if number == last_stage else None,
             )
-            for number, (named, first) in sorted(spec.stages.items())
+            for number, (named, first) in sorted(parts.items())
         }
         parameters = self.parameters
         self._optimizer = LocalOptimizer(spec.optimizer, parameters) if parameters else None
-        self._plan = StepPlan(-1, False, ())
-        self._report = Report(name)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -83,6 +95,10 @@ class Actor:
     def chore(self) -> bool:
         """Something useful to do while waiting for input; False if there is nothing."""
         return self._optimizer is not None and self._optimizer.undo.copy_one()
+
+    def arrived(self, step: int, action: Action) -> None:
+        """A value for ``action`` came from another worker; called by a handler's thread."""
+        self._arrivals.append((step, action, time.monotonic_ns()))
 
     # --- operations of a step, in the order in which they come ---
 
@@ -109,11 +125,15 @@ class Actor:
             stage.backward_weight(chunk)
         self._report.spans.append((kind, number, chunk, start, time.monotonic_ns()))
         if route.worker is not None and route.consumer is not None:
+            if plan.trace and route.worker != self.name:
+                self._report.sends.append((route.action, route.consumer, time.monotonic_ns()))
             self._send(route.worker, plan.step, Port(route.consumer, "input"), result)
 
     def settle(self) -> Report:
         """All actions here are done: the worker's account of the step."""
         report = self._report
+        if self._plan.trace:
+            report.arrivals = [(action, at) for step, action, at in self._arrivals if step == self._plan.step]
         for number, stage in self.stages.items():
             report.losses.update(stage.loss_values())
             report.outputs.update(
@@ -139,10 +159,12 @@ class Actor:
         if root is not None:
             self._ledger.file(context_id, root)
 
-    def optimize(self, context_id: int, changes: Sequence[Mapping[str, Any]]) -> None:
-        """Apply the context's gradients."""
+    def optimize(self, context_id: int, changes: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
+        """Apply the context's gradients; when that began and ended, in nanoseconds."""
+        start = time.monotonic_ns()
         if self._optimizer is not None:
             self._optimizer.step(self._ledger.collect(context_id), changes)
+        return start, time.monotonic_ns()
 
     def undo(self) -> None:
         """Take ``optimize`` back: another worker's failed."""
@@ -156,6 +178,8 @@ class Actor:
 
     def _clear(self) -> None:
         self._report = Report(self.name)
+        # Values of the step that begins may have come already; those of earlier steps are history.
+        self._arrivals = [entry for entry in self._arrivals if entry[0] > self._plan.step]
         for stage in self.stages.values():
             stage.reset()
 
@@ -208,6 +232,38 @@ class Actor:
         for number, state in states.items():
             self.stages[number].module.load_state_dict(dict(state))
         self._weights_changed()
+
+    def give(self, names: Sequence[str]) -> bytes:
+        """The named layers with their optimizer state, for ``arrange`` of another worker."""
+        modules = self._modules()
+        return bytes(cloudpickle.dumps([(name, modules[name], self._states_of(modules[name])) for name in names]))
+
+    def arrange(self, parts: Mapping[int, tuple[Sequence[str], int]], last_stage: int, given: Sequence[bytes]) -> Any:
+        """Hold the stages ``parts`` from now on: of the layers that are here and those ``given``."""
+        modules = self._modules()
+        states = {name: self._states_of(module) for name, module in modules.items()}
+        for name, module, state in (entry for blob in given for entry in cloudpickle.loads(blob)):
+            modules[name], states[name] = module, state
+        self._build(
+            {
+                number: (OrderedDict((name, modules[name]) for name in names), first)
+                for number, (names, first) in parts.items()
+            },
+            last_stage,
+        )
+        for name in (name for names, _ in parts.values() for name in names):
+            for key, state in states[name].items():
+                assert self._optimizer is not None
+                self._optimizer.optimizer.state[modules[name].get_parameter(key)] = state
+        self._weights_changed()
+        return self.describe()
+
+    def _modules(self) -> dict[str, nn.Module]:
+        return {name: layer for stage in self.stages.values() for name, layer in stage.module.named_children()}
+
+    def _states_of(self, module: nn.Module) -> dict[str, dict[str, Any]]:
+        state = {} if self._optimizer is None else self._optimizer.optimizer.state
+        return {key: state[parameter] for key, parameter in module.named_parameters() if parameter in state}
 
     def _weights_changed(self) -> None:
         if self._optimizer is not None:

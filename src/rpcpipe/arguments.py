@@ -8,7 +8,7 @@ from typing import Any
 
 from rpcpipe import schedules
 from rpcpipe.errors import PartitionError
-from rpcpipe.layers import Layer, parameter_counts, shared_parameters
+from rpcpipe.layers import Layer, shared_parameters
 from rpcpipe.partition import balance as cut
 from rpcpipe.partition import check_balance
 from rpcpipe.schedules import Schedule
@@ -41,15 +41,17 @@ def make_schedule(schedule: str | Schedule, workers: int, chunks: int, virtual: 
     return schedule.validate()
 
 
-def cut_layers(layers: OrderedDict[str, Layer], balance: str | Sequence[int], stages: int) -> list[int]:
-    """Layers per stage; raises PartitionError."""
+def cut_layers(
+    layers: OrderedDict[str, Layer], balance: str | Sequence[int], stages: int, costs: Sequence[int]
+) -> list[int]:
+    """Layers per stage, by hand or as equal as can be in ``costs``; raises PartitionError."""
     if len(layers) < stages:
         raise PartitionError(
             f"the model has {len(layers)} layers and the schedule {stages} stages; use fewer workers or split layers"
         )
     if isinstance(balance, str):
         refuse(balance != "parameters", f"balance must be layers per stage or 'parameters', not {balance!r}")
-        sizes = cut(parameter_counts(list(layers.values())), stages)
+        sizes = cut(costs, stages)
     else:
         sizes = check_balance(balance, len(layers), stages)
     if (shared := shared_parameters(layers, sizes)) is not None:
@@ -63,3 +65,21 @@ def check_functions(loss: Any, optimizer: Any, dispatch: str, chunks: int) -> No
     refuse(not callable(optimizer), f"optimizer must be a function of the parameters, not {optimizer!r}")
     refuse(dispatch not in _DISPATCH, f"dispatch must be one of {_DISPATCH}, not {dispatch!r}")
     refuse(chunks < 1, f"chunks must be at least 1, not {chunks}")
+
+
+def stage_parts(layers: Sequence[str], sizes: Sequence[int]) -> dict[int, tuple[list[str], int]]:
+    """By stage: its layers' names and the index of the first."""
+    parts, first = {}, 0
+    for stage, size in enumerate(sizes):
+        parts[stage] = (list(layers[first : first + size]), first)
+        first += size
+    return parts
+
+
+def owners(layers: Sequence[str], sizes: Sequence[int], schedule: Schedule, workers: Sequence[str]) -> dict[str, str]:
+    """The worker of every layer."""
+    return {
+        name: workers[schedule.placement[stage]]
+        for stage, (names, _) in stage_parts(layers, sizes).items()
+        for name in names
+    }

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -98,11 +99,14 @@ class Executor:
         return "accepted"
 
     def deliver(self, pipeline: str, step: int, port: Port, value: Any) -> None:
-        """File a value that another stage has pushed."""
-        with self._changed:
-            if (mailbox := self._mailboxes.get(pipeline)) is not None:
-                mailbox.put(step, port, value)
-                self._changed.notify()
+        """File a value that another worker has pushed."""
+        self._put(pipeline, step, port, value)
+        if (actor := self.actors.get(pipeline)) is not None:
+            actor.arrived(step, port.action)
+
+    def clock(self) -> int:
+        """This process's monotonic clock, in nanoseconds."""
+        return time.monotonic_ns()
 
     def cancel(self, pipeline: str, step: int, resume: int) -> None:
         """Drop what is left of ``step``; a task of it that is running ends without effect."""
@@ -135,6 +139,12 @@ class Executor:
         with self._changed:
             self._closed = True
             self._changed.notify()
+
+    def _put(self, pipeline: str, step: int, port: Port, value: Any) -> None:
+        with self._changed:
+            if (mailbox := self._mailboxes.get(pipeline)) is not None:
+                mailbox.put(step, port, value)
+                self._changed.notify()
 
     def _enqueue(self, op: str, *args: Any) -> Future[Any]:
         """Queue one of the ``_do_`` operations; the caller holds the lock."""
@@ -218,7 +228,7 @@ class Executor:
     def _do_create(self, pipeline: str, spec: bytes) -> Any:
         def send(worker: str, step: int, port: Port, value: Any) -> None:
             if worker == self.name:
-                self.deliver(pipeline, step, port, value)
+                self._put(pipeline, step, port, value)
             else:
                 self._transport.tell(worker, "deliver", pipeline, step, port, value)
 

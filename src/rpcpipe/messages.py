@@ -42,6 +42,7 @@ class StepPlan(NamedTuple):
     training: bool
     weights: tuple[float, ...]
     keep_outputs: bool = False
+    trace: bool = False
 
 
 @dataclass
@@ -51,6 +52,8 @@ class Report:
     ``losses`` holds (value, count) per micro-batch on the last stage, count None for a mean;
     ``norms`` the 2-norm of every parameter's summed gradient, by stage, in the model's order;
     ``spans`` holds (kind, stage, chunk, start, end) in nanoseconds of the worker's monotonic clock.
+    Where the step is traced, ``sends`` holds (producer, consumer, time) and ``arrivals`` (consumer,
+    time) of the values that other workers got from or gave to this one.
     """
 
     worker: str
@@ -58,4 +61,6 @@ class Report:
     outputs: dict[int, Any] = field(default_factory=dict)
     norms: dict[int, list[float]] = field(default_factory=dict)
     spans: list[tuple[str, int, int, int, int]] = field(default_factory=list)
+    sends: list[tuple[Action, Action, int]] = field(default_factory=list)
+    arrivals: list[tuple[Action, int]] = field(default_factory=list)
     peak_in_flight: dict[int, int] = field(default_factory=dict)

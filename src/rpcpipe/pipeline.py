@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import uuid
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,21 +16,32 @@ from tqdm import tqdm
 
 from rpcpipe import schedules
 from rpcpipe.actor import ActorSpec
-from rpcpipe.arguments import check_functions, cut_layers, make_schedule, refuse, worker_names
+from rpcpipe.arguments import (
+    check_functions,
+    cut_layers,
+    make_schedule,
+    owners,
+    refuse,
+    stage_parts,
+    worker_names,
+)
 from rpcpipe.backward import Received
 from rpcpipe.driver import Driver
-from rpcpipe.errors import CheckpointError, RpcPipeError
+from rpcpipe.errors import CheckpointError, PartitionError, RpcPipeError
 from rpcpipe.handle import StageHandle
 from rpcpipe.launch import Cluster
-from rpcpipe.layers import Layer, named_layers
+from rpcpipe.layers import Layer, named_layers, parameter_counts, shared_parameters
 from rpcpipe.messages import Port, Route, StepPlan
 from rpcpipe.microbatch import Nest, batch_size, merge, split
 from rpcpipe.optimizer import Factory, PipelineOptimizer
+from rpcpipe.partition import balance as cut
 from rpcpipe.program import compile_routes
 from rpcpipe.result import StepResult, mean_loss
 from rpcpipe.schedules import Action, Schedule
 from rpcpipe.stage import Loss
 from rpcpipe.step import Step
+from rpcpipe.timeline import Timeline
+from rpcpipe.trace import Tracer
 
 
 class Pipeline:
@@ -68,17 +80,23 @@ class Pipeline:
         self.cluster = cluster
         self.clip_grad_norm = clip_grad_norm
         self._names = worker_names([worker.name for worker in cluster.workers], schedule, balance, virtual_stages)
-        self.schedule = make_schedule(schedule, len(self._names), chunks, virtual_stages)
-        self.chunks = self.schedule.chunks
+        self._virtual_stages = virtual_stages
+        self._schedule = make_schedule(schedule, len(self._names), chunks, virtual_stages)
+        self.chunks = self._schedule.chunks
         layers = named_layers(model)
-        self.balance = cut_layers(layers, balance, self.schedule.stages)
+        self._layers = list(layers)
+        self._tied = shared_parameters(layers, [1] * len(layers))
+        self._sizes = parameter_counts(list(layers.values()))
+        self.balance = cut_layers(layers, balance, self._schedule.stages, self._sizes)
         self._closed = False
         self._open: Step | None = None
-        self._routes: dict[Any, list[tuple[str, Route]]] = {}
+        self._tracer: Tracer | None = None
         identity = uuid.uuid4().hex
         self._driver = Driver(
             cluster.transport, identity, self._names, timeout=cluster.timeout, batched=dispatch == "batched"
         )
+        # Processes of one host share their monotonic clock.
+        self._offsets = dict.fromkeys(self._names, 0)
         cluster.pipelines.add(self)
         try:
             self._create(identity, layers, loss, optimizer, seed)
@@ -93,16 +111,15 @@ class Pipeline:
         last = self.schedule.stages - 1
         replies = {}
         for worker, name in enumerate(self._names):
-            mine = {stage: part for stage, part in self._parts(layers) if self.schedule.placement[stage] == worker}
+            mine = {
+                stage: (OrderedDict((key, layers[key]) for key in keys), first)
+                for stage, (keys, first) in stage_parts(self._layers, self.balance).items()
+                if self._schedule.placement[stage] == worker
+            }
             spec = cloudpickle.dumps(ActorSpec(mine, last, loss, optimizer, seed))
             replies[name] = self.cluster.transport.post(name, "create", identity, spec)
-        found = self._driver.collect(replies)
-        described = {stage: info for stages in found.values() for stage, info in stages.items()}
-        self.stages = tuple(
-            StageHandle(self._driver, stage, self._names[self.schedule.placement[stage]], described[stage])
-            for stage in range(last + 1)
-        )
-        groups = [info["groups"] for info in described.values() if info["groups"]]
+        self._adopt(self._driver.collect(replies))
+        groups = [info["groups"] for info in self._described.values() if info["groups"]]
         refuse(
             len({len(group) for group in groups}) > 1,
             f"optimizer made {sorted({len(group) for group in groups})} parameter groups on different workers;"
@@ -110,11 +127,64 @@ class Pipeline:
         )
         self.optimizer = PipelineOptimizer(groups[0] if groups else [], self._apply_open)
 
-    def _parts(self, layers: OrderedDict[str, Layer]) -> Iterator[tuple[int, tuple[OrderedDict[str, Layer], int]]]:
-        items, first = list(layers.items()), 0
-        for stage, size in enumerate(self.balance):
-            yield stage, (OrderedDict(items[first : first + size]), first)
-            first += size
+    def _adopt(self, found: Mapping[str, Mapping[int, Any]]) -> None:
+        """Take note of what the workers say they hold."""
+        self._routes: dict[Any, list[tuple[str, Route]]] = {}
+        self._described = {stage: info for stages in found.values() for stage, info in stages.items()}
+        self.stages = tuple(
+            StageHandle(self._driver, stage, self._names[holder], self._described[stage])
+            for stage, holder in enumerate(self._schedule.placement)
+        )
+
+    @property
+    def schedule(self) -> Schedule:
+        """The schedule of a full batch; may be set between two steps, by name or a Schedule.
+
+        Where the new one has other stages or holds them elsewhere, the layers and their optimizer
+        state move over RPC; the losses go on to the bit.
+        """
+        return self._schedule
+
+    @schedule.setter
+    def schedule(self, wanted: str | Schedule) -> None:
+        self._check()
+        refuse(self._open is not None, "the schedule cannot change inside a step")
+        virtual = self._virtual_stages
+        if isinstance(wanted, str):
+            virtual = max(virtual, schedules.fewest_virtual_stages(wanted))
+        new = make_schedule(wanted, len(self._names), self.chunks, virtual)
+        refuse(new.workers != len(self._names), f"{new.name!r} is for {new.workers} workers, not {len(self._names)}")
+        moving = new.placement != self._schedule.placement
+        if moving and self._tied is not None:
+            raise PartitionError(f"{self._tied} are one parameter: its layers cannot be moved one by one")
+        old, self._schedule, self.chunks = self._schedule, new, new.chunks
+        self._routes = {}
+        if moving:
+            self._move(old)
+
+    def _move(self, old: Schedule) -> None:
+        """Bring every layer, with its optimizer state, to the worker that the new schedule gives it."""
+        before = owners(self._layers, self.balance, old, self._names)
+        if self._schedule.stages != old.stages:
+            self.balance = cut(self._sizes, self._schedule.stages)
+        after = owners(self._layers, self.balance, self._schedule, self._names)
+        moves: dict[tuple[str, str], list[str]] = {}
+        for layer in self._layers:
+            if before[layer] != after[layer]:
+                moves.setdefault((before[layer], after[layer]), []).append(layer)
+        try:
+            given: dict[str, list[bytes]] = {name: [] for name in self._names}
+            for (source, target), names in moves.items():
+                given[target].append(self._driver.control(source, "give", names))
+            parts = stage_parts(self._layers, self.balance)
+            replies = {}
+            for worker, name in enumerate(self._names):
+                mine = {stage: part for stage, part in parts.items() if self._schedule.placement[stage] == worker}
+                replies[name] = self._driver.post(name, "arrange", mine, self._schedule.stages - 1, given[name])
+            self._adopt(self._driver.collect(replies))
+        except BaseException:
+            self.close()  # some layers may be on neither worker's stages
+            raise
 
     # --- training ---
 
@@ -160,6 +230,19 @@ class Pipeline:
         if self._open is None:
             raise RpcPipeError("no step is open; call train_step, or optimize inside `with pipe.step() as s:`")
         self._open.apply()
+
+    @contextmanager
+    def trace(self) -> Iterator[Timeline]:
+        """A timeline that the block's steps fill: actions, transfers and updates, on the driver's clock."""
+        self._check()
+        here = socket.gethostname()
+        remote = {worker.name for worker in self.cluster.workers if worker.host != here}
+        self._offsets = {name: self._driver.clock_offset(name) if name in remote else 0 for name in self._names}
+        self._tracer = Tracer(self._names, self._offsets, f"{self.schedule.name}, measured")
+        try:
+            yield self._tracer.timeline
+        finally:
+            self._tracer = None
 
     # --- inference ---
 

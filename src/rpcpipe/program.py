@@ -17,7 +17,7 @@ def compile_routes(schedule: Schedule, workers: Sequence[str], *, targets: bool)
 
     ``targets``: the last stage awaits the targets as well.
     """
-    return [(workers[at], _route(schedule, action, workers, targets)) for at, action in schedule.walk()]
+    return [(workers[at], _route(schedule, action, workers, targets)) for at, action, _ in schedule.walk()]
 
 
 def _route(schedule: Schedule, action: Action, workers: Sequence[str], targets: bool) -> Route:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from rpcpipe.messages import Report
-from rpcpipe.timeline import Span, Timeline
+from rpcpipe.timeline import Timeline
 
 
 @dataclass(frozen=True)
@@ -41,16 +41,6 @@ def mean_loss(reports: Mapping[str, Report], weights: tuple[float, ...]) -> tupl
         return sum(losses[chunk][0] * weights[chunk] for chunk in sorted(losses)), None
     total = sum(counts)
     return sum(losses[chunk][0] for chunk in sorted(losses)) / total if total else float("nan"), total
-
-
-def timeline(reports: Mapping[str, Report], name: str) -> Timeline:
-    """The measured timeline; seconds of the host's monotonic clock."""
-    spans = [
-        Span(index, kind, stage, chunk, start * 1e-9, end * 1e-9)
-        for index, report in enumerate(reports.values())
-        for kind, stage, chunk, start, end in report.spans
-    ]
-    return Timeline(spans, workers=len(reports), name=name)
 
 
 def peaks(reports: Mapping[str, Report]) -> tuple[int, ...]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rpcpipe.errors import ScheduleError
 from rpcpipe.schedules.action import Action
-from rpcpipe.timeline import Span, Timeline
+from rpcpipe.timeline import Span, Timeline, Transfer
 
 if TYPE_CHECKING:
     from rpcpipe.schedules.schedule import Schedule
@@ -20,14 +22,15 @@ PerStage = float | Sequence[float]
 class Costs:
     """Durations in seconds (or any one unit), for all stages or a sequence with one per stage.
 
-    A whole backward ``B`` takes ``input_gradient + weight_gradient``. A result that changes
-    worker arrives ``latency + output_bytes / bandwidth`` after it is produced, without holding
-    either worker. ``optimizer`` follows the last action of all workers (the gate).
+    A whole backward takes ``backward``, by default ``input_gradient + weight_gradient``. A result
+    that changes worker arrives ``latency + output_bytes / bandwidth`` after it is produced, without
+    holding either worker. ``optimizer`` follows the last action of all workers (the gate).
     """
 
     forward: PerStage = 1.0
     input_gradient: PerStage = 1.0
     weight_gradient: PerStage = 1.0
+    backward: PerStage | None = None
     latency: float = 0.0
     bandwidth: float = float("inf")
     output_bytes: PerStage = 0.0
@@ -41,6 +44,8 @@ class Costs:
             return _at(self.input_gradient, stage)
         if kind == "W":
             return _at(self.weight_gradient, stage)
+        if self.backward is not None:
+            return _at(self.backward, stage)
         return _at(self.input_gradient, stage) + _at(self.weight_gradient, stage)
 
     def transfer(self, producer: Action) -> float:
@@ -51,6 +56,19 @@ class Costs:
         stage = producer.stage if producer.kind == "F" else producer.stage - 1
         return self.latency + _at(self.output_bytes, stage) / self.bandwidth
 
+    @classmethod
+    def measured(cls, timeline: Timeline, stages: int) -> Costs:
+        """The mean durations by stage in a measured timeline; transfers are free, as in the ideal."""
+        total: dict[tuple[str, int], list[float]] = {}
+        for span in timeline.spans:
+            total.setdefault((span.kind, span.stage), []).append(span.end - span.start)
+
+        def mean(kind: str) -> list[float]:
+            found = [total.get((kind, stage), [0.0]) for stage in range(stages)]
+            return [sum(times) / len(times) for times in found]
+
+        return cls(forward=mean("F"), input_gradient=mean("I"), weight_gradient=mean("W"), backward=mean("B"))
+
 
 def _at(value: PerStage, stage: int) -> float:
     return value[stage] if isinstance(value, Sequence) else value
@@ -59,24 +77,76 @@ def _at(value: PerStage, stage: int) -> float:
 def simulate(schedule: Schedule, costs: Costs | None = None) -> Timeline:
     """Run ``schedule`` on paper; raises ScheduleError where it would deadlock."""
     costs = costs or Costs()
-    for name in ("forward", "input_gradient", "weight_gradient", "output_bytes"):
+    for name in ("forward", "input_gradient", "weight_gradient", "backward", "output_bytes"):
         value = getattr(costs, name)
         if isinstance(value, Sequence) and len(value) != schedule.stages:
             raise ScheduleError(f"costs.{name} has {len(value)} entries for {schedule.stages} stages")
-    end: dict[Action, float] = {}
-    free = [0.0] * schedule.workers
-    spans: list[Span] = []
-    for worker, action in schedule.walk():
-        ready = free[worker]
-        for needed in schedule.dependencies(action):
-            arrival = end[needed]
-            if schedule.placement[needed.stage] != worker:
-                arrival += costs.transfer(needed)
-            ready = max(ready, arrival)
-        finish = ready + costs.of(action.kind, action.stage)
-        end[action] = free[worker] = finish
-        spans.append(Span(worker, action.kind, action.stage, action.chunk, ready, finish))
+    durations = {kind: [costs.of(kind, stage) for stage in range(schedule.stages)] for kind in "FBIW"}
+    charged = bool(costs.latency or costs.output_bytes)
+    with _without_gc():
+        spans, transfers, free = _run(schedule, costs, durations, charged)
     if costs.optimizer:
         gate = max(free)
         spans += [Span(worker, "U", -1, -1, gate, gate + costs.optimizer) for worker in range(schedule.workers)]
-    return Timeline(spans, workers=schedule.workers, name=schedule.name)
+    return Timeline(spans, transfers, workers=schedule.workers, name=schedule.name)
+
+
+def _run(
+    schedule: Schedule, costs: Costs, durations: dict[str, list[float]], charged: bool
+) -> tuple[list[Span], list[Transfer], list[float]]:
+    end: dict[Action, float] = {}
+    free = [0.0] * schedule.workers
+    spans: list[Span] = []
+    transfers: list[Transfer] = []
+    placement = schedule.placement
+    for worker, action, dependencies in schedule.walk(end):
+        kind, stage, chunk = action
+        ready = free[worker]
+        for needed in dependencies:
+            arrival = end[needed]
+            if charged and placement[needed[1]] != worker:
+                sent, arrival = arrival, arrival + costs.transfer(needed)
+                transfers.append(Transfer(placement[needed[1]], worker, needed, action, sent, arrival))
+            if arrival > ready:
+                ready = arrival
+        end[action] = free[worker] = finish = ready + durations[kind][stage]
+        spans.append(Span(worker, kind, stage, chunk, ready, finish))
+    return spans, transfers, free
+
+
+@contextmanager
+def _without_gc() -> Iterator[None]:
+    """Millions of tuples and no cycles: the collector would double the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def critical_path(timeline: Timeline, schedule: Schedule) -> list[Span]:
+    """The chain of spans that determines the makespan, first to last.
+
+    From the last span to end, step by step to whatever let it start: the dependency or the span
+    before on the same worker that ended last.
+    """
+    spans = [span for span in timeline.spans if span.stage >= 0]
+    by_action = {Action(span.kind, span.stage, span.chunk): span for span in spans}  # type: ignore[arg-type]
+    before: dict[Span, Span] = {}
+    last: dict[int, Span] = {}
+    for span in sorted(spans, key=lambda span: (span.start, span.end)):
+        if span.worker in last:
+            before[span] = last[span.worker]
+        last[span.worker] = span
+    path = [max(spans, key=lambda span: span.end)]
+    while True:
+        here = path[-1]
+        needed = schedule.dependencies(Action(here.kind, here.stage, here.chunk))  # type: ignore[arg-type]
+        candidates = [by_action[action] for action in needed]
+        if here in before:
+            candidates.append(before[here])
+        if not candidates:
+            return path[::-1]
+        path.append(max(candidates, key=lambda span: span.end))

@@ -12,7 +12,9 @@ from rpcpipe.driver import Gate
 from rpcpipe.errors import RpcPipeError
 from rpcpipe.messages import StepPlan
 from rpcpipe.microbatch import Nest, split
-from rpcpipe.result import StepResult, mean_loss, peaks, timeline
+from rpcpipe.result import StepResult, mean_loss, peaks
+from rpcpipe.timeline import Timeline
+from rpcpipe.trace import spans
 
 if TYPE_CHECKING:
     from rpcpipe.pipeline import Pipeline
@@ -42,7 +44,13 @@ class Step:
         pipe, driver = self._pipe, self._pipe._driver
         parts, weights = pipe._cut_batch(inputs)
         values = pipe._values(parts, split(targets, pipe.chunks))
-        reports = driver.run(pipe._train_routes(len(parts)), StepPlan(self._number, True, weights), values)
+        reports = driver.run(
+            pipe._train_routes(len(parts)),
+            StepPlan(self._number, True, weights, trace=pipe._tracer is not None),
+            values,
+        )
+        if pipe._tracer is not None:
+            pipe._tracer.step(reports, self._number)
         loss, count = mean_loss(reports, weights)
         gate = Gate.of(reports, count, pipe.clip_grad_norm)
         if not gate.finite:
@@ -54,7 +62,7 @@ class Step:
             time.perf_counter() - self._started,
             peaks(reports),
             gate.finite,
-            timeline(reports, pipe.schedule.name),
+            Timeline(spans(reports, pipe._offsets, self._number), workers=len(reports), name=pipe.schedule.name),
         )
         return driver.hand_over(self._number, self.context_id, gate) if gate.finite else {}
 
@@ -64,8 +72,11 @@ class Step:
 
     def apply(self) -> None:
         """What ``optimize`` does once a learning-rate scheduler has counted the call."""
-        if self.result().applied:
-            self._pipe._driver.optimize(self._number, self.context_id, self._pipe.optimizer.changes())
+        if not self.result().applied:
+            return
+        times = self._pipe._driver.optimize(self._number, self.context_id, self._pipe.optimizer.changes())
+        if self._pipe._tracer is not None:
+            self._pipe._tracer.update(times, self._number)
 
     def result(self) -> StepResult:
         """The figures so far; raises RpcPipeError before ``forward_backward``."""

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
 from typing import NamedTuple
+
+from rpcpipe.schedules.action import Action
 
 
 class Span(NamedTuple):
     """One piece of work on one worker; ``start`` and ``end`` in seconds on the driver's clock.
 
-    ``kind`` is F, B, I, W as in a schedule, or U for the optimizer's update.
+    ``kind`` is F, B, I, W as in a schedule, or U for the optimizer's update (stage and chunk -1).
     """
 
     worker: int
@@ -19,13 +22,32 @@ class Span(NamedTuple):
     chunk: int
     start: float
     end: float
+    step: int = 0
+
+
+class Transfer(NamedTuple):
+    """A value on its way from ``producer`` on worker ``source`` to ``consumer`` on worker ``target``."""
+
+    source: int
+    target: int
+    producer: Action
+    consumer: Action
+    sent: float
+    arrived: float
+    step: int = 0
 
 
 class Timeline:
-    """Spans of one step, or of several, with the figures read off them."""
+    """Spans and transfers of one step, or of several, with the figures read off them.
 
-    def __init__(self, spans: Iterable[Span], *, workers: int, name: str = "") -> None:
+    A traced timeline grows while its ``with`` block is open, so nothing is cached.
+    """
+
+    def __init__(
+        self, spans: Iterable[Span] = (), transfers: Iterable[Transfer] = (), *, workers: int, name: str = ""
+    ) -> None:
         self.spans = list(spans)
+        self.transfers = list(transfers)
         self.workers = workers
         self.name = name
 
@@ -35,16 +57,16 @@ class Timeline:
             f" makespan {self.makespan:.4g}, bubble {self.bubble:.1%})"
         )
 
-    @cached_property
+    @property
     def start(self) -> float:
         return min((span.start for span in self.spans), default=0.0)
 
-    @cached_property
+    @property
     def makespan(self) -> float:
         """Time from the first start to the last end."""
         return max((span.end for span in self.spans), default=0.0) - self.start
 
-    @cached_property
+    @property
     def busy(self) -> tuple[float, ...]:
         """Working time per worker."""
         total = [0.0] * self.workers
@@ -55,11 +77,10 @@ class Timeline:
     @property
     def bubble(self) -> float:
         """Idle time ÷ makespan, mean over the workers."""
-        if not self.makespan:
-            return 0.0
-        return 1.0 - sum(self.busy) / (self.workers * self.makespan)
+        makespan = self.makespan
+        return 1.0 - sum(self.busy) / (self.workers * makespan) if makespan else 0.0
 
-    @cached_property
+    @property
     def peak_in_flight(self) -> tuple[int, ...]:
         """Per worker, the most (stage, micro-batch) pairs whose activations were alive at once.
 
@@ -74,8 +95,49 @@ class Timeline:
                 alive[span.worker] -= 1
         return tuple(peak)
 
+    def waits(self) -> list[Span]:
+        """The gaps between a worker's spans, each with the kind, stage and chunk that it waited for."""
+        rows: dict[int, list[Span]] = {}
+        for span in sorted(self.spans, key=lambda span: (span.start, span.end)):
+            rows.setdefault(span.worker, []).append(span)
+        return [
+            Span(worker, after.kind, after.stage, after.chunk, before.end, after.start, after.step)
+            for worker, row in rows.items()
+            for before, after in pairwise(row)
+            if after.start > before.end
+        ]
+
     def to_text(self, width: int = 100) -> str:
         """The timeline as lines of at most ``width`` characters."""
         from rpcpipe.render import to_text
 
-        return to_text(self, width)
+        return to_text([self], width)
+
+    def save(self, path: str | Path) -> None:
+        """Write a picture: .svg, .png (need matplotlib), .html, or .json for Perfetto and Chrome."""
+        from rpcpipe.render import save
+
+        save([self], Path(path))
+
+
+def compare(planned: Timeline, measured: Timeline, path: str | Path | None = None, *, width: int = 100) -> str:
+    """Both timelines as one text on one scale of time; ``path`` gets the picture as well.
+
+    Where ``planned`` is in other units (unit costs), it is stretched to the measured makespan.
+    """
+    from rpcpipe.render import save, to_text
+
+    if planned.makespan and not 0.2 < planned.makespan / (measured.makespan or 1.0) < 5:
+        planned = _stretched(planned, measured.makespan / planned.makespan)
+    if path is not None:
+        save([planned, measured], Path(path))
+    return to_text([planned, measured], width)
+
+
+def _stretched(timeline: Timeline, factor: float) -> Timeline:
+    return Timeline(
+        (span._replace(start=span.start * factor, end=span.end * factor) for span in timeline.spans),
+        (move._replace(sent=move.sent * factor, arrived=move.arrived * factor) for move in timeline.transfers),
+        workers=timeline.workers,
+        name=timeline.name,
+    )

@@ -16,6 +16,7 @@ __all__ = [
     "Schedule",
     "bubble_fraction",
     "describe",
+    "fewest_virtual_stages",
     "forward_only",
     "get",
     "names",
@@ -77,6 +78,11 @@ def virtual_stages_of(name: str, virtual_stages: int) -> int:
         return virtual_stages
     wanted = {"line": "has 1 stage", "loop": "needs 2 or more stages", "v": "has 2 stages"}[shape]
     raise ScheduleError(f"{name!r} {wanted} per worker; virtual_stages={virtual_stages} does not fit")
+
+
+def fewest_virtual_stages(name: str) -> int:
+    """The fewest stages per worker for which ``name`` is defined."""
+    return {"line": 1, "loop": 2, "v": 2}[_known(name).shape]
 
 
 def get(name: str, workers: int, chunks: int, virtual_stages: int = 1) -> Schedule:

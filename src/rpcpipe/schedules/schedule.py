@@ -46,10 +46,14 @@ class Schedule:
     def _all(self) -> frozenset[Action]:
         return frozenset(action for worker in self.actions for action in worker)
 
+    @cached_property
+    def _split(self) -> frozenset[tuple[int, int]]:
+        """(stage, chunk) whose backward is split into I and W."""
+        return frozenset((action[1], action[2]) for worker in self.actions for action in worker if action[0] == "I")
+
     def _input_gradient(self, stage: int, chunk: int) -> Action:
         """The action that yields the gradient of the stage's input: ``I`` where split, else ``B``."""
-        split = Action("I", stage, chunk)
-        return split if split in self._all else Action("B", stage, chunk)
+        return Action("I" if (stage, chunk) in self._split else "B", stage, chunk)
 
     def upstream(self, action: Action) -> Action | None:
         """The action of the neighbouring stage whose result ``action`` consumes, if any."""
@@ -84,13 +88,14 @@ class Schedule:
             return Action("F", stage + 1, chunk) if stage + 1 < len(self.placement) else None
         return self._input_gradient(stage - 1, chunk) if stage else None
 
-    def walk(self) -> Iterator[tuple[int, Action]]:
-        """Yield (worker, action) in an order in which everything can run.
+    def walk(self, done: dict[Action, float] | None = None) -> Iterator[tuple[int, Action, tuple[Action, ...]]]:
+        """Yield (worker, action, its dependencies) in an order in which everything can run.
 
+        ``done`` gets every action once it is yielded; a caller may put its own value there first.
         Raises ScheduleError, once nothing more can run, naming for every blocked worker the
         action it stands at and what that waits for.
         """
-        done: set[Action] = set()
+        done = {} if done is None else done
         position = [0] * self.workers
         waiting: dict[Action, list[int]] = {}
         runnable = list(range(self.workers))[::-1]
@@ -99,12 +104,13 @@ class Schedule:
             mine, at = self.actions[worker], position[worker]
             while at < len(mine):
                 action = mine[at]
-                missing = next((d for d in self.dependencies(action) if d not in done), None)
+                needed = self.dependencies(action)
+                missing = next((d for d in needed if d not in done), None)
                 if missing is not None:
                     waiting.setdefault(missing, []).append(worker)
                     break
-                done.add(action)
-                yield worker, action
+                yield worker, action, needed
+                done.setdefault(action, 0.0)
                 runnable.extend(waiting.pop(action, ()))
                 at += 1
             position[worker] = at
