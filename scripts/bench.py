@@ -28,6 +28,14 @@ from gpt_model import gpt, next_token_loss
 
 import rpcpipe as rp
 
+# What torch.distributed.pipelining calls the schedules that it has as well.
+TORCHS = {
+    "gpipe": "ScheduleGPipe",
+    "1f1b": "Schedule1F1B",
+    "interleaved": "ScheduleInterleaved1F1B",
+    "zb-v": "ScheduleZBVZeroBubble",
+    "dualpipe-v": "ScheduleDualPipeV",
+}
 VOCABULARY, TIME, MICRO = 256, 128, 2
 
 
@@ -35,19 +43,24 @@ class Case(NamedTuple):
     """One row of the table."""
 
     dim: int
-    stages: int
+    workers: int
     chunks: int
     schedule: str
 
+    @property
+    def virtual(self) -> int:
+        """Stages per worker."""
+        return rp.schedules.fewest_virtual_stages(self.schedule)
+
 
 def layers(case: Case) -> list[rp.LayerSpec]:
-    """The GPT, two blocks a stage."""
-    return gpt(VOCABULARY, case.dim, case.dim // 64, 2 * case.stages, TIME)
+    """The GPT, two blocks a worker."""
+    return gpt(VOCABULARY, case.dim, case.dim // 64, 2 * case.workers, TIME)
 
 
 def balance(case: Case) -> list[int]:
-    """Two blocks a stage; the embedding goes to the first, the head to the last."""
-    sizes = [2] * case.stages
+    """Two blocks a worker; the embedding goes to the first stage, the head to the last."""
+    sizes = [2 // case.virtual] * (case.workers * case.virtual)
     sizes[0] += 1
     sizes[-1] += 1
     return sizes
@@ -67,18 +80,25 @@ def adamw(params: list[nn.Parameter]) -> torch.optim.Optimizer:
 def torch_rank(rank: int, case: Case, port: int, pipe: Any) -> None:
     """One rank of torch's side; runs the number of steps it is told and answers with their times."""
     import torch.distributed as dist
-    from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+    from torch.distributed import pipelining
 
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=case.stages)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=case.workers)
     sizes, specs = balance(case), layers(case)
-    first = sum(sizes[:rank])
-    module = nn.Sequential(*[spec.build() for spec in specs[first : first + sizes[rank]]])
-    stage = PipelineStage(module, rank, case.stages, torch.device("cpu"))
-    kind = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}[case.schedule]
-    schedule = kind(stage, case.chunks, loss_fn=next_token_loss)
-    optimizer = adamw(list(module.parameters()))
+    placement = rp.schedules.get(case.schedule, case.workers, case.chunks, case.virtual).placement
+    mine = [stage for stage, holder in enumerate(placement) if holder == rank]
+    modules = [
+        nn.Sequential(*[spec.build() for spec in specs[sum(sizes[:stage]) : sum(sizes[: stage + 1])]]) for stage in mine
+    ]
+    stages = [
+        pipelining.PipelineStage(module, stage, len(placement), torch.device("cpu"))
+        for stage, module in zip(mine, modules, strict=True)
+    ]
+    kind: Any = getattr(pipelining.schedules, TORCHS[case.schedule])
+    schedule = kind(stages if case.virtual > 1 else stages[0], case.chunks, loss_fn=next_token_loss)
+    optimizer = adamw([parameter for module in modules for parameter in module.parameters()])
+    last = placement[-1]
     inputs, targets = batch(case, 0)
     while count := pipe.recv():
         times = []
@@ -87,7 +107,7 @@ def torch_rank(rank: int, case: Case, port: int, pipe: Any) -> None:
             start = time.perf_counter()
             losses: list[torch.Tensor] = []
             first_args = (inputs,) if rank == 0 else ()
-            if rank == case.stages - 1:
+            if rank == last:
                 schedule.step(*first_args, target=targets, losses=losses)
             else:
                 schedule.step(*first_args)
@@ -108,7 +128,7 @@ class TorchSide:
             port = probe.getsockname()[1]
         context = mp.get_context("spawn")
         self._pipes, self._processes = [], []
-        for rank in range(case.stages):
+        for rank in range(case.workers):
             ours, theirs = context.Pipe()
             process = context.Process(target=torch_rank, args=(rank, case, port, theirs), daemon=True)
             process.start()
@@ -141,16 +161,19 @@ class OurSide:
             schedule=case.schedule,
             chunks=case.chunks,
             balance=balance(case),
+            virtual_stages=case.virtual,
             dispatch=dispatch,
         )
-        self.last: rp.StepResult | None = None
+        self.to_ideal: list[float] = []
 
     def steps(self, count: int) -> list[float]:
         times = []
         for _ in range(count):
             start = time.perf_counter()
-            self.last = self._pipe.train_step(*self._batch)
+            result = self._pipe.train_step(*self._batch)
             times.append(time.perf_counter() - start)
+            costs = rp.Costs.measured(result.timeline, len(self._pipe.stages))
+            self.to_ideal.append(result.timeline.makespan / self._pipe.schedule.simulate(costs).makespan)
         return times
 
     def close(self) -> None:
@@ -184,9 +207,9 @@ class SingleProcess:
 def measure(case: Case, rounds: int, steps: int) -> dict[str, Any]:
     """Medians over all steps, and the median over rounds of the paired ratios to torch."""
     torch.set_num_threads(1)
-    cluster = rp.launch(workers=case.stages, threads=1)
+    cluster = rp.launch(workers=case.workers, threads=1)
     sides: dict[str, Any] = {
-        "torch": TorchSide(case),
+        **({"torch": TorchSide(case)} if case.schedule in TORCHS else {}),
         "rref": OurSide(case, cluster, "rref"),
         "batched": OurSide(case, cluster, "batched"),
         "single": SingleProcess(case),
@@ -205,16 +228,18 @@ def measure(case: Case, rounds: int, steps: int) -> dict[str, Any]:
             statistics.median(a) / statistics.median(b) for a, b in zip(found[name], found["torch"], strict=True)
         )
         for name in sides
+        if "torch" in found
     }
+    ideal = {name: statistics.median(sides[name].to_ideal) for name in ("rref", "batched")}
     medians = {name: statistics.median(t for turn in turns for t in turn) for name, turns in found.items()}
-    return {**case._asdict(), "seconds": medians, "ratio_to_torch": paired}
+    return {**case._asdict(), "seconds": medians, "ratio_to_torch": paired, "compute_to_ideal": ideal}
 
 
 def main() -> None:
     """Print the table and write it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dims", type=int, nargs="+", default=[256, 512])
-    parser.add_argument("--stages", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--workers", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--chunks", type=int, nargs="+", default=[8, 16])
     parser.add_argument("--schedules", nargs="+", default=["gpipe", "1f1b"])
     parser.add_argument("--rounds", type=int, default=5)
@@ -222,17 +247,25 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("bench.json"))
     args = parser.parse_args()
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}")
-    print(f"{'d':>4} {'K':>2} {'M':>3} {'schedule':>8} | {'torch':>8} {'rref':>8} {'batched':>8} {'single':>8} ms |"
-          f" {'rref':>6} {'batched':>7} of torch")  # fmt: skip
+    print(
+        f"{'d':>4} {'K':>2} {'M':>3} {'schedule':>11} | {'torch':>7} {'rref':>7} {'batched':>7} {'single':>7} ms"
+        f" | {'rref':>6} {'batched':>7} of torch | {'rref':>6} {'batched':>7} of ideal"
+    )
     rows = []
-    for case in [Case(d, k, m, s) for d in args.dims for k in args.stages for m in args.chunks for s in args.schedules]:
+    cases = [Case(d, k, m, s) for d in args.dims for k in args.workers for m in args.chunks for s in args.schedules]
+    for case in cases:
         row = measure(case, args.rounds, args.steps)
         rows.append(row)
         ms = {name: 1e3 * value for name, value in row["seconds"].items()}
-        ratio = row["ratio_to_torch"]
-        print(f"{case.dim:>4} {case.stages:>2} {case.chunks:>3} {case.schedule:>8} |"
-              f" {ms['torch']:8.1f} {ms['rref']:8.1f} {ms['batched']:8.1f} {ms['single']:8.1f}    |"
-              f" {ratio['rref']:6.3f} {ratio['batched']:7.3f}", flush=True)  # fmt: skip
+        ratio, ideal = row["ratio_to_torch"], row["compute_to_ideal"]
+        nan = float("nan")
+        print(
+            f"{case.dim:>4} {case.workers:>2} {case.chunks:>3} {case.schedule:>11} | {ms.get('torch', nan):7.1f}"
+            f" {ms['rref']:7.1f} {ms['batched']:7.1f} {ms['single']:7.1f}    |"
+            f" {ratio.get('rref', nan):6.3f} {ratio.get('batched', nan):7.3f}          |"
+            f" {ideal['rref']:6.3f} {ideal['batched']:7.3f}",
+            flush=True,
+        )
     args.json.write_text(json.dumps({"cores": os.cpu_count(), "torch": torch.__version__, "rows": rows}, indent=1))
 
 

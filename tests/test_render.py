@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def test_the_trace_has_no_overlaps_and_its_arrows_end_in_slices(name: str) -> No
     by_track = tracks(events)
     for slices in by_track.values():
         slices.sort(key=lambda event: event["ts"])
-        for before, after in zip(slices, slices[1:], strict=False):
+        for before, after in pairwise(slices):
             assert before["ts"] + before["dur"] <= after["ts"] + 1e-6
     named = {(e["pid"], e["tid"]) for e in events if e["ph"] == "M" and e["name"] == "thread_name"}
     assert set(by_track) <= named
