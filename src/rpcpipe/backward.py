@@ -46,10 +46,15 @@ class Received:
 
 @dataclass
 class Entered:
-    """Where a micro-batch entered the graph: ``edges`` to the Entry node, ``box`` for gradients."""
+    """Where a micro-batch entered the graph: ``edges`` to the Entry node, ``box`` for gradients.
+
+    Where nothing entered that needs a gradient (the first stage), ``inner`` edges lead to the first
+    layer's outputs: a split backward stops there, so that its halves cost what they cost elsewhere.
+    """
 
     edges: list[GradientEdge] = field(default_factory=list)
     box: list[torch.Tensor | None] = field(default_factory=list)
+    inner: list[GradientEdge] = field(default_factory=list)
 
 
 @dataclass

@@ -35,8 +35,9 @@ class Deferred:
     """What ``W`` has still to do for one micro-batch."""
 
     branches: list[Branch] = field(default_factory=list)
-    # Outputs that do not depend on the stage's input: their whole backward is weight gradient.
-    roots: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    # Where the whole backward from here on is weight gradient: outputs that do not depend on the
+    # stage's input, and the first layer of the first stage.
+    roots: list[tuple[GradientEdge, torch.Tensor]] = field(default_factory=list)
     # Parameters used at several places: autograd has summed their gradient in ``I``.
     shared: list[tuple[GradientEdge, torch.Tensor]] = field(default_factory=list)
 
@@ -44,22 +45,25 @@ class Deferred:
 def backward_input(saved: Saved, grads: list[torch.Tensor | None]) -> tuple[list[torch.Tensor | None], Deferred]:
     """(the inputs' gradients, what is left for the weights)."""
     pairs = [(out, grad) for out, grad in zip(saved.outputs, grads, strict=True) if grad is not None]
-    trunk = _Trunk([out.grad_fn for out, _ in pairs if out.grad_fn is not None], saved.entered.edges)
-    deferred = Deferred(roots=[pair for pair in pairs if pair[0].grad_fn not in trunk.nodes])
-    through = [pair for pair in pairs if pair[0].grad_fn in trunk.nodes]
+    entries = saved.entered.edges or saved.entered.inner
+    trunk = _Trunk([out.grad_fn for out, _ in pairs if out.grad_fn is not None], entries)
+    deferred = Deferred(
+        roots=[(get_gradient_edge(out), grad) for out, grad in pairs if out.grad_fn not in trunk.inside]
+    )
+    through = [pair for pair in pairs if pair[0].grad_fn in trunk.inside]
     if not through:
         return [None] * len(saved.entered.edges), deferred
     branches, shared = trunk.branches()
     arrivals = [GradientEdge(b.node, i) for b in branches for i in range(len(b.node._input_metadata))]
     found = torch.autograd.grad(
         [out for out, _ in through],
-        [*saved.entered.edges, *arrivals, *shared],
+        [*entries, *arrivals, *shared],
         [grad for _, grad in through],
         retain_graph=True,
         allow_unused=True,
     )
-    inputs: list[torch.Tensor | None] = list(found[: len(saved.entered.edges)])
-    rest = found[len(saved.entered.edges) :]
+    inputs: list[torch.Tensor | None] = list(found[: len(entries)])
+    rest = found[len(entries) :]
     by_node = {id(branch.node): branch for branch in branches}
     for edge, grad in zip(arrivals, rest, strict=False):
         if grad is not None:
@@ -67,6 +71,9 @@ def backward_input(saved: Saved, grads: list[torch.Tensor | None]) -> tuple[list
     deferred.branches = branches
     deferred.shared = [(e, g) for e, g in zip(shared, rest[len(arrivals) :], strict=True) if g is not None]
     trunk.release({id(branch.node) for branch in branches})
+    if saved.entered.inner:
+        deferred.roots += [(edge, grad) for edge, grad in zip(entries, inputs, strict=True) if grad is not None]
+        inputs = []
     return inputs, deferred
 
 
@@ -78,7 +85,7 @@ def backward_weight(deferred: Deferred) -> None:
             edges, grads = zip(*branch.arrived, strict=True)
             found = torch.autograd.grad(edges, branch.edges, grads, allow_unused=True)
             ends += [(edge, grad) for edge, grad in zip(branch.edges, found, strict=True) if grad is not None]
-    ends += [(get_gradient_edge(out), grad) for out, grad in deferred.roots]
+    ends += deferred.roots
     if ends:
         torch.autograd.backward([edge for edge, _ in ends], [grad for _, grad in ends])
 
@@ -93,7 +100,7 @@ class _Trunk:
         for node in self._order:
             if node in entry or any(child in self.nodes for child, _ in node.next_functions):
                 self.nodes.add(node)
-        self._entry = entry
+        self.inside = self.nodes - entry
 
     def branches(self) -> tuple[list[Branch], list[GradientEdge]]:
         """(edges that leave the trunk, by node; accumulators reached by more than one of them)."""
@@ -111,14 +118,14 @@ class _Trunk:
 
     def _leaving(self) -> Iterator[tuple[Node, GradientEdge]]:
         for node in reversed(self._order):
-            if node in self.nodes and node not in self._entry:
+            if node in self.inside:
                 for child, index in node.next_functions:
                     if child is not None and child not in self.nodes and _accumulators(child):
                         yield node, GradientEdge(child, index)
 
     def release(self, kept: set[int]) -> None:
         """Free the tensors that only ``I`` needed: those of trunk nodes that ``W`` does not run."""
-        for node in self.nodes - self._entry:
+        for node in self.inside:
             if id(node) not in kept:
                 for name in _saved_names(node):
                     _drop(getattr(node, name))

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import get_gradient_edge
 
 from rpcpipe import backward as autograd
 from rpcpipe import rng
@@ -67,7 +68,7 @@ class Stage:
             self.module.train(plan.training)
         with torch.set_grad_enabled(plan.training):
             nest, entered = autograd.enter(self._to_device(received))
-            outputs = self._run_layers(plan.step, chunk, nest)
+            outputs = self._run_layers(plan.step, chunk, nest, entered)
             if self.loss is None:
                 return self._save(plan, chunk, outputs, entered)
             if plan.keep_outputs:
@@ -76,10 +77,14 @@ class Stage:
                 self._save(plan, chunk, self._take_loss(chunk, outputs, target), entered)
         return None
 
-    def _run_layers(self, step: int, chunk: int, nest: Nest) -> Nest:
+    def _run_layers(self, step: int, chunk: int, nest: Nest, entered: autograd.Entered) -> Nest:
         for index, layer in enumerate(self.module, self.first_layer):
             rng.seed_layer(self.seed, step, chunk, index)
             nest = layer(nest)
+            if index == self.first_layer and not entered.edges:
+                # One output only: of several, one may lead to another and be counted twice.
+                leaves = autograd.differentiable(nest)
+                entered.inner = [get_gradient_edge(leaf) for leaf in leaves] if len(leaves) == 1 else []
         return nest
 
     def _save(self, plan: StepPlan, chunk: int, outputs: Nest, entered: autograd.Entered) -> autograd.Received:
