@@ -151,3 +151,18 @@ def test_the_schedule_changes_in_a_live_run_and_the_bits_stay(kind: str, request
         pipe.schedule = "zigzag"  # type: ignore[assignment]
     assert pipe.train_step(*batch).loss == oracle.train_step(*batch)
     pipe.close()
+
+
+def test_neither_failed_steps_nor_evaluations_change_what_dropout_draws(cluster: rp.Cluster) -> None:
+    pipe = rp.Pipeline(mlp(), cluster, loss=cross_entropy, optimizer=sgd, chunks=3)
+    oracle = Oracle(mlp(), sgd, cross_entropy, 3)
+    for inputs, targets in batches(3):
+        pipe.evaluate([(inputs, targets)])
+        with pytest.raises(rp.StageError):
+            pipe.train_step(inputs, targets + 100)
+        result = pipe.train_step(inputs, targets)
+        assert result.step == oracle.step
+        assert result.loss == oracle.train_step(inputs, targets)
+    assert pipe.trained == 3
+    assert_same_weights(pipe, oracle.model)
+    pipe.close()

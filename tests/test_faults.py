@@ -123,7 +123,6 @@ def test_an_exception_in_the_optimizer_takes_every_stages_update_back(cluster: r
     assert caught.value.action == "optimizer"
     assert caught.value.failure.worker == f"worker{stage}"
     assert_same_weights(pipe, oracle.model)
-    oracle.step += 1  # the failed step's number is used up
     for batch in data[3:]:
         pipe.train_step(*batch)
         oracle.train_step(*batch)

@@ -350,3 +350,23 @@ def test_launch_again_returns_the_live_cluster_if_it_fits(cluster: rp.Cluster) -
         cluster.call("worker0", os.getpid)
     other.close()
     other.close()
+
+
+class Unpicklable(nn.Module):
+    """Its output cannot leave the worker."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return x, (lambda: x)
+
+
+def test_what_cannot_travel_is_an_error_with_the_stage(cluster: rp.Cluster) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), Unpicklable(), nn.Linear(4, 4))
+    pipe = rp.Pipeline(model, cluster, loss=nn.functional.mse_loss, optimizer=sgd, balance=[2, 1], chunks=2)
+    with pytest.raises(rp.StageError, match="pickle") as caught:
+        pipe.train_step(torch.randn(4, 4), torch.randn(4, 4))
+    assert (caught.value.stage, caught.value.action) == (0, "forward")
+    pipe.close()
+    pipe = rp.Pipeline(model[:2], cluster, loss=nn.functional.mse_loss, optimizer=sgd, balance=[2], chunks=2)
+    with pytest.raises(rp.RpcPipeError, match="pickle"):
+        pipe(torch.randn(4, 4))
+    pipe.close()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
@@ -125,6 +126,17 @@ def test_csv_both_ways() -> None:
     schedule = rp.schedules.get("1f1b", 3, 5)
     assert schedule.to_csv().splitlines()[2] == "2F0,2B0,2F1,2B1,2F2,2B2,2F3,2B3,2F4,2B4"
     assert rp.Schedule.from_csv(schedule.to_csv()).actions == schedule.actions
+
+
+def test_a_schedule_of_ones_own_from_a_generator() -> None:
+    def lazy(rank: int) -> Iterator[Action]:
+        yield Action("F", rank, 0)
+        yield Action("I", rank, 0)
+        yield Action("W", rank, 0)
+
+    schedule = rp.Schedule.from_actions((lazy(rank) for rank in range(3)), name="lazy")
+    assert (schedule.workers, schedule.stages, schedule.chunks) == (3, 3, 1)
+    assert str(schedule.actions[1][2]) == "1W0"
 
 
 def test_a_deadlock_is_named() -> None:

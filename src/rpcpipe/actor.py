@@ -63,7 +63,7 @@ class Actor:
         self._spec = replace(spec, stages={})
         self._optimizer: LocalOptimizer | None = None
         self._build(spec.stages, spec.last_stage)
-        self._plan = StepPlan(-1, False, ())
+        self._plan = StepPlan(-1, 0, False, ())
         self._report = Report(name)
         self._arrivals: list[tuple[int, Action, int]] = []
 

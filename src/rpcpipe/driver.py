@@ -57,13 +57,18 @@ class Driver:
         self, transport: Transport, pipeline: str, workers: Sequence[str], *, timeout: float, batched: bool
     ) -> None:
         self.workers = list(workers)
-        self.step = 0
+        self._step = 0
         self._transport = transport
         self._pipeline = pipeline
         self._timeout = timeout
         self._batched = batched
         self._next = dict.fromkeys(self.workers, 0)
         self._held: list[object] = []
+
+    def new_step(self) -> int:
+        """A number that no message has carried yet."""
+        self._step += 1
+        return self._step - 1
 
     # --- a step, in the order of DESIGN: issue, collect, gate, apply ---
 

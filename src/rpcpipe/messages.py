@@ -35,10 +35,14 @@ class Task(NamedTuple):
 class StepPlan(NamedTuple):
     """What a worker knows about the step it executes.
 
-    ``weights[chunk]`` is the micro-batch's share of the batch: its loss counts that much.
+    ``step`` names it in every message and is never used again. ``draw`` seeds its random numbers:
+    the number of training steps done so far, so that neither a failed step nor an evaluation in
+    between changes what is drawn. ``weights[chunk]`` is the micro-batch's share of the batch: its
+    loss counts that much.
     """
 
     step: int
+    draw: int
     training: bool
     weights: tuple[float, ...]
     keep_outputs: bool = False

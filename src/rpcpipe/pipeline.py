@@ -57,6 +57,8 @@ class Pipeline:
     asynchronous call per action and keeps its RRef, "batched" one message per worker and step; the
     results are the same.
 
+    ``trained`` counts the training steps done; it seeds the next one's random numbers.
+
     Raises ScheduleError, PartitionError or ValueError before anything starts.
     """
 
@@ -91,6 +93,7 @@ class Pipeline:
         self._closed = False
         self._open: Step | None = None
         self._tracer: Tracer | None = None
+        self.trained = 0
         identity = uuid.uuid4().hex
         self._driver = Driver(
             cluster.transport, identity, self._names, timeout=cluster.timeout, batched=dispatch == "batched"
@@ -219,10 +222,10 @@ class Pipeline:
         if self._open is not None:
             raise RpcPipeError("a step of this pipeline is open already; leave its with-block first")
         with self.cluster.transport.context() as context_id:
-            self._open = Step(self, context_id, self._driver.step)
-            self._driver.step += 1
+            self._open = step = Step(self, context_id, self.trained)
             try:
-                yield self._open
+                yield step
+                self.trained += step.done
             finally:
                 self._open = None
 
@@ -250,7 +253,7 @@ class Pipeline:
         """The model's output in eval mode, gathered on this process."""
         self._check()
         parts = split(inputs, self.chunks)
-        plan = StepPlan(self._next_step(), False, (), keep_outputs=True)
+        plan = StepPlan(self._driver.new_step(), self.trained, False, (), keep_outputs=True)
         reports = self._driver.run(self._forward_routes(len(parts), targets=False), plan, self._values(parts, None))
         outputs = {chunk: output for report in reports.values() for chunk, output in report.outputs.items()}
         return merge([outputs[chunk] for chunk in range(len(parts))])
@@ -261,7 +264,7 @@ class Pipeline:
         total, samples = 0.0, 0.0
         for inputs, targets in batches:
             parts, weights = self._cut_batch(inputs)
-            plan = StepPlan(self._next_step(), False, weights)
+            plan = StepPlan(self._driver.new_step(), self.trained, False, weights)
             values = self._values(parts, split(targets, self.chunks))
             loss, count = mean_loss(
                 self._driver.run(self._forward_routes(len(parts), targets=True), plan, values), weights
@@ -328,10 +331,6 @@ class Pipeline:
         if self._closed:
             raise RpcPipeError("the pipeline is closed; make a new one")
         self.cluster.check()
-
-    def _next_step(self) -> int:
-        self._driver.step += 1
-        return self._driver.step - 1
 
     # --- what a step consists of ---
 

@@ -68,7 +68,7 @@ class Stage:
             self.module.train(plan.training)
         with torch.set_grad_enabled(plan.training):
             nest, entered = autograd.enter(self._to_device(received))
-            outputs = self._run_layers(plan.step, chunk, nest, entered)
+            outputs = self._run_layers(plan.draw, chunk, nest, entered)
             if self.loss is None:
                 return self._save(plan, chunk, outputs, entered)
             if plan.keep_outputs:
@@ -77,9 +77,9 @@ class Stage:
                 self._save(plan, chunk, self._take_loss(chunk, outputs, target), entered)
         return None
 
-    def _run_layers(self, step: int, chunk: int, nest: Nest, entered: autograd.Entered) -> Nest:
+    def _run_layers(self, draw: int, chunk: int, nest: Nest, entered: autograd.Entered) -> Nest:
         for index, layer in enumerate(self.module, self.first_layer):
-            rng.seed_layer(self.seed, step, chunk, index)
+            rng.seed_layer(self.seed, draw, chunk, index)
             nest = layer(nest)
             if index == self.first_layer and not entered.edges:
                 # One output only: of several, one may lead to another and be counted twice.

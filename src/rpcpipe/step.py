@@ -29,24 +29,30 @@ class Step:
         self.context_id = context_id
         self._pipe = pipe
         self._number = number
+        self._message = pipe._driver.new_step()
         self._started = time.perf_counter()
         self._result: StepResult | None = None
 
+    @property
+    def done(self) -> bool:
+        """Has a batch been run?"""
+        return self._result is not None
+
     def forward_backward(self, inputs: Nest, targets: Nest) -> float:
         """Run the batch; the gradients of its mean loss are then in the context. Returns the loss."""
-        self._pipe._driver.settle(self._number, self.run(inputs, targets))
+        self._pipe._driver.settle(self._message, self.run(inputs, targets))
         return self.result().loss
 
     def run(self, inputs: Nest, targets: Nest) -> dict[str, Future[Any]]:
         """``forward_backward`` that does not wait until the gradients are in the context."""
-        if self._result is not None:
+        if self.done:
             raise RpcPipeError("forward_backward was called in this step already; open another step")
         pipe, driver = self._pipe, self._pipe._driver
         parts, weights = pipe._cut_batch(inputs)
         values = pipe._values(parts, split(targets, pipe.chunks))
         reports = driver.run(
             pipe._train_routes(len(parts)),
-            StepPlan(self._number, True, weights, trace=pipe._tracer is not None),
+            StepPlan(self._message, self._number, True, weights, trace=pipe._tracer is not None),
             values,
         )
         if pipe._tracer is not None:
@@ -64,7 +70,7 @@ class Step:
             gate.finite,
             Timeline(spans(reports, pipe._offsets, self._number), workers=len(reports), name=pipe.schedule.name),
         )
-        return driver.hand_over(self._number, self.context_id, gate) if gate.finite else {}
+        return driver.hand_over(self._message, self.context_id, gate) if gate.finite else {}
 
     def optimize(self) -> None:
         """Apply the gradients on all workers, or on none."""
@@ -74,7 +80,7 @@ class Step:
         """What ``optimize`` does once a learning-rate scheduler has counted the call."""
         if not self.result().applied:
             return
-        times = self._pipe._driver.optimize(self._number, self.context_id, self._pipe.optimizer.changes())
+        times = self._pipe._driver.optimize(self._message, self.context_id, self._pipe.optimizer.changes())
         if self._pipe._tracer is not None:
             self._pipe._tracer.update(times, self._number)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -164,8 +164,12 @@ class Schedule:
         return cls.from_actions(rows, name=name)
 
     @classmethod
-    def from_actions(cls, rows: Sequence[Sequence[Action]], *, name: str = "custom") -> Schedule:
-        """Build and validate a schedule of your own from each worker's actions in order."""
+    def from_actions(cls, workers: Iterable[Iterable[Action]], *, name: str = "custom") -> Schedule:
+        """Build and validate a schedule of your own from each worker's actions in order.
+
+        Anything that yields will do: ``from_actions(generate(rank) for rank in range(4))``.
+        """
+        rows = [tuple(row) for row in workers]
         placement: dict[int, int] = {}
         for worker, row in enumerate(rows):
             for action in row:
@@ -178,4 +182,4 @@ class Schedule:
             raise ScheduleError(f"stages must be numbered 0 … K-1 without gaps, not {sorted(placement)}")
         chunks = 1 + max(action.chunk for row in rows for action in row)
         where = tuple(placement[stage] for stage in range(len(placement)))
-        return cls(name, chunks, where, tuple(map(tuple, rows))).validate()
+        return cls(name, chunks, where, tuple(rows)).validate()

@@ -32,8 +32,10 @@ from rpcpipe.errors import Failure, RpcPipeError, StageError, WorkerLost
 
 # uv: the default shm transport keeps a core busy per process even when idle. basic: through the socket.
 _TRANSPORTS, _CHANNELS = ["uv"], ["basic"]
-# Handlers only file what they get, so a few threads serve any number of messages.
-_HANDLER_THREADS = 4
+# Handlers only file what they get, so two threads serve any number of messages.
+_HANDLER_THREADS = 2
+# Seconds that the process watch has to say that a worker has died.
+_GRACE = 0.5
 
 # The functions that rpc_async and remote end in.
 _BINDINGS: Any = torch._C._distributed_rpc
@@ -201,12 +203,23 @@ class RpcTransport:
         with self._lock:
             if reply not in self._pending.get(to, ()):
                 return  # failed by `lose` in the meantime
-            if error is not None:
-                # A broken connection is usually a death that the watch reports in a moment, with
-                # its cause; left pending for that. What is no death runs into the deadline.
+            if error is None:
+                self._pending[to].discard(reply)
+        if error is None:
+            reply.set_result(outcome)
+        else:
+            # A broken connection is usually a death, which the watch reports in a moment with its
+            # cause; only what is no death is reported as it is.
+            late = threading.Timer(_GRACE, self._fail, (to, reply, RpcPipeError(f"the call to {to} failed: {error}")))
+            late.daemon = True
+            late.start()
+
+    def _fail(self, to: str, reply: Future[Any], error: RpcPipeError) -> None:
+        with self._lock:
+            if reply not in self._pending.get(to, ()):
                 return
             self._pending[to].discard(reply)
-        reply.set_result(outcome)
+        reply.set_exception(error)
 
     def lose(self, worker: str, error: WorkerLost) -> None:
         """``worker`` is gone: its pending and future calls end with ``error``."""
