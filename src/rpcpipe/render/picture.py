@@ -14,6 +14,7 @@ _NAMES = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight g
 def draw(timelines: Sequence[Timeline], path: Path) -> None:
     """Write ``path`` (.svg or .png); raises ImportError with the remedy where matplotlib is missing."""
     try:
+        from matplotlib import rc_context
         from matplotlib.figure import Figure
         from matplotlib.patches import Patch
     except ImportError as error:
@@ -38,4 +39,5 @@ def draw(timelines: Sequence[Timeline], path: Path) -> None:
     kinds = {span.kind for timeline in timelines for span in timeline.spans}
     patches = [Patch(color=COLOURS[kind], label=name) for kind, name in _NAMES.items() if kind in kinds]
     figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), fontsize=8)
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "rpcpipe"}):
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)

@@ -52,7 +52,9 @@ _FAMILY: dict[str, _Known] = {
     "interleaved": _Known(_loop(looped.interleaved), "loop", "1f1b's bubble divided by v, more transfers"),
     "looped-bfs": _Known(_loop(looped.looped_bfs), "loop", "breadth first; fewest switches between stages"),
     "zb-h1": _Known(_line(synchronous.zb_h1), "line", "weight gradients fill the drain; K in memory everywhere"),
-    "zb-v": _Known(lambda workers, chunks, _: vshaped.zb_v(workers, chunks), "v", "no bubble at F = I = W, M ≥ 2K"),
+    "zb-v": _Known(
+        lambda workers, chunks, _: vshaped.zb_v(workers, chunks), "v", "split backward in a V; half of zb-h1's bubble"
+    ),
     "dualpipe-v": _Known(
         _line(vshaped.dualpipe_v), "v", "forwards paired with backwards; M ≥ 2K", lambda workers: 2 * workers
     ),

@@ -30,9 +30,9 @@ def zb_v(workers: int, chunks: int) -> list[list[Action]]:
 
     Found by list scheduling with unit costs: in every unit of time each free worker takes the first
     thing it can in an order of preference, with at most 2K to 2K + 3 activations alive. The first
-    of these attempts in which no worker idles once it has started is kept, or else the best: at
-    F = I = W and M ≥ 2K the makespan is M(F + B) + (K - 1)F/2, where F and B are those of a
-    worker's two stages together.
+    of these attempts in which the last worker to start works without a gap is kept, or else the
+    best: at F = I = W and M ≥ 2K the makespan is M(F + B) + (K - 1)F/2, where F and B are those of
+    a worker's two stages together.
     """
     best: tuple[int, list[list[Action]]] | None = None
     for limit in range(2 * workers, 2 * workers + 4):
