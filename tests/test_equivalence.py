@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import rpcpipe as rp
 from helpers import (
@@ -165,4 +166,43 @@ def test_neither_failed_steps_nor_evaluations_change_what_dropout_draws(cluster:
         assert result.loss == oracle.train_step(inputs, targets)
     assert pipe.trained == 3
     assert_same_weights(pipe, oracle.model)
+    pipe.close()
+
+
+def test_moving_after_an_evaluation_trains_on_in_training_mode(cluster: rp.Cluster) -> None:
+    model = mlp()
+    pipe = rp.Pipeline(model.eval(), cluster, loss=cross_entropy, optimizer=adamw, chunks=8)
+    oracle = Oracle(mlp(), adamw, cross_entropy, 8)
+    for batch, name in zip(batches(4, 16), ["interleaved", "1f1b", "zb-v", "gpipe"], strict=True):
+        assert pipe.train_step(*batch).loss == oracle.train_step(*batch)
+        pipe.evaluate([batch])
+        pipe.schedule = name  # type: ignore[assignment]
+    assert pipe.train_step(*batch).loss == oracle.train_step(*batch)
+    assert_same_weights(pipe, oracle.model)
+    pipe.close()
+
+
+def test_a_refused_schedule_leaves_the_pipeline_as_it_was(cluster: rp.Cluster) -> None:
+    pipe = rp.Pipeline(mlp(4), cluster, loss=cross_entropy, optimizer=sgd, chunks=4)
+    oracle = Oracle(mlp(4), sgd, cross_entropy, 4)
+    with pytest.raises(rp.PartitionError, match="cannot cut 4 layers into 8 stages"):
+        pipe.schedule = "zb-v"  # type: ignore[assignment]
+    assert pipe.schedule.name == "1f1b"
+    batch = next(batches(1))
+    assert pipe.train_step(*batch).loss == oracle.train_step(*batch)
+    pipe.close()
+
+
+def nothing_counted(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    kept = target > 9
+    return nn.functional.cross_entropy(output[kept], target[kept], reduction="sum"), kept.sum()
+
+
+def test_a_batch_in_which_nothing_counts_changes_nothing(cluster: rp.Cluster) -> None:
+    pipe = rp.Pipeline(mlp(), cluster, loss=nothing_counted, optimizer=sgd, chunks=2)
+    before = pipe.state_dict()
+    assert not pipe.train_step(*next(batches(1))).applied
+    assert all(torch.equal(before[name], value) for name, value in pipe.state_dict().items())
+    with pytest.raises(ValueError, match="something counts"):
+        pipe.evaluate(batches(1))
     pipe.close()

@@ -213,17 +213,24 @@ def test_a_dead_worker_is_named(sign: signal.Signals) -> None:
 PROGRAM = textwrap.dedent("""
     import sys, torch, rpcpipe as rp
     from torch import nn
+    from typing import NamedTuple
     class Local(nn.Linear): pass
+    class Batch(NamedTuple):
+        x: torch.Tensor
+        name: str
+    class Unpack(nn.Module):
+        def forward(self, batch): return batch.x
     def loss(output, target):
         if END == "exception": raise RuntimeError("on purpose")
         return ((output - target) ** 2).mean()
     END = sys.argv[1]
     cluster = rp.launch(workers=2, threads=1)
     print(*[worker.pid for worker in cluster.workers], flush=True)
-    pipe = rp.Pipeline([Local(4, 4), Local(4, 4)], cluster, loss=loss, optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
+    model = [Unpack(), Local(4, 4), Local(4, 4)]
+    pipe = rp.Pipeline(model, cluster, loss=loss, optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
     if END == "hang":
         sys.stdin.read()
-    result = pipe.train_step(torch.randn(4, 4), torch.randn(4, 4))
+    result = pipe.train_step(Batch(torch.randn(4, 4), 'a name'), torch.randn(4, 4))
     if END == "close": cluster.close()
     if END == "exit": sys.exit(3)
 """)

@@ -18,7 +18,7 @@ def test_names_are_the_unsplit_models() -> None:
 
 def test_specs_count_parameters_without_memory_and_build_from_the_seed() -> None:
     huge = rp.LayerSpec(nn.Linear, 10**6, 10**6, bias=False)
-    assert layers.parameter_counts([huge, nn.Linear(2, 2)]) == [10**12, 6]
+    assert layers.parameter_counts({"a": huge, "b": nn.Linear(2, 2)}) == [10**12, 6]
     spec = rp.LayerSpec(nn.Linear, 3, 3)
     weights = [layers.build(spec, seed=seed, index=index).weight for seed, index in [(1, 2), (1, 2), (1, 3), (2, 2)]]
     assert torch.equal(weights[0], weights[1])  # type: ignore[arg-type]

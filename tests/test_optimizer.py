@@ -66,3 +66,16 @@ def test_changed_hyperparameters_reach_the_worker_and_may_come_back() -> None:
     assert worker.optimizer.param_groups[0]["lr"] == 1e-2
     with pytest.raises(TypeError, match="takes no closure"):
         driver.step(lambda: 0.0)
+
+
+def test_undo_leaves_what_the_optimizer_has_not_touched() -> None:
+    """Another worker failed before this one's turn came: the last successful step must stay."""
+    optimizer = local()
+    apply(optimizer)
+    optimizer.undo.outdate()
+    after = state(optimizer)
+    optimizer.undo.restore()
+    assert all(torch.equal(a, b) for a, b in zip(state(optimizer), after, strict=True))
+    optimizer.undo.copy_one()
+    optimizer.undo.restore()
+    assert all(torch.equal(a, b) for a, b in zip(state(optimizer), after, strict=True))

@@ -7,7 +7,7 @@ them one at a time, in the driver's order.
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -65,7 +65,7 @@ class Actor:
         self._build(spec.stages, spec.last_stage)
         self._plan = StepPlan(-1, 0, False, ())
         self._report = Report(name)
-        self._arrivals: list[tuple[int, Action, int]] = []
+        self._arrivals: deque[tuple[int, Action, int]] = deque()  # handlers append
 
     def _build(self, parts: Parts, last_stage: int) -> None:
         """Make the stages, and an optimizer over all their parameters."""
@@ -133,7 +133,7 @@ class Actor:
         """All actions here are done: the worker's account of the step."""
         report = self._report
         if self._plan.trace:
-            report.arrivals = [(action, at) for step, action, at in self._arrivals if step == self._plan.step]
+            report.arrivals = [(action, at) for step, action, at in list(self._arrivals) if step == self._plan.step]
         for number, stage in self.stages.items():
             report.losses.update(stage.loss_values())
             report.outputs.update(
@@ -179,7 +179,8 @@ class Actor:
     def _clear(self) -> None:
         self._report = Report(self.name)
         # Values of the step that begins may have come already; those of earlier steps are history.
-        self._arrivals = [entry for entry in self._arrivals if entry[0] > self._plan.step]
+        while self._arrivals and self._arrivals[0][0] <= self._plan.step:
+            self._arrivals.popleft()
         for stage in self.stages.values():
             stage.reset()
 
@@ -191,6 +192,9 @@ class Actor:
         return {
             number: {
                 "layers": [name for name, _ in stage.module.named_children()],
+                "sizes": {
+                    name: sum(p.numel() for p in layer.parameters()) for name, layer in stage.module.named_children()
+                },
                 "trainable": [name for name, p in stage.module.named_parameters() if p.requires_grad],
                 "parameters": sum(p.numel() for p in stage.module.parameters()),
                 "bytes": sum(p.numel() * p.element_size() for p in stage.module.parameters()),

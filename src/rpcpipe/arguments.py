@@ -8,7 +8,7 @@ from typing import Any
 
 from rpcpipe import schedules
 from rpcpipe.errors import PartitionError
-from rpcpipe.layers import Layer, shared_parameters
+from rpcpipe.layers import Layer, parameter_counts, shared_parameters
 from rpcpipe.partition import balance as cut
 from rpcpipe.partition import check_balance
 from rpcpipe.schedules import Schedule
@@ -41,17 +41,15 @@ def make_schedule(schedule: str | Schedule, workers: int, chunks: int, virtual: 
     return schedule.validate()
 
 
-def cut_layers(
-    layers: OrderedDict[str, Layer], balance: str | Sequence[int], stages: int, costs: Sequence[int]
-) -> list[int]:
-    """Layers per stage, by hand or as equal as can be in ``costs``; raises PartitionError."""
+def cut_layers(layers: OrderedDict[str, Layer], balance: str | Sequence[int], stages: int) -> list[int]:
+    """Layers per stage, by hand or as equal as can be in parameters; raises PartitionError."""
     if len(layers) < stages:
         raise PartitionError(
             f"the model has {len(layers)} layers and the schedule {stages} stages; use fewer workers or split layers"
         )
     if isinstance(balance, str):
         refuse(balance != "parameters", f"balance must be layers per stage or 'parameters', not {balance!r}")
-        sizes = cut(costs, stages)
+        sizes = cut(parameter_counts(layers), stages)
     else:
         sizes = check_balance(balance, len(layers), stages)
     if (shared := shared_parameters(layers, sizes)) is not None:

@@ -46,7 +46,10 @@ class Gate:
         The factor is ``torch.nn.utils.clip_grad_norm_``'s.
         """
         by_stage = {stage: norms for report in reports.values() for stage, norms in report.norms.items()}
-        norm = gradients.total_norm([norm for stage in sorted(by_stage) for norm in by_stage[stage]]) / (count or 1.0)
+        norm = gradients.total_norm([norm for stage in sorted(by_stage) for norm in by_stage[stage]])
+        if count is not None:
+            # Nothing counted, nothing learnt: 0/0 is for the gate to refuse, not for the weights.
+            norm = norm / count if count > 0 else math.nan
         return cls(norm, count, 1.0 if max_norm is None else gradients.clip_factor(norm, max_norm))
 
 
@@ -96,7 +99,9 @@ class Driver:
                 return self._all(step, Task("optimize", (context_id, changes)))
         except BaseException as error:
             if not isinstance(error, WorkerLost):
-                self._all(-1, Task("undo"))
+                # Not waited for: whatever comes next comes after it in every worker's sequence.
+                for worker in self.workers:
+                    self._post(worker, -1, [Task("undo")])
             raise
 
     def clock_offset(self, worker: str) -> int:
@@ -232,8 +237,9 @@ class _Patience:
                 break
         states = {worker: reply.result() for worker, reply in asked.items() if reply.done()}
         finished = {worker: state[0] for worker, state in states.items()}
-        if any(self._last.get(worker) != count for worker, count in finished.items()):
-            self._last.update(finished)
+        moved = any(self._last.get(worker, count) != count for worker, count in finished.items())
+        self._last.update(finished)
+        if moved:
             self._moved = time.monotonic()
         elif time.monotonic() - self._moved > self._timeout:
             now = "; ".join(

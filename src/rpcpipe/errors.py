@@ -50,6 +50,12 @@ class DeadlineExceeded(RpcPipeError, TimeoutError):
     """No action finished for as long as the cluster's ``timeout`` allows."""
 
 
+_AFTER_A_STEP = (
+    "The step was cancelled, no weight has changed and the pipeline is usable; mend the cause and call again."
+)
+_AFTER_A_CALL = "The worker is alive; mend the cause and call again."
+
+
 @dataclass(frozen=True)
 class Failure:
     """What went wrong on a worker, in strings only, so that it always travels.
@@ -65,6 +71,7 @@ class Failure:
     type_name: str
     message: str
     traceback: str
+    in_step: bool = False
     cancelled: bool = False
 
     @classmethod
@@ -76,6 +83,7 @@ class Failure:
         action: str,
         stage: int | None = None,
         chunk: int | None = None,
+        in_step: bool = False,
     ) -> Failure:
         """Describe ``error``, which is being handled, without ever raising itself."""
         try:
@@ -85,7 +93,7 @@ class Failure:
         text = "".join(traceback.format_exception(error))
         kind = type(error)
         name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
-        return cls(worker, stage, chunk, action, name, message, text)
+        return cls(worker, stage, chunk, action, name, message, text, in_step)
 
     @classmethod
     def cancel(cls, worker: str, action: str) -> Failure:
@@ -103,8 +111,7 @@ class StageError(RpcPipeError):
             where = f"{failure.action} of stage {failure.stage}{chunk} on {failure.worker}"
         super().__init__(
             f"{where} raised {failure.type_name}: {failure.message}\n"
-            "The step was cancelled, no weight has changed and the pipeline is usable; "
-            "mend the cause and call again.\n"
+            f"{_AFTER_A_STEP if failure.in_step else _AFTER_A_CALL}\n"
             f"--- traceback on {failure.worker} ---\n{failure.traceback.rstrip()}"
         )
         self.failure = failure

@@ -100,9 +100,10 @@ class Executor:
 
     def deliver(self, pipeline: str, step: int, port: Port, value: Any) -> None:
         """File a value that another worker has pushed."""
-        self._put(pipeline, step, port, value)
         if (actor := self.actors.get(pipeline)) is not None:
+            # Before the value is filed: with the last one the step may end at once.
             actor.arrived(step, port.action)
+        self._put(pipeline, step, port, value)
 
     def clock(self) -> int:
         """This process's monotonic clock, in nanoseconds."""
@@ -185,7 +186,12 @@ class Executor:
                     # Bounded by nothing: every change of what is looked at above notifies.
                     self._changed.wait()
                     continue
-            self._chores_left = any(actor.chore() for actor in list(self.actors.values()))
+            try:
+                self._chores_left = any(actor.chore() for actor in list(self.actors.values()))
+            except Exception:
+                # Left undone; the optimizer needs it done, tries again and reports the failure.
+                log.debug("a chore failed", exc_info=True)
+                self._chores_left = False
 
     def _take(self) -> tuple[str, Entry] | None:
         if (entry := self._general.take()) is not None:
@@ -219,7 +225,9 @@ class Executor:
         except BaseException as error:
             stage, chunk = (task.args[0].action.stage, task.args[0].action.chunk) if task.op == "act" else (None, None)
             log.debug("%s failed", _title(task), exc_info=True)
-            return Failure.of(error, worker=self.name, action=_title(task), stage=stage, chunk=chunk)
+            return Failure.of(
+                error, worker=self.name, action=_title(task), stage=stage, chunk=chunk, in_step=entry.step >= 0
+            )
 
     def _do_run(self, call: bytes) -> bytes:
         function, args = cloudpickle.loads(call)

@@ -19,6 +19,7 @@ class StageHandle:
         self.index = index
         self.worker = worker
         self.layers: list[str] = info["layers"]
+        self.sizes: dict[str, int] = info["sizes"]
         self._info = info
         self._driver = driver
 

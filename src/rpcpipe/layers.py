@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -66,13 +66,22 @@ def build(layer: Layer, *, seed: int, index: int) -> nn.Module:
     return layer.build()
 
 
-def parameter_counts(layers: Sequence[Layer]) -> list[int]:
-    """Parameters per layer; specs are built without memory, on the meta device."""
+def parameter_counts(layers: Mapping[str, Layer]) -> list[int]:
+    """Parameters per layer; specs are built without memory, on the meta device.
+
+    Raises PartitionError for a spec whose constructor cannot do that (it reads a tensor's value).
+    """
     counts = []
-    for layer in layers:
+    for name, layer in layers.items():
         if isinstance(layer, LayerSpec):
-            with torch.device("meta"):
-                layer = layer.build()
+            try:
+                with torch.device("meta"):
+                    layer = layer.build()
+            except Exception as error:
+                raise PartitionError(
+                    f"layer {name}, {layer!r}, cannot be built on the meta device to count its parameters"
+                    f" ({type(error).__name__}: {error}); pass balance=[…], layers per stage"
+                ) from error
         counts.append(sum(parameter.numel() for parameter in layer.parameters()))
     return counts
 

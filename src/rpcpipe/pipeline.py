@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import uuid
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,7 +31,7 @@ from rpcpipe.driver import Driver
 from rpcpipe.errors import CheckpointError, PartitionError, RpcPipeError
 from rpcpipe.handle import StageHandle
 from rpcpipe.launch import Cluster
-from rpcpipe.layers import Layer, named_layers, parameter_counts, shared_parameters
+from rpcpipe.layers import Layer, named_layers, shared_parameters
 from rpcpipe.messages import Port, Route, StepPlan
 from rpcpipe.microbatch import Nest, batch_size, merge, split
 from rpcpipe.optimizer import Factory, PipelineOptimizer
@@ -88,8 +89,7 @@ class Pipeline:
         layers = named_layers(model)
         self._layers = list(layers)
         self._tied = shared_parameters(layers, [1] * len(layers))
-        self._sizes = parameter_counts(list(layers.values()))
-        self.balance = cut_layers(layers, balance, self._schedule.stages, self._sizes)
+        self.balance = cut_layers(layers, balance, self._schedule.stages)
         self._closed = False
         self._open: Step | None = None
         self._tracer: Tracer | None = None
@@ -101,6 +101,8 @@ class Pipeline:
         # Processes of one host share their monotonic clock.
         self._offsets = dict.fromkeys(self._names, 0)
         cluster.pipelines.add(self)
+        # In a REPL a pipeline is often just replaced: its stages go with it.
+        weakref.finalize(self, _release, cluster, self._driver).atexit = False
         try:
             self._create(identity, layers, loss, optimizer, seed)
         except BaseException:
@@ -154,22 +156,22 @@ class Pipeline:
         refuse(self._open is not None, "the schedule cannot change inside a step")
         virtual = self._virtual_stages
         if isinstance(wanted, str):
-            virtual = max(virtual, schedules.fewest_virtual_stages(wanted))
+            virtual = schedules.suited_virtual_stages(wanted, virtual)
         new = make_schedule(wanted, len(self._names), self.chunks, virtual)
         refuse(new.workers != len(self._names), f"{new.name!r} is for {new.workers} workers, not {len(self._names)}")
         moving = new.placement != self._schedule.placement
         if moving and self._tied is not None:
             raise PartitionError(f"{self._tied} are one parameter: its layers cannot be moved one by one")
-        old, self._schedule, self.chunks = self._schedule, new, new.chunks
-        self._routes = {}
+        before = owners(self._layers, self.balance, self._schedule, self._names)
+        if new.stages != self._schedule.stages:
+            sizes = {layer: count for stage in self.stages for layer, count in stage.sizes.items()}
+            self.balance = cut([sizes[layer] for layer in self._layers], new.stages)
+        self._schedule, self.chunks, self._routes = new, new.chunks, {}
         if moving:
-            self._move(old)
+            self._move(before)
 
-    def _move(self, old: Schedule) -> None:
+    def _move(self, before: Mapping[str, str]) -> None:
         """Bring every layer, with its optimizer state, to the worker that the new schedule gives it."""
-        before = owners(self._layers, self.balance, old, self._names)
-        if self._schedule.stages != old.stages:
-            self.balance = cut(self._sizes, self._schedule.stages)
         after = owners(self._layers, self.balance, self._schedule, self._names)
         moves: dict[tuple[str, str], list[str]] = {}
         for layer in self._layers:
@@ -270,9 +272,10 @@ class Pipeline:
                 self._driver.run(self._forward_routes(len(parts), targets=True), plan, values), weights
             )
             share = float(batch_size(inputs)) if count is None else count
-            total, samples = total + loss * share, samples + share
+            if share:
+                total, samples = total + loss * share, samples + share
         if not samples:
-            raise ValueError("evaluate needs at least one batch")
+            raise ValueError("evaluate needs at least one batch in which something counts")
         return total / samples
 
     # --- weights ---
@@ -318,8 +321,7 @@ class Pipeline:
         self._closed = True
         self.cluster.pipelines.discard(self)
         self.stages = ()
-        if self.cluster.healthy:
-            self._driver.drop()
+        _release(self.cluster, self._driver)
 
     def __repr__(self) -> str:
         if self._closed:
@@ -365,3 +367,8 @@ class Pipeline:
                 schedules.forward_only(self.schedule, chunks), self._names, targets=targets
             )
         return self._routes[key]
+
+
+def _release(cluster: Cluster, driver: Driver) -> None:
+    if cluster.healthy:
+        driver.drop()

@@ -77,6 +77,11 @@ class WorkerProcess:
                 f"{self.name} (pid {self.pid}) {self.death()} while starting; its output above says why"
             )
 
+    def close(self) -> None:
+        """Let go of the control channel."""
+        self._lines.close()
+        self.control.close()
+
     def death(self) -> str:
         """How the process ended, in words."""
         code = self.popen.poll()
@@ -100,7 +105,7 @@ def end(processes: Sequence[WorkerProcess], timeout: float) -> None:
                 process.popen.kill()
     for process in processes:
         process.popen.wait()
-        process.control.close()
+        process.close()
 
 
 class Watch:

@@ -47,10 +47,11 @@ def backward_input(saved: Saved, grads: list[torch.Tensor | None]) -> tuple[list
     pairs = [(out, grad) for out, grad in zip(saved.outputs, grads, strict=True) if grad is not None]
     entries = saved.entered.edges or saved.entered.inner
     trunk = _Trunk([out.grad_fn for out, _ in pairs if out.grad_fn is not None], entries)
-    deferred = Deferred(
-        roots=[(get_gradient_edge(out), grad) for out, grad in pairs if out.grad_fn not in trunk.inside]
-    )
-    through = [pair for pair in pairs if pair[0].grad_fn in trunk.inside]
+    # An output may be an input passed through: its gradient is the input's. The first layer's own
+    # output, where the trunk ends inside the stage, is left to W with all below it.
+    leading = trunk.nodes if saved.entered.edges else trunk.inside
+    deferred = Deferred(roots=[(get_gradient_edge(out), grad) for out, grad in pairs if out.grad_fn not in leading])
+    through = [pair for pair in pairs if pair[0].grad_fn in leading]
     if not through:
         return [None] * len(saved.entered.edges), deferred
     branches, shared = trunk.branches()
@@ -79,15 +80,33 @@ def backward_input(saved: Saved, grads: list[torch.Tensor | None]) -> tuple[list
 
 def backward_weight(deferred: Deferred) -> None:
     """Accumulate the weights' gradients; autograd's order and bits are those of a whole backward."""
-    ends: list[tuple[GradientEdge, torch.Tensor]] = list(deferred.shared)
+    ends: list[tuple[GradientEdge, torch.Tensor]] = []
+    for edge, grad in deferred.shared:
+        # By hand: autograd has run the parameter's hooks when it captured the sum.
+        parameter = edge.node.variable  # type: ignore[attr-defined]
+        parameter.grad = grad.clone() if parameter.grad is None else parameter.grad.add_(grad)
     for branch in deferred.branches:
         if branch.arrived:
-            edges, grads = zip(*branch.arrived, strict=True)
-            found = torch.autograd.grad(edges, branch.edges, grads, allow_unused=True)
-            ends += [(edge, grad) for edge, grad in zip(branch.edges, found, strict=True) if grad is not None]
+            ends += _leave(branch)
     ends += deferred.roots
     if ends:
         torch.autograd.backward([edge for edge, _ in ends], [grad for _, grad in ends])
+
+
+def _leave(branch: Branch) -> list[tuple[GradientEdge, torch.Tensor]]:
+    """Run the branch's node for its edges: (edge, gradient) of those that lead to more than a parameter.
+
+    Edges straight to a parameter end in it here; captured first, its hooks would run twice.
+    """
+    edges, grads = (list(column) for column in zip(*branch.arrived, strict=True))
+    variables = [edge.node.variable for edge in branch.edges if hasattr(edge.node, "variable")]
+    further = [edge for edge in branch.edges if not hasattr(edge.node, "variable")]
+    if variables:
+        torch.autograd.backward(edges, grads, inputs=variables, retain_graph=bool(further))
+    if not further:
+        return []
+    found = torch.autograd.grad(edges, further, grads, allow_unused=True)
+    return [(edge, grad) for edge, grad in zip(further, found, strict=True) if grad is not None]
 
 
 class _Trunk:

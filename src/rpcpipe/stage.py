@@ -39,7 +39,8 @@ class Stage:
         loss: Loss | None = None,
     ) -> None:
         self.index = index
-        self.module = nn.Sequential(layers).to(device)
+        # A new container says it trains whatever its children do; from here on all of them agree.
+        self.module = nn.Sequential(layers).to(device).train()
         self.first_layer = first_layer
         self.seed = seed
         self.device = device

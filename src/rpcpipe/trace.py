@@ -30,6 +30,7 @@ def transfers(reports: Mapping[str, Report], offsets: Mapping[str, int], step: i
         )
         for index, (name, report) in enumerate(reports.items())
         for producer, consumer, at in report.sends
+        if consumer in arrived
     ]
 
 

@@ -36,13 +36,14 @@ class Undo:
         """Bring one parameter's copy up to date; False if all are."""
         if not self._stale:
             return False
-        parameter = self._stale.pop()
+        parameter = self._stale[-1]
         old_value, old_state = self._copies.get(parameter, (None, {}))
         state = self._optimizer.state.get(parameter, {})
         self._copies[parameter] = (
             _copy(parameter.detach(), old_value),
             {key: _copy(value, old_state.get(key)) for key, value in state.items()},
         )
+        self._stale.pop()
         return True
 
     def complete(self) -> None:
@@ -52,8 +53,14 @@ class Undo:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put the copies back into the live parameters and the optimizer's state."""
-        for parameter, (value, state) in self._copies.items():
+        """Put the copies back into the live parameters and the optimizer's state.
+
+        A stale copy is left alone: the optimizer has not run since, or ``complete`` would have
+        renewed it, so the live values are right.
+        """
+        fresh = [parameter for parameter in self._copies if parameter not in set(self._stale)]
+        for parameter in fresh:
+            value, state = self._copies[parameter]
             parameter.copy_(value)
             if state:
                 self._optimizer.state[parameter] = {key: _copy(entry, None) for key, entry in state.items()}

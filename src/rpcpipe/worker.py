@@ -58,16 +58,22 @@ def _say(control: socket.socket, word: str) -> None:
 
 def _obey(lines: IO[str], executor: Any) -> None:
     """End with the driver: at its word, or at once when the channel breaks because it died."""
-    if lines.readline() != "stop\n":
+    try:
+        word = lines.readline()
+    except OSError:
+        word = ""
+    if word != "stop\n":
         _exit(1)
     executor.close()
 
 
 def _exit(status: int) -> None:
     # Not sys.exit: with RPC threads about, interpreter shutdown may abort.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:  # whoever read our output may be gone
+        os._exit(status)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ __all__ = [
     "get",
     "names",
     "optimal_microbatches",
+    "suited_virtual_stages",
     "virtual_stages_of",
 ]
 
@@ -85,6 +86,12 @@ def virtual_stages_of(name: str, virtual_stages: int) -> int:
 def fewest_virtual_stages(name: str) -> int:
     """The fewest stages per worker for which ``name`` is defined."""
     return {"line": 1, "loop": 2, "v": 2}[_known(name).shape]
+
+
+def suited_virtual_stages(name: str, wanted: int) -> int:
+    """``wanted`` stages per worker where ``name`` leaves the choice, else what it needs."""
+    fewest = fewest_virtual_stages(name)
+    return max(wanted, fewest) if _known(name).shape == "loop" else fewest
 
 
 def get(name: str, workers: int, chunks: int, virtual_stages: int = 1) -> Schedule:

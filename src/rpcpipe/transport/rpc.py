@@ -21,6 +21,7 @@ from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any
 
+import cloudpickle
 import torch
 from torch import nn
 from torch.distributed import Store, rpc  # type: ignore[attr-defined]
@@ -135,8 +136,12 @@ def _is_rref(value: object) -> bool:
     return isinstance(value, rpc.PyRRef)  # type: ignore[attr-defined]
 
 
-def _local_value(rref: Any) -> Any:
-    return rref.local_value()
+@rpc.functions.async_execution  # type: ignore[untyped-decorator]
+def _local_value(rref: Any) -> torch.futures.Future[Any]:
+    """Waits for the value on a thread of its own: calls made by hand are few, handlers must be free."""
+    answer: torch.futures.Future[Any] = torch.futures.Future()
+    threading.Thread(target=lambda: answer.set_result(rref.local_value()), daemon=True).start()
+    return answer
 
 
 class _Pickler(pickle.Pickler):
@@ -146,6 +151,12 @@ class _Pickler(pickle.Pickler):
         super().__init__(buffer, protocol=pickle.HIGHEST_PROTOCOL)
         self.tensors: list[torch.Tensor] = []
         self.dispatch_table = {**copyreg.dispatch_table, torch.Tensor: self._beside, nn.Parameter: self._beside}
+
+    def reducer_override(self, value: Any) -> Any:
+        """What a script or a REPL defines is sent by value: a worker's ``__main__`` is another one."""
+        if type(value).__module__ == "__main__" or getattr(value, "__module__", None) == "__main__":
+            return cloudpickle.loads, (cloudpickle.dumps(value),)
+        return NotImplemented
 
     def _beside(self, tensor: torch.Tensor) -> tuple[Any, tuple[int]]:
         self.tensors.append(tensor)
