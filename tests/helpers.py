@@ -111,7 +111,6 @@ class LocalCluster:
         self.timeout = timeout
         self.healthy = True
         self.pipelines: set[Any] = set()
-        self.order: dict[str, list[str]] = {worker.name: [] for worker in self.workers}
         for worker in self.workers:
             executor = Executor(worker.name, self.transport, device=torch.device("cpu"), threads=1)
             self.transport.endpoints[worker.name] = executor
