@@ -208,14 +208,11 @@ class Driver:
         while pending:
             done, pending = self._transport.wait(pending, min(_POLL, self._timeout / 4))
             for reply in done:
-                self._raise_failure(reply.result())
+                if isinstance(outcome := reply.result(), Failure):
+                    raise StageError(outcome)
             if not done:
                 patience.check()
         return {worker: reply.result() for worker, reply in replies.items()}
-
-    def _raise_failure(self, outcome: Any) -> None:
-        if isinstance(outcome, Failure):
-            raise StageError(outcome)
 
 
 class _Patience:

@@ -8,10 +8,6 @@ from rpcpipe.errors import ScheduleError
 
 Kind = Literal["F", "B", "I", "W"]
 
-FORWARD: Kind = "F"
-BACKWARD: Kind = "B"
-INPUT_GRADIENT: Kind = "I"
-WEIGHT_GRADIENT: Kind = "W"
 KINDS: tuple[Kind, ...] = ("F", "B", "I", "W")
 NAMES: dict[str, str] = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient"}
 

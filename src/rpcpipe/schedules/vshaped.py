@@ -9,6 +9,7 @@ from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 
 from rpcpipe.schedules.action import Action, Kind
+from rpcpipe.schedules.schedule import Schedule
 
 
 def v_placement(workers: int) -> tuple[int, ...]:
@@ -51,6 +52,10 @@ class _ListScheduler:
 
     def __init__(self, workers: int, chunks: int, preference: _Preference, limit: int) -> None:
         self._workers, self._chunks, self._preference, self._limit = workers, chunks, preference, limit
+        # Every backward is split; the order, which is what is looked for, does not matter to the rules.
+        stages = range(2 * workers)
+        split = tuple(Action("I", stage, chunk) for stage in stages for chunk in range(chunks))
+        self._rules = Schedule("zb-v", chunks, v_placement(workers), (split,))
         self._next: Counter[tuple[Kind, int]] = Counter()
         self._done: set[Action] = set()
 
@@ -87,16 +92,7 @@ class _ListScheduler:
         return None
 
     def _ready(self, action: Action) -> bool:
-        """Could ``action`` start now? Restated for unfinished rows; the result is validated as usual."""
-        kind, stage, chunk = action
-        if chunk >= self._chunks:
-            return False
-        last = 2 * self._workers - 1
-        if kind == "F":
-            return stage == 0 or Action("F", stage - 1, chunk) in self._done
-        return Action("F", stage, chunk) in self._done and (
-            stage == last or Action("I", stage + 1, chunk) in self._done
-        )
+        return action.chunk < self._chunks and all(needed in self._done for needed in self._rules.dependencies(action))
 
 
 def dualpipe_v(rank: int, workers: int, chunks: int) -> Iterator[Action]:
