@@ -1,10 +1,5 @@
 from __future__ import annotations
 
-import os
-
-# Before torch is imported: its agent reports every connection that a test's death or close breaks.
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-
 import pytest
 import torch
 

@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).parent.parent / "src" / "rpcpipe"
 FILES = sorted(ROOT.rglob("*.py"))
 LAYERS = [
-    {"errors", "schedules", "simulate", "timeline", "render", "partition"},
+    {"errors", "schedules", "simulate", "timeline", "render", "partition"}
+    | {"interrupts", "tables", "logs", "handshake", "place", "pickling"},
     {
         "messages",
         "microbatch",
@@ -23,10 +24,14 @@ LAYERS = [
         "optimizer",
         "mailbox",
         "process",
+        "channel",
+        "watch",
+        "door",
     },
     {"stage", "actor", "executor", "program", "transport"},
-    {"driver", "launch", "worker", "result", "trace", "handle", "arguments"},
-    {"pipeline", "step", "cli", "__main__", "__init__"},
+    {"driver", "group", "formation", "cluster", "launch", "connect", "agent", "worker"}
+    | {"result", "trace", "handle", "arguments"},
+    {"pipeline", "step", "cli", "doctor", "__main__", "__init__"},
 ]
 
 

@@ -83,7 +83,9 @@ def test_a_loss_of_sum_and_count_is_normalised_over_the_batch(cluster: rp.Cluste
     pipe = rp.Pipeline(mlp(), cluster, loss=summed, optimizer=adamw, chunks=3, clip_grad_norm=clip)
     for inputs, targets in batches(4):
         result = pipe.train_step(inputs, targets)
-        assert result.loss == oracle.train_step(inputs, targets)
+        loss = oracle.train_step(inputs, targets)
+        # Clipped, the weights may differ in the last bit, see below, and on some processors do.
+        assert result.loss == (loss if clip is None else pytest.approx(loss, rel=1e-6))
         assert result.grad_norm == pytest.approx(oracle.grad_norm, rel=1e-6)
     if clip is None:
         assert_same_weights(pipe, oracle.model)

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -28,3 +28,18 @@ def test_merge_keeps_what_has_no_batch_as_a_list() -> None:
 def test_no_batch_no_split(nest: Any) -> None:
     with pytest.raises(ValueError, match="agree on a dimension 0"):
         microbatch.split(nest, 2)
+
+
+def test_packing_keeps_everything() -> None:
+    class Local(NamedTuple):
+        x: torch.Tensor
+        rest: object
+
+    nest = Local(torch.ones(2, 3), {"a": [torch.zeros(1), None, "text"], "b": lambda: 7})
+    tensors, data = microbatch.pack(nest)
+    assert len(tensors) == 2
+    again = microbatch.unpack((tensors, data))
+    assert type(again).__name__ == "Local"
+    assert torch.equal(again.x, nest.x)
+    assert again.rest["a"][1:] == [None, "text"]
+    assert again.rest["b"]() == 7

@@ -1,6 +1,10 @@
 """Pipeline parallelism from one Python process."""
 
+import logging
+
 from rpcpipe import schedules
+from rpcpipe.cluster import Cluster
+from rpcpipe.connect import connect
 from rpcpipe.errors import (
     CheckpointError,
     DeadlineExceeded,
@@ -11,13 +15,16 @@ from rpcpipe.errors import (
     StageError,
     WorkerLost,
 )
-from rpcpipe.launch import Cluster, launch
+from rpcpipe.launch import launch
 from rpcpipe.layers import LayerSpec
 from rpcpipe.pipeline import Pipeline
 from rpcpipe.result import StepResult
 from rpcpipe.schedules import Action, Schedule, bubble_fraction, optimal_microbatches
 from rpcpipe.simulate import Costs, critical_path
 from rpcpipe.timeline import Span, Timeline, Transfer, compare
+
+# Silent unless the user configures logging.
+logging.getLogger("rpcpipe").addHandler(logging.NullHandler())
 
 __version__ = "0.1.0"
 
@@ -42,6 +49,7 @@ __all__ = [
     "WorkerLost",
     "bubble_fraction",
     "compare",
+    "connect",
     "critical_path",
     "launch",
     "optimal_microbatches",

@@ -19,7 +19,7 @@ from torch import nn
 from rpcpipe import gradients, layers
 from rpcpipe.errors import CheckpointError
 from rpcpipe.messages import Port, Report, Route, StepPlan
-from rpcpipe.microbatch import map_tensors
+from rpcpipe.microbatch import map_tensors, pack
 from rpcpipe.optimizer import Factory, LocalOptimizer
 from rpcpipe.schedules import Action
 from rpcpipe.stage import Loss, Stage
@@ -137,7 +137,7 @@ class Actor:
         for number, stage in self.stages.items():
             report.losses.update(stage.loss_values())
             report.outputs.update(
-                {chunk: map_tensors(lambda leaf: leaf.cpu(), out) for chunk, out in stage.outputs.items()}
+                {chunk: pack(map_tensors(lambda leaf: leaf.cpu(), out)) for chunk, out in stage.outputs.items()}
             )
             report.peak_in_flight[number] = stage.peak_in_flight
             if self._plan.training:

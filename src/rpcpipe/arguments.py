@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from rpcpipe import schedules
-from rpcpipe.errors import PartitionError
+from rpcpipe.errors import CheckpointError, PartitionError
 from rpcpipe.layers import Layer, parameter_counts, shared_parameters
 from rpcpipe.partition import balance as cut
 from rpcpipe.partition import check_balance
@@ -63,6 +65,16 @@ def check_functions(loss: Any, optimizer: Any, dispatch: str, chunks: int) -> No
     refuse(not callable(optimizer), f"optimizer must be a function of the parameters, not {optimizer!r}")
     refuse(dispatch not in _DISPATCH, f"dispatch must be one of {_DISPATCH}, not {dispatch!r}")
     refuse(chunks < 1, f"chunks must be at least 1, not {chunks}")
+
+
+def check_state(live: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> None:
+    """CheckpointError unless ``state`` has the names and shapes of ``live``."""
+    missing, extra = sorted(live.keys() - state.keys()), sorted(state.keys() - live.keys())
+    wrong = [key for key in live.keys() & state.keys() if live[key].shape != state[key].shape]
+    if missing or extra or wrong:
+        raise CheckpointError(
+            f"the state does not fit the model: missing {missing[:5]}, unexpected {extra[:5]}, wrong shape {wrong[:5]}"
+        )
 
 
 def stage_parts(layers: Sequence[str], sizes: Sequence[int]) -> dict[int, tuple[list[str], int]]:

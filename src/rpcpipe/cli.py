@@ -1,4 +1,4 @@
-"""The command ``rpcpipe``: look at schedules without running anything."""
+"""The command ``rpcpipe``: look at schedules, examine this machine, serve as a worker."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rpcpipe import schedules
+from rpcpipe import doctor, schedules
+from rpcpipe.agent import serve_rank
 from rpcpipe.errors import RpcPipeError
 from rpcpipe.schedules import Schedule
 from rpcpipe.simulate import Costs
@@ -17,6 +18,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the exit status (2 for wrong arguments)."""
     args = _parser().parse_args(arguments)
     try:
+        if args.command == "doctor":
+            return doctor.report()
+        if args.command == "worker":
+            serve_rank()
         _schedule(args)
     except (RpcPipeError, ValueError, ImportError, OSError) as error:
         print(f"rpcpipe: {error}", file=sys.stderr)
@@ -27,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="rpcpipe", description="Pipeline parallelism from one Python process.")
     commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("doctor", help="examine this machine; exit status 1 if a cluster would not form")
+    commands.add_parser("worker", help="serve as the rank that the environment says, for a driver's rp.connect()")
     show = commands.add_parser("schedule", help="draw a schedule: its timeline, bubble and peaks")
     show.add_argument("name", nargs="?", help="a schedule's name, or a .csv file of actions")
     show.add_argument("--list", action="store_true", help="a table of all schedules for these sizes")

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from rpcpipe import gradients
-from rpcpipe.errors import DeadlineExceeded, Failure, StageError, WorkerLost
+from rpcpipe.errors import DeadlineExceeded, Failure, StageError
+from rpcpipe.interrupts import Deferred
 from rpcpipe.messages import Port, Report, Route, StepPlan, Task
 from rpcpipe.transport.base import Transport
 
@@ -66,7 +67,12 @@ class Driver:
         self._timeout = timeout
         self._batched = batched
         self._next = dict.fromkeys(self.workers, 0)
+        # The step that began last, and each worker's first place of it.
+        self._begun, self._first = -1, dict(self._next)
         self._held: list[object] = []
+        # (step, were its updates under way?) until it has ended well: whatever ended it otherwise, the
+        # next call begins by taking it back.
+        self._unsettled: tuple[int, bool] | None = None
 
     def new_step(self) -> int:
         """A number that no message has carried yet."""
@@ -94,15 +100,13 @@ class Driver:
 
     def optimize(self, step: int, context_id: int, changes: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, int]]:
         """Apply the context's gradients on all workers, or on none; when each worker did it."""
-        try:
-            with self._cancelling(step):
-                return self._all(step, Task("optimize", (context_id, changes)))
-        except BaseException as error:
-            if not isinstance(error, WorkerLost):
-                # Not waited for: whatever comes next comes after it in every worker's sequence.
-                for worker in self.workers:
-                    self._post(worker, -1, [Task("undo")])
-            raise
+        with self._cancelling(step, updating=True):
+            return self._all(step, Task("optimize", (context_id, changes)))
+
+    def take_back(self, step: int) -> None:
+        """Undo what ``optimize`` did, before anything else runs."""
+        self._unsettled = step, True
+        self._recover()
 
     def clock_offset(self, worker: str) -> int:
         """Nanoseconds by which ``worker``'s clock is ahead of this process's.
@@ -130,17 +134,29 @@ class Driver:
 
     def hold(self, worker: str, op: str, *args: Any) -> Any:
         """Like ``post``; the result stays on the worker and an RRef comes back."""
-        return self._transport.hold(worker, "submit", *self._call(worker, -1, [Task(op, args)]), later=True)
+        with Deferred():
+            return self._transport.hold(worker, "submit", *self._call(worker, -1, [Task(op, args)]), later=True)
 
     def chain(self, worker: str, number: int, inputs: Any) -> Any:
         """An RRef to stage ``number``'s output for ``inputs``, which may hold RRefs."""
         return self._transport.chain(worker, "forward", self._pipeline, number, inputs)
 
-    def cancel(self, step: int) -> None:
-        """Drop ``step`` on all workers; what they still send for it is discarded by its number."""
-        self._held.clear()
-        for worker in self.workers:
-            self._transport.tell(worker, "cancel", self._pipeline, step, self._next[worker])
+    def _recover(self) -> None:
+        """Drop the unsettled step on all workers; what they still send for it is discarded by its number.
+
+        Updates are taken back. Nothing is waited for: what comes next comes after it in every
+        worker's sequence.
+        """
+        with Deferred():
+            if self._unsettled is None:
+                return
+            (step, updating), self._unsettled = self._unsettled, None
+            self._held.clear()
+            for worker in self.workers:
+                places = self._first[worker], self._next[worker]
+                self._transport.tell(worker, "cancel", self._pipeline, step, *places)
+                if updating:
+                    self._post(worker, -1, [Task("undo")])
 
     def drop(self) -> list[Future[Any]]:
         """Free the stages."""
@@ -159,8 +175,9 @@ class Driver:
             if worker not in begun:
                 begun.add(worker)
                 tasks.insert(0, Task("begin", (plan,)))
-            call = self._call(worker, plan.step, tasks, given)
-            self._held.append(self._transport.hold(worker, "accept", *call))
+            with Deferred():
+                call = self._call(worker, plan.step, tasks, given)
+                self._held.append(self._transport.hold(worker, "accept", *call))
         return {worker: self._post(worker, plan.step, [Task("settle")]) for worker in self.workers}
 
     def _issue_batched(
@@ -181,12 +198,15 @@ class Driver:
         return self.collect({worker: self._post(worker, step, [task]) for worker in self.workers})
 
     def _post(self, worker: str, step: int, tasks: list[Task], values: Sequence[tuple[Port, Any]] = ()) -> Future[Any]:
-        return self._transport.post(worker, "submit", *self._call(worker, step, tasks, values))
+        with Deferred():  # a number taken and not sent would stop the worker's sequence
+            return self._transport.post(worker, "submit", *self._call(worker, step, tasks, values))
 
     def _call(
         self, worker: str, step: int, tasks: list[Task], values: Sequence[tuple[Port, Any]] = ()
     ) -> tuple[str, int, int, list[Task], Sequence[tuple[Port, Any]]]:
         """The arguments of ``submit`` and ``accept``; takes the tasks' places in the sequence."""
+        if self._unsettled is not None and self._unsettled[0] != step:
+            self._recover()
         sequence = self._next[worker]
         self._next[worker] += len(tasks)
         return self._pipeline, step, sequence, tasks, values
@@ -194,12 +214,18 @@ class Driver:
     # --- waiting ---
 
     @contextmanager
-    def _cancelling(self, step: int) -> Iterator[None]:
+    def _cancelling(self, step: int, *, updating: bool = False) -> Iterator[None]:
+        if step != self._begun:
+            if self._unsettled is not None:
+                self._recover()
+            self._begun, self._first = step, dict(self._next)
+        self._unsettled = step, updating
         try:
             yield
         except BaseException:
-            self.cancel(step)
+            self._recover()
             raise
+        self._unsettled = None
 
     def collect(self, replies: Mapping[str, Future[Any]]) -> dict[str, Any]:
         """All replies by worker; the first failure is raised, and so is a standstill."""
@@ -209,7 +235,7 @@ class Driver:
             done, pending = self._transport.wait(pending, min(_POLL, self._timeout / 4))
             for reply in done:
                 if isinstance(outcome := reply.result(), Failure):
-                    raise StageError(outcome)
+                    raise StageError.of(outcome)
             if not done:
                 patience.check()
         return {worker: reply.result() for worker, reply in replies.items()}
@@ -244,5 +270,5 @@ class _Patience:
             )
             raise DeadlineExceeded(
                 f"no worker has finished anything for {self._timeout:g} s: {now}."
-                " If an action may take that long, pass a larger timeout to rp.launch"
+                " If an action may take that long, pass a larger timeout to rp.launch or rp.connect"
             )

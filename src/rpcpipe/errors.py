@@ -14,8 +14,12 @@ Every message says what happened, with the values, and what to do next.
 
 from __future__ import annotations
 
+import functools
+import pickle
+import sys
 import traceback
 from dataclasses import dataclass
+from typing import Any
 
 
 class RpcPipeError(Exception):
@@ -39,11 +43,20 @@ class CheckpointError(RpcPipeError):
 
 
 class WorkerLost(RpcPipeError):
-    """A worker process died or stopped answering; the cluster must be launched again."""
+    """A worker process died or stopped answering; the cluster must be launched again.
 
-    def __init__(self, message: str, *, worker: str = "") -> None:
+    ``worker`` is its name, ``stages`` what it held, ``host`` and ``pid`` where it was.
+    """
+
+    def __init__(
+        self, message: str, *, worker: str = "", stages: tuple[int, ...] = (), host: str = "", pid: int = 0
+    ) -> None:
         super().__init__(message)
-        self.worker = worker
+        self.worker, self.stages, self.host, self.pid = worker, stages, host, pid
+
+    def again(self) -> WorkerLost:
+        """A copy to raise: an exception raised twice would gather both tracebacks."""
+        return WorkerLost(str(self), worker=self.worker, stages=self.stages, host=self.host, pid=self.pid)
 
 
 class DeadlineExceeded(RpcPipeError, TimeoutError):
@@ -56,9 +69,19 @@ _AFTER_A_STEP = (
 _AFTER_A_CALL = "The worker is alive; mend the cause and call again."
 
 
+# What of a message, a traceback and a pickled exception travels.
+_LONGEST_MESSAGE = 10_000
+_LONGEST_TRACEBACK = 20_000
+_LONGEST_PICKLE = 1 << 20
+
+# Mixed into the error that is raised at the driver they would mean something else there: they end
+# a generator, a coroutine.
+_UNMIXABLE = (StopIteration, StopAsyncIteration)
+
+
 @dataclass(frozen=True)
 class Failure:
-    """What went wrong on a worker, in strings only, so that it always travels.
+    """What went wrong on a worker, in strings and bytes only, so that it always travels.
 
     torch RPC rebuilds a remote exception as ``type(message)``, which loses two-argument
     constructors, local classes and non-ASCII text; a Failure is sent as a value instead.
@@ -68,11 +91,17 @@ class Failure:
     stage: int | None
     chunk: int | None
     action: str
-    type_name: str
+    module: str
+    qualname: str
     message: str
     traceback: str
+    pickled: bytes | None = None
     in_step: bool = False
     cancelled: bool = False
+
+    @property
+    def type_name(self) -> str:
+        return self.qualname if self.module == "builtins" else f"{self.module}.{self.qualname}"
 
     @classmethod
     def of(
@@ -86,33 +115,61 @@ class Failure:
         in_step: bool = False,
     ) -> Failure:
         """Describe ``error``, which is being handled, without ever raising itself."""
-        try:
-            message = str(error)
-        except Exception as broken:
-            message = f"<its str() raised {type(broken).__name__}>"
-        text = "".join(traceback.format_exception(error))
+        message, text = _words(error)
         kind = type(error)
-        name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
-        return cls(worker, stage, chunk, action, name, message, text, in_step)
+        return cls(
+            worker, stage, chunk, action, kind.__module__, kind.__qualname__, message, text, _pickled(error), in_step
+        )
 
     @classmethod
     def cancel(cls, worker: str, action: str) -> Failure:
         """The outcome of a call whose step another stage has failed."""
-        return cls(worker, None, None, action, "Cancelled", "the step was cancelled", "", cancelled=True)
+        return cls(worker, None, None, action, "builtins", "Cancelled", "the step was cancelled", "", cancelled=True)
+
+
+def _words(error: BaseException) -> tuple[str, str]:
+    """Message and traceback; of huge ones the parts that matter."""
+    try:
+        message = str(error)
+        text = "".join(traceback.format_exception(error))
+    except Exception as broken:
+        message = f"<its str() raised {type(broken).__name__}>"
+        text = "".join(traceback.format_tb(error.__traceback__))
+    if len(message) > _LONGEST_MESSAGE:
+        message = f"{message[:_LONGEST_MESSAGE]} … ({len(message):,} characters in all)"
+    if len(text) > _LONGEST_TRACEBACK:
+        half = _LONGEST_TRACEBACK // 2
+        text = f"{text[:half]}\n … {len(text) - 2 * half:,} characters left out …\n{text[-half:]}"
+    return message, text
+
+
+def _pickled(error: BaseException) -> bytes | None:
+    try:
+        data = pickle.dumps(error)
+    except Exception:
+        return None
+    return data if len(data) <= _LONGEST_PICKLE else None
 
 
 class StageError(RpcPipeError):
-    """The user's code raised on a worker; the step was cancelled and no weight changed."""
+    """The user's code raised on a worker; the step was cancelled and no weight changed.
+
+    Where the original's type is known here too, the error is of that type as well, so that ``except
+    ValueError`` works. ``stage``, ``chunk`` and ``action`` say where, ``remote_traceback`` how,
+    ``original`` is the exception itself where it could be sent.
+    """
 
     def __init__(self, failure: Failure) -> None:
         where = f"{failure.action} on {failure.worker}"
         if failure.stage is not None:
             chunk = "" if failure.chunk is None else f", micro-batch {failure.chunk}"
             where = f"{failure.action} of stage {failure.stage}{chunk} on {failure.worker}"
-        super().__init__(
+        # Past the original type's own __init__, whose arguments are not ours.
+        BaseException.__init__(
+            self,
             f"{where} raised {failure.type_name}: {failure.message}\n"
             f"{_AFTER_A_STEP if failure.in_step else _AFTER_A_CALL}\n"
-            f"--- traceback on {failure.worker} ---\n{failure.traceback.rstrip()}"
+            f"--- traceback on {failure.worker} ---\n{failure.traceback.rstrip()}",
         )
         self.failure = failure
         self.stage = failure.stage
@@ -120,5 +177,43 @@ class StageError(RpcPipeError):
         self.action = failure.action
         self.remote_traceback = failure.traceback
 
-    def __reduce__(self) -> tuple[type[StageError], tuple[Failure]]:
-        return type(self), (self.failure,)
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+    def __reduce__(self) -> tuple[Any, tuple[Failure]]:
+        return StageError.of, (self.failure,)
+
+    @property
+    def original(self) -> BaseException | None:
+        """The exception as the worker had it, without its traceback; None if it could not be sent."""
+        try:
+            found = pickle.loads(self.failure.pickled) if self.failure.pickled else None
+        except Exception:
+            return None
+        return found if isinstance(found, BaseException) else None
+
+    @staticmethod
+    def of(failure: Failure) -> StageError:
+        """The error to raise: of the original's type too, where that is known in this process."""
+        kind = _known_type(failure)
+        if kind is not None:
+            try:
+                return _mixed(kind)(failure)  # type: ignore[arg-type]
+            except Exception:
+                pass  # a type that does not mix, or whose __new__ wants its own arguments
+        return StageError(failure)
+
+
+def _known_type(failure: Failure) -> type[Exception] | None:
+    """Looked up, not imported: who wants to catch a type has imported it."""
+    found: Any = sys.modules.get(failure.module)
+    for name in failure.qualname.split("."):
+        found = getattr(found, name, None)
+    if not isinstance(found, type) or not issubclass(found, Exception):
+        return None  # SystemExit and KeyboardInterrupt of a worker must not end the driver
+    return None if issubclass(found, (StageError, *_UNMIXABLE)) else found
+
+
+@functools.cache
+def _mixed(kind: type[Exception]) -> type[StageError]:
+    return type("StageError", (StageError, kind), {"__module__": __name__, "__doc__": StageError.__doc__})

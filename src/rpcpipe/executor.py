@@ -109,13 +109,16 @@ class Executor:
         """This process's monotonic clock, in nanoseconds."""
         return time.monotonic_ns()
 
-    def cancel(self, pipeline: str, step: int, resume: int) -> None:
-        """Drop what is left of ``step``; a task of it that is running ends without effect."""
+    def cancel(self, pipeline: str, step: int, first: int, resume: int) -> None:
+        """Drop what is left of ``step``, whose tasks have the places from ``first`` up to ``resume``.
+
+        A task of it that is running ends without effect.
+        """
         with self._changed:
             mailbox = self._mailboxes.get(pipeline)
             if mailbox is None:
                 return
-            late = mailbox.cancel(step, resume)
+            late = mailbox.cancel(step, first, resume)
             self._enqueue("reset", pipeline, step)
         self._refuse(late)
 
@@ -123,7 +126,7 @@ class Executor:
         """Free a pipeline's stages."""
         with self._changed:
             mailbox = self._mailboxes.pop(pipeline, None)
-            late = mailbox.cancel(1 << 62, 1 << 62) if mailbox is not None else []
+            late = mailbox.cancel(1 << 62, 0, 1 << 62) if mailbox is not None else []
             self._enqueue("drop", pipeline)
         self._refuse(late)
 
@@ -131,9 +134,9 @@ class Executor:
         """(tasks finished so far, what is being done or waited for now)."""
         with self._changed:
             if self._running is not None:
-                return self.finished, f"runs {_title(self._running[1].task)}"
-            waits = [box.waiting_for() for box in self._mailboxes.values()]
-            return self.finished, "; ".join(waits) or "nothing to do"
+                return self.finished, f"runs {_where(self._running[1].task)}"
+            waits = [words for box in self._mailboxes.values() if (words := box.waiting_for())]
+            return self.finished, "; ".join(waits) or "idle"
 
     def close(self) -> None:
         """End the compute thread once it is between two tasks."""
@@ -260,6 +263,10 @@ class Executor:
         for entry in entries:
             if entry.reply is not None:
                 entry.reply.set_result(Failure.cancel(self.name, _title(entry.task)))
+
+
+def _where(task: Task) -> str:
+    return task.args[0].action.words() if task.op == "act" else _title(task)
 
 
 def _title(task: Task) -> str:

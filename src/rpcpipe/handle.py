@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import cloudpickle
 from torch import nn
 
+from rpcpipe import tables
 from rpcpipe.driver import Driver
 from rpcpipe.microbatch import Nest
+from rpcpipe.pickling import dumps, loads
+
+HEADER = ("stage", "worker", "device", "layers", "parameters", "weights", "busy in the last step")
 
 
 class StageHandle:
@@ -24,10 +27,16 @@ class StageHandle:
         self._driver = driver
 
     def __repr__(self) -> str:
-        names = self.layers[0] if len(self.layers) == 1 else f"{self.layers[0]} … {self.layers[-1]}"
+        number, worker, device, names, parameters, size, _ = self.row(None)
+        return f"stage {number} on {worker} ({device}): layers {names}, {parameters} parameters, {size}"
+
+    def row(self, busy: float | None) -> list[str]:
+        """The cells below ``HEADER``; ``busy``: its worker's share of the last step."""
         info = self._info
-        size = f"{info['parameters']:,} parameters, {info['bytes'] / 2**20:.1f} MiB"
-        return f"stage {self.index} on {self.worker} ({info['device']}): layers {names}, {size}"
+        names = self.layers[0] if len(self.layers) == 1 else f"{self.layers[0]} … {self.layers[-1]}"
+        share = "-" if busy is None else f"{busy:.1%}"
+        size = tables.mebibytes(info["bytes"])
+        return [str(self.index), self.worker, info["device"], names, f"{info['parameters']:,}", size, share]
 
     @property
     def rref(self) -> Any:
@@ -36,7 +45,7 @@ class StageHandle:
 
     def call(self, function: Callable[[nn.Module], Any]) -> Any:
         """``function(module)`` on the stage's worker; it may change the weights."""
-        return cloudpickle.loads(self._driver.control(self.worker, "call", self.index, cloudpickle.dumps(function)))
+        return loads(self._driver.control(self.worker, "call", self.index, dumps(function, "the call's function")))
 
     def forward(self, inputs: Nest) -> Any:
         """An RRef to the module's output for ``inputs``: a nest of tensors, or another RRef.

@@ -37,14 +37,17 @@ class Mailbox:
         self.expected = 0
         self.floor = 0
         self._queue: dict[int, Entry] = {}
+        self._skips: dict[int, int] = {}  # cancelled places: from, up to
         self._inbox: dict[tuple[int, Port], Any] = {}
         self._failed: dict[int, Failure] = {}
 
     def submit(self, sequence: int, entries: Sequence[Entry]) -> list[Entry]:
         """File ``entries`` from place ``sequence`` on; returns those that come too late to run."""
-        late = [entry for at, entry in enumerate(entries, sequence) if at < self.expected]
+        late = []
         for at, entry in enumerate(entries, sequence):
-            if at >= self.expected:
+            if at < self.expected or any(first <= at < resume for first, resume in self._skips.items()):
+                late.append(entry)
+            else:
                 self._queue[at] = entry
         return late
 
@@ -58,6 +61,8 @@ class Mailbox:
 
         A task of a failed step comes with the failure and must not run.
         """
+        while self.expected in self._skips:
+            self.expected = self._skips.pop(self.expected)
         entry = self._queue.get(self.expected)
         if entry is None:
             return None
@@ -76,10 +81,17 @@ class Mailbox:
         self._failed.setdefault(step, failure)
         self._forget(lambda of: of == step)
 
-    def cancel(self, step: int, resume: int) -> list[Entry]:
-        """Drop all up to ``step``; go on at place ``resume``. Returns the tasks that were waiting."""
-        dropped = [self._queue.pop(at) for at in sorted(self._queue) if at < resume]
-        self.expected = max(self.expected, resume)
+    def cancel(self, step: int, first: int, resume: int) -> list[Entry]:
+        """Drop the tasks from place ``first`` up to ``resume``, and all values up to ``step``.
+
+        What has its place before ``first`` still runs, also if it comes later: it may be the undoing of
+        the step before. Returns the tasks that were waiting.
+        """
+        dropped = [self._queue.pop(at) for at in sorted(self._queue) if first <= at < resume]
+        if self.expected >= first:
+            self.expected = max(self.expected, resume)
+        else:
+            self._skips[first] = max(resume, self._skips.get(first, 0))
         self.finish(step)
         return dropped
 
@@ -94,10 +106,11 @@ class Mailbox:
             del self._inbox[key]
 
     def waiting_for(self) -> str:
-        """The next task and the values it lacks, for a message to a person."""
+        """The next task and the values it lacks, for a message to a person; '' if there is none."""
         entry = self._queue.get(self.expected)
         if entry is None:
-            return "nothing to do" if not self._queue else f"call {self.expected}, which has not arrived"
+            return f"waits for call {self.expected}, which has not arrived" if self._queue else ""
         missing = [port for port in entry.task.awaits if (entry.step, port) not in self._inbox]
-        what = str(missing[0].action) if missing else entry.task.op
-        return f"{what} (waits for its {' and '.join(port.slot for port in missing)})" if missing else what
+        if not missing:
+            return f"is about to run {entry.task.op}"
+        return f"waits for the {' and the '.join(port.slot for port in missing)} of {missing[0].action.words()}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from rpcpipe.microbatch import Packed
 from rpcpipe.schedules.action import Action
 
 
@@ -62,7 +63,7 @@ class Report:
 
     worker: str
     losses: dict[int, tuple[float, float | None]] = field(default_factory=dict)
-    outputs: dict[int, Any] = field(default_factory=dict)
+    outputs: dict[int, Packed] = field(default_factory=dict)
     norms: dict[int, list[float]] = field(default_factory=dict)
     spans: list[tuple[str, int, int, int, int]] = field(default_factory=list)
     sends: list[tuple[Action, Action, int]] = field(default_factory=list)

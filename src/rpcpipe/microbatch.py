@@ -7,8 +7,10 @@ knows). The batch is dimension 0 of every tensor that has one.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import cloudpickle
 import torch
 from torch.utils import _pytree as pytree
 
@@ -23,6 +25,37 @@ def tensors(nest: Nest) -> list[torch.Tensor]:
 def map_tensors(function: Any, nest: Nest) -> Nest:
     """``nest`` with every tensor replaced by ``function(tensor)``."""
     return pytree.tree_map_only(torch.Tensor, function, nest)
+
+
+# A nest as it travels: its tensors, which the transport carries beside the bytes, and all else pickled.
+Packed = tuple[list[torch.Tensor], bytes]
+
+
+def pack(nest: Nest) -> Packed:
+    """``nest`` with its structure by cloudpickle, which knows the classes of a script or a REPL.
+
+    Raises what pickling raises, here rather than on a thread of the transport.
+    """
+    found: list[torch.Tensor] = []
+
+    def put_aside(tensor: torch.Tensor) -> _Place:
+        found.append(tensor)
+        return _Place(len(found) - 1)
+
+    return found, cloudpickle.dumps(map_tensors(put_aside, nest))
+
+
+def unpack(packed: Packed) -> Nest:
+    """Inverse of ``pack``."""
+    found, data = packed
+    return pytree.tree_map_only(_Place, lambda place: found[place.index], cloudpickle.loads(data))
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor was."""
+
+    index: int
 
 
 def batch_size(nest: Nest) -> int:

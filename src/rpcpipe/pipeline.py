@@ -15,10 +15,11 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from rpcpipe import schedules
+from rpcpipe import schedules, tables
 from rpcpipe.actor import ActorSpec
 from rpcpipe.arguments import (
     check_functions,
+    check_state,
     cut_layers,
     make_schedule,
     owners,
@@ -27,15 +28,17 @@ from rpcpipe.arguments import (
     worker_names,
 )
 from rpcpipe.backward import Received
+from rpcpipe.cluster import Cluster
 from rpcpipe.driver import Driver
-from rpcpipe.errors import CheckpointError, PartitionError, RpcPipeError
-from rpcpipe.handle import StageHandle
-from rpcpipe.launch import Cluster
+from rpcpipe.errors import PartitionError, RpcPipeError
+from rpcpipe.handle import HEADER, StageHandle
+from rpcpipe.interrupts import Deferred
 from rpcpipe.layers import Layer, named_layers, shared_parameters
 from rpcpipe.messages import Port, Route, StepPlan
-from rpcpipe.microbatch import Nest, batch_size, merge, split
+from rpcpipe.microbatch import Nest, batch_size, merge, split, unpack
 from rpcpipe.optimizer import Factory, PipelineOptimizer
 from rpcpipe.partition import balance as cut
+from rpcpipe.pickling import dumps
 from rpcpipe.program import compile_routes
 from rpcpipe.result import StepResult, mean_loss
 from rpcpipe.schedules import Action, Schedule
@@ -94,6 +97,9 @@ class Pipeline:
         self._open: Step | None = None
         self._tracer: Tracer | None = None
         self.trained = 0
+        # Each worker's busy share of the last step.
+        self._busy: dict[str, float] = {}
+        self.stages: tuple[StageHandle, ...] = ()
         identity = uuid.uuid4().hex
         self._driver = Driver(
             cluster.transport, identity, self._names, timeout=cluster.timeout, batched=dispatch == "batched"
@@ -114,6 +120,7 @@ class Pipeline:
     ) -> None:
         """Build every worker's stages; one worker's layers are pickled at a time."""
         last = self.schedule.stages - 1
+        dumps((loss, optimizer), "loss and optimizer")  # for its warning alone: they go with the layers
         replies = {}
         for worker, name in enumerate(self._names):
             mine = {
@@ -140,6 +147,11 @@ class Pipeline:
             StageHandle(self._driver, stage, self._names[holder], self._described[stage])
             for stage, holder in enumerate(self._schedule.placement)
         )
+        self.cluster.relabel()
+
+    def stages_on(self, worker: str) -> list[int]:
+        """The stages that the named worker holds."""
+        return [stage.index for stage in self.stages if stage.worker == worker]
 
     @property
     def schedule(self) -> Schedule:
@@ -199,10 +211,11 @@ class Pipeline:
         ``inputs`` and ``targets``: nests of tensors with the batch in dimension 0. Raises
         StageError, WorkerLost or DeadlineExceeded; the weights are then as before.
         """
-        with self.step() as step:
+        with Deferred(), self.step() as step:
             # Not forward_backward: its wait for the hand-over would cost a round trip.
             step.run(inputs, targets)
             step.optimize()
+            Deferred.check()  # up to here the step can be taken back; from here on it is done
             return step.result()
 
     def train(self, batches: Iterable[tuple[Nest, Nest]], progress: bool = False) -> Iterator[StepResult]:
@@ -213,23 +226,27 @@ class Pipeline:
                 bar.set_postfix(loss=f"{result.loss:.4f}", bubble=f"{result.bubble:.0%}", refresh=False)
                 yield result
 
-    @contextmanager
-    def step(self) -> Iterator[Step]:
+    def step(self) -> Step:
         """A step by hand, inside a distributed-autograd context: ``s.context_id``.
 
         The gradients are in the context after ``s.forward_backward(inputs, targets)``; apply them
         with ``s.optimize()``, or with torch's ``DistributedOptimizer`` on ``parameter_rrefs()``.
         """
         self._check()
+        return Step(self, self.trained)
+
+    def _enter(self, step: Step) -> None:
         if self._open is not None:
             raise RpcPipeError("a step of this pipeline is open already; leave its with-block first")
-        with self.cluster.transport.context() as context_id:
-            self._open = step = Step(self, context_id, self.trained)
-            try:
-                yield step
-                self.trained += step.done
-            finally:
-                self._open = None
+        self._open = step
+
+    def _note(self, timeline: Timeline) -> None:
+        """What a step measured, for the table."""
+        shares = (busy / (timeline.makespan or 1.0) for busy in timeline.busy)
+        self._busy = dict(zip(self._names, shares, strict=True))
+
+    def _leave(self, step: Step) -> None:
+        self._open = None if self._open is step else self._open
 
     def _apply_open(self) -> None:
         if self._open is None:
@@ -257,7 +274,7 @@ class Pipeline:
         parts = split(inputs, self.chunks)
         plan = StepPlan(self._driver.new_step(), self.trained, False, (), keep_outputs=True)
         reports = self._driver.run(self._forward_routes(len(parts), targets=False), plan, self._values(parts, None))
-        outputs = {chunk: output for report in reports.values() for chunk, output in report.outputs.items()}
+        outputs = {chunk: unpack(output) for report in reports.values() for chunk, output in report.outputs.items()}
         return merge([outputs[chunk] for chunk in range(len(parts))])
 
     def evaluate(self, batches: Iterable[tuple[Nest, Nest]]) -> float:
@@ -297,14 +314,7 @@ class Pipeline:
 
         Raises CheckpointError, before anything changes, unless names and shapes are the model's.
         """
-        live = self.state_dict()
-        missing, extra = sorted(live.keys() - state.keys()), sorted(state.keys() - live.keys())
-        wrong = [key for key in live.keys() & state.keys() if live[key].shape != state[key].shape]
-        if missing or extra or wrong:
-            raise CheckpointError(
-                f"the state does not fit the model: missing {missing[:5]}, unexpected {extra[:5]},"
-                f" wrong shape {wrong[:5]}"
-            )
+        check_state(self.state_dict(), state)
         owner = {layer: stage for stage in self.stages for layer in stage.layers}
         parts: dict[str, dict[int, dict[str, torch.Tensor]]] = {name: {} for name in self._names}
         for key, value in state.items():
@@ -321,13 +331,25 @@ class Pipeline:
         self._closed = True
         self.cluster.pipelines.discard(self)
         self.stages = ()
+        self.cluster.relabel()
         _release(self.cluster, self._driver)
 
     def __repr__(self) -> str:
         if self._closed:
             return "Pipeline(closed)"
-        rows = "\n".join(f"  {stage!r}" for stage in self.stages)
-        return f"Pipeline({self.schedule.name}, {len(self.stages)} stages, {self.chunks} micro-batches)\n{rows}"
+        return f"{self._title()}\n{tables.text(HEADER, self._rows())}"
+
+    def _repr_html_(self) -> str:
+        return tables.markup(self._title(), HEADER, self._rows())
+
+    def _title(self) -> str:
+        return (
+            f"Pipeline({self.schedule.name}, {len(self.stages)} stages, {self.chunks} micro-batches,"
+            f" {self.trained} steps trained)"
+        )
+
+    def _rows(self) -> list[list[str]]:
+        return [stage.row(self._busy.get(stage.worker)) for stage in self.stages]
 
     def _check(self) -> None:
         if self._closed:

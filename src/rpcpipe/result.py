@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from rpcpipe import tables
 from rpcpipe.messages import Report
 from rpcpipe.timeline import Timeline
 
+_HEADER = ("stage", "its worker busy", "peak in flight")
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class StepResult:
     """Figures of one ``train_step``.
 
@@ -31,6 +34,27 @@ class StepResult:
     @property
     def bubble(self) -> float:
         return self.timeline.bubble
+
+    def __repr__(self) -> str:
+        return f"{self._title()}\n{tables.text(_HEADER, self._rows())}"
+
+    def _repr_html_(self) -> str:
+        return tables.markup(self._title(), _HEADER, self._rows())
+
+    def _title(self) -> str:
+        state = "" if self.applied else ", not applied (NaN or Inf)"
+        return (
+            f"step {self.step}: loss {self.loss:.4f}, gradient norm {self.grad_norm:.4g},"
+            f" {self.seconds * 1e3:.1f} ms, bubble {self.bubble:.1%}{state}"
+        )
+
+    def _rows(self) -> list[list[str]]:
+        workers = {span.stage: span.worker for span in self.timeline.spans}
+        busy, makespan = self.timeline.busy, self.timeline.makespan or 1.0
+        return [
+            [str(stage), f"{busy[workers[stage]] / makespan:.1%}", str(peak)]
+            for stage, peak in enumerate(self.peak_in_flight)
+        ]
 
 
 def mean_loss(reports: Mapping[str, Report], weights: tuple[float, ...]) -> tuple[float, float | None]:

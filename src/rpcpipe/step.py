@@ -6,10 +6,12 @@ import dataclasses
 import logging
 import time
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from rpcpipe.driver import Gate
 from rpcpipe.errors import RpcPipeError
+from rpcpipe.interrupts import Deferred
 from rpcpipe.messages import StepPlan
 from rpcpipe.microbatch import Nest, split
 from rpcpipe.result import StepResult, mean_loss, peaks
@@ -23,15 +25,45 @@ log = logging.getLogger("rpcpipe")
 
 
 class Step:
-    """An open step; ``context_id`` names its distributed-autograd context."""
+    """A step; ``context_id`` names its distributed-autograd context inside the with-block.
 
-    def __init__(self, pipe: Pipeline, context_id: int, number: int) -> None:
-        self.context_id = context_id
+    A class, not a generator: Python delivers no Ctrl-C between the return of ``__enter__`` and the
+    with-block.
+    """
+
+    context_id: int
+
+    def __init__(self, pipe: Pipeline, number: int) -> None:
         self._pipe = pipe
         self._number = number
         self._message = pipe._driver.new_step()
         self._started = time.perf_counter()
         self._result: StepResult | None = None
+        self._updated = False
+        self._context: AbstractContextManager[int] | None = None
+
+    def __enter__(self) -> Step:
+        try:
+            with Deferred():
+                self._pipe._enter(self)
+                self._context = self._pipe.cluster.transport.context()
+                self.context_id = self._context.__enter__()
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        with Deferred():
+            self._pipe._leave(self)
+            if self._context is not None:
+                context, self._context = self._context, None
+                context.__exit__(None, None, None)
+            if isinstance(error, KeyboardInterrupt) and self._updated:
+                # It came after the last worker had updated, before the caller could know of it.
+                self._pipe._driver.take_back(self._message)
+            elif kind is None:
+                self._pipe.trained += self.done
 
     @property
     def done(self) -> bool:
@@ -70,6 +102,7 @@ class Step:
             gate.finite,
             Timeline(spans(reports, pipe._offsets, self._number), workers=len(reports), name=pipe.schedule.name),
         )
+        pipe._note(self._result.timeline)
         return driver.hand_over(self._message, self.context_id, gate) if gate.finite else {}
 
     def optimize(self) -> None:
@@ -80,6 +113,7 @@ class Step:
         """What ``optimize`` does once a learning-rate scheduler has counted the call."""
         if not self.result().applied:
             return
+        self._updated = True  # before it is true: taking back what was not done does no harm
         times = self._pipe._driver.optimize(self._message, self.context_id, self._pipe.optimizer.changes())
         if self._pipe._tracer is not None:
             self._pipe._tracer.update(times, self._number)

@@ -1,74 +1,132 @@
 """A worker process: joins the group, then runs tasks until the driver closes or dies.
 
 ``python -m rpcpipe.worker`` runs ``main`` of the importable module, not of a second copy called
-``__main__``. The control channel is a socket inherited from the driver; JSON lines, no pickle.
+``__main__``. Started by a driver or an agent it inherits a control channel; started by hand (or by
+torchrun or Slurm) it is an agent: it serves as a rank of ``rp.connect``.
 """
 
 from __future__ import annotations
 
-import json
+import ctypes
+import logging
 import os
+import queue
+import signal
 import socket
 import sys
 import threading
-from typing import IO, Any
+from typing import Any
 
+import psutil
 import torch
-from torch.distributed import FileStore  # type: ignore[attr-defined]
 
+from rpcpipe.agent import serve_rank
+from rpcpipe.channel import Channel
 from rpcpipe.executor import Executor
 from rpcpipe.process import CONTROL_FD
 from rpcpipe.transport import rpc
+from rpcpipe.transport.store import ExchangeStore
+from rpcpipe.watch import BEAT_SECONDS
+
+_PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
-    """Serve the driver at the other end of the inherited control socket; never returns."""
-    control = socket.socket(fileno=int(os.environ.pop(CONTROL_FD)))
-    lines = control.makefile("r", encoding="utf-8")
-    config = json.loads(lines.readline() or "null")
-    if config is None:
-        os._exit(1)
+    """Serve whoever started this process."""
+    inherited = os.environ.pop(CONTROL_FD, None)
+    if inherited is None:
+        serve_rank()
+    control = Control(Channel(socket.socket(fileno=int(inherited))))
+    # The kernel ends this process with its driver even if it is stopped or holds its GIL. A driver
+    # that died before this line has closed the channel, which the first read tells.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    _serve(control.expect("config"), control)
+
+
+class Control:
+    """The worker's end of the control channel, read by a thread that ends the process with it."""
+
+    def __init__(self, channel: Channel) -> None:
+        self.channel = channel
+        self.executor: Executor | None = None
+        self._values: dict[str, queue.SimpleQueue[str]] = {}
+        self._words: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        threading.Thread(target=self._read, daemon=True, name="rpcpipe-control").start()
+
+    def expect(self, kind: str, timeout: float | None = None) -> Any:
+        """The payload of the next word of the driver, which must be ``kind``."""
+        found, payload = self._words.get(timeout=timeout)
+        if found != kind:
+            exit_now(1)
+        return payload
+
+    def fetch(self, key: str, timeout: float) -> str:
+        """The value that some rank publishes under ``key``; queue.Empty after ``timeout`` seconds."""
+        box = self._box(key)
+        value = box.get(timeout=timeout)
+        box.put(value)  # read as often as torch likes
+        return value
+
+    def _box(self, key: str) -> queue.SimpleQueue[str]:
+        with self._lock:
+            return self._values.setdefault(key, queue.SimpleQueue())
+
+    def _read(self) -> None:
+        while True:
+            try:
+                messages = self.channel.receive()
+            except (EOFError, ValueError):
+                exit_now(1)  # the driver is gone
+            for kind, payload in messages:
+                if kind == "key":
+                    self._box(payload[0]).put(payload[1])
+                elif kind == "stop":
+                    if (executor := self.executor) is None:
+                        exit_now(0)
+                    else:
+                        executor.close()
+                else:
+                    self._words.put((kind, payload))
+
+    def beat(self) -> None:
+        """Say twice a second that this process lives, and what it does."""
+        executor, process, pause = self.executor, psutil.Process(), threading.Event()
+        assert executor is not None
+        while True:
+            self.channel.send("beat", [*executor.progress(), process.memory_info().rss])
+            pause.wait(BEAT_SECONDS)
+
+
+def _serve(config: dict[str, Any], control: Control) -> None:
     sys.path[:] = config["path"]
     sys.argv = config["argv"]
-    _serve(config, control, lines)
-
-
-def _serve(config: dict[str, Any], control: socket.socket, lines: IO[str]) -> None:
+    logging.basicConfig(level=config["log_level"])
     device = torch.device(config["device"])
     if device.type == "cuda":
         torch.cuda.set_device(device)
     transport = rpc.RpcTransport(config["generation"])
-    executor = Executor(config["name"], transport, device=device, threads=config["threads"])
+    control.executor = executor = Executor(config["name"], transport, device=device, threads=config["threads"])
     rpc.serve((config["generation"], executor))
-    _say(control, "ready")
-    if lines.readline() != "join\n":
-        os._exit(1)
-    store = FileStore(config["store"], config["world_size"])
-    rpc.join(store, config["name"], config["rank"], config["world_size"], interface="lo", timeout=config["timeout"])
-    _say(control, "joined")
-    threading.Thread(target=_obey, args=(lines, executor), daemon=True, name="rpcpipe-control").start()
+    control.channel.send("ready")
+    control.expect("join", config["timeout"])
+    timeout = config["timeout"]
+    store = ExchangeStore(
+        lambda key, value: control.channel.send("set", [key, value]), lambda key: control.fetch(key, timeout)
+    )
+    rpc.join(store, config["name"], config["numbers"], config["generation"], interface=config["interface"])
+    # torch's agent closes its listener for good if a peer goes while its first connection is being made,
+    # and the driver's has to serve later groups too: so that connection is made before anything can happen.
+    transport.post(rpc.DRIVER, "greet").result(timeout)
+    control.channel.send("joined")
+    threading.Thread(target=control.beat, daemon=True, name="rpcpipe-beat").start()
     executor.serve()
-    rpc.leave()
-    _exit(0)
+    rpc.shutdown()
+    exit_now(0)
 
 
-def _say(control: socket.socket, word: str) -> None:
-    control.sendall(f"{word}\n".encode())
-
-
-def _obey(lines: IO[str], executor: Any) -> None:
-    """End with the driver: at its word, or at once when the channel breaks because it died."""
-    try:
-        word = lines.readline()
-    except OSError:
-        word = ""
-    if word != "stop\n":
-        _exit(1)
-    executor.close()
-
-
-def _exit(status: int) -> None:
-    # Not sys.exit: with RPC threads about, interpreter shutdown may abort.
+def exit_now(status: int) -> Any:
+    """End this process. Not sys.exit: with RPC threads about, interpreter shutdown may abort."""
     try:
         sys.stdout.flush()
         sys.stderr.flush()

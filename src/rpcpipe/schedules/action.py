@@ -27,6 +27,10 @@ class Action(NamedTuple):
         """torch.distributed.pipelining's notation: ``0F3`` is the forward of stage 0, chunk 3."""
         return f"{self.stage}{self.kind}{self.chunk}"
 
+    def words(self) -> str:
+        """For a message: ``forward of stage 0, micro-batch 3``."""
+        return f"{NAMES[self.kind]} of stage {self.stage}, micro-batch {self.chunk}"
+
     @classmethod
     def parse(cls, text: str) -> Action:
         """Inverse of ``str``; raises ScheduleError for anything else."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from rpcpipe import tables
 from rpcpipe.errors import ScheduleError
 from rpcpipe.schedules.action import Action
 
@@ -21,7 +22,11 @@ if TYPE_CHECKING:
     from rpcpipe.timeline import Timeline
 
 
-@dataclass(frozen=True)
+_HEADER = ("worker", "stages", "actions", "first")
+_SHOWN = 12
+
+
+@dataclass(frozen=True, repr=False)
 class Schedule:
     """What every worker does, in order.
 
@@ -33,6 +38,21 @@ class Schedule:
     chunks: int
     placement: tuple[int, ...]
     actions: tuple[tuple[Action, ...], ...]
+
+    def __repr__(self) -> str:
+        sizes = f"{self.workers} workers, {self.stages} stages, {self.chunks} micro-batches"
+        return f"Schedule({self.name}: {sizes})\n{tables.text(_HEADER, self._rows())}"
+
+    def _repr_html_(self) -> str:
+        return tables.markup(f"Schedule {self.name}, {self.chunks} micro-batches", _HEADER, self._rows())
+
+    def _rows(self) -> list[list[str]]:
+        rows = []
+        for worker, actions in enumerate(self.actions):
+            stages = ", ".join(str(stage) for stage, holder in enumerate(self.placement) if holder == worker)
+            first = " ".join(map(str, actions[:_SHOWN])) + (" …" if len(actions) > _SHOWN else "")
+            rows.append([f"worker {worker}", stages, str(len(actions)), first])
+        return rows
 
     @property
     def workers(self) -> int:

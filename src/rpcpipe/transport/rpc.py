@@ -10,26 +10,33 @@ No exception crosses the wire (torch would rebuild it as ``type(message)``): end
 
 from __future__ import annotations
 
+import contextlib
 import copyreg
 import io
+import itertools
+import logging
 import os
 import pickle
+import queue
 import threading
-from collections.abc import Collection, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
-from datetime import timedelta
 from typing import Any
 
 import cloudpickle
+import psutil
 import torch
 from torch import nn
-from torch.distributed import Store, rpc  # type: ignore[attr-defined]
 from torch.distributed import autograd as dist_autograd
+from torch.distributed import rpc
 from torch.distributed.rpc import api, internal
 from torch.utils import _pytree as pytree
 
 from rpcpipe.errors import Failure, RpcPipeError, StageError, WorkerLost
+from rpcpipe.interrupts import Deferred, Interruptible
+from rpcpipe.transport.quiet import hush
+from rpcpipe.transport.store import ExchangeStore
 
 # uv: the default shm transport keeps a core busy per process even when idle. basic: through the socket.
 _TRANSPORTS, _CHANNELS = ["uv"], ["basic"]
@@ -44,31 +51,131 @@ _BINDINGS: Any = torch._C._distributed_rpc
 # (generation, the object whose methods are the verbs)
 _endpoint: tuple[str, Any] | None = None
 
+log = logging.getLogger("rpcpipe")
 
-def join(store: Store, name: str, rank: int, world_size: int, *, interface: str, timeout: float) -> None:
-    """Form the group: returns once every rank has published its address in ``store``.
 
-    Raises RpcPipeError if this process is in a group already, RuntimeError on timeout.
+DRIVER = "driver"
+
+
+class _Membership:
+    """This process's agent and the others it knows.
+
+    The agent outlives the group: RRefs go through the first agent that a process had and no other
+    (torch's RRefContext), so a second one would never tell owners that their RRefs are let go. Hence
+    a group without fixed members, whose members each process enters itself under names and numbers
+    that are never used again; nothing of torch's own protocol for that, which does not survive a
+    death, is used.
     """
-    if rpc._is_current_rpc_agent_set():  # type: ignore[attr-defined]
+
+    def __init__(self, agent: Any, store: ExchangeStore, interface: str) -> None:
+        self.agent, self.store, self.interface = agent, store, interface
+        self._others: list[str] = []
+
+    def admit(self, others: Mapping[str, int]) -> None:
+        for name, number in others.items():
+            self.agent._update_group_membership(rpc.WorkerInfo(name, number), [], {}, True)  # type: ignore[attr-defined]
+            self._others.append(name)
+
+    def part(self) -> None:
+        """The others are dead. torch keeps their entries: it hands out references into its tables."""
+        for name in self._others:
+            # A message to the dead: the agent looks at a connection only when it is used, and would
+            # keep its descriptors otherwise.
+            with contextlib.suppress(RuntimeError):
+                _invoke(_BINDINGS._invoke_rpc_python_udf, name, _receive, ("", "", ()))
+        self._others = []
+
+    @property
+    def alone(self) -> bool:
+        return not self._others
+
+    @property
+    def listening(self) -> bool:
+        """Does the agent still listen? It stops for good when a stranger connects and goes."""
+        port = int(self.store.said[f"addrs/{DRIVER}"].rpartition(":")[2])
+        found = psutil.Process().net_connections("tcp")
+        return any(one.status == psutil.CONN_LISTEN and one.laddr.port == port for one in found)
+
+
+_membership: _Membership | None = None
+_numbers = itertools.count(1)
+_MOST = (1 << 15) - 1  # torch numbers workers in 16 bits
+
+
+def fresh_numbers(names: Sequence[str]) -> dict[str, int]:
+    """A number for the driver, 0, and for each worker one that this process has not given before."""
+    found = {DRIVER: 0, **{name: next(_numbers) for name in names}}
+    if max(found.values()) > _MOST:
+        raise RpcPipeError(f"this process has launched {_MOST} workers, all that torch can number; start a fresh one")
+    return found
+
+
+def _wire_name(name: str, generation: str) -> str:
+    """What torch calls a worker: another name in every generation.
+
+    torch retries some messages by name; one to a worker that has died must not reach its successor.
+    """
+    return name if name == DRIVER else f"{name}-{generation[:8]}"
+
+
+def join(store: ExchangeStore, name: str, numbers: Mapping[str, int], generation: str, *, interface: str) -> None:
+    """Form the group of ``numbers``: returns once every other one has published its address in ``store``.
+
+    Raises RpcPipeError if this process is in a group already, and whatever ``store`` raises.
+    """
+    global _membership
+    known = _membership
+    if rpc._is_current_rpc_agent_set() and (known is None or not known.alone):  # type: ignore[attr-defined]
         raise RpcPipeError("this process already runs torch RPC; close the cluster, or call rpc.shutdown(), first")
+    if known is not None and not known.listening:
+        log.warning(
+            "torch's RPC agent has lost its listener, to a stranger's connection or a worker that died while it"
+            " connected; a second agent works, but RRefs do not know their owners and are not let go there:"
+            " start a fresh process when you can"
+        )
+        shutdown()
+        known = None
+    if known is None:
+        agent = _make_agent(store, _wire_name(name, generation), numbers[name], interface)
+        known = _membership = _Membership(agent, store, interface)
+    elif known.interface != interface:
+        raise RpcPipeError(
+            f"this process's torch RPC listens on {known.interface} and cannot change to {interface};"
+            " use a fresh process for workers of another network"
+        )
+    else:
+        known.store.adopt(store)
+    known.admit({_wire_name(other, generation): number for other, number in numbers.items() if other != name})
+
+
+def _make_agent(store: ExchangeStore, name: str, number: int, interface: str) -> Any:
     os.environ["TP_SOCKET_IFNAME"] = interface
-    store.set_timeout(timedelta(seconds=timeout))
-    dist_autograd._init(rank)  # type: ignore[attr-defined]
+    dist_autograd._init(number)  # type: ignore[attr-defined]
     options = rpc.TensorPipeRpcBackendOptions(
         num_worker_threads=_HANDLER_THREADS,
         rpc_timeout=0,  # deadlines are the driver's; an expired call would not stop the remote work
         _transports=_TRANSPORTS,
         _channels=_CHANNELS,
     )
-    agent = rpc.TensorPipeAgent(store, name, rank, world_size, options, {}, [])  # type: ignore[attr-defined]
+    hush()
+    agent = rpc.TensorPipeAgent(store, name, number, None, options, {}, [])  # type: ignore[attr-defined]
     api._init_rpc_states(agent)  # type: ignore[no-untyped-call]
+    return agent
 
 
 def leave() -> None:
-    """Leave the group without waiting for anybody."""
+    """Leave the group, whose other members have ended; the agent stays for the next one."""
     serve(None)
-    if rpc._is_current_rpc_agent_set():  # type: ignore[attr-defined]
+    if _membership is not None:
+        _membership.part()
+
+
+def shutdown() -> None:
+    """End the agent, and with it this process's use of torch RPC."""
+    global _membership
+    leave()
+    if _membership is not None:
+        _membership = None
         rpc.shutdown(graceful=False)
 
 
@@ -191,8 +298,11 @@ class RpcTransport:
         self._pending: dict[str, set[Future[Any]]] = {}
         self._lost: dict[str, WorkerLost] = {}
 
+    def _wire(self, to: str) -> str:
+        return _wire_name(to, self._generation)
+
     def tell(self, to: str, verb: str, *args: Any) -> None:
-        _invoke(_BINDINGS._invoke_rpc_python_udf, to, _receive, (self._generation, verb, args))
+        _invoke(_BINDINGS._invoke_rpc_python_udf, self._wire(to), _receive, (self._generation, verb, args))
 
     def post(self, to: str, verb: str, *args: Any) -> Future[Any]:
         reply: Future[Any] = Future()
@@ -201,7 +311,9 @@ class RpcTransport:
                 reply.set_exception(self._lost[to])
                 return reply
             self._pending.setdefault(to, set()).add(reply)
-        answer = _invoke(_BINDINGS._invoke_rpc_python_udf, to, _receive_later, (self._generation, verb, args))
+        answer = _invoke(
+            _BINDINGS._invoke_rpc_python_udf, self._wire(to), _receive_later, (self._generation, verb, args)
+        )
         answer.add_done_callback(lambda done: self._settle(to, reply, done))
         return reply
 
@@ -242,15 +354,25 @@ class RpcTransport:
 
     def hold(self, to: str, verb: str, *args: Any, later: bool = False) -> object:
         function = _receive_later if later else _receive
-        return _invoke(_BINDINGS._invoke_remote_python_udf, to, function, (self._generation, verb, args))
+        return _invoke(_BINDINGS._invoke_remote_python_udf, self._wire(to), function, (self._generation, verb, args))
 
     def chain(self, to: str, verb: str, *args: Any) -> object:
-        return rpc.remote(to, _receive_chained, args=(self._generation, verb, args))
+        return rpc.remote(self._wire(to), _receive_chained, args=(self._generation, verb, args))
 
     def wait(self, replies: Collection[Future[Any]], timeout: float) -> tuple[set[Future[Any]], set[Future[Any]]]:
-        # Not torch's Future.wait, which ignores Ctrl-C until the call ends.
-        done, pending = wait(replies, timeout, return_when=FIRST_COMPLETED)
-        return done, pending
+        # Not torch's Future.wait, which ignores Ctrl-C until the call ends, and not concurrent.futures.wait,
+        # which a Ctrl-C can leave with the futures' locks held. A SimpleQueue cannot be torn.
+        first: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
+        with Deferred():
+            for reply in replies:
+                reply.add_done_callback(first.put)
+        try:
+            with Interruptible():
+                first.get(timeout=timeout)
+        except queue.Empty:
+            pass
+        done = {reply for reply in replies if reply.done()}
+        return done, set(replies) - done
 
     def context(self) -> AbstractContextManager[int]:
         return dist_autograd.context()

@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from rpcpipe import cli, doctor
+
+
+def test_this_machine_is_well(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "leftovers", list)  # other tests' killed drivers may just be leaving theirs
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    for what in ("versions", "loopback", "interfaces", "host name", "CUDA", "shared memory", "leftover", "a worker"):
+        assert what in out
+    assert "BAD" not in out
+    assert "launched, called and closed" in out
+
+
+def test_what_is_bad_gives_status_1(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_launch", lambda: doctor.Finding("a worker", None, ""))
+    monkeypatch.setenv("RANK", "0")
+    assert cli.main(["doctor"]) == 1
+    assert "BAD  WORLD_SIZE, MASTER_ADDR, MASTER_PORT not set" in capsys.readouterr().out
+
+
+def test_the_join_port_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+        for name, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("RPCPIPE_SECRET", "a secret of the tests")
+        monkeypatch.setenv("RANK", "1")
+        assert [(found.what, found.good) for found in doctor._job()] == [("multi-host", True), ("join port", True)]
+        monkeypatch.setenv("RANK", "0")
+        job, taken = doctor._job()
+        assert job.good
+        assert taken.good is False
+        assert "in use" in taken.words
+
+
+def test_a_leftover_worker_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process with a worker's command line; its parent stands in for the system's first process."""
+    with subprocess.Popen([sys.executable, "-c", "input()", "-m", "rpcpipe.worker"], stdin=subprocess.PIPE) as child:
+        monkeypatch.setattr("rpcpipe.process._INIT", os.getpid())
+        found = doctor._leftovers()
+        child.communicate(b"\n")
+    assert found.good is False
+    assert str(child.pid) in found.words

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rpcpipe.errors import RendezvousError
+from rpcpipe.place import Place, choose_interface, first_host, resolve, secret
+
+FOUR = {"RANK": "1", "WORLD_SIZE": "3", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+
+
+def test_the_four_variables() -> None:
+    place = Place.of(FOUR)
+    assert (place.rank, place.world_size, place.address, place.port) == (1, 3, "10.0.0.1", 29500)
+    assert not place.agent_store
+
+
+def test_torchruns() -> None:
+    more = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "2", "TORCHELASTIC_RUN_ID": "job"}
+    place = Place.of({**FOUR, "LOCAL_WORLD_SIZE": "4", **more})
+    assert place.agent_store
+    assert (place.local_size, place.run) == (4, "job/2")
+
+
+def test_slurms() -> None:
+    slurm = {"SLURM_PROCID": "2", "SLURM_NTASKS": "9", "SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "gpu[03-06,9]"}
+    place = Place.of({**slurm, "SLURM_NTASKS_PER_NODE": "3"})
+    assert (place.rank, place.world_size, place.address, place.port) == (2, 9, "gpu03", 29500 + 3456)
+    assert place.local_size == 3
+    assert Place.of({**slurm, "MASTER_PORT": "1234", "MASTER_ADDR": "head"}).port == 1234
+    # torchrun inside of srun: its variables count, whatever Slurm's task is called.
+    assert Place.of({**slurm, **FOUR}).rank == 1
+
+
+@pytest.mark.parametrize(
+    ("nodes", "host"), [("a", "a"), ("a,b", "a"), ("n[1,3]", "n1"), ("n[08-11]", "n08"), ("n1-2[3-4],m", "n1-23")]
+)
+def test_slurms_list_of_nodes(nodes: str, host: str) -> None:
+    assert first_host(nodes) == host
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"RANK": None}, r"RANK not set \(set: WORLD_SIZE=3, MASTER_ADDR=10.0.0.1, MASTER_PORT=29500\)"),
+        ({"RANK": None, "WORLD_SIZE": None, "MASTER_ADDR": None, "MASTER_PORT": None}, "none of the four"),
+        ({"RANK": "3"}, "RANK=3 contradicts WORLD_SIZE=3"),
+        ({"RANK": "one"}, "RANK='one' must be a whole number"),
+        ({"RANK": "-1"}, "RANK='-1' must be"),
+        ({"WORLD_SIZE": "1"}, "WORLD_SIZE='1' must be the driver and at least one worker"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT=70000 is no port"),
+        ({"MASTER_PORT": ""}, "MASTER_PORT not set"),
+    ],
+)
+def test_what_is_missing_or_contradictory_is_named(change: dict[str, str | None], message: str) -> None:
+    environ = {key: value for key, value in {**FOUR, **change}.items() if value is not None}
+    with pytest.raises(RendezvousError, match=message):
+        Place.of(environ)
+
+
+def test_the_interface() -> None:
+    assert choose_interface(None, "127.0.0.1").name == "lo"
+    assert choose_interface("lo", "10.0.0.1").address == "127.0.0.1"
+    assert choose_interface("127.0.0.0/8", "10.0.0.1").name == "lo"
+    for wildcard in ("0.0.0.0", "0.0.0.0/0", "::", "::/0"):
+        with pytest.raises(RendezvousError, match="is every network"):
+            choose_interface(wildcard, "10.0.0.1")
+    with pytest.raises(RendezvousError, match=r"say on which network to listen.*This host has .*lo 127"):
+        choose_interface(None, "10.0.0.1")
+    for other in ("eth77", "203.0.113.0/24"):
+        with pytest.raises(RendezvousError, match="fits no interface of this host, which has"):
+            choose_interface(other, "10.0.0.1")
+
+
+def test_a_name_without_address() -> None:
+    with pytest.raises(RendezvousError, match=r"MASTER_ADDR=no-such-host\.invalid has no address here"):
+        resolve("no-such-host.invalid")
+
+
+def test_the_secret(tmp_path: Path) -> None:
+    path = tmp_path / "secret"
+    path.write_text("0123456789abcdef\n")
+    path.chmod(0o600)
+    assert secret({"RPCPIPE_SECRET_FILE": str(path)}) == b"0123456789abcdef"
+    assert secret({"RPCPIPE_SECRET": "fedcba9876543210", "RPCPIPE_SECRET_FILE": str(path)}) == b"fedcba9876543210"
+    path.chmod(0o640)
+    with pytest.raises(RendezvousError, match="is open to others: chmod 600"):
+        secret({"RPCPIPE_SECRET_FILE": str(path)})
+    with pytest.raises(RendezvousError, match="cannot be read"):
+        secret({"RPCPIPE_SECRET_FILE": str(tmp_path / "none")})
+    with pytest.raises(RendezvousError, match="no secret: every rank needs"):
+        secret({})
+    with pytest.raises(RendezvousError, match="has 5 characters"):
+        secret({"RPCPIPE_SECRET": "short"})
