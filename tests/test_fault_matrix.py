@@ -144,7 +144,7 @@ def test_results_of_a_dead_generation_are_dropped(cluster: rp.Cluster) -> None:
     pipe = faults.make_pipe(cluster)
     x = torch.randn(8, 8)
     expected = pipe.train_step(x, x).loss
-    stranger = rp.cluster.rpc.RpcTransport("a generation that is dead")
+    stranger = rp.cluster.rpc.RpcTransport(cluster.transport._generation[:8] + ", a dead one")
     identity = pipe._driver._pipeline
     from rpcpipe.messages import Port
     from rpcpipe.schedules import Action

@@ -49,7 +49,7 @@ def test_idle_workers_use_no_cpu(cluster: rp.Cluster) -> None:
 
 
 def test_messages_of_another_generation_are_dropped(cluster: rp.Cluster) -> None:
-    stranger = transport.RpcTransport("a generation that is no more")
+    stranger = transport.RpcTransport(cluster.transport._generation[:8] + ", one that is no more")
     reply = stranger.post("worker0", "progress")
     assert reply.result(5) is None
     mine = cluster.transport.post("worker0", "progress")
@@ -70,6 +70,8 @@ def test_a_second_group_in_one_process_is_refused(cluster: rp.Cluster) -> None:
 
 GENERATIONS = """
 import rpcpipe as rp
+from faults import wait_for
+from helpers import batches, cross_entropy, mlp, sgd
 def owned():
     from torch.distributed import rpc
     return int(rpc._rref_context_get_debug_info()["num_owner_rrefs"])
