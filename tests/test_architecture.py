@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent / "src" / "rpcpipe"
 FILES = sorted(ROOT.rglob("*.py"))
 LAYERS = [
-    {"errors", "schedules", "simulate", "timeline", "render", "partition"}
+    {"errors", "schedules", "simulate", "timeline", "render", "partition", "versions"}
     | {"interrupts", "tables", "logs", "handshake", "place", "pickling"},
     {
         "messages",
@@ -21,6 +21,8 @@ LAYERS = [
         "split_backward",
         "gradients",
         "undo",
+        "snapshots",
+        "weights",
         "optimizer",
         "mailbox",
         "process",
@@ -31,7 +33,7 @@ LAYERS = [
     {"stage", "actor", "executor", "program", "transport"},
     {"driver", "group", "formation", "cluster", "launch", "connect", "agent", "worker"}
     | {"result", "trace", "handle", "arguments"},
-    {"pipeline", "step", "cli", "doctor", "__main__", "__init__"},
+    {"pipeline", "step", "stream", "moving", "inference", "cli", "doctor", "__main__", "__init__"},
 ]
 
 

@@ -59,7 +59,24 @@ def test_every_schedule_is_valid_or_refused_with_the_reason(name: str, workers: 
             defined += 1
     assert all("per worker" in reason or "needs at least" in reason for reason in reasons)
     loops = 3 if name in ("interleaved", "looped-bfs") else 2 if name in ("zb-v", "dualpipe-v") else 1
-    assert defined == loops * (24 if name != "dualpipe-v" else max(0, 25 - 2 * workers))
+    fewest = {"dualpipe-v": 2 * workers, "pipedream-2bw": workers}.get(name, 1)
+    assert defined == loops * max(0, 25 - fewest)
+
+
+def test_streams_are_the_drawn_schedule_batch_after_batch() -> None:
+    """Without a flush: every worker's order is the beginning of any longer stream's, but for the drain."""
+    for name in ("pipedream", "pipedream-2bw"):
+        for workers in range(1, 6):
+            short, long = (rp.schedules.streamed(name, workers, 6, batches).validate() for batches in (2, 3))
+            for rank, (a, b) in enumerate(zip(short.actions, long.actions, strict=True)):
+                until = a.index(rp.Action("F", rank, 11)) + 1
+                assert a[:until] == b[:until]
+                assert [action for action in b if action.chunk < 12] == list(a)
+            assert rp.schedules.streamed(name, workers, 6, 1).actions == rp.schedules.get(name, workers, 6).actions
+            updates = [action.chunk for action in short.actions[0] if action.kind == "U"]
+            assert updates == (list(range(12)) if name == "pipedream" else [5, 11])
+    with pytest.raises(rp.ScheduleError, match="'1f1b' flushes after every batch; pipedream and pipedream-2bw do not"):
+        rp.schedules.streamed("1f1b", 2, 4, 2)
 
 
 def test_closed_forms_at_unit_costs() -> None:

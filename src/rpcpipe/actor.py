@@ -6,9 +6,11 @@ them one at a time, in the driver's order.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -18,15 +20,19 @@ from torch import nn
 
 from rpcpipe import gradients, layers
 from rpcpipe.errors import CheckpointError
-from rpcpipe.messages import Port, Report, Route, StepPlan
+from rpcpipe.messages import Port, Report, Route, Share, StepPlan, Update
 from rpcpipe.microbatch import map_tensors, pack
 from rpcpipe.optimizer import Factory, LocalOptimizer
 from rpcpipe.schedules import Action
+from rpcpipe.snapshots import Snapshots
 from rpcpipe.stage import Loss, Stage
+from rpcpipe.weights import Versions
 
 
 class Ledger(Protocol):
     """Where gradients are filed: the step's distributed-autograd context."""
+
+    def context(self) -> AbstractContextManager[int]: ...
 
     def file(self, context_id: int, root: torch.Tensor) -> None: ...
 
@@ -62,6 +68,7 @@ class Actor:
         self._device = device
         self._spec = replace(spec, stages={})
         self._optimizer: LocalOptimizer | None = None
+        self._snapshots: Snapshots | None = None
         self._build(spec.stages, spec.last_stage)
         self._plan = StepPlan(-1, 0, False, ())
         self._report = Report(name)
@@ -69,7 +76,7 @@ class Actor:
 
     def _build(self, parts: Parts, last_stage: int) -> None:
         """Make the stages, and an optimizer over all their parameters."""
-        spec = self._spec
+        spec, self._last_stage = self._spec, last_stage
         self.stages = {
             number: Stage(
                 number,
@@ -106,34 +113,41 @@ class Actor:
         """Start ``plan.step``. That it starts means that the step before is settled everywhere."""
         self._clear()
         self._plan = plan
-        if self._optimizer is not None and plan.training:
+        if plan.policy is not None:
+            self._open_stream(plan.policy)
+        elif self._optimizer is not None and plan.training:
             self._optimizer.undo.outdate()
 
-    def act(self, route: Route, *, input: Any = None, target: Any = None) -> None:
-        """Execute one action of the schedule and send its result on."""
+    def act(self, route: Route, told: Share | Update | None = None, *, input: Any = None, target: Any = None) -> Any:
+        """Execute one action of the schedule and send its result on; an update returns a Report."""
         kind, number, chunk = route.action
         stage, plan = self.stages[number], self._plan
         start = time.monotonic_ns()
         result: Any = None
+        if isinstance(told, Update):
+            return self._update(stage, chunk, told, start)
+        share = told or stage.shares.get(chunk) or plan.share(chunk)
         if kind == "F":
-            result = stage.forward(plan, chunk, input, target)
+            result = stage.forward(plan, share, chunk, input, target)
+        elif kind == "B" and plan.policy is not None:
+            result = stage.backward_of_stream(plan, chunk, input)
         elif kind == "B":
-            result = stage.backward(plan, chunk, input)
+            result = stage.backward(chunk, input)
         elif kind == "I":
-            result = stage.backward_input(plan, chunk, input)
+            result = stage.backward_input(chunk, input)
         else:
             stage.backward_weight(chunk)
-        self._report.spans.append((kind, number, chunk, start, time.monotonic_ns()))
+        self._report.spans.append((kind, number, chunk, start, time.monotonic_ns(), stage.version(share)))
         if route.worker is not None and route.consumer is not None:
             if plan.trace and route.worker != self.name:
                 self._report.sends.append((route.action, route.consumer, time.monotonic_ns()))
             self._send(route.worker, plan.step, Port(route.consumer, "input"), result)
+        return None
 
     def settle(self) -> Report:
         """All actions here are done: the worker's account of the step."""
         report = self._report
-        if self._plan.trace:
-            report.arrivals = [(action, at) for step, action, at in list(self._arrivals) if step == self._plan.step]
+        self._add_arrivals(report)
         for number, stage in self.stages.items():
             report.losses.update(stage.loss_values())
             report.outputs.update(
@@ -144,6 +158,13 @@ class Actor:
                 report.norms[number] = gradients.norms(stage.parameters)
             stage.outputs = {}
         return report
+
+    def _add_arrivals(self, report: Report) -> None:
+        """Those of the step; of a stream, since its last update."""
+        while self._plan.trace and self._arrivals and self._arrivals[0][0] <= self._plan.step:
+            step, action, at = self._arrivals.popleft()
+            if step == self._plan.step:
+                report.arrivals.append((action, at))
 
     def hand_over(self, context_id: int, count: float | None, factor: float) -> None:
         """File the gradients in the step's distributed-autograd context.
@@ -170,6 +191,54 @@ class Actor:
         """Take ``optimize`` back: another worker's failed."""
         if self._optimizer is not None:
             self._optimizer.undo.restore()
+
+    # --- of a stream ---
+
+    def _open_stream(self, policy: str) -> None:
+        for number, stage in self.stages.items():
+            stage.versions = Versions(policy, number, self._last_stage + 1, stage.module)
+        self._snapshots = Snapshots(self._optimizer) if self._optimizer is not None else None
+
+    def _update(self, stage: Stage, chunk: int, update: Update, start: int) -> Report:
+        """Apply the group's gradients from a distributed-autograd context of its own."""
+        versions, parameters = stage.versions, stage.parameters
+        assert versions is not None
+        report, self._report = self._report, Report(self.name)
+        report.norms[stage.index] = norms = gradients.norms(parameters)
+        report.skipped = stage.take_poison(update.group)
+        if report.skipped:
+            versions.before_update(update.group, skipped=True)
+            for parameter in parameters:
+                parameter.grad = None
+        elif not all(map(math.isfinite, norms)):
+            raise FloatingPointError(
+                f"the loss is finite and a gradient of stage {stage.index} is not; later stages have applied theirs"
+            )
+        elif self._optimizer is not None:
+            factor = 1.0 if update.clip is None else gradients.clip_factor(gradients.total_norm(norms), update.clip)
+            versions.before_update(update.group)
+            with self._ledger.context() as context_id:
+                self.hand_over(context_id, None, factor)
+                self._optimizer.apply(self._ledger.collect(context_id), update.changes)
+        versions.after_update(update.group)
+        if self._snapshots is not None:
+            self._snapshots.updated(versions.newest, update.committed)
+        report.losses, report.peak_in_flight[stage.index] = stage.take_losses(), stage.peak_in_flight
+        report.versions[stage.index] = versions.peak, versions.bytes
+        report.spans.append(("U", stage.index, chunk, start, time.monotonic_ns(), versions.newest))
+        self._add_arrivals(report)
+        return report
+
+    def end_stream(self, updates: int | None = None) -> None:
+        """No version but the newest is needed; ``updates``: go back to so many first."""
+        if self._snapshots is not None:
+            if updates is not None:
+                self._snapshots.restore(updates)
+            self._snapshots.close()
+            self._snapshots = None
+        for stage in self.stages.values():
+            stage.versions = None
+        self._clear()
 
     def reset(self, step: int) -> None:
         """Forget ``step``, which failed, unless the next one has begun (the messages may cross)."""

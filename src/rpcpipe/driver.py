@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from rpcpipe import gradients
 from rpcpipe.errors import DeadlineExceeded, Failure, StageError
@@ -23,6 +23,8 @@ from rpcpipe.transport.base import Transport
 # How often a silent wait asks the workers whether anything still moves, in seconds.
 _POLL = 1.0
 _CLOCK_CALLS = 8
+
+K = TypeVar("K")
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,51 @@ class Driver:
             found.append((back - sent, there - (sent + back) // 2))
         return min(found)[1]
 
+    # --- a stream ---
+
+    def feed(
+        self, step: int, calls: Iterable[tuple[str, Task, list[tuple[Port, Any]]]]
+    ) -> tuple[list[object], dict[tuple[str, int], Future[Any]]]:
+        """Issue (worker, task, values for it): RRefs to keep, and each update's reply by worker and group."""
+        held: list[object] = []
+        replies: dict[tuple[str, int], Future[Any]] = {}
+        waiting: dict[str, tuple[list[Task], list[tuple[Port, Any]]]] = {}
+        for worker, task, values in calls:
+            tasks, given = waiting.setdefault(worker, ([], []))
+            tasks.append(task)
+            given += values
+            if task.args[0].action.kind == "U":
+                replies[worker, task.group] = self._post(worker, step, *waiting.pop(worker))
+            elif not self._batched:
+                with Deferred():
+                    call = self._call(worker, step, *waiting.pop(worker))
+                    held.append(self._transport.hold(worker, "accept", *call))
+        for worker, (tasks, given) in waiting.items():
+            self._post(worker, step, tasks, given)
+        return held, replies
+
+    def send(self, worker: str, step: int, task: Task) -> Future[Any]:
+        """One task in its place of ``step``."""
+        return self._post(worker, step, [task])
+
+    def watch(self, step: int) -> list[Future[Any]]:
+        """Each worker's first failure in ``step``, as soon as it is known there."""
+        return [self._transport.post(worker, "watch", self._pipeline, step) for worker in self.workers]
+
+    def places(self) -> dict[str, int]:
+        """Each worker's next place."""
+        return dict(self._next)
+
+    def abandon(self, step: int, group: int) -> None:
+        """Do no more of the stream from ``group`` on."""
+        for worker in self.workers:
+            self._transport.tell(worker, "abandon", self._pipeline, step, group)
+
+    def cancel(self, step: int, first: Mapping[str, int]) -> None:
+        """Drop ``step``, whose tasks have the places from ``first`` on; values that still come are discarded."""
+        for worker in self.workers:
+            self._transport.tell(worker, "cancel", self._pipeline, step, first[worker], self._next[worker])
+
     # --- calls ---
 
     def control(self, worker: str, op: str, *args: Any) -> Any:
@@ -152,10 +199,9 @@ class Driver:
                 return
             (step, updating), self._unsettled = self._unsettled, None
             self._held.clear()
-            for worker in self.workers:
-                places = self._first[worker], self._next[worker]
-                self._transport.tell(worker, "cancel", self._pipeline, step, *places)
-                if updating:
+            self.cancel(step, self._first)
+            if updating:
+                for worker in self.workers:
                     self._post(worker, -1, [Task("undo")])
 
     def drop(self) -> list[Future[Any]]:
@@ -227,18 +273,31 @@ class Driver:
             raise
         self._unsettled = None
 
-    def collect(self, replies: Mapping[str, Future[Any]]) -> dict[str, Any]:
-        """All replies by worker; the first failure is raised, and so is a standstill."""
-        pending = set(replies.values())
+    def collect(self, replies: Mapping[K, Future[Any]], watches: Collection[Future[Any]] = ()) -> dict[K, Any]:
+        """All replies by key; the first failure is raised, and so is a standstill.
+
+        ``watches`` need not come, but if one does with a failure that is raised.
+        """
+        for outcome in self._arriving(replies, watches):
+            if isinstance(outcome, Failure):
+                raise StageError.of(outcome)
+        return {key: reply.result() for key, reply in replies.items()}
+
+    def outcomes(self, replies: Mapping[K, Future[Any]]) -> dict[K, Any]:
+        """All replies by key, failures among them; a standstill is raised."""
+        for _ in self._arriving(replies):
+            pass
+        return {key: reply.result() for key, reply in replies.items()}
+
+    def _arriving(self, replies: Mapping[K, Future[Any]], watches: Collection[Future[Any]] = ()) -> Iterator[Any]:
+        wanted = set(replies.values())
+        pending = wanted | set(watches)
         patience = _Patience(self._transport, self.workers, self._timeout)
-        while pending:
+        while pending & wanted:
             done, pending = self._transport.wait(pending, min(_POLL, self._timeout / 4))
-            for reply in done:
-                if isinstance(outcome := reply.result(), Failure):
-                    raise StageError.of(outcome)
+            yield from (reply.result() for reply in done)
             if not done:
                 patience.check()
-        return {worker: reply.result() for worker, reply in replies.items()}
 
 
 class _Patience:

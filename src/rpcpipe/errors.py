@@ -98,6 +98,7 @@ class Failure:
     pickled: bytes | None = None
     in_step: bool = False
     cancelled: bool = False
+    after: str = ""  # what the weights are now, where it is not what _AFTER_A_STEP says
 
     @property
     def type_name(self) -> str:
@@ -120,6 +121,11 @@ class Failure:
         return cls(
             worker, stage, chunk, action, kind.__module__, kind.__qualname__, message, text, _pickled(error), in_step
         )
+
+    @classmethod
+    def stated(cls, kind: type[Exception], message: str, *, worker: str, stage: int) -> Failure:
+        """A failure of ``stage`` that is seen in what it reported."""
+        return cls(worker, stage, None, "backward", kind.__module__, kind.__qualname__, message, "", in_step=True)
 
     @classmethod
     def cancel(cls, worker: str, action: str) -> Failure:
@@ -168,7 +174,7 @@ class StageError(RpcPipeError):
         BaseException.__init__(
             self,
             f"{where} raised {failure.type_name}: {failure.message}\n"
-            f"{_AFTER_A_STEP if failure.in_step else _AFTER_A_CALL}\n"
+            f"{failure.after or (_AFTER_A_STEP if failure.in_step else _AFTER_A_CALL)}\n"
             f"--- traceback on {failure.worker} ---\n{failure.traceback.rstrip()}",
         )
         self.failure = failure

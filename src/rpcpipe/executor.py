@@ -122,6 +122,22 @@ class Executor:
             self._enqueue("reset", pipeline, step)
         self._refuse(late)
 
+    def watch(self, pipeline: str, step: int) -> Future[Any]:
+        """Replies with the first failure in ``step`` at once, whatever waits before it; None when it is over."""
+        with self._changed:
+            if (mailbox := self._mailboxes.get(pipeline)) is not None:
+                return mailbox.watch(step)
+        closed: Future[Any] = Future()
+        closed.set_result(None)
+        return closed
+
+    def abandon(self, pipeline: str, step: int, group: int) -> None:
+        """Do no more of the stream ``step`` from ``group`` on; what was fed before goes on to its end."""
+        with self._changed:
+            if (mailbox := self._mailboxes.get(pipeline)) is not None:
+                mailbox.fail(step, Failure.cancel(self.name, "a stream"), group)
+                self._changed.notify()
+
     def drop(self, pipeline: str) -> None:
         """Free a pipeline's stages."""
         with self._changed:
@@ -215,7 +231,7 @@ class Executor:
             mailbox = self._mailboxes.get(pipeline)
             if mailbox is not None and isinstance(outcome, Failure) and entry.step >= 0:
                 # Tasks between steps have step -1: their failure is theirs alone.
-                mailbox.fail(entry.step, outcome)
+                mailbox.fail(entry.step, outcome, entry.task.group)
         if entry.reply is not None:
             entry.reply.set_result(outcome)
 

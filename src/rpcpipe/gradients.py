@@ -8,6 +8,7 @@ the engine is their only owner and the context keeps the tensors themselves.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,6 +48,11 @@ def norms(parameters: Sequence[nn.Parameter]) -> list[float]:
     present = [parameter.grad for parameter in parameters if parameter.grad is not None]
     found = iter(torch.stack(torch._foreach_norm(present)).tolist() if present else ())
     return [next(found) if parameter.grad is not None else 0.0 for parameter in parameters]
+
+
+def finite(parameters: Sequence[nn.Parameter]) -> bool:
+    """Is no gradient's norm NaN or Inf?"""
+    return all(map(math.isfinite, norms(parameters)))
 
 
 def total_norm(per_parameter: Sequence[float]) -> float:

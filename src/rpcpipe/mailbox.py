@@ -39,7 +39,8 @@ class Mailbox:
         self._queue: dict[int, Entry] = {}
         self._skips: dict[int, int] = {}  # cancelled places: from, up to
         self._inbox: dict[tuple[int, Port], Any] = {}
-        self._failed: dict[int, Failure] = {}
+        self._failed: dict[int, tuple[Failure, int]] = {}  # and from which group on
+        self._watches: list[tuple[int, Future[Any]]] = []
 
     def submit(self, sequence: int, entries: Sequence[Entry]) -> list[Entry]:
         """File ``entries`` from place ``sequence`` on; returns those that come too late to run."""
@@ -53,7 +54,7 @@ class Mailbox:
 
     def put(self, step: int, port: Port, value: Any) -> None:
         """File ``value`` for ``port``; values of steps that are over are dropped."""
-        if step >= self.floor and step not in self._failed:
+        if step >= self.floor and not (step in self._failed and self._failed[step][1] == 0):
             self._inbox[step, port] = value
 
     def take(self) -> Entry | None:
@@ -66,7 +67,8 @@ class Mailbox:
         entry = self._queue.get(self.expected)
         if entry is None:
             return None
-        entry.failure = self._failed.get(entry.step)
+        failure, group = self._failed.get(entry.step, (None, 0))
+        entry.failure = failure if entry.task.group >= group else None
         if entry.failure is None:
             keys = [(entry.step, port) for port in entry.task.awaits]
             if not all(key in self._inbox for key in keys):
@@ -76,10 +78,30 @@ class Mailbox:
         self.expected += 1
         return entry
 
-    def fail(self, step: int, failure: Failure) -> None:
-        """From here on every task of ``step`` ends with ``failure`` (the first one given)."""
-        self._failed.setdefault(step, failure)
-        self._forget(lambda of: of == step)
+    def fail(self, step: int, failure: Failure, group: int = 0) -> None:
+        """From here on every task of ``step``, from ``group`` on, ends with ``failure`` (the first one given)."""
+        if step < self.floor or (step in self._failed and self._failed[step][1] <= group):
+            return
+        self._failed[step] = failure, group
+        self._tell(step, failure)
+        if group == 0:
+            self._forget(lambda of: of == step)
+
+    def watch(self, step: int) -> Future[Any]:
+        """The first failure of ``step`` as soon as it is known, or None once the step is over."""
+        watch: Future[Any] = Future()
+        self._watches.append((step, watch))
+        if step in self._failed:
+            self._tell(step, self._failed[step][0])
+        elif step < self.floor:
+            self._tell(step, None)
+        return watch
+
+    def _tell(self, upto: int, outcome: Failure | None) -> None:
+        told = [watch for step, watch in self._watches if step <= upto]
+        self._watches = [(step, watch) for step, watch in self._watches if step > upto]
+        for watch in told:
+            watch.set_result(outcome)
 
     def cancel(self, step: int, first: int, resume: int) -> list[Entry]:
         """Drop the tasks from place ``first`` up to ``resume``, and all values up to ``step``.
@@ -98,6 +120,7 @@ class Mailbox:
     def finish(self, step: int) -> None:
         """Steps up to ``step`` are over: what still comes for them is dropped."""
         self.floor = max(self.floor, step + 1)
+        self._tell(step, None)
         self._forget(lambda of: of < self.floor)
         self._failed = {of: failure for of, failure in self._failed.items() if of >= self.floor}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -26,11 +27,31 @@ class Route(NamedTuple):
 
 
 class Task(NamedTuple):
-    """One entry of a worker's strict sequence: operation ``op`` of its actor."""
+    """One entry of a worker's strict sequence: operation ``op`` of its actor.
+
+    In a stream a failure ends the tasks of its ``group`` and of later ones; elsewhere all have 0.
+    """
 
     op: str
     args: tuple[Any, ...] = ()
     awaits: tuple[Port, ...] = ()
+    group: int = 0
+
+
+class Share(NamedTuple):
+    """What a stage is told of one micro-batch.
+
+    ``draw`` and ``position`` seed its random numbers, its loss counts ``weight``. In a stream ``group``
+    numbers the update that it belongs to, ``last`` is set on the group's last micro-batch, and
+    ``alone`` where it is the only one.
+    """
+
+    draw: int
+    position: int
+    weight: float
+    group: int | None = None
+    last: bool = False
+    alone: bool = False
 
 
 class StepPlan(NamedTuple):
@@ -39,7 +60,8 @@ class StepPlan(NamedTuple):
     ``step`` names it in every message and is never used again. ``draw`` seeds its random numbers:
     the number of training steps done so far, so that neither a failed step nor an evaluation in
     between changes what is drawn. ``weights[chunk]`` is the micro-batch's share of the batch: its
-    loss counts that much.
+    loss counts that much. A stream is one step without end; ``policy`` says which version of the
+    weights its minibatches use, ``stop`` that a loss or gradient that is not finite ends it.
     """
 
     step: int
@@ -48,15 +70,34 @@ class StepPlan(NamedTuple):
     weights: tuple[float, ...]
     keep_outputs: bool = False
     trace: bool = False
+    policy: str | None = None
+    stop: bool = False
+
+    def share(self, chunk: int) -> Share:
+        """What a stage is told of micro-batch ``chunk`` of a synchronous step."""
+        return Share(self.draw, chunk, self.weights[chunk] if self.weights else 1.0)
+
+
+class Update(NamedTuple):
+    """An update in a stream: the hyperparameters set on the driver, and what to clip to.
+
+    All stages have done the updates before ``committed``.
+    """
+
+    group: int
+    changes: Sequence[Mapping[str, Any]]
+    clip: float | None
+    committed: int
 
 
 @dataclass
 class Report:
-    """One worker's account of a step.
+    """One worker's account of a step, or in a stream of what it did since its last update.
 
     ``losses`` holds (value, count) per micro-batch on the last stage, count None for a mean;
     ``norms`` the 2-norm of every parameter's summed gradient, by stage, in the model's order;
-    ``spans`` holds (kind, stage, chunk, start, end) in nanoseconds of the worker's monotonic clock.
+    ``spans`` holds (kind, stage, chunk, start, end, version) in nanoseconds of the worker's monotonic
+    clock, version -1 where weights have only one.
     Where the step is traced, ``sends`` holds (producer, consumer, time) and ``arrivals`` (consumer,
     time) of the values that other workers got from or gave to this one.
     """
@@ -65,7 +106,21 @@ class Report:
     losses: dict[int, tuple[float, float | None]] = field(default_factory=dict)
     outputs: dict[int, Packed] = field(default_factory=dict)
     norms: dict[int, list[float]] = field(default_factory=dict)
-    spans: list[tuple[str, int, int, int, int]] = field(default_factory=list)
+    spans: list[tuple[str, int, int, int, int, int]] = field(default_factory=list)
     sends: list[tuple[Action, Action, int]] = field(default_factory=list)
     arrivals: list[tuple[Action, int]] = field(default_factory=list)
     peak_in_flight: dict[int, int] = field(default_factory=dict)
+    versions: dict[int, tuple[int, int]] = field(default_factory=dict)  # most at once, bytes of one
+    skipped: bool = False
+
+    @classmethod
+    def joined(cls, reports: Sequence[Report]) -> Report:
+        """What one worker did in all of ``reports``; peaks are those of the last."""
+        last = reports[-1]
+        joined = cls(last.worker, peak_in_flight=last.peak_in_flight, versions=last.versions)
+        for report in reports:
+            joined.losses |= report.losses
+            joined.spans += report.spans
+            joined.sends += report.sends
+            joined.arrivals += report.arrivals
+        return joined

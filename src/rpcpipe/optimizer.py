@@ -31,17 +31,22 @@ class LocalOptimizer:
         return hyperparameters(self.optimizer)
 
     def step(self, gradients: Mapping[torch.Tensor, torch.Tensor], changes: Sequence[Mapping[str, Any]]) -> None:
-        """Apply ``gradients``; ``changes`` holds per group the hyperparameters the driver has set."""
+        """``apply``, or if that raises, nothing."""
         self.undo.complete()
+        try:
+            self.apply(gradients, changes)
+        except BaseException:
+            self.undo.restore()
+            raise
+
+    def apply(self, gradients: Mapping[torch.Tensor, torch.Tensor], changes: Sequence[Mapping[str, Any]]) -> None:
+        """Apply ``gradients``; ``changes`` holds per group the hyperparameters the driver has set."""
         for group, changed in zip(self.optimizer.param_groups, changes, strict=True):
             group.update(changed)
         for parameter in self.parameters:
             parameter.grad = gradients.get(parameter)
         try:
             self.optimizer.step()
-        except BaseException:
-            self.undo.restore()
-            raise
         finally:
             for parameter in self.parameters:
                 parameter.grad = None

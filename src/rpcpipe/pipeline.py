@@ -7,7 +7,7 @@ import uuid
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 import cloudpickle
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from rpcpipe import schedules, tables
+from rpcpipe import inference, schedules, tables, versions
 from rpcpipe.actor import ActorSpec
 from rpcpipe.arguments import (
     check_functions,
@@ -30,20 +30,22 @@ from rpcpipe.arguments import (
 from rpcpipe.backward import Received
 from rpcpipe.cluster import Cluster
 from rpcpipe.driver import Driver
-from rpcpipe.errors import PartitionError, RpcPipeError
+from rpcpipe.errors import PartitionError, RpcPipeError, ScheduleError
 from rpcpipe.handle import HEADER, StageHandle
 from rpcpipe.interrupts import Deferred
 from rpcpipe.layers import Layer, named_layers, shared_parameters
-from rpcpipe.messages import Port, Route, StepPlan
-from rpcpipe.microbatch import Nest, batch_size, merge, split, unpack
+from rpcpipe.messages import Port, Route
+from rpcpipe.microbatch import Nest, batch_size, split
+from rpcpipe.moving import move
 from rpcpipe.optimizer import Factory, PipelineOptimizer
 from rpcpipe.partition import balance as cut
 from rpcpipe.pickling import dumps
 from rpcpipe.program import compile_routes
-from rpcpipe.result import StepResult, mean_loss
+from rpcpipe.result import StepResult
 from rpcpipe.schedules import Action, Schedule
 from rpcpipe.stage import Loss
 from rpcpipe.step import Step
+from rpcpipe.stream import Stream
 from rpcpipe.timeline import Timeline
 from rpcpipe.trace import Tracer
 
@@ -77,24 +79,33 @@ class Pipeline:
         chunks: int = 8,
         balance: str | Sequence[int] = "parameters",
         virtual_stages: int = 1,
+        weights: str | None = None,
+        flush_every: int | None = None,
         clip_grad_norm: float | None = None,
+        nonfinite: str = "skip",
         seed: int = 0,
         dispatch: str = "rref",
     ) -> None:
         check_functions(loss, optimizer, dispatch, chunks)
+        refuse(nonfinite not in ("skip", "stop"), f"nonfinite must be 'skip' or 'stop', not {nonfinite!r}")
+        refuse(flush_every is not None and flush_every < 1, f"flush_every must be at least 1, not {flush_every}")
         cluster.check()
         self.cluster = cluster
         self.clip_grad_norm = clip_grad_norm
+        self.flush_every = flush_every
+        self.nonfinite = nonfinite
         self._names = worker_names([worker.name for worker in cluster.workers], schedule, balance, virtual_stages)
         self._virtual_stages = virtual_stages
         self._schedule = make_schedule(schedule, len(self._names), chunks, virtual_stages)
         self.chunks = self._schedule.chunks
+        self._weights, self._policy = weights, versions.choose(self._schedule.name, weights)
         layers = named_layers(model)
         self._layers = list(layers)
         self._tied = shared_parameters(layers, [1] * len(layers))
         self.balance = cut_layers(layers, balance, self._schedule.stages)
         self._closed = False
-        self._open: Step | None = None
+        self._open: Step | Stream | None = None
+        self._stream: Stream | None = None
         self._tracer: Tracer | None = None
         self.trained = 0
         # Each worker's busy share of the last step.
@@ -171,6 +182,7 @@ class Pipeline:
             virtual = schedules.suited_virtual_stages(wanted, virtual)
         new = make_schedule(wanted, len(self._names), self.chunks, virtual)
         refuse(new.workers != len(self._names), f"{new.name!r} is for {new.workers} workers, not {len(self._names)}")
+        policy = versions.choose(new.name, self._weights if new.name == self._schedule.name else None)
         moving = new.placement != self._schedule.placement
         if moving and self._tied is not None:
             raise PartitionError(f"{self._tied} are one parameter: its layers cannot be moved one by one")
@@ -178,30 +190,9 @@ class Pipeline:
         if new.stages != self._schedule.stages:
             sizes = {layer: count for stage in self.stages for layer, count in stage.sizes.items()}
             self.balance = cut([sizes[layer] for layer in self._layers], new.stages)
-        self._schedule, self.chunks, self._routes = new, new.chunks, {}
+        self._schedule, self.chunks, self._routes, self._policy = new, new.chunks, {}, policy
         if moving:
-            self._move(before)
-
-    def _move(self, before: Mapping[str, str]) -> None:
-        """Bring every layer, with its optimizer state, to the worker that the new schedule gives it."""
-        after = owners(self._layers, self.balance, self._schedule, self._names)
-        moves: dict[tuple[str, str], list[str]] = {}
-        for layer in self._layers:
-            if before[layer] != after[layer]:
-                moves.setdefault((before[layer], after[layer]), []).append(layer)
-        try:
-            given: dict[str, list[bytes]] = {name: [] for name in self._names}
-            for (source, target), names in moves.items():
-                given[target].append(self._driver.control(source, "give", names))
-            parts = stage_parts(self._layers, self.balance)
-            replies = {}
-            for worker, name in enumerate(self._names):
-                mine = {stage: part for stage, part in parts.items() if self._schedule.placement[stage] == worker}
-                replies[name] = self._driver.post(name, "arrange", mine, self._schedule.stages - 1, given[name])
-            self._adopt(self._driver.collect(replies))
-        except BaseException:
-            self.close()  # some layers may be on neither worker's stages
-            raise
+            move(self, before)
 
     # --- training ---
 
@@ -211,6 +202,12 @@ class Pipeline:
         ``inputs`` and ``targets``: nests of tensors with the batch in dimension 0. Raises
         StageError, WorkerLost or DeadlineExceeded; the weights are then as before.
         """
+        if self._policy is not None:
+            self._check()
+            stream = Stream(self)
+            stream.feed(inputs, targets)
+            stream.flush()
+            return stream.results.popleft()
         with Deferred(), self.step() as step:
             # Not forward_backward: its wait for the hand-over would cost a round trip.
             step.run(inputs, targets)
@@ -219,10 +216,19 @@ class Pipeline:
             return step.result()
 
     def train(self, batches: Iterable[tuple[Nest, Nest]], progress: bool = False) -> Iterator[StepResult]:
-        """``train_step`` for each (inputs, targets); ``progress`` shows a bar with the loss."""
-        with tqdm(batches, disable=not progress, unit="step") as bar:
-            for inputs, targets in bar:
-                result = self.train_step(inputs, targets)
+        """``train_step`` for each (inputs, targets); ``progress`` shows a bar with the loss.
+
+        Asynchronous schedules stream: a result comes some batches after its batch was fed (enough to
+        keep all workers busy), so a learning rate set on seeing it holds for the batches fed from
+        then on. Any other call on the pipeline drains the stream first.
+        """
+        results = (
+            (self.train_step(inputs, targets) for inputs, targets in batches)
+            if self._policy is None
+            else Stream(self).run(batches, self.flush_every)
+        )
+        with closing(results), tqdm(results, disable=not progress, unit="step") as bar:
+            for result in bar:
                 bar.set_postfix(loss=f"{result.loss:.4f}", bubble=f"{result.bubble:.0%}", refresh=False)
                 yield result
 
@@ -233,9 +239,13 @@ class Pipeline:
         with ``s.optimize()``, or with torch's ``DistributedOptimizer`` on ``parameter_rrefs()``.
         """
         self._check()
+        if self._policy is not None:
+            raise ScheduleError(
+                f"{self.schedule.name!r} updates as it goes; a step by hand needs a synchronous schedule"
+            )
         return Step(self, self.trained)
 
-    def _enter(self, step: Step) -> None:
+    def _enter(self, step: Step | Stream) -> None:
         if self._open is not None:
             raise RpcPipeError("a step of this pipeline is open already; leave its with-block first")
         self._open = step
@@ -245,7 +255,7 @@ class Pipeline:
         shares = (busy / (timeline.makespan or 1.0) for busy in timeline.busy)
         self._busy = dict(zip(self._names, shares, strict=True))
 
-    def _leave(self, step: Step) -> None:
+    def _leave(self, step: Step | Stream) -> None:
         self._open = None if self._open is step else self._open
 
     def _apply_open(self) -> None:
@@ -264,6 +274,8 @@ class Pipeline:
         try:
             yield self._tracer.timeline
         finally:
+            if self._stream is not None:
+                self._stream.flush()
             self._tracer = None
 
     # --- inference ---
@@ -271,29 +283,12 @@ class Pipeline:
     def __call__(self, inputs: Nest) -> Nest:
         """The model's output in eval mode, gathered on this process."""
         self._check()
-        parts = split(inputs, self.chunks)
-        plan = StepPlan(self._driver.new_step(), self.trained, False, (), keep_outputs=True)
-        reports = self._driver.run(self._forward_routes(len(parts), targets=False), plan, self._values(parts, None))
-        outputs = {chunk: unpack(output) for report in reports.values() for chunk, output in report.outputs.items()}
-        return merge([outputs[chunk] for chunk in range(len(parts))])
+        return inference.outputs(self, inputs)
 
     def evaluate(self, batches: Iterable[tuple[Nest, Nest]]) -> float:
         """The mean loss over all samples of ``batches``, in eval mode."""
         self._check()
-        total, samples = 0.0, 0.0
-        for inputs, targets in batches:
-            parts, weights = self._cut_batch(inputs)
-            plan = StepPlan(self._driver.new_step(), self.trained, False, weights)
-            values = self._values(parts, split(targets, self.chunks))
-            loss, count = mean_loss(
-                self._driver.run(self._forward_routes(len(parts), targets=True), plan, values), weights
-            )
-            share = float(batch_size(inputs)) if count is None else count
-            if share:
-                total, samples = total + loss * share, samples + share
-        if not samples:
-            raise ValueError("evaluate needs at least one batch in which something counts")
-        return total / samples
+        return inference.mean_loss_over(self, batches)
 
     # --- weights ---
 
@@ -355,6 +350,8 @@ class Pipeline:
         if self._closed:
             raise RpcPipeError("the pipeline is closed; make a new one")
         self.cluster.check()
+        if self._stream is not None:
+            self._stream.flush()
 
     # --- what a step consists of ---
 
@@ -381,14 +378,6 @@ class Pipeline:
         if chunks not in self._routes:
             self._routes[chunks] = compile_routes(self.schedule.truncated(chunks), self._names, targets=True)
         return self._routes[chunks]
-
-    def _forward_routes(self, chunks: int, *, targets: bool) -> list[tuple[str, Route]]:
-        key = ("forward", chunks, targets)
-        if key not in self._routes:
-            self._routes[key] = compile_routes(
-                schedules.forward_only(self.schedule, chunks), self._names, targets=targets
-            )
-        return self._routes[key]
 
 
 def _release(cluster: Cluster, driver: Driver) -> None:

@@ -17,10 +17,11 @@ def compile_routes(schedule: Schedule, workers: Sequence[str], *, targets: bool)
 
     ``targets``: the last stage awaits the targets as well.
     """
-    return [(workers[at], _route(schedule, action, workers, targets)) for at, action, _ in schedule.walk()]
+    return [(workers[at], route(schedule, action, workers, targets)) for at, action, _ in schedule.walk()]
 
 
-def _route(schedule: Schedule, action: Action, workers: Sequence[str], targets: bool) -> Route:
+def route(schedule: Schedule, action: Action, workers: Sequence[str], targets: bool) -> Route:
+    """What ``action`` awaits and where its result goes."""
     awaits = []
     if schedule.upstream(action) is not None or (action.kind == "F" and action.stage == 0):
         awaits.append(Port(action, "input"))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from rpcpipe import tables
+from rpcpipe import gradients, tables
 from rpcpipe.messages import Report
-from rpcpipe.timeline import Timeline
+from rpcpipe.timeline import Span, Timeline
 
 _HEADER = ("stage", "its worker busy", "peak in flight")
 
@@ -21,6 +22,13 @@ class StepResult:
     were alive at once, per stage, ``bubble`` the workers' measured idle share from the first
     action's start to the last one's end. ``applied`` is False where NaN or Inf in the gradients
     left the weights as they were.
+
+    Under an asynchronous schedule a result is of one batch in the stream: ``seconds`` since the
+    result before, ``bubble`` each worker's idle share between its updates, ``grad_norm`` the mean over
+    the batch's updates, of which ``skipped`` were left out. By stage, ``versions`` says with how many
+    updates in the weights each of the batch's minibatches was computed, ``staleness`` how many were
+    missing at most, ``peak_versions`` how many versions were held at once since the stream last stood
+    empty, and ``peak_version_bytes`` how large they were.
     """
 
     step: int
@@ -30,10 +38,16 @@ class StepResult:
     peak_in_flight: tuple[int, ...]
     applied: bool
     timeline: Timeline = field(repr=False, compare=False)
+    skipped: int = 0
+    versions: tuple[tuple[int, ...], ...] = ()
+    staleness: tuple[int, ...] = ()
+    peak_versions: tuple[int, ...] = ()
+    peak_version_bytes: tuple[int, ...] = ()
+    idle: float | None = field(default=None, repr=False)
 
     @property
     def bubble(self) -> float:
-        return self.timeline.bubble
+        return self.timeline.bubble if self.idle is None else self.idle
 
     def __repr__(self) -> str:
         return f"{self._title()}\n{tables.text(_HEADER, self._rows())}"
@@ -57,7 +71,9 @@ class StepResult:
         ]
 
 
-def mean_loss(reports: Mapping[str, Report], weights: tuple[float, ...]) -> tuple[float, float | None]:
+def mean_loss(
+    reports: Mapping[str, Report], weights: Sequence[float] | Mapping[int, float]
+) -> tuple[float, float | None]:
     """(mean over the batch, total count or None) from the last stage's losses."""
     losses = {chunk: loss for report in reports.values() for chunk, loss in report.losses.items()}
     counts = [count for _, count in losses.values() if count is not None]
@@ -71,3 +87,57 @@ def peaks(reports: Mapping[str, Report]) -> tuple[int, ...]:
     """Peak in flight per stage."""
     found = {stage: peak for report in reports.values() for stage, peak in report.peak_in_flight.items()}
     return tuple(found[stage] for stage in sorted(found))
+
+
+def of_stream(
+    reports: Mapping[str, Report],
+    updates: Sequence[Sequence[Report]],
+    *,
+    number: int,
+    base: int,
+    groups: range,
+    shares: Mapping[int, float],
+    seconds: float,
+    ended: dict[str, int],
+    name: str,
+    spans: Sequence[Span],
+) -> StepResult:
+    """A batch's result from its workers' ``reports``, joined, and those of each of its ``updates``.
+
+    ``ended``: when each worker's last update before ended, by its own clock; renewed.
+    """
+    done = [group for group in updates if not group[0].skipped]
+    norms = [
+        gradients.total_norm([norm for report in group for of in report.norms.values() for norm in of])
+        for group in done
+    ]
+    used = [
+        [span.version for span in spans if span.stage == stage and span.kind == "B" and span.chunk in shares]
+        for stage in range(len(reports))
+    ]
+    held = [report.versions[stage] for stage, report in enumerate(reports.values())]
+    owners = [group for group in groups for _ in range(len(shares) // len(groups))]
+    return StepResult(
+        number,
+        mean_loss(reports, shares)[0],
+        sum(norms) / len(norms) if norms else math.nan,
+        seconds,
+        peaks(reports),
+        len(done) == len(updates),
+        Timeline(spans, workers=len(reports), name=name),
+        skipped=len(updates) - len(done),
+        versions=tuple(tuple(base + version for version in versions) for versions in used),
+        staleness=tuple(max(g - v for g, v in zip(owners, versions, strict=True)) for versions in used),
+        peak_versions=tuple(count for count, _ in held),
+        peak_version_bytes=tuple(count * size for count, size in held),
+        idle=sum(_idle(report, ended) for report in reports.values()) / len(reports),
+    )
+
+
+def _idle(report: Report, ended: dict[str, int]) -> float:
+    """Idle share between the worker's last update before and its last one in ``report``."""
+    end = max(end for kind, _, _, _, end, _ in report.spans if kind == "U")
+    start = ended.get(report.worker, min(start for _, _, _, start, _, _ in report.spans))
+    busy = sum(max(0, stop - max(start, begin)) for _, _, _, begin, stop, _ in report.spans)
+    ended[report.worker] = end
+    return max(0.0, 1.0 - busy / max(1, end - start))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,8 +10,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rpcpipe.errors import ScheduleError
-from rpcpipe.schedules.action import Action
+from rpcpipe.schedules.action import KINDS, Action
 from rpcpipe.timeline import Span, Timeline, Transfer
+from rpcpipe.versions import choose, version
 
 if TYPE_CHECKING:
     from rpcpipe.schedules.schedule import Schedule
@@ -24,7 +26,8 @@ class Costs:
 
     A whole backward takes ``backward``, by default ``input_gradient + weight_gradient``. A result
     that changes worker arrives ``latency + output_bytes / bandwidth`` after it is produced, without
-    holding either worker. ``optimizer`` follows the last action of all workers (the gate).
+    holding either worker. ``optimizer`` follows the last action of all workers (the gate), or is the
+    duration of every update of an asynchronous schedule.
     """
 
     forward: PerStage = 1.0
@@ -44,6 +47,8 @@ class Costs:
             return _at(self.input_gradient, stage)
         if kind == "W":
             return _at(self.weight_gradient, stage)
+        if kind == "U":
+            return self.optimizer
         if self.backward is not None:
             return _at(self.backward, stage)
         return _at(self.input_gradient, stage) + _at(self.weight_gradient, stage)
@@ -67,7 +72,11 @@ class Costs:
             found = [total.get((kind, stage), [0.0]) for stage in range(stages)]
             return [sum(times) / len(times) for times in found]
 
-        return cls(forward=mean("F"), input_gradient=mean("I"), weight_gradient=mean("W"), backward=mean("B"))
+        updates = mean("U")
+        return cls(
+            forward=mean("F"), input_gradient=mean("I"), weight_gradient=mean("W"), backward=mean("B"),
+            optimizer=sum(updates) / len(updates),
+        )  # fmt: skip
 
 
 def _at(value: PerStage, stage: int) -> float:
@@ -81,11 +90,15 @@ def simulate(schedule: Schedule, costs: Costs | None = None) -> Timeline:
         value = getattr(costs, name)
         if isinstance(value, Sequence) and len(value) != schedule.stages:
             raise ScheduleError(f"costs.{name} has {len(value)} entries for {schedule.stages} stages")
-    durations = {kind: [costs.of(kind, stage) for stage in range(schedule.stages)] for kind in "FBIW"}
+    durations: dict[str, list[float]] = {
+        kind: [costs.of(kind, stage) for stage in range(schedule.stages)] for kind in KINDS
+    }
     charged = bool(costs.latency or costs.output_bytes)
     with _without_gc():
         spans, transfers, free = _run(schedule, costs, durations, charged)
-    if costs.optimizer:
+    if schedule.asynchronous:
+        spans = _with_versions(schedule, spans)
+    elif costs.optimizer:
         gate = max(free)
         spans += [Span(worker, "U", -1, -1, gate, gate + costs.optimizer) for worker in range(schedule.workers)]
     return Timeline(spans, transfers, workers=schedule.workers, name=schedule.name)
@@ -112,6 +125,18 @@ def _run(
         end[action] = free[worker] = finish = ready + durations[kind][stage]
         spans.append(Span(worker, kind, stage, chunk, ready, finish))
     return spans, transfers, free
+
+
+def _with_versions(schedule: Schedule, spans: list[Span]) -> list[Span]:
+    """Every span with the version of the weights that it uses or makes."""
+    policy = choose(schedule.name, None)
+    ends = sorted({span.chunk for span in spans if span.kind == "U"})
+    found = []
+    for span in spans:
+        group = bisect.bisect_left(ends, span.chunk)
+        used = group + 1 if span.kind == "U" else version(policy or "stash", group, span.stage, schedule.stages)
+        found.append(span._replace(version=used))
+    return found
 
 
 @contextmanager

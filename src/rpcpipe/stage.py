@@ -14,12 +14,16 @@ from torch import nn
 from torch.autograd.graph import get_gradient_edge
 
 from rpcpipe import backward as autograd
-from rpcpipe import rng
-from rpcpipe.messages import StepPlan
+from rpcpipe import gradients, rng
+from rpcpipe.messages import Share, StepPlan
 from rpcpipe.microbatch import Nest, map_tensors
 from rpcpipe.split_backward import Deferred, backward_input, backward_weight
+from rpcpipe.weights import Versions
 
 Loss = Callable[[Any, Any], Any]
+Gradients = list[torch.Tensor | None]
+# Sent instead of gradients: skip this micro-batch's whole group.
+POISON = "not finite"
 
 
 class Stage:
@@ -48,6 +52,9 @@ class Stage:
         self.losses: dict[int, tuple[torch.Tensor, Any]] = {}
         self.outputs: dict[int, Nest] = {}
         self.peak_in_flight = 0
+        self.versions: Versions | None = None
+        self.shares: dict[int, Share] = {}
+        self._poisoned: set[int] = set()
         self._saved: dict[int, autograd.Saved] = {}
         self._deferred: dict[int, Deferred] = {}
 
@@ -62,14 +69,16 @@ class Stage:
         return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
 
     def forward(
-        self, plan: StepPlan, chunk: int, received: autograd.Received, target: Nest
+        self, plan: StepPlan, share: Share, chunk: int, received: autograd.Received, target: Nest
     ) -> autograd.Received | None:
         """Run the layers; returns what the next stage gets, None on the last."""
+        if plan.training:
+            self.shares[chunk] = share
         if self.module.training != plan.training:
             self.module.train(plan.training)
         with torch.set_grad_enabled(plan.training):
             nest, entered = autograd.enter(self._to_device(received))
-            outputs = self._run_layers(plan.draw, chunk, nest, entered)
+            outputs = self._run_layers(share, nest, entered)
             if self.loss is None:
                 return self._save(plan, chunk, outputs, entered)
             if plan.keep_outputs:
@@ -78,10 +87,11 @@ class Stage:
                 self._save(plan, chunk, self._take_loss(chunk, outputs, target), entered)
         return None
 
-    def _run_layers(self, draw: int, chunk: int, nest: Nest, entered: autograd.Entered) -> Nest:
+    def _run_layers(self, share: Share, nest: Nest, entered: autograd.Entered) -> Nest:
+        number = self.version(share)
         for index, layer in enumerate(self.module, self.first_layer):
-            rng.seed_layer(self.seed, draw, chunk, index)
-            nest = layer(nest)
+            rng.seed_layer(self.seed, share.draw, share.position, index)
+            nest = layer(nest) if self.versions is None else self.versions.call(layer, number, nest)
             if index == self.first_layer and not entered.edges:
                 # One output only: of several, one may lead to another and be counted twice.
                 leaves = autograd.differentiable(nest)
@@ -107,33 +117,68 @@ class Stage:
         self.losses[chunk] = (value.detach(), count)
         return value
 
-    def backward(
-        self, plan: StepPlan, chunk: int, grads: list[torch.Tensor | None] | None
-    ) -> list[torch.Tensor | None]:
+    def version(self, share: Share) -> int:
+        """Of the weights that ``share`` is computed with; -1 where they have only one."""
+        return -1 if self.versions is None or share.group is None else self.versions.of(share.group)
+
+    def backward(self, chunk: int, grads: Gradients | None) -> Gradients:
         """The whole backward: parameters' ``.grad`` grow, the inputs' gradients are returned."""
         saved = self._saved.pop(chunk)
-        return _all_to_host(autograd.backward(saved, self._output_grads(plan, chunk, saved, grads)))
+        return _all_to_host(autograd.backward(saved, self._output_grads(chunk, saved, grads)))
 
-    def backward_input(
-        self, plan: StepPlan, chunk: int, grads: list[torch.Tensor | None] | None
-    ) -> list[torch.Tensor | None]:
+    def backward_of_stream(self, plan: StepPlan, chunk: int, grads: Gradients | str | None) -> Gradients | str:
+        """``backward``; the whole group is poisoned on all stages where the loss or its gradient is not finite.
+
+        Only the last stage can judge that, as no other has used the update yet. After a group's
+        last micro-batch the gradients are in ``.grad``.
+        """
+        share = self.shares[chunk]
+        assert self.versions is not None
+        assert share.group is not None
+        found: Gradients | str = POISON
+        if isinstance(grads, str) or (self.loss is not None and not self._counts(chunk)):
+            del self._saved[chunk]
+            self._poison(plan, share.group, f"its loss is {self.losses[chunk][0]}" if self.loss else "")
+        else:
+            found = self.backward(chunk, grads)
+        if share.last:
+            self.versions.collect(self.versions.of(share.group))
+            if self.loss is not None and not gradients.finite(self.parameters):
+                self._poison(plan, share.group, "a gradient of the last stage is not finite")
+                found = POISON
+        del self.shares[chunk]
+        return found
+
+    def _counts(self, chunk: int) -> bool:
+        value, count = self.losses[chunk]
+        return bool(value.isfinite()) and (count is None or float(count) > 0)
+
+    def _poison(self, plan: StepPlan, group: int, why: str) -> None:
+        if plan.stop and why:
+            raise FloatingPointError(f"{why} (nonfinite='stop'); nonfinite='skip' leaves such a minibatch out")
+        self._poisoned.add(group)
+
+    def take_poison(self, group: int) -> bool:
+        """Is ``group`` to be skipped? Asked once, at its update."""
+        poisoned = group in self._poisoned
+        self._poisoned.discard(group)
+        return poisoned
+
+    def backward_input(self, chunk: int, grads: Gradients | None) -> Gradients:
         """The half of the backward that the stage before waits for."""
         saved = self._saved.pop(chunk)
-        found, self._deferred[chunk] = backward_input(saved, self._output_grads(plan, chunk, saved, grads))
+        found, self._deferred[chunk] = backward_input(saved, self._output_grads(chunk, saved, grads))
         return _all_to_host(found)
 
     def backward_weight(self, chunk: int) -> None:
         """The other half: parameters' ``.grad`` grow."""
         backward_weight(self._deferred.pop(chunk))
 
-    def _output_grads(
-        self, plan: StepPlan, chunk: int, saved: autograd.Saved, grads: list[torch.Tensor | None] | None
-    ) -> list[torch.Tensor | None]:
+    def _output_grads(self, chunk: int, saved: autograd.Saved, grads: Gradients | None) -> Gradients:
         if self.loss is None:
             assert grads is not None
             return [None if grad is None else grad.to(self.device) for grad in grads]
-        # A loss that is a mean counts by the micro-batch's share of the batch; sums are divided at the end.
-        weight = plan.weights[chunk] if self.losses[chunk][1] is None else 1.0
+        weight = _weight(self.shares[chunk], self.losses[chunk][1])
         return [torch.full_like(loss, weight) for loss in saved.outputs]
 
     def _to_device(self, received: autograd.Received) -> autograd.Received:
@@ -148,16 +193,39 @@ class Stage:
             for chunk, (value, count) in self.losses.items()
         }
 
+    def take_losses(self) -> dict[int, tuple[float, float | None]]:
+        """``loss_values`` of the micro-batches whose backward is done, which are then forgotten."""
+        done = {chunk: loss for chunk, loss in self.losses.items() if chunk not in self._saved}
+        self.losses = {chunk: loss for chunk, loss in self.losses.items() if chunk in self._saved}
+        return {
+            chunk: (float(value), None if count is None else float(count)) for chunk, (value, count) in done.items()
+        }
+
     def reset(self) -> None:
         """Forget the step before, all that a failed one left included."""
         self.losses, self.outputs, self.peak_in_flight = {}, {}, 0
+        self.shares, self._poisoned = {}, set()
         self._saved.clear()
         self._deferred.clear()
         for parameter in self.module.parameters():
             parameter.grad = None
 
 
-def _all_to_host(grads: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+def _weight(share: Share, count: Any) -> float:
+    """A loss that is a mean counts by the micro-batch's share of the batch; sums are divided at the end."""
+    if count is None:
+        return share.weight
+    if share.group is None:
+        return 1.0
+    if not share.alone:
+        raise TypeError(
+            "under pipedream-2bw the loss must return the mean, not (sum, count): a batch's count is not known"
+            " when its first micro-batch is backpropagated; schedule='pipedream' takes both"
+        )
+    return 1.0 / float(count)
+
+
+def _all_to_host(grads: Gradients) -> Gradients:
     return [None if grad is None else _to_host(grad) for grad in grads]
 
 

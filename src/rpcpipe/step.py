@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import time
+from collections.abc import Mapping
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from rpcpipe.driver import Gate
-from rpcpipe.errors import RpcPipeError
+from rpcpipe.errors import Failure, RpcPipeError, StageError
 from rpcpipe.interrupts import Deferred
-from rpcpipe.messages import StepPlan
+from rpcpipe.messages import Report, StepPlan
 from rpcpipe.microbatch import Nest, split
 from rpcpipe.result import StepResult, mean_loss, peaks
 from rpcpipe.timeline import Timeline
@@ -92,6 +94,7 @@ class Step:
         loss, count = mean_loss(reports, weights)
         gate = Gate.of(reports, count, pipe.clip_grad_norm)
         if not gate.finite:
+            self._refuse_nonfinite(reports)
             log.warning("step %d: the gradient's norm is %s; no weight changes", self._number, gate.grad_norm)
         self._result = StepResult(
             self._number,
@@ -104,6 +107,16 @@ class Step:
         )
         pipe._note(self._result.timeline)
         return driver.hand_over(self._message, self.context_id, gate) if gate.finite else {}
+
+    def _refuse_nonfinite(self, reports: Mapping[str, Report]) -> None:
+        """Where the user wants to stop: name a stage whose gradient is NaN or Inf, the latest, as backwards go."""
+        if self._pipe.nonfinite == "skip":
+            return
+        norms = {stage: (name, norms) for name, report in reports.items() for stage, norms in report.norms.items()}
+        for stage, (name, found) in sorted(norms.items(), reverse=True):
+            if not all(map(math.isfinite, found)):
+                message = f"a gradient of stage {stage} is not finite (nonfinite='stop')"
+                raise StageError.of(Failure.stated(FloatingPointError, message, worker=name, stage=stage))
 
     def optimize(self) -> None:
         """Apply the gradients on all workers, or on none."""

@@ -13,7 +13,9 @@ from rpcpipe.schedules.action import Action
 class Span(NamedTuple):
     """One piece of work on one worker; ``start`` and ``end`` in seconds on the driver's clock.
 
-    ``kind`` is F, B, I, W as in a schedule, or U for the optimizer's update (stage and chunk -1).
+    ``kind`` is F, B, I, W as in a schedule, or U for the optimizer's update: of the whole step (stage and
+    chunk -1), or in asynchronous schedules of one stage after ``chunk``. There ``version`` says which
+    version of the weights was used, or for U made.
     """
 
     worker: int
@@ -23,6 +25,7 @@ class Span(NamedTuple):
     start: float
     end: float
     step: int = 0
+    version: int = -1
 
 
 class Transfer(NamedTuple):

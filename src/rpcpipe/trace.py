@@ -5,32 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from rpcpipe.messages import Report
+from rpcpipe.schedules import Action
 from rpcpipe.timeline import Span, Timeline, Transfer
 
 
 def spans(reports: Mapping[str, Report], offsets: Mapping[str, int], step: int) -> list[Span]:
     """Every action of a step; ``offsets``: nanoseconds by which a worker's clock is ahead."""
     return [
-        Span(index, kind, stage, chunk, (start - offsets[name]) * 1e-9, (end - offsets[name]) * 1e-9, step)
+        Span(index, kind, stage, chunk, (start - offsets[name]) * 1e-9, (end - offsets[name]) * 1e-9, step, used)
         for index, (name, report) in enumerate(reports.items())
-        for kind, stage, chunk, start, end in report.spans
-    ]
-
-
-def transfers(reports: Mapping[str, Report], offsets: Mapping[str, int], step: int) -> list[Transfer]:
-    """Every value that changed worker, from the sender's and the receiver's halves."""
-    arrived = {
-        action: (index, (at - offsets[name]) * 1e-9)
-        for index, (name, report) in enumerate(reports.items())
-        for action, at in report.arrivals
-    }
-    return [
-        Transfer(
-            index, arrived[consumer][0], producer, consumer, (at - offsets[name]) * 1e-9, arrived[consumer][1], step
-        )
-        for index, (name, report) in enumerate(reports.items())
-        for producer, consumer, at in report.sends
-        if consumer in arrived
+        for kind, stage, chunk, start, end, used in report.spans
     ]
 
 
@@ -51,11 +35,22 @@ class Tracer:
         self.timeline = Timeline(workers=len(workers), name=name)
         self._workers = list(workers)
         self._offsets = offsets
+        # Halves of transfers, until the other one is reported: in a stream perhaps some updates later.
+        self._sent: dict[Action, tuple[int, Action, float, int]] = {}
+        self._arrived: dict[Action, tuple[int, float]] = {}
 
     def step(self, reports: Mapping[str, Report], number: int) -> None:
         """Add a step's actions and transfers."""
         self.timeline.spans += spans(reports, self._offsets, number)
-        self.timeline.transfers += transfers(reports, self._offsets, number)
+        for index, (name, report) in enumerate(reports.items()):
+            offset = self._offsets[name]
+            for producer, consumer, at in report.sends:
+                self._sent[consumer] = index, producer, (at - offset) * 1e-9, number
+            for consumer, at in report.arrivals:
+                self._arrived[consumer] = index, (at - offset) * 1e-9
+        for consumer in self._sent.keys() & self._arrived.keys():
+            (source, producer, sent, of), (target, arrived) = self._sent.pop(consumer), self._arrived.pop(consumer)
+            self.timeline.transfers.append(Transfer(source, target, producer, consumer, sent, arrived, of))
 
     def update(self, times: Mapping[str, tuple[int, int]], number: int) -> None:
         """Add a step's optimizer."""

@@ -13,7 +13,6 @@ from typing import Any
 from rpcpipe.schedules.action import NAMES
 from rpcpipe.timeline import Span, Timeline, Transfer
 
-_NAMES = {**NAMES, "U": "update"}
 # Track numbers: worker × 1000 + one of these + lane.
 _COMPUTE, _SEND, _RECEIVE = 0, 100, 500
 
@@ -33,7 +32,8 @@ def _compute(process: int, timeline: Timeline) -> Iterable[dict[str, Any]]:
     for worker in range(timeline.workers):
         yield _track(process, worker, _COMPUTE, f"worker {worker}")
     for span in timeline.spans:
-        yield _slice(process, span.worker, _COMPUTE, _title(span), span.start - origin, span.end - origin, span.kind)
+        name = _title(span) + (f" version {span.version}" if span.version >= 0 else "")
+        yield _slice(process, span.worker, _COMPUTE, name, span.start - origin, span.end - origin, span.kind)
     for wait in timeline.waits():
         name = f"waits for {_title(wait)}"
         yield _slice(process, wait.worker, _COMPUTE, name, wait.start - origin, wait.end - origin, "wait")
@@ -82,7 +82,7 @@ def _lane(
 
 
 def _title(span: Span) -> str:
-    return _NAMES[span.kind] if span.stage < 0 else f"{span.stage}{span.kind}{span.chunk}"
+    return NAMES[span.kind] if span.stage < 0 else f"{span.stage}{span.kind}{span.chunk}"
 
 
 def _moved(move: Transfer) -> str:

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from rpcpipe.errors import ScheduleError
-from rpcpipe.schedules import looped, synchronous, vshaped
+from rpcpipe.schedules import asynchronous, looped, synchronous, vshaped
 from rpcpipe.schedules.action import Action
 from rpcpipe.schedules.formulas import bubble_fraction, optimal_microbatches
 from rpcpipe.schedules.schedule import Schedule
+from rpcpipe.versions import POLICIES
 
 __all__ = [
     "Action",
@@ -21,6 +22,7 @@ __all__ = [
     "get",
     "names",
     "optimal_microbatches",
+    "streamed",
     "suited_virtual_stages",
     "virtual_stages_of",
 ]
@@ -59,7 +61,15 @@ _FAMILY: dict[str, _Known] = {
     "dualpipe-v": _Known(
         _line(vshaped.dualpipe_v), "v", "forwards paired with backwards; M ≥ 2K", lambda workers: 2 * workers
     ),
-}
+    "pipedream": _Known(
+        lambda workers, chunks, _: asynchronous.rows(workers, [chunks], every=True),
+        "line", "an update after every micro-batch, weights in versions; never flushes",
+    ),
+    "pipedream-2bw": _Known(
+        lambda workers, chunks, _: asynchronous.rows(workers, [chunks], every=False),
+        "line", "an update after every M ≥ K micro-batches, two versions; never flushes", lambda workers: workers,
+    ),
+}  # fmt: skip
 
 
 def names() -> list[str]:
@@ -109,6 +119,15 @@ def get(name: str, workers: int, chunks: int, virtual_stages: int = 1) -> Schedu
     placement = vshaped.v_placement(workers) if known.shape == "v" else looped.loop_placement(workers, virtual)
     rows = tuple(tuple(row) for row in known.rows(workers, chunks, virtual))
     return Schedule(name, chunks, placement, rows)
+
+
+def streamed(name: str, workers: int, chunks: int, batches: int) -> Schedule:
+    """An asynchronous schedule over ``batches`` batches of ``chunks`` micro-batches, without a flush between them."""
+    if name not in POLICIES:
+        raise ScheduleError(f"{name!r} flushes after every batch; {' and '.join(POLICIES)} do not")
+    known = get(name, workers, chunks)
+    rows = asynchronous.rows(workers, [chunks] * batches, every=name == "pipedream")
+    return Schedule(name, chunks * batches, known.placement, tuple(tuple(row) for row in rows))
 
 
 def forward_only(schedule: Schedule, chunks: int) -> Schedule:

@@ -6,17 +6,24 @@ from typing import Literal, NamedTuple
 
 from rpcpipe.errors import ScheduleError
 
-Kind = Literal["F", "B", "I", "W"]
+Kind = Literal["F", "B", "I", "W", "U"]
 
-KINDS: tuple[Kind, ...] = ("F", "B", "I", "W")
-NAMES: dict[str, str] = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient"}
+KINDS: tuple[Kind, ...] = ("F", "B", "I", "W", "U")
+NAMES: dict[str, str] = {
+    "F": "forward",
+    "B": "backward",
+    "I": "input gradient",
+    "W": "weight gradient",
+    "U": "update",
+}
 
 
 class Action(NamedTuple):
     """``kind`` of ``stage`` for micro-batch ``chunk``.
 
     ``B`` is the whole backward; ``I`` and ``W`` are its halves (gradient of the input, gradient
-    of the weights), as in Qi et al., "Zero Bubble Pipeline Parallelism", section 2.
+    of the weights), as in Qi et al., "Zero Bubble Pipeline Parallelism", section 2. ``U``, in
+    asynchronous schedules, updates the weights once ``chunk``'s backward is done.
     """
 
     kind: Kind

@@ -71,6 +71,11 @@ class Schedule:
         """(stage, chunk) whose backward is split into I and W."""
         return frozenset((action[1], action[2]) for worker in self.actions for action in worker if action[0] == "I")
 
+    @cached_property
+    def asynchronous(self) -> bool:
+        """Does it update weights while micro-batches are in flight?"""
+        return any(action[0] == "U" for worker in self.actions for action in worker)
+
     def _input_gradient(self, stage: int, chunk: int) -> Action:
         """The action that yields the gradient of the stage's input: ``I`` where split, else ``B``."""
         return Action("I" if (stage, chunk) in self._split else "B", stage, chunk)
@@ -80,7 +85,7 @@ class Schedule:
         kind, stage, chunk = action
         if kind == "F":
             return Action("F", stage - 1, chunk) if stage else None
-        if kind == "W" or stage == len(self.placement) - 1:
+        if kind in "WU" or stage == len(self.placement) - 1:
             return None
         return self._input_gradient(stage + 1, chunk)
 
@@ -88,7 +93,7 @@ class Schedule:
         """Everything that must have finished before ``action`` can start.
 
         F(s, c) waits for F(s-1, c). B or I(s, c) waits for F(s, c) and for the input gradient of
-        stage s+1. W(s, c) waits for I(s, c). This is the only statement of it.
+        stage s+1. W(s, c) waits for I(s, c), U(s, c) for B(s, c). This is the only statement of it.
         """
         kind, stage, chunk = action
         upstream = self.upstream(action)
@@ -96,13 +101,15 @@ class Schedule:
             return () if upstream is None else (upstream,)
         if kind == "W":
             return (Action("I", stage, chunk),)
+        if kind == "U":
+            return (Action("B", stage, chunk),)
         own = Action("F", stage, chunk)
         return (own,) if upstream is None else (own, upstream)
 
     def consumer(self, action: Action) -> Action | None:
         """The neighbouring stage's action that is fed by ``action``: the inverse of ``upstream``."""
         kind, stage, chunk = action
-        if kind == "W":
+        if kind in "WU":
             return None
         if kind == "F":
             return Action("F", stage + 1, chunk) if stage + 1 < len(self.placement) else None

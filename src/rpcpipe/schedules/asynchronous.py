@@ -1,0 +1,81 @@
+"""Schedules that never flush (Narayanan et al., "PipeDream", section 3.2), as long as batches come.
+
+What a worker does next depends on whether there is another micro-batch, so the order is made as the
+micro-batches are fed. A drawn schedule is the same object, fed to its end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import count
+
+from rpcpipe.schedules.action import Action
+
+
+def pipedream(rank: int, workers: int, ends: Callable[[int], bool]) -> Iterator[Action]:
+    """1F1B without end: K - k forwards, then by turns a backward, the update if it ``ends`` a group, a forward."""
+    warmup = workers - rank
+    for chunk in range(warmup):
+        yield Action("F", rank, chunk)
+    for chunk in count():
+        yield Action("B", rank, chunk)
+        if ends(chunk):
+            yield Action("U", rank, chunk)
+        yield Action("F", rank, chunk + warmup)
+
+
+class Stream:
+    """The workers' orders, as far as the micro-batches fed so far determine them."""
+
+    def __init__(self, workers: int) -> None:
+        self.fed = 0
+        self._ends: set[int] = set()
+        self._rows = [pipedream(rank, workers, self._ends.__contains__) for rank in range(workers)]
+
+    def feed(self, *, last: bool) -> list[tuple[int, Action]]:
+        """(worker, action) that one more micro-batch adds; ``last``: an update follows its backward.
+
+        In an order in which everything could run one by one.
+        """
+        chunk, self.fed = self.fed, self.fed + 1
+        if last:
+            self._ends.add(chunk)
+        added = []
+        for worker, row in enumerate(self._rows):
+            for action in row:
+                added.append((worker, action))
+                if action == Action("F", worker, chunk):
+                    break
+        return added
+
+    def drain(self) -> list[tuple[int, Action]]:
+        """(worker, action) left to do when no micro-batch follows. The last one fed ended a group."""
+        left = []
+        for worker, row in reversed(list(enumerate(self._rows))):
+            if self.fed:
+                left += [(worker, action) for action in _until(row, Action("U", worker, self.fed - 1), self.fed)]
+        return left
+
+
+def _until(row: Iterator[Action], end: Action, chunks: int) -> Iterator[Action]:
+    for action in row:
+        if action.chunk < chunks:
+            yield action
+        if action == end:
+            return
+
+
+def rows(workers: int, sizes: Sequence[int], *, every: bool) -> list[Iterable[Action]]:
+    """Each worker's actions for batches of ``sizes`` micro-batches, from empty to empty.
+
+    ``every``: each micro-batch is a minibatch with an update of its own.
+    """
+    stream = Stream(workers)
+    done: list[list[Action]] = [[] for _ in range(workers)]
+    for size in sizes:
+        for chunk in range(size):
+            for worker, action in stream.feed(last=every or chunk == size - 1):
+                done[worker].append(action)
+    for worker, action in stream.drain():
+        done[worker].append(action)
+    return list(done)
