@@ -112,14 +112,9 @@ def main() -> None:
         rounds = [{name: seconds_a_batch(cluster, name, args) for name in RUNS} for _ in range(args.rounds)]
     print(f"{'':14} {'ms a batch':>10} {'÷ 1f1b':>7} {'simulated':>9}")
     for name in RUNS if rounds else ():
-        measured, ratio, simulated = (
-            statistics.median(figure(of) for of in rounds)
-            for figure in (
-                lambda of: of[name][0],
-                lambda of: of[name][0] / of["1f1b"][0],
-                lambda of: of[name][1] / of["1f1b"][1],
-            )
-        )
+        measured = statistics.median(of[name][0] for of in rounds)
+        ratio = statistics.median(of[name][0] / of["1f1b"][0] for of in rounds)
+        simulated = statistics.median(of[name][1] / of["1f1b"][1] for of in rounds)
         print(f"{name:14} {measured * 1e3:10.1f} {ratio:7.2f} {simulated:9.2f}")
 
 

@@ -19,6 +19,7 @@ import torch
 import rpcpipe as rp
 from helpers import Oracle, adamw, assert_same_weights, batches, cross_entropy, mlp
 from rpcpipe.interrupts import Deferred, Interruptible
+from versioned import Versioned, train
 
 
 def test_a_signal_in_the_block_takes_effect_at_its_end() -> None:
@@ -190,3 +191,23 @@ def test_a_launch_is_interrupted_at_any_moment() -> None:
     assert alive == ["True", "True"]
     assert int(interrupted) >= 5
     assert float(slowest) < 0.3
+
+
+def test_a_stream_interrupted_at_random_has_done_what_it_was_fed(cluster: rp.Cluster) -> None:
+    """The next call waits for that; replayed without interrupts the versions give the same bits."""
+    pipe = rp.Pipeline(mlp(), cluster, loss=cross_entropy, optimizer=adamw, schedule="pipedream", chunks=1,
+                       balance=[2, 2, 2, 2])  # fmt: skip
+    oracle = Versioned(mlp(), adamw, cross_entropy, [2, 2, 2, 2])
+    draw, data, used = random.Random(3), list(batches(200)), 0
+    for _ in range(25):
+        with pytest.raises(KeyboardInterrupt), interrupted_after(draw.uniform(0.0, 0.1)) as sent:
+            for _ in pipe.train(data[used:] * 100):
+                pass
+        assert time.monotonic() - sent[0] < 0.3
+        pipe.state_dict()
+        train(oracle, (data[used:] * 100)[: pipe.trained - oracle.updates], "stash", 4, 1)
+        oracle.flush()
+        assert_same_weights(pipe, oracle.model)
+        used = oracle.updates % len(data)
+    assert oracle.updates > 50
+    pipe.close()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -429,3 +431,17 @@ def test_steady_state_throughput_is_one_over_the_slowest_stage() -> None:
     costs = rp.Costs(forward=[1, 2, 1.5], input_gradient=[1, 2, 1], weight_gradient=[1, 2.5, 1])
     ends = {n: rp.schedules.get("pipedream", 3, n).simulate(costs).makespan for n in (20, 60)}
     assert (ends[60] - ends[20]) / 40 == pytest.approx(6.5)
+
+
+def test_a_worker_that_dies_in_mid_stream_is_named() -> None:
+    with rp.launch(workers=2) as cluster:
+        pipe = pipeline(2, "stash", cluster)
+
+        def killing() -> Iterator[Any]:
+            for number, batch in enumerate(batches(200)):
+                if number == 20:
+                    os.kill(cluster.workers[1].pid, signal.SIGKILL)
+                yield batch
+
+        with pytest.raises(rp.WorkerLost, match=r"worker1 .*SIGKILL"):
+            list(pipe.train(killing()))

@@ -62,11 +62,16 @@ class Stream:
                     self.flush()
                 while self.results or (self._is_open and len(self._batches) > self._ahead):
                     yield self._next()
+        except KeyboardInterrupt:
+            with Deferred():
+                self._drain()  # what was fed will be done; the next call waits for it
+            raise
+        except BaseException:  # the caller leaves the loop, or has no more batches
             self.flush()
-            while self.results:
-                yield self._next()
-        finally:
-            self.flush()
+            raise
+        self.flush()
+        while self.results:
+            yield self._next()
 
     def _next(self) -> StepResult:
         return self.results.popleft() if self.results else self._collect()
@@ -154,7 +159,7 @@ class Stream:
 
     def _drain(self) -> None:
         """Let all that was fed come to its end."""
-        if not self._drained:
+        if self._is_open and not self._drained:
             self._drained = True
             self._issue(self._order.drain(), None, None, None, self._batches[-1].held if self._batches else [])
 
@@ -174,23 +179,22 @@ class Stream:
         """The oldest batch's result."""
         pipe, batch = self._pipe, self._batches[0]
         wanted = {(name, group): self._replies[name, group] for group in batch.groups for name in pipe._names}
-        try:
-            with Deferred():
+        with Deferred():
+            try:
                 reports = pipe._driver.collect(wanted, self._watches)
-        except StageError as error:
-            raise self._stop(error) from None
-        except KeyboardInterrupt:
-            self._drain()  # what was fed will be done; the next call waits for it
-            raise
-        except BaseException as error:
-            self._abort(error)
-            raise
-        self._batches.popleft()
-        for key in wanted:
-            del self._replies[key]
-        self._committed = batch.groups.stop
-        pipe.trained = self._base + self._committed
-        return self._result(batch, reports)
+            except StageError as error:
+                raise self._stop(error) from None
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:
+                self._abort(error)
+                raise
+            self._batches.popleft()
+            for key in wanted:
+                del self._replies[key]
+            self._committed = batch.groups.stop
+            pipe.trained = self._base + self._committed
+            return self._result(batch, reports)
 
     def _result(self, batch: _Batch, reports: Mapping[tuple[str, int], Report]) -> StepResult:
         pipe, number = self._pipe, self._base + batch.groups.start

@@ -1,0 +1,28 @@
+"""The examples, as a user runs them, in a short form."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def run(name: str, *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / name), *arguments], capture_output=True, text=True, timeout=110, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_pipedream(tmp_path: Path) -> None:
+    plot = tmp_path / "curves.svg"
+    sizes = ["--batches", "16", "--batch", "4", "--dim", "32", "--context", "16", "--rounds", "1"]
+    out = run("pipedream.py", *sizes, "--plot", str(plot))
+    assert "vertical sync" in plot.read_text()
+    for name in ("1f1b", "stash", "vertical sync", "latest", "2bw"):
+        assert re.search(rf"^{name} +loss [0-9.]+ over the last 16 of 16 batches$", out, re.MULTILINE)
+        assert re.search(rf"^{name} +[0-9.]+ +[0-9.]+ +[0-9.]+$", out, re.MULTILINE)
