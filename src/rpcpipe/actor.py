@@ -161,9 +161,9 @@ class Actor:
 
     def _add_arrivals(self, report: Report) -> None:
         """Those of the step; of a stream, since its last update."""
-        while self._plan.trace and self._arrivals and self._arrivals[0][0] <= self._plan.step:
+        while self._arrivals and self._arrivals[0][0] <= self._plan.step:
             step, action, at = self._arrivals.popleft()
-            if step == self._plan.step:
+            if self._plan.trace and step == self._plan.step:
                 report.arrivals.append((action, at))
 
     def hand_over(self, context_id: int, count: float | None, factor: float) -> None:
