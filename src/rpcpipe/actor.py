@@ -23,6 +23,7 @@ from rpcpipe.errors import CheckpointError
 from rpcpipe.messages import Port, Report, Route, Share, StepPlan, Update
 from rpcpipe.microbatch import map_tensors, pack
 from rpcpipe.optimizer import Factory, LocalOptimizer
+from rpcpipe.recompute import Checkpoint, Recompute
 from rpcpipe.schedules import Action
 from rpcpipe.snapshots import Snapshots
 from rpcpipe.stage import Loss, Stage
@@ -52,6 +53,7 @@ class ActorSpec:
     loss: Loss
     optimizer: Factory
     seed: int
+    checkpoint: Checkpoint = "never"
 
 
 Send = Callable[[str, int, Port, Any], None]
@@ -88,6 +90,7 @@ class Actor:
                 seed=spec.seed,
                 device=self._device,
                 loss=spec.loss if number == last_stage else None,
+                recompute=Recompute(spec.checkpoint, number, last_stage, len(named)),
             )
             for number, (named, first) in sorted(parts.items())
         }
@@ -99,8 +102,14 @@ class Actor:
         """The trainable parameters of all stages here, in the model's order."""
         return [parameter for stage in self.stages.values() for parameter in stage.parameters]
 
-    def chore(self) -> bool:
-        """Something useful to do while waiting for input; False if there is nothing."""
+    def chore(self, action: Action | None = None) -> bool:
+        """Something useful to do while waiting for ``action``'s input; False if there is nothing.
+
+        A backward's recomputation overlaps with waiting for its gradient (Kim et al., "torchgpipe",
+        section 3.2, early recomputation).
+        """
+        if action is not None and action.kind in "BI" and self.stages[action.stage].prepare(action.chunk):
+            return True
         return self._optimizer is not None and self._optimizer.undo.copy_one()
 
     def arrived(self, step: int, action: Action) -> None:
@@ -154,6 +163,7 @@ class Actor:
                 {chunk: pack(map_tensors(lambda leaf: leaf.cpu(), out)) for chunk, out in stage.outputs.items()}
             )
             report.peak_in_flight[number] = stage.peak_in_flight
+            report.peak_bytes[number], report.recomputed[number] = stage.peak_bytes, stage.keeper.recomputed
             if self._plan.training:
                 report.norms[number] = gradients.norms(stage.parameters)
             stage.outputs = {}
@@ -224,6 +234,7 @@ class Actor:
         if self._snapshots is not None:
             self._snapshots.updated(versions.newest, update.committed)
         report.losses, report.peak_in_flight[stage.index] = stage.take_losses(), stage.peak_in_flight
+        report.peak_bytes[stage.index], report.recomputed[stage.index] = stage.peak_bytes, stage.keeper.recomputed
         report.versions[stage.index] = versions.peak, versions.bytes
         report.spans.append(("U", stage.index, chunk, start, time.monotonic_ns(), versions.newest))
         self._add_arrivals(report)

@@ -65,6 +65,11 @@ class Saved:
     entered: Entered
 
 
+def copied(received: Received) -> Received:
+    """The same in memory of its own."""
+    return Received(map_tensors(lambda leaf: leaf.detach().clone(), received.nest), received.wants_grad)
+
+
 def enter(received: Received) -> tuple[Nest, Entered]:
     """The nest with gradients flowing to a box, and where that is."""
     leaves = tensors(received.nest)

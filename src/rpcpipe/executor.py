@@ -205,8 +205,11 @@ class Executor:
                     # Bounded by nothing: every change of what is looked at above notifies.
                     self._changed.wait()
                     continue
+                awaited = {pipeline: box.awaited() for pipeline, box in self._mailboxes.items()}
             try:
-                self._chores_left = any(actor.chore() for actor in list(self.actors.values()))
+                self._chores_left = any(
+                    actor.chore(awaited.get(pipeline)) for pipeline, actor in list(self.actors.items())
+                )
             except Exception:
                 # Left undone; the optimizer needs it done, tries again and reports the failure.
                 log.debug("a chore failed", exc_info=True)

@@ -17,6 +17,7 @@ from typing import Any
 
 from rpcpipe.errors import Failure
 from rpcpipe.messages import Port, Task
+from rpcpipe.schedules.action import Action
 
 
 @dataclass(eq=False)
@@ -127,6 +128,11 @@ class Mailbox:
     def _forget(self, over: Any) -> None:
         for key in [key for key in self._inbox if over(key[0])]:
             del self._inbox[key]
+
+    def awaited(self) -> Action | None:
+        """The action that is next in sequence and lacks a value, if any."""
+        entry = self._queue.get(self.expected)
+        return entry.task.args[0].action if entry is not None and entry.task.op == "act" else None
 
     def waiting_for(self) -> str:
         """The next task and the values it lacks, for a message to a person; '' if there is none."""

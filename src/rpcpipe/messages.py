@@ -110,6 +110,8 @@ class Report:
     sends: list[tuple[Action, Action, int]] = field(default_factory=list)
     arrivals: list[tuple[Action, int]] = field(default_factory=list)
     peak_in_flight: dict[int, int] = field(default_factory=dict)
+    peak_bytes: dict[int, int] = field(default_factory=dict)
+    recomputed: dict[int, int] = field(default_factory=dict)
     versions: dict[int, tuple[int, int]] = field(default_factory=dict)  # most at once, bytes of one
     skipped: bool = False
 
@@ -117,7 +119,10 @@ class Report:
     def joined(cls, reports: Sequence[Report]) -> Report:
         """What one worker did in all of ``reports``; peaks are those of the last."""
         last = reports[-1]
-        joined = cls(last.worker, peak_in_flight=last.peak_in_flight, versions=last.versions)
+        joined = cls(
+            last.worker, peak_in_flight=last.peak_in_flight, versions=last.versions, peak_bytes=last.peak_bytes,
+            recomputed=last.recomputed,
+        )  # fmt: skip
         for report in reports:
             joined.losses |= report.losses
             joined.spans += report.spans

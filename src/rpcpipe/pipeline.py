@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import socket
 import uuid
 import weakref
@@ -41,6 +42,8 @@ from rpcpipe.optimizer import Factory, PipelineOptimizer
 from rpcpipe.partition import balance as cut
 from rpcpipe.pickling import dumps
 from rpcpipe.program import compile_routes
+from rpcpipe.recompute import Checkpoint
+from rpcpipe.recompute import check as check_checkpoint
 from rpcpipe.result import StepResult
 from rpcpipe.schedules import Action, Schedule
 from rpcpipe.stage import Loss
@@ -57,7 +60,10 @@ class Pipeline:
     target)`` gives the mean as a scalar tensor, or (sum, count), which is normalised over the whole
     batch. ``optimizer(params)`` makes a torch optimizer, once per worker. ``balance``: layers per
     stage, or "parameters"; a list shorter than the cluster, or a Schedule for fewer workers, uses
-    the first workers and leaves the others to further pipelines. ``virtual_stages``: stages per
+    the first workers and leaves the others to further pipelines. ``checkpoint``: which activations are
+    dropped and recomputed: "never", "except_last" (every stage but the last), "always", a ratio (the
+    layers that save most bytes per second of recomputation, up to that share of a stage's bytes), or a
+    function of (stage, chunk). ``virtual_stages``: stages per
     worker, for the looped schedules. ``chunks``: micro-batches per batch, fewer where the batch is
     too small; a Schedule brings its own. ``dispatch``: "rref" issues one
     asynchronous call per action and keeps its RRef, "batched" one message per worker and step; the
@@ -78,6 +84,7 @@ class Pipeline:
         schedule: str | Schedule = "1f1b",
         chunks: int = 8,
         balance: str | Sequence[int] = "parameters",
+        checkpoint: Checkpoint = "never",
         virtual_stages: int = 1,
         weights: str | None = None,
         flush_every: int | None = None,
@@ -87,6 +94,7 @@ class Pipeline:
         dispatch: str = "rref",
     ) -> None:
         check_functions(loss, optimizer, dispatch, chunks)
+        check_checkpoint(checkpoint)
         refuse(nonfinite not in ("skip", "stop"), f"nonfinite must be 'skip' or 'stop', not {nonfinite!r}")
         refuse(flush_every is not None and flush_every < 1, f"flush_every must be at least 1, not {flush_every}")
         cluster.check()
@@ -121,17 +129,14 @@ class Pipeline:
         # In a REPL a pipeline is often just replaced: its stages go with it.
         weakref.finalize(self, _release, cluster, self._driver).atexit = False
         try:
-            self._create(identity, layers, loss, optimizer, seed)
+            self._create(identity, layers, ActorSpec({}, self._schedule.stages - 1, loss, optimizer, seed, checkpoint))
         except BaseException:
             self.close()
             raise
 
-    def _create(
-        self, identity: str, layers: OrderedDict[str, Layer], loss: Loss, optimizer: Factory, seed: int
-    ) -> None:
+    def _create(self, identity: str, layers: OrderedDict[str, Layer], common: ActorSpec) -> None:
         """Build every worker's stages; one worker's layers are pickled at a time."""
-        last = self.schedule.stages - 1
-        dumps((loss, optimizer), "loss and optimizer")  # for its warning alone: they go with the layers
+        dumps((common.loss, common.optimizer), "loss and optimizer")  # for its warning alone: they go with the layers
         replies = {}
         for worker, name in enumerate(self._names):
             mine = {
@@ -139,7 +144,7 @@ class Pipeline:
                 for stage, (keys, first) in stage_parts(self._layers, self.balance).items()
                 if self._schedule.placement[stage] == worker
             }
-            spec = cloudpickle.dumps(ActorSpec(mine, last, loss, optimizer, seed))
+            spec = cloudpickle.dumps(dataclasses.replace(common, stages=mine))
             replies[name] = self.cluster.transport.post(name, "create", identity, spec)
         self._adopt(self._driver.collect(replies))
         groups = [info["groups"] for info in self._described.values() if info["groups"]]

@@ -21,7 +21,9 @@ class StepResult:
     ``seconds`` the driver's wall time, ``peak_in_flight`` the most micro-batches whose activations
     were alive at once, per stage, ``bubble`` the workers' measured idle share from the first
     action's start to the last one's end. ``applied`` is False where NaN or Inf in the gradients
-    left the weights as they were.
+    left the weights as they were. By stage, ``peak_activation_bytes`` is the most memory that autograd
+    had saved at once, the inputs of what is recomputed included and parameters not, and ``recomputed``
+    the number of layers' forwards that were run again.
 
     Under an asynchronous schedule a result is of one batch in the stream: ``seconds`` since the
     result before, ``bubble`` each worker's idle share between its updates, ``grad_norm`` the mean over
@@ -38,6 +40,8 @@ class StepResult:
     peak_in_flight: tuple[int, ...]
     applied: bool
     timeline: Timeline = field(repr=False, compare=False)
+    peak_activation_bytes: tuple[int, ...] = ()
+    recomputed: tuple[int, ...] = ()
     skipped: int = 0
     versions: tuple[tuple[int, ...], ...] = ()
     staleness: tuple[int, ...] = ()
@@ -83,9 +87,9 @@ def mean_loss(
     return sum(losses[chunk][0] for chunk in sorted(losses)) / total if total else float("nan"), total
 
 
-def peaks(reports: Mapping[str, Report]) -> tuple[int, ...]:
-    """Peak in flight per stage."""
-    found = {stage: peak for report in reports.values() for stage, peak in report.peak_in_flight.items()}
+def by_stage(reports: Mapping[str, Report], field: str) -> tuple[int, ...]:
+    """A report's field of one number per stage, of all stages."""
+    found = {stage: value for report in reports.values() for stage, value in getattr(report, field).items()}
     return tuple(found[stage] for stage in sorted(found))
 
 
@@ -122,9 +126,11 @@ def of_stream(
         mean_loss(reports, shares)[0],
         sum(norms) / len(norms) if norms else math.nan,
         seconds,
-        peaks(reports),
+        by_stage(reports, "peak_in_flight"),
         len(done) == len(updates),
         Timeline(spans, workers=len(reports), name=name),
+        peak_activation_bytes=by_stage(reports, "peak_bytes"),
+        recomputed=by_stage(reports, "recomputed"),
         skipped=len(updates) - len(done),
         versions=tuple(tuple(base + version for version in versions) for versions in used),
         staleness=tuple(max(g - v for g, v in zip(owners, versions, strict=True)) for versions in used),

@@ -15,13 +15,14 @@ from torch.autograd.graph import get_gradient_edge
 
 from rpcpipe import backward as autograd
 from rpcpipe import gradients, rng
+from rpcpipe.chain import Chain, Gradients, Keeper
 from rpcpipe.messages import Share, StepPlan
 from rpcpipe.microbatch import Nest, map_tensors
-from rpcpipe.split_backward import Deferred, backward_input, backward_weight
+from rpcpipe.recompute import Recompute
+from rpcpipe.split_backward import Deferred, backward_weight
 from rpcpipe.weights import Versions
 
 Loss = Callable[[Any, Any], Any]
-Gradients = list[torch.Tensor | None]
 # Sent instead of gradients: skip this micro-batch's whole group.
 POISON = "not finite"
 
@@ -41,6 +42,7 @@ class Stage:
         seed: int,
         device: torch.device,
         loss: Loss | None = None,
+        recompute: Recompute | None = None,
     ) -> None:
         self.index = index
         # A new container says it trains whatever its children do; from here on all of them agree.
@@ -52,11 +54,13 @@ class Stage:
         self.losses: dict[int, tuple[torch.Tensor, Any]] = {}
         self.outputs: dict[int, Nest] = {}
         self.peak_in_flight = 0
+        self.peak_bytes = 0
+        self.keeper = Keeper(self.module, recompute or Recompute("never", index, index, len(self.module)))
         self.versions: Versions | None = None
         self.shares: dict[int, Share] = {}
         self._poisoned: set[int] = set()
-        self._saved: dict[int, autograd.Saved] = {}
-        self._deferred: dict[int, Deferred] = {}
+        self._saved: dict[int, Chain] = {}
+        self._deferred: dict[int, tuple[list[Deferred], int]] = {}
 
     @property
     def in_flight(self) -> int:
@@ -72,39 +76,62 @@ class Stage:
         self, plan: StepPlan, share: Share, chunk: int, received: autograd.Received, target: Nest
     ) -> autograd.Received | None:
         """Run the layers; returns what the next stage gets, None on the last."""
-        if plan.training:
-            self.shares[chunk] = share
         if self.module.training != plan.training:
             self.module.train(plan.training)
-        with torch.set_grad_enabled(plan.training):
-            nest, entered = autograd.enter(self._to_device(received))
-            outputs = self._run_layers(share, nest, entered)
+        received = self._to_device(received)
+        if not plan.training:
+            return self._infer(plan, share, chunk, received, target)
+        self.shares[chunk] = share
+        recomputing = False
+
+        def layers(start: int, stop: int, nest: Nest, entered: autograd.Entered) -> Nest:
+            nest = self._run_layers(share, nest, entered, start, stop)
+            if self.loss is None or stop < len(self.module):
+                return nest
+            return self._take_loss(chunk, nest, target, again=recomputing)
+
+        self._saved[chunk], outputs = self.keeper.run(chunk, received, layers)
+        recomputing = True
+        self.peak_in_flight = max(self.peak_in_flight, self.in_flight)
+        self._measure()
+        return None if self.loss is not None else autograd.leave(map_tensors(_to_host, outputs))
+
+    def _infer(
+        self, plan: StepPlan, share: Share, chunk: int, received: autograd.Received, target: Nest
+    ) -> autograd.Received | None:
+        with torch.no_grad():
+            outputs = self._run_layers(share, received.nest, autograd.Entered(), 0, len(self.module))
             if self.loss is None:
-                return self._save(plan, chunk, outputs, entered)
+                return autograd.leave(map_tensors(_to_host, outputs))
             if plan.keep_outputs:
-                self.outputs[chunk] = map_tensors(torch.Tensor.detach, outputs)
+                self.outputs[chunk] = outputs
             else:
-                self._save(plan, chunk, self._take_loss(chunk, outputs, target), entered)
+                self._take_loss(chunk, outputs, target)
         return None
 
-    def _run_layers(self, share: Share, nest: Nest, entered: autograd.Entered) -> Nest:
+    def _run_layers(self, share: Share, nest: Nest, entered: autograd.Entered, start: int, stop: int) -> Nest:
         number = self.version(share)
-        for index, layer in enumerate(self.module, self.first_layer):
-            rng.seed_layer(self.seed, share.draw, share.position, index)
+        for at in range(start, stop):
+            layer = self.module[at]
+            rng.seed_layer(self.seed, share.draw, share.position, self.first_layer + at)
             nest = layer(nest) if self.versions is None else self.versions.call(layer, number, nest)
-            if index == self.first_layer and not entered.edges:
+            if at == start and not entered.edges:
                 # One output only: of several, one may lead to another and be counted twice.
                 leaves = autograd.differentiable(nest)
                 entered.inner = [get_gradient_edge(leaf) for leaf in leaves] if len(leaves) == 1 else []
         return nest
 
-    def _save(self, plan: StepPlan, chunk: int, outputs: Nest, entered: autograd.Entered) -> autograd.Received:
-        if plan.training:
-            self._saved[chunk] = autograd.Saved(autograd.differentiable(outputs), entered)
-            self.peak_in_flight = max(self.peak_in_flight, self.in_flight)
-        return autograd.leave(map_tensors(_to_host, outputs))
+    def _measure(self) -> None:
+        alive = sum(chain.bytes for chain in self._saved.values()) + sum(size for _, size in self._deferred.values())
+        self.peak_bytes = max(self.peak_bytes, alive)
 
-    def _take_loss(self, chunk: int, outputs: Nest, target: Nest) -> torch.Tensor:
+    def prepare(self, chunk: int) -> bool:
+        """Recompute what ``chunk``'s backward needs first, while its gradient is under way; False if nothing."""
+        prepared = chunk in self._saved and self._saved[chunk].prepare()
+        self._measure()
+        return prepared
+
+    def _take_loss(self, chunk: int, outputs: Nest, target: Nest, *, again: bool = False) -> torch.Tensor:
         assert self.loss is not None
         value = self.loss(outputs, map_tensors(lambda leaf: leaf.to(self.device), target))
         value, count = value if isinstance(value, tuple) else (value, None)
@@ -114,7 +141,8 @@ class Stage:
                 f"loss must return a scalar tensor (the mean), or (sum, count), not {shape};"
                 " reduce it, for instance by .mean()"
             )
-        self.losses[chunk] = (value.detach(), count)
+        if not again:
+            self.losses[chunk] = (value.detach(), count)
         return value
 
     def version(self, share: Share) -> int:
@@ -123,8 +151,10 @@ class Stage:
 
     def backward(self, chunk: int, grads: Gradients | None) -> Gradients:
         """The whole backward: parameters' ``.grad`` grow, the inputs' gradients are returned."""
-        saved = self._saved.pop(chunk)
-        return _all_to_host(autograd.backward(saved, self._output_grads(chunk, saved, grads)))
+        found = self._saved[chunk].backward(self._output_grads(chunk, grads))
+        self._measure()
+        del self._saved[chunk]
+        return _all_to_host(found)
 
     def backward_of_stream(self, plan: StepPlan, chunk: int, grads: Gradients | str | None) -> Gradients | str:
         """``backward``; the whole group is poisoned on all stages where the loss or its gradient is not finite.
@@ -166,20 +196,24 @@ class Stage:
 
     def backward_input(self, chunk: int, grads: Gradients | None) -> Gradients:
         """The half of the backward that the stage before waits for."""
-        saved = self._saved.pop(chunk)
-        found, self._deferred[chunk] = backward_input(saved, self._output_grads(chunk, saved, grads))
+        chain = self._saved[chunk]
+        given, size = self._output_grads(chunk, grads), chain.bytes
+        found, rest = chain.backward_input(given)
+        del self._saved[chunk]
+        self._deferred[chunk] = rest, size
         return _all_to_host(found)
 
     def backward_weight(self, chunk: int) -> None:
         """The other half: parameters' ``.grad`` grow."""
-        backward_weight(self._deferred.pop(chunk))
+        for deferred in self._deferred.pop(chunk)[0]:
+            backward_weight(deferred)
 
-    def _output_grads(self, chunk: int, saved: autograd.Saved, grads: Gradients | None) -> Gradients:
+    def _output_grads(self, chunk: int, grads: Gradients | None) -> Gradients:
         if self.loss is None:
             assert grads is not None
             return [None if grad is None else grad.to(self.device) for grad in grads]
         weight = _weight(self.shares[chunk], self.losses[chunk][1])
-        return [torch.full_like(loss, weight) for loss in saved.outputs]
+        return [torch.full_like(loss, weight) for loss in self._saved[chunk].outputs]
 
     def _to_device(self, received: autograd.Received) -> autograd.Received:
         if self.device.type == "cpu":
@@ -203,7 +237,8 @@ class Stage:
 
     def reset(self) -> None:
         """Forget the step before, all that a failed one left included."""
-        self.losses, self.outputs, self.peak_in_flight = {}, {}, 0
+        self.losses, self.outputs, self.peak_in_flight, self.peak_bytes = {}, {}, 0, 0
+        self.keeper.recomputed = 0
         self.shares, self._poisoned = {}, set()
         self._saved.clear()
         self._deferred.clear()

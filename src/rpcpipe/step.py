@@ -16,7 +16,7 @@ from rpcpipe.errors import Failure, RpcPipeError, StageError
 from rpcpipe.interrupts import Deferred
 from rpcpipe.messages import Report, StepPlan
 from rpcpipe.microbatch import Nest, split
-from rpcpipe.result import StepResult, mean_loss, peaks
+from rpcpipe.result import StepResult, by_stage, mean_loss
 from rpcpipe.timeline import Timeline
 from rpcpipe.trace import spans
 
@@ -101,9 +101,11 @@ class Step:
             loss,
             gate.grad_norm,
             time.perf_counter() - self._started,
-            peaks(reports),
+            by_stage(reports, "peak_in_flight"),
             gate.finite,
             Timeline(spans(reports, pipe._offsets, self._number), workers=len(reports), name=pipe.schedule.name),
+            peak_activation_bytes=by_stage(reports, "peak_bytes"),
+            recomputed=by_stage(reports, "recomputed"),
         )
         pipe._note(self._result.timeline)
         return driver.hand_over(self._message, self.context_id, gate) if gate.finite else {}
