@@ -24,6 +24,8 @@ LAYERS = [
         "snapshots",
         "activations",
         "recompute",
+        "profiler",
+        "balance",
         "chain",
         "weights",
         "optimizer",

@@ -3,6 +3,7 @@
 import logging
 
 from rpcpipe import schedules
+from rpcpipe.balance import balance_by_memory, balance_by_parameters, balance_by_time
 from rpcpipe.cluster import Cluster
 from rpcpipe.connect import connect
 from rpcpipe.errors import (
@@ -47,6 +48,9 @@ __all__ = [
     "Timeline",
     "Transfer",
     "WorkerLost",
+    "balance_by_memory",
+    "balance_by_parameters",
+    "balance_by_time",
     "bubble_fraction",
     "compare",
     "connect",

@@ -10,26 +10,44 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 
-def storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
-    """Distinct memory behind ``tensors``: bytes by address."""
-    found = (tensor.untyped_storage() for tensor in tensors)
-    return {storage.data_ptr(): storage.nbytes() for storage in found}
+class Memory:
+    """Distinct memory behind tensors: of a storage that several views share, as much as they cover."""
+
+    def __init__(self, tensors: Iterable[torch.Tensor] = ()) -> None:
+        self._parts: dict[int, set[tuple[int, int]]] = {}
+        self._sizes: dict[int, int] = {}
+        for tensor in tensors:
+            self.add(tensor)
+
+    def add(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        address = storage.data_ptr()
+        self._sizes[address] = storage.nbytes()
+        self._parts.setdefault(address, set()).add((int(tensor.storage_offset()), tensor.nbytes))
+
+    def without(self, other: Memory) -> int:
+        """Bytes, but for the storages in ``other``."""
+        return sum(
+            min(self._sizes[address], sum(size for _, size in parts))
+            for address, parts in self._parts.items()
+            if address not in other._parts
+        )
 
 
 class Meter:
     """Counts the distinct memory that autograd saves inside the with-block, but for what is in ``known``."""
 
     def __init__(self, known: Iterable[torch.Tensor]) -> None:
-        self._known = storages(known).keys()
-        self._saved: dict[int, int] = {}
+        self._known = Memory(known)
+        self._saved = Memory()
         self._hooks: AbstractContextManager[None] = saved_tensors_hooks(self._pack, _same)
 
     @property
     def bytes(self) -> int:
-        return sum(size for address, size in self._saved.items() if address not in self._known)
+        return self._saved.without(self._known)
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
-        self._saved |= storages([tensor])
+        self._saved.add(tensor)
         # The tensor itself may be an output of the node that saves it: a cycle that is never freed.
         return tensor.detach()
 

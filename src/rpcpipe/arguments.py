@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,8 +13,10 @@ from rpcpipe.errors import CheckpointError, PartitionError
 from rpcpipe.layers import Layer, parameter_counts, shared_parameters
 from rpcpipe.partition import balance as cut
 from rpcpipe.partition import check_balance
+from rpcpipe.profiler import costs
 from rpcpipe.schedules import Schedule
 
+_BALANCES = ("parameters", "time", "memory")
 _DISPATCH = ("rref", "batched")
 
 
@@ -43,15 +45,24 @@ def make_schedule(schedule: str | Schedule, workers: int, chunks: int, virtual: 
     return schedule.validate()
 
 
-def cut_layers(layers: OrderedDict[str, Layer], balance: str | Sequence[int], stages: int) -> list[int]:
-    """Layers per stage, by hand or as equal as can be in parameters; raises PartitionError."""
+def cut_layers(
+    layers: OrderedDict[str, Layer], balance: str | Sequence[int], stages: int, measure: Callable[[], Any]
+) -> list[int]:
+    """Layers per stage, by hand or as equal as can be; raises PartitionError.
+
+    ``measure``: profiles the layers, for "time" and "memory".
+    """
     if len(layers) < stages:
         raise PartitionError(
             f"the model has {len(layers)} layers and the schedule {stages} stages; use fewer workers or split layers"
         )
     if isinstance(balance, str):
-        refuse(balance != "parameters", f"balance must be layers per stage or 'parameters', not {balance!r}")
-        sizes = cut(parameter_counts(layers), stages)
+        refuse(balance not in _BALANCES, f"balance must be layers per stage or one of {_BALANCES}, not {balance!r}")
+        if balance == "parameters":
+            sizes = cut(parameter_counts(layers), stages)
+        else:
+            measured = measure()
+            sizes = cut(costs(measured, balance), stages, [layer.output_bytes for layer in measured])
     else:
         sizes = check_balance(balance, len(layers), stages)
     if (shared := shared_parameters(layers, sizes)) is not None:
@@ -65,6 +76,15 @@ def check_functions(loss: Any, optimizer: Any, dispatch: str, chunks: int) -> No
     refuse(not callable(optimizer), f"optimizer must be a function of the parameters, not {optimizer!r}")
     refuse(dispatch not in _DISPATCH, f"dispatch must be one of {_DISPATCH}, not {dispatch!r}")
     refuse(chunks < 1, f"chunks must be at least 1, not {chunks}")
+
+
+def check_groups(groups: Sequence[Sequence[Any]]) -> None:
+    """Every worker's optimizer has as many parameter groups as the others'."""
+    refuse(
+        len({len(group) for group in groups}) > 1,
+        f"optimizer made {sorted({len(group) for group in groups})} parameter groups on different workers;"
+        " return the same number of groups everywhere, empty ones too",
+    )
 
 
 def check_state(live: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from rpcpipe import backward as autograd
-from rpcpipe.activations import Meter, forgetting, storages
+from rpcpipe.activations import Memory, Meter, forgetting
 from rpcpipe.microbatch import Nest, tensors
 from rpcpipe.recompute import Recompute, Run
 from rpcpipe.split_backward import Deferred, backward_input
@@ -86,8 +86,9 @@ class Keeper:
     others: hooks on every saved tensor of every micro-batch would cost a per cent.
     """
 
-    def __init__(self, module: nn.Module, recompute: Recompute) -> None:
+    def __init__(self, module: nn.Module, recompute: Recompute, replayed: Callable[[], None]) -> None:
         self.recomputed = 0
+        self._replayed = replayed
         self._module = module
         self._recompute = recompute
         self._bytes: dict[Any, int] = {}
@@ -148,7 +149,7 @@ class Keeper:
             )
         self._mutates[start] = mutated or self._mutates.get(start, False)
         piece.received = kept if mutated else received
-        piece.bytes = sum(storages(tensors(piece.received.nest)).values())
+        piece.bytes = Memory(tensors(piece.received.nest)).without(Memory())
         # The graph, empty as it is, would keep intermediate results alive.
         return outputs
 
@@ -162,3 +163,4 @@ class Keeper:
             self._keep(piece, received)
         for buffer, value in buffers:
             buffer.data.copy_(value)
+        self._replayed()

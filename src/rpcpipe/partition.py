@@ -3,18 +3,58 @@
 from __future__ import annotations
 
 import bisect
+from collections import deque
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
+from math import inf
 
 from rpcpipe.errors import PartitionError
 
 
-def balance(costs: Sequence[float], stages: int) -> list[int]:
+def balance(costs: Sequence[float], stages: int, communication: Sequence[float] | None = None) -> list[int]:
     """Layers per stage, none empty, such that the costliest stage is as cheap as possible.
 
-    Exact: bisection over the sums that can occur as a stage's cost. Raises PartitionError if
-    there are fewer layers than stages.
+    Exact: bisection over the sums that can occur as a stage's cost. Of several such cuts, the one
+    with the least ``communication`` over its borders, where ``communication[layer]`` is what goes from
+    a layer to the next. Raises PartitionError if there are fewer layers than stages.
     """
+    sizes = _min_max(costs, stages)
+    if communication is None or stages == 1:
+        return sizes
+    sums = [0.0, *accumulate(costs)]
+    ends = [0, *accumulate(sizes)]
+    return _least_communication(sums, max(sums[b] - sums[a] for a, b in pairwise(ends)), stages, communication)
+
+
+def _least_communication(sums: Sequence[float], limit: float, stages: int, communication: Sequence[float]) -> list[int]:
+    """Dynamic programming over (stage, end); the last stage's start is the minimum of a sliding window."""
+    layers = len(sums) - 1
+    best: list[float] = [0.0] + [inf] * layers  # of the stages so far, ending before each layer
+    starts: list[list[int]] = []
+    for stage in range(1, stages + 1):
+        here, start = [inf] * (layers + 1), [0] * (layers + 1)
+        window: deque[int] = deque()  # candidates for the start, cheapest first
+        for end in range(stage, layers - (stages - stage) + 1):
+            cost = best[end - 1]
+            while window and best[window[-1]] >= cost:
+                window.pop()
+            window.append(end - 1)
+            while sums[end] - sums[window[0]] > limit:
+                window.popleft()
+                if not window:
+                    break
+            if window and best[window[0]] < inf:
+                start[end] = window[0]
+                here[end] = best[window[0]] + (communication[end - 1] if end < layers else 0.0)
+        best = here
+        starts.append(start)
+    ends = [layers]
+    for start in reversed(starts):
+        ends.append(start[ends[-1]])
+    return [b - a for a, b in pairwise(reversed(ends))]
+
+
+def _min_max(costs: Sequence[float], stages: int) -> list[int]:
     if not 1 <= stages <= len(costs):
         raise PartitionError(
             f"cannot cut {len(costs)} layers into {stages} stages: every stage needs a layer;"

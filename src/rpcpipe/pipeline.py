@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import socket
 import uuid
 import weakref
@@ -20,6 +21,7 @@ from rpcpipe import inference, schedules, tables, versions
 from rpcpipe.actor import ActorSpec
 from rpcpipe.arguments import (
     check_functions,
+    check_groups,
     check_state,
     cut_layers,
     make_schedule,
@@ -41,6 +43,7 @@ from rpcpipe.moving import move
 from rpcpipe.optimizer import Factory, PipelineOptimizer
 from rpcpipe.partition import balance as cut
 from rpcpipe.pickling import dumps
+from rpcpipe.profiler import LayerProfile, profile
 from rpcpipe.program import compile_routes
 from rpcpipe.recompute import Checkpoint
 from rpcpipe.recompute import check as check_checkpoint
@@ -59,7 +62,8 @@ class Pipeline:
     ``model``: an ``nn.Sequential``, or a list of ``nn.Module`` and ``LayerSpec``. ``loss(output,
     target)`` gives the mean as a scalar tensor, or (sum, count), which is normalised over the whole
     batch. ``optimizer(params)`` makes a torch optimizer, once per worker. ``balance``: layers per
-    stage, or "parameters"; a list shorter than the cluster, or a Schedule for fewer workers, uses
+    stage, or "parameters", "time" or "memory", the last two measured on the first worker with
+    ``sample``, one micro-batch of inputs; a list shorter than the cluster, or a Schedule for fewer workers, uses
     the first workers and leaves the others to further pipelines. ``checkpoint``: which activations are
     dropped and recomputed: "never", "except_last" (every stage but the last), "always", a ratio (the
     layers that save most bytes per second of recomputation, up to that share of a stage's bytes), or a
@@ -92,6 +96,7 @@ class Pipeline:
         nonfinite: str = "skip",
         seed: int = 0,
         dispatch: str = "rref",
+        sample: Nest = None,
     ) -> None:
         check_functions(loss, optimizer, dispatch, chunks)
         check_checkpoint(checkpoint)
@@ -110,7 +115,7 @@ class Pipeline:
         layers = named_layers(model)
         self._layers = list(layers)
         self._tied = shared_parameters(layers, [1] * len(layers))
-        self.balance = cut_layers(layers, balance, self._schedule.stages)
+        self.balance = cut_layers(layers, balance, self._schedule.stages, lambda: self._profile(layers, sample, seed))
         self._closed = False
         self._open: Step | Stream | None = None
         self._stream: Stream | None = None
@@ -134,6 +139,15 @@ class Pipeline:
             self.close()
             raise
 
+    def _profile(self, layers: OrderedDict[str, Layer], sample: Nest, seed: int) -> list[LayerProfile]:
+        refuse(
+            sample is None, "balance='time' or 'memory' needs sample=…: one micro-batch of inputs to run the layers on"
+        )
+        first = self.cluster.workers[0]
+        return list(
+            self.cluster.call(first, functools.partial(profile, seed=seed, device=first.device), layers, sample)
+        )
+
     def _create(self, identity: str, layers: OrderedDict[str, Layer], common: ActorSpec) -> None:
         """Build every worker's stages; one worker's layers are pickled at a time."""
         dumps((common.loss, common.optimizer), "loss and optimizer")  # for its warning alone: they go with the layers
@@ -148,11 +162,7 @@ class Pipeline:
             replies[name] = self.cluster.transport.post(name, "create", identity, spec)
         self._adopt(self._driver.collect(replies))
         groups = [info["groups"] for info in self._described.values() if info["groups"]]
-        refuse(
-            len({len(group) for group in groups}) > 1,
-            f"optimizer made {sorted({len(group) for group in groups})} parameter groups on different workers;"
-            " return the same number of groups everywhere, empty ones too",
-        )
+        check_groups(groups)
         self.optimizer = PipelineOptimizer(groups[0] if groups else [], self._apply_open)
 
     def _adopt(self, found: Mapping[str, Mapping[int, Any]]) -> None:

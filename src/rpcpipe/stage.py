@@ -55,7 +55,9 @@ class Stage:
         self.outputs: dict[int, Nest] = {}
         self.peak_in_flight = 0
         self.peak_bytes = 0
-        self.keeper = Keeper(self.module, recompute or Recompute("never", index, index, len(self.module)))
+        self.keeper = Keeper(
+            self.module, recompute or Recompute("never", index, index, len(self.module)), self._measure
+        )
         self.versions: Versions | None = None
         self.shares: dict[int, Share] = {}
         self._poisoned: set[int] = set()
@@ -127,9 +129,7 @@ class Stage:
 
     def prepare(self, chunk: int) -> bool:
         """Recompute what ``chunk``'s backward needs first, while its gradient is under way; False if nothing."""
-        prepared = chunk in self._saved and self._saved[chunk].prepare()
-        self._measure()
-        return prepared
+        return chunk in self._saved and self._saved[chunk].prepare()
 
     def _take_loss(self, chunk: int, outputs: Nest, target: Nest, *, again: bool = False) -> torch.Tensor:
         assert self.loss is not None
@@ -152,7 +152,6 @@ class Stage:
     def backward(self, chunk: int, grads: Gradients | None) -> Gradients:
         """The whole backward: parameters' ``.grad`` grow, the inputs' gradients are returned."""
         found = self._saved[chunk].backward(self._output_grads(chunk, grads))
-        self._measure()
         del self._saved[chunk]
         return _all_to_host(found)
 

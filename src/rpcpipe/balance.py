@@ -1,0 +1,39 @@
+"""Cuts of a model into stages, as functions of their own: layers per stage, for ``Pipeline(balance=…)``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from rpcpipe.layers import Layer, named_layers, parameter_counts
+from rpcpipe.microbatch import Nest
+from rpcpipe.partition import balance as cut
+from rpcpipe.profiler import costs, profile
+
+
+def balance_by_parameters(model: nn.Sequential | Sequence[Layer], stages: int) -> list[int]:
+    """The largest stage's parameters are as few as possible. Builds LayerSpecs on the meta device.
+
+    Raises PartitionError if the model has fewer layers than ``stages``.
+    """
+    return cut(parameter_counts(named_layers(model)), stages)
+
+
+def balance_by_time(model: nn.Sequential | Sequence[Layer], stages: int, sample: Nest) -> list[int]:
+    """The slowest stage's forward and backward are as short as possible; runs every layer here.
+
+    ``sample``: one micro-batch of inputs. ``Pipeline(balance="time", sample=…)`` measures on a worker.
+    """
+    return _measured(model, stages, sample, "time")
+
+
+def balance_by_memory(model: nn.Sequential | Sequence[Layer], stages: int, sample: Nest) -> list[int]:
+    """The largest stage's memory is as small as possible: four times its parameters (their gradient
+    and Adam's moments) and the activations of ``sample``, one micro-batch of inputs."""
+    return _measured(model, stages, sample, "memory")
+
+
+def _measured(model: nn.Sequential | Sequence[Layer], stages: int, sample: Nest, what: str) -> list[int]:
+    measured = profile(named_layers(model), sample)
+    return cut(costs(measured, what), stages, communication=[layer.output_bytes for layer in measured])
