@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent / "src" / "rpcpipe"
 FILES = sorted(ROOT.rglob("*.py"))
 LAYERS = [
-    {"errors", "schedules", "simulate", "timeline", "render", "partition", "versions"}
+    {"errors", "schedules", "simulate", "timeline", "render", "partition", "versions", "memory"}
     | {"interrupts", "tables", "logs", "handshake", "place", "pickling"},
     {
         "messages",

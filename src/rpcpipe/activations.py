@@ -25,12 +25,12 @@ class Memory:
         self._sizes[address] = storage.nbytes()
         self._parts.setdefault(address, set()).add((int(tensor.storage_offset()), tensor.nbytes))
 
-    def without(self, other: Memory) -> int:
-        """Bytes, but for the storages in ``other``."""
+    def without(self, *others: Memory) -> int:
+        """Bytes, but for the storages in ``others``."""
         return sum(
             min(self._sizes[address], sum(size for _, size in parts))
             for address, parts in self._parts.items()
-            if address not in other._parts
+            if not any(address in other._parts for other in others)
         )
 
 
@@ -39,15 +39,19 @@ class Meter:
 
     def __init__(self, known: Iterable[torch.Tensor]) -> None:
         self._known = Memory(known)
-        self._saved = Memory()
+        self.saved = Memory()
         self._hooks: AbstractContextManager[None] = saved_tensors_hooks(self._pack, _same)
 
     @property
     def bytes(self) -> int:
-        return self._saved.without(self._known)
+        return self.saved.without(self._known)
+
+    def beside(self, other: Memory) -> int:
+        """``bytes``, but for what is in ``other`` too."""
+        return self.saved.without(self._known, other)
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
-        self._saved.add(tensor)
+        self.saved.add(tensor)
         # The tensor itself may be an output of the node that saves it: a cycle that is never freed.
         return tensor.detach()
 

@@ -63,14 +63,14 @@ class Chain:
             self._pieces.pop()
         return grads
 
-    def backward_input(self, grads: Gradients) -> tuple[Gradients, list[Deferred]]:
-        """The inputs' gradients, and what is left to do for the weights."""
+    def backward_input(self, grads: Gradients) -> tuple[Gradients, list[Deferred], int]:
+        """The inputs' gradients, what is left to do for the weights, and how many bytes that may hold."""
         deferred = []
-        while self._pieces:
-            grads, rest = backward_input(self._ready(self._pieces[-1]), grads)
+        for piece in reversed(self._pieces):
+            grads, rest = backward_input(self._ready(piece), grads)
             deferred.append(rest)
-            self._pieces.pop()
-        return grads, deferred
+            piece.saved = None
+        return grads, deferred, self.bytes
 
     def _ready(self, piece: Piece) -> autograd.Saved:
         if piece.saved is None:
@@ -149,7 +149,7 @@ class Keeper:
             )
         self._mutates[start] = mutated or self._mutates.get(start, False)
         piece.received = kept if mutated else received
-        piece.bytes = Memory(tensors(piece.received.nest)).without(Memory())
+        piece.bytes = Memory(tensors(piece.received.nest)).without()
         # The graph, empty as it is, would keep intermediate results alive.
         return outputs
 

@@ -49,39 +49,74 @@ class LayerProfile:
 
 
 def profile(
-    layers: Mapping[str, model.Layer], sample: Nest, *, seed: int = 0, device: torch.device | str = "cpu"
+    layers: Mapping[str, model.Layer],
+    sample: Nest,
+    *,
+    loss: Callable[[Any, Any], Any] | None = None,
+    target: Nest = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> list[LayerProfile]:
     """Run every layer on what the layer before gives for ``sample``, one micro-batch of inputs.
 
-    One layer is in memory at a time if they are LayerSpecs.
+    With ``loss`` and ``target`` the last layer's figures include the loss. One layer is in memory at a
+    time if they are LayerSpecs. What two layers save of the same memory counts once, in the first.
     """
     received = autograd.Received.constant(map_tensors(lambda leaf: leaf.to(device), sample))
-    found = []
+    found: list[LayerProfile] = []
+    before = _Run(None, Memory())
     for index, (name, layer) in enumerate(layers.items()):
         module = model.build(layer, seed=seed, index=index).to(device).train()
-        # A layer that changes its input in place must find it whole every time.
-        result, outputs = _measure(name, module, received)
+        last = index == len(layers) - 1
+        closed = _WithLoss(module, loss, target) if last and loss is not None else module
+        result, received, before = _measure(name, closed, received, before)
         found.append(result)
-        received = outputs
     return found
 
 
-def _measure(name: str, module: nn.Module, received: autograd.Received) -> tuple[LayerProfile, autograd.Received]:
-    kept = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    with Meter([*module.parameters(), *module.buffers()]) as meter:
-        outputs, _ = _forward(module, autograd.copied(received))
-    bytes_saved = meter.bytes
-    leaving = autograd.leave(outputs)
-    del outputs
+class _WithLoss(nn.Module):
+    def __init__(self, module: nn.Module, loss: Callable[[Any, Any], Any], target: Nest) -> None:
+        super().__init__()
+        self.module, self.loss, self.target = module, loss, target
+
+    def forward(self, nest: Nest) -> torch.Tensor:
+        value = self.loss(self.module(nest), self.target)
+        found: torch.Tensor = value[0] if isinstance(value, tuple) else value
+        return found
+
+
+@dataclass
+class _Run:
+    """A layer's outputs, whose graph keeps what is in ``saved`` alive and its addresses valid."""
+
+    outputs: Nest
+    saved: Memory
+
+
+def _measure(
+    name: str, module: nn.Module, received: autograd.Received, before: _Run
+) -> tuple[LayerProfile, autograd.Received, _Run]:
+    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    # A layer that changes its input in place must find it whole every time.
     times = [_round(module, autograd.copied(received)) for _ in range(_ROUNDS + 1)][1:]
     for parameter in module.parameters():
         parameter.grad = None
-    for buffer, value in kept:
+    with Meter([*module.parameters(), *module.buffers()]) as meter:
+        outputs, _ = _forward(module, received)
+    for buffer, value in buffers:
         buffer.data.copy_(value)
     forward, inputs, weights = (statistics.median(column) for column in zip(*times, strict=True))
-    parameters = sum(parameter.nbytes for parameter in module.parameters())
-    sent = Memory(tensors(leaving.nest)).without(Memory())
-    return LayerProfile(name, forward, inputs, weights, bytes_saved, parameters, sent), leaving
+    leaving = autograd.leave(outputs)
+    result = LayerProfile(
+        name,
+        forward,
+        inputs,
+        weights,
+        activation_bytes=meter.beside(before.saved),
+        parameter_bytes=sum(parameter.nbytes for parameter in module.parameters()),
+        output_bytes=Memory(tensors(leaving.nest)).without(),
+    )
+    return result, leaving, _Run(outputs, meter.saved)
 
 
 def _forward(module: nn.Module, received: autograd.Received) -> tuple[Nest, autograd.Entered]:

@@ -195,9 +195,7 @@ class Stage:
 
     def backward_input(self, chunk: int, grads: Gradients | None) -> Gradients:
         """The half of the backward that the stage before waits for."""
-        chain = self._saved[chunk]
-        given, size = self._output_grads(chunk, grads), chain.bytes
-        found, rest = chain.backward_input(given)
+        found, rest, size = self._saved[chunk].backward_input(self._output_grads(chunk, grads))
         del self._saved[chunk]
         self._deferred[chunk] = rest, size
         return _all_to_host(found)
