@@ -26,3 +26,11 @@ def test_pipedream(tmp_path: Path) -> None:
     for name in ("1f1b", "stash", "vertical sync", "latest", "2bw"):
         assert re.search(rf"^{name} +loss [0-9.]+ over the last 16 of 16 batches$", out, re.MULTILINE)
         assert re.search(rf"^{name} +[0-9.]+ +[0-9.]+ +[0-9.]+$", out, re.MULTILINE)
+
+
+def test_memory() -> None:
+    """Every row: what was predicted is what was measured."""
+    out = run("memory.py", "--workers", "2", "--chunks", "4", "--dim", "32", "--context", "16")
+    rows = [line.split(" | ") for line in out.splitlines() if line.startswith(("| gpipe", "| 1f1b", "| zb-h1"))]
+    assert len(rows) == 9
+    assert all(predicted == measured for _, _, predicted, measured, _, _ in rows)
