@@ -249,6 +249,26 @@ def test_a_single_step_flushes_and_a_synchronous_schedule_takes_over() -> None:
         pipe.step()
 
 
+def test_a_schedule_that_becomes_synchronous_ends_the_loop() -> None:
+    pipe = pipeline(2, "stash")
+    results = pipe.train(batches(20))
+    next(results)
+    pipe.schedule = "gpipe"  # type: ignore[assignment]
+    with pytest.raises(rp.ScheduleError, match="has become 'gpipe', which does not stream"):
+        list(results)
+    assert pipe.train_step(*next(batches(1))).step == pipe.trained - 1
+
+
+def test_closing_the_pipeline_in_the_loop_ends_it() -> None:
+    pipe = pipeline(2, "stash")
+    for result in pipe.train(batches(20)):
+        if result.step == 3:
+            pipe.close()
+            break
+    with pytest.raises(rp.RpcPipeError, match="the pipeline is closed"):
+        pipe.state_dict()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rpcpipe import schedules
 from rpcpipe.messages import Report, Route, StepPlan
 from rpcpipe.microbatch import Nest, batch_size, merge, split, unpack
-from rpcpipe.program import compile_routes
+from rpcpipe.program import compile_routes, given
 from rpcpipe.result import mean_loss
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def _run(
 ) -> dict[str, Report]:
     plan = StepPlan(pipe._driver.new_step(), pipe.trained, False, weights, keep_outputs=targets is None)
     routes = _routes(pipe, len(parts), targets=targets is not None)
-    return pipe._driver.run(routes, plan, pipe._values(parts, targets))
+    return pipe._driver.run(routes, plan, given(parts, targets, pipe.schedule.stages))
 
 
 def _routes(pipe: Pipeline, chunks: int, *, targets: bool) -> list[tuple[str, Route]]:

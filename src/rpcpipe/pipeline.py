@@ -8,7 +8,7 @@ import socket
 import uuid
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import closing, contextmanager
 from typing import Any
 
@@ -30,14 +30,13 @@ from rpcpipe.arguments import (
     stage_parts,
     worker_names,
 )
-from rpcpipe.backward import Received
 from rpcpipe.cluster import Cluster
 from rpcpipe.driver import Driver
 from rpcpipe.errors import PartitionError, RpcPipeError, ScheduleError
 from rpcpipe.handle import HEADER, StageHandle
 from rpcpipe.interrupts import Deferred
 from rpcpipe.layers import Layer, named_layers, shared_parameters
-from rpcpipe.messages import Port, Route
+from rpcpipe.messages import Route
 from rpcpipe.microbatch import Nest, batch_size, split
 from rpcpipe.moving import move
 from rpcpipe.optimizer import Factory, PipelineOptimizer
@@ -48,7 +47,7 @@ from rpcpipe.program import compile_routes
 from rpcpipe.recompute import Checkpoint
 from rpcpipe.recompute import check as check_checkpoint
 from rpcpipe.result import StepResult
-from rpcpipe.schedules import Action, Schedule
+from rpcpipe.schedules import Schedule
 from rpcpipe.stage import Loss
 from rpcpipe.step import Step
 from rpcpipe.stream import Stream
@@ -242,7 +241,8 @@ class Pipeline:
             if self._policy is None
             else Stream(self).run(batches, self.flush_every)
         )
-        with closing(results), tqdm(results, disable=not progress, unit="step") as bar:
+        total = len(batches) if isinstance(batches, Sized) else None
+        with closing(results), tqdm(results, total=total, disable=not progress, unit="step") as bar:
             for result in bar:
                 bar.set_postfix(loss=f"{result.loss:.4f}", bubble=f"{result.bubble:.0%}", refresh=False)
                 yield result
@@ -339,6 +339,8 @@ class Pipeline:
         if self._closed:
             return
         self._closed = True
+        if self._stream is not None:
+            self._stream.abandon()
         self.cluster.pipelines.discard(self)
         self.stages = ()
         self.cluster.relabel()
@@ -374,20 +376,6 @@ class Pipeline:
         parts = split(inputs, self.chunks)
         total = batch_size(inputs)
         return parts, tuple(batch_size(part) / total for part in parts)
-
-    def _values(self, inputs: list[Nest], targets: list[Nest] | None) -> dict[Port, Any]:
-        """The driver's inputs and targets by the port that awaits them."""
-        values: dict[Port, Any] = {
-            Port(Action("F", 0, chunk), "input"): Received.constant(part) for chunk, part in enumerate(inputs)
-        }
-        if targets is not None:
-            if len(targets) != len(inputs):
-                raise ValueError(
-                    f"inputs make {len(inputs)} micro-batches and targets {len(targets)}: their batch sizes differ"
-                )
-            last = self.schedule.stages - 1
-            values |= {Port(Action("F", last, chunk), "target"): part for chunk, part in enumerate(targets)}
-        return values
 
     def _train_routes(self, chunks: int) -> list[tuple[str, Route]]:
         if chunks not in self._routes:

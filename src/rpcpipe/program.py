@@ -7,8 +7,11 @@ in one place.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+from rpcpipe.backward import Received
 from rpcpipe.messages import Port, Route
+from rpcpipe.microbatch import Nest
 from rpcpipe.schedules import Action, Schedule
 
 
@@ -30,3 +33,17 @@ def route(schedule: Schedule, action: Action, workers: Sequence[str], targets: b
     consumer = schedule.consumer(action)
     worker = None if consumer is None else workers[schedule.placement[consumer.stage]]
     return Route(action, tuple(awaits), worker, consumer)
+
+
+def given(inputs: list[Nest], targets: list[Nest] | None, stages: int) -> dict[Port, Any]:
+    """The driver's inputs and targets by the port that awaits them."""
+    values: dict[Port, Any] = {
+        Port(Action("F", 0, chunk), "input"): Received.constant(part) for chunk, part in enumerate(inputs)
+    }
+    if targets is not None:
+        if len(targets) != len(inputs):
+            raise ValueError(
+                f"inputs make {len(inputs)} micro-batches and targets {len(targets)}: their batch sizes differ"
+            )
+        values |= {Port(Action("F", stages - 1, chunk), "target"): part for chunk, part in enumerate(targets)}
+    return values

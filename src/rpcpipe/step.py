@@ -16,6 +16,7 @@ from rpcpipe.errors import Failure, RpcPipeError, StageError
 from rpcpipe.interrupts import Deferred
 from rpcpipe.messages import Report, StepPlan
 from rpcpipe.microbatch import Nest, split
+from rpcpipe.program import given
 from rpcpipe.result import StepResult, by_stage, mean_loss
 from rpcpipe.timeline import Timeline
 from rpcpipe.trace import spans
@@ -83,7 +84,7 @@ class Step:
             raise RpcPipeError("forward_backward was called in this step already; open another step")
         pipe, driver = self._pipe, self._pipe._driver
         parts, weights = pipe._cut_batch(inputs)
-        values = pipe._values(parts, split(targets, pipe.chunks))
+        values = given(parts, split(targets, pipe.chunks), pipe.schedule.stages)
         reports = driver.run(
             pipe._train_routes(len(parts)),
             StepPlan(self._message, self._number, True, weights, trace=pipe._tracer is not None),

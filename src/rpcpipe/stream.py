@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from rpcpipe import snapshots
 from rpcpipe.backward import Received
-from rpcpipe.errors import Failure, RpcPipeError, StageError, WorkerLost
+from rpcpipe.errors import Failure, RpcPipeError, ScheduleError, StageError, WorkerLost
 from rpcpipe.interrupts import Deferred
 from rpcpipe.messages import Port, Report, Share, StepPlan, Task, Update
 from rpcpipe.microbatch import Nest, split
@@ -115,8 +115,17 @@ class Stream:
         """Called through ``pipe.optimizer.step()``: the hyperparameters that hold for the batch being fed."""
         self._now = self._pipe.optimizer.changes()
 
+    def abandon(self) -> None:
+        """The pipeline is closed: nothing of the stream matters any more."""
+        self._is_open = False
+
     def _open(self) -> None:
         pipe = self._pipe
+        if pipe._policy is None:
+            raise ScheduleError(
+                f"the schedule has become {pipe.schedule.name!r}, which does not stream; leave the loop over"
+                " pipe.train first and begin another"
+            )
         self._step, self._first = pipe._driver.new_step(), pipe._driver.places()
         self._base, self._committed = pipe.trained, 0
         self._order = Order(len(pipe._names))
