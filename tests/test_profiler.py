@@ -111,6 +111,6 @@ def test_ten_thousand_layers_in_a_second() -> None:
     costs = [draw.random() for _ in range(10_000)]
     start = time.perf_counter()
     sizes = balance(costs, 64, costs)
-    assert time.perf_counter() - start < 2  # 0.5 s where nothing else runs
+    assert time.perf_counter() - start < 2  # 0.14 s where nothing else runs
     assert sum(sizes) == 10_000
     assert balance([1.0] * 22, 8, [1.0] * 22) and max(balance([1.0] * 22, 8, [1.0] * 22)) == 3  # noqa: PT018
