@@ -85,3 +85,10 @@ def test_text_fits_any_width_and_size() -> None:
         assert max(map(len, lines[:-1])) <= width
         assert len(lines) == workers + 1
     assert "makespan 0" in rp.Timeline([], workers=2).to_text()
+
+
+def test_what_takes_no_time_is_not_drawn() -> None:
+    text = rp.schedules.get("pipedream", 4, 8).simulate().to_text()
+    assert "█" not in text
+    assert text == rp.schedules.get("1f1b", 4, 8).simulate().to_text()
+    assert "█ update" in rp.schedules.get("pipedream", 4, 8).simulate(rp.Costs(optimizer=1)).to_text()

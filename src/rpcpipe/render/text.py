@@ -31,7 +31,8 @@ def _rows(timeline: Timeline, margin: int, columns: int, scale: float) -> list[s
     rows = [[" "] * (columns + 1) for _ in range(timeline.workers)]
     start = timeline.start
     for span in timeline.spans:
-        _draw(rows[span.worker], span, start, scale)
+        if span.end > span.start:
+            _draw(rows[span.worker], span, start, scale)
     return [
         f"worker {worker}".ljust(margin) + "|" + "".join(cells[: columns + 1]).rstrip()
         for worker, cells in enumerate(rows)
@@ -39,7 +40,7 @@ def _rows(timeline: Timeline, margin: int, columns: int, scale: float) -> list[s
 
 
 def _figures(timeline: Timeline) -> str:
-    kinds = {span.kind for span in timeline.spans}
+    kinds = {span.kind for span in timeline.spans if span.end > span.start}
     legend = ", ".join(text for kind, text in LEGEND.items() if kind in kinds)
     peaks = timeline.peak_in_flight
     shown = " ".join(map(str, peaks)) if len(peaks) <= 16 else f"{min(peaks)} to {max(peaks)}"
@@ -51,7 +52,7 @@ def _scale(timeline: Timeline, columns: int) -> float:
     makespan = timeline.makespan
     if not makespan:
         return 1.0
-    shortest = min(span.end - span.start for span in timeline.spans)
+    shortest = min((span.end - span.start for span in timeline.spans if span.end > span.start), default=0.0)
     if shortest > 0:
         whole = int(columns / (makespan / shortest))
         if whole >= 1 and whole * makespan / shortest > 0.5 * columns:
