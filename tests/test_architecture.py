@@ -10,7 +10,19 @@ import pytest
 ROOT = Path(__file__).parent.parent / "src" / "rpcpipe"
 FILES = sorted(ROOT.rglob("*.py"))
 LAYERS = [
-    {"errors", "schedules", "simulate", "timeline", "render", "partition", "versions", "memory"}
+    {
+        "errors",
+        "schedules",
+        "simulate",
+        "timeline",
+        "render",
+        "partition",
+        "versions",
+        "memory",
+        "sharing",
+        "profiles",
+        "search",
+    }
     | {"interrupts", "tables", "logs", "handshake", "place", "pickling"},
     {
         "messages",

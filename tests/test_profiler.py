@@ -13,7 +13,7 @@ from torch import nn
 import rpcpipe as rp
 from helpers import cross_entropy, mlp, sgd
 from rpcpipe.layers import named_layers
-from rpcpipe.partition import balance
+from rpcpipe.partition import Fits, balance
 from rpcpipe.profiler import profile
 
 
@@ -104,6 +104,40 @@ def test_the_cheapest_of_the_best_cuts() -> None:
         assert len(found) == stages
         assert min(found) >= 1
         assert judged(found) == min(judged(sizes) for sizes in cuts(layers, stages))
+
+
+def test_the_best_of_the_cuts_that_fit() -> None:
+    """Equals brute force on 1,000 random cases with a limit of its own for every stage."""
+    draw = random.Random(2)
+    refused = 0
+    for _ in range(1000):
+        layers = draw.randint(1, 9)
+        stages = draw.randint(1, layers)
+        costs, sizes, sends = ([draw.randint(0, 9) for _ in range(layers)] for _ in range(3))
+        limits = [draw.randint(0, 30) for _ in range(stages)]
+
+        def fits(stage: int, start: int, stop: int, sizes: list[int] = sizes, limits: list[int] = limits) -> bool:
+            return sum(sizes[start:stop]) <= limits[stage]
+
+        def judged(cut: list[int], costs: list[int] = costs, sends: list[int] = sends) -> tuple[int, int]:
+            ends = [0, *itertools.accumulate(cut)]
+            return max(sum(costs[a:b]) for a, b in itertools.pairwise(ends)), sum(sends[end - 1] for end in ends[1:-1])
+
+        def allowed(cut: list[int], fits: Fits = fits) -> bool:
+            ends = [0, *itertools.accumulate(cut)]
+            return all(fits(stage, a, b) for stage, (a, b) in enumerate(itertools.pairwise(ends)))
+
+        possible = [cut for cut in cuts(layers, stages) if allowed(cut)]
+        if possible:
+            found = balance(costs, stages, sends, fits)
+            assert allowed(found)
+            assert judged(found) == min(map(judged, possible))
+            assert judged(balance(costs, stages, fits=fits))[0] == judged(found)[0]
+        else:
+            refused += 1
+            with pytest.raises(rp.PartitionError, match="fits"):
+                balance(costs, stages, sends, fits)
+    assert 100 < refused < 900
 
 
 def test_ten_thousand_layers_in_a_second() -> None:

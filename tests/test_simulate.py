@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import time
 from itertools import pairwise
 
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 import rpcpipe as rp
 from rpcpipe import Action, Costs, Span
+from rpcpipe.sharing import share
 
 
 def test_transfers_take_latency_and_bandwidth_between_workers_only() -> None:
@@ -19,6 +21,48 @@ def test_transfers_take_latency_and_bandwidth_between_workers_only() -> None:
     ).makespan
     assert free == 10
     assert costly == 10 + 2 * (0.5 + 6 / 4)  # one activation there, one gradient back
+
+
+def test_recomputation_begins_while_the_gradient_is_under_way() -> None:
+    schedule = rp.schedules.get("gpipe", 2, 2)
+    timeline = schedule.simulate(Costs(1, 1, 1, recompute=[1, 0]))
+    assert timeline.makespan == schedule.simulate().makespan + 1  # stage 0's first one costs nothing
+    late = [(span.start, span.end) for span in timeline.spans if (span.worker, span.kind) == (0, "B")]
+    assert late == [(5, 7), (7, 10)]  # the second one's is part of its backward
+    # A replay that has begun is finished, though the gradient came meanwhile.
+    assert schedule.simulate(Costs(1, 1, 1, recompute=[10, 0])).makespan == 2 + 10 + 2 + 12
+
+
+@pytest.mark.parametrize("name", rp.schedules.names())
+@pytest.mark.parametrize("recompute", [0.0, [0.5, 0.0, 3.0] * 2])
+def test_with_a_core_each_sharing_changes_nothing(name: str, recompute: float | list[float]) -> None:
+    schedule = rp.schedules.get(name, 3, 7, rp.schedules.fewest_virtual_stages(name))
+    recompute = recompute[: schedule.stages] if isinstance(recompute, list) else recompute
+    costs = Costs(1.5, 0.7, 0.9, latency=0.25, recompute=recompute)
+    alone, _, free = share(schedule, dataclasses.replace(costs, cores=3), _durations(costs, schedule.stages))
+    plain = schedule.simulate(costs)
+    key = ["kind", "stage", "chunk", "start", "end"]
+    for a, b in zip(sorted(alone), sorted(span._replace(version=-1) for span in plain.spans), strict=True):
+        assert [getattr(a, name) for name in key] == pytest.approx([getattr(b, name) for name in key])
+    assert max(free) == pytest.approx(plain.makespan)
+
+
+def test_workers_share_cores() -> None:
+    schedule = rp.schedules.get("gpipe", 4, 8)
+    one = schedule.simulate(Costs(cores=1))
+    assert one.makespan == pytest.approx(4 * 8 * 3)  # nothing but work
+    two = schedule.simulate(Costs(cores=2))
+    assert 4 * 8 * 3 / 2 < two.makespan < one.makespan
+    # Two at a time: from the first forward's end on, until three stages have one backward left.
+    assert two.makespan == pytest.approx(1 + (4 * 8 * 3 - 1 - 2) / 2 + 2, abs=2)
+    rows = ((Action("B", 0, 0), Action("F", 0, 0)), (Action("F", 1, 0), Action("B", 1, 0)))
+    broken = rp.Schedule("broken", 1, (0, 1), rows)
+    with pytest.raises(rp.ScheduleError, match="can never finish"):
+        broken.simulate(Costs(cores=1))
+
+
+def _durations(costs: Costs, stages: int) -> dict[str, list[float]]:
+    return {kind: [costs.of(kind, stage) for stage in range(stages)] for kind in "FBIWU"}
 
 
 def test_costs_per_stage_and_optimizer() -> None:

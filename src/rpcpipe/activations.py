@@ -21,7 +21,7 @@ class Memory:
 
     def add(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
-        address = storage.data_ptr()
+        address = storage.data_ptr() or storage._cdata  # on the meta device there is no memory
         self._sizes[address] = storage.nbytes()
         self._parts.setdefault(address, set()).add((int(tensor.storage_offset()), tensor.nbytes))
 

@@ -13,7 +13,7 @@ from rpcpipe.errors import CheckpointError, PartitionError
 from rpcpipe.layers import Layer, parameter_counts, shared_parameters
 from rpcpipe.partition import balance as cut
 from rpcpipe.partition import check_balance
-from rpcpipe.profiler import costs
+from rpcpipe.profiles import costs
 from rpcpipe.schedules import Schedule
 
 _BALANCES = ("parameters", "time", "memory")

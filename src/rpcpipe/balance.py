@@ -9,7 +9,8 @@ from torch import nn
 from rpcpipe.layers import Layer, named_layers, parameter_counts
 from rpcpipe.microbatch import Nest
 from rpcpipe.partition import balance as cut
-from rpcpipe.profiler import costs, profile
+from rpcpipe.profiler import profile
+from rpcpipe.profiles import costs
 
 
 def balance_by_parameters(model: nn.Sequential | Sequence[Layer], stages: int) -> list[int]:
@@ -29,8 +30,9 @@ def balance_by_time(model: nn.Sequential | Sequence[Layer], stages: int, sample:
 
 
 def balance_by_memory(model: nn.Sequential | Sequence[Layer], stages: int, sample: Nest) -> list[int]:
-    """The largest stage's memory is as small as possible: four times its parameters (their gradient
-    and Adam's moments) and the activations of ``sample``, one micro-batch of inputs."""
+    """The largest stage's memory is as small as possible: seven times its parameters (gradient, Adam's
+    moments, and the copy with which a failed step is taken back) and the activations of ``sample``,
+    one micro-batch of inputs."""
     return _measured(model, stages, sample, "memory")
 
 

@@ -4,29 +4,85 @@ from __future__ import annotations
 
 import bisect
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 from math import inf
 
 from rpcpipe.errors import PartitionError
 
+# (stage, first layer, one past its last) -> does that fit? Any part of what fits must fit as well.
+Fits = Callable[[int, int, int], bool]
 
-def balance(costs: Sequence[float], stages: int, communication: Sequence[float] | None = None) -> list[int]:
+
+def balance(
+    costs: Sequence[float], stages: int, communication: Sequence[float] | None = None, fits: Fits | None = None
+) -> list[int]:
     """Layers per stage, none empty, such that the costliest stage is as cheap as possible.
 
     Exact: bisection over the sums that can occur as a stage's cost. Of several such cuts, the one
     with the least ``communication`` over its borders, where ``communication[layer]`` is what goes from
-    a layer to the next. Raises PartitionError if there are fewer layers than stages.
+    a layer to the next; every stage must be one that ``fits``. Raises PartitionError if there are fewer
+    layers than stages, or no cut whose stages all fit.
     """
-    sizes = _min_max(costs, stages)
-    if communication is None or stages == 1:
-        return sizes
     sums = [0.0, *accumulate(costs)]
-    ends = [0, *accumulate(sizes)]
-    return _least_communication(sums, max(sums[b] - sums[a] for a, b in pairwise(ends)), stages, communication)
+    sizes = _min_max(costs, stages)
+    if fits is not None:
+        sizes = _fitting(sums, stages, fits, _largest(sums, sizes))
+    if communication is None:
+        return sizes
+    found = _least_communication(sums, _largest(sums, sizes), stages, communication, fits)
+    assert found is not None, "sizes is such a cut"
+    return found
 
 
-def _least_communication(sums: Sequence[float], limit: float, stages: int, communication: Sequence[float]) -> list[int]:
+def _largest(sums: Sequence[float], sizes: Sequence[int]) -> float:
+    return max(sums[b] - sums[a] for a, b in pairwise([0, *accumulate(sizes)]))
+
+
+def _fitting(sums: Sequence[float], stages: int, fits: Fits, low: float) -> list[int]:
+    """Min-max among the cuts that fit, by bisection; no cut is below ``low``."""
+    free = [0.0] * len(sums)
+
+    def within(limit: float) -> list[int] | None:
+        return _reach(sums, limit, stages, fits) or _least_communication(sums, limit, stages, free, fits)
+
+    if (trial := within(low)) is not None:
+        return trial
+    best = within(sums[-1])
+    if best is None:
+        raise PartitionError(f"no cut of {len(sums) - 1} layers into {stages} stages fits")
+    high = _largest(sums, best)
+    while (middle := (low + high) / 2) not in (low, high):
+        trial = within(middle)
+        if trial is None:
+            low = middle
+        else:
+            best, high = trial, _largest(sums, trial)
+    return best
+
+
+def _reach(sums: Sequence[float], limit: float, stages: int, fits: Fits) -> list[int] | None:
+    """Every stage as long as ``limit`` and ``fits`` allow and the later ones leave it: fast, and mostly
+    finds a cut where there is one. (Not always: what fits no later stage must not be left to it.)"""
+    ends = [0]
+    start, layers = 0, len(sums) - 1
+    for stage in range(stages):
+        first = start
+
+        def too_long(end: int, stage: int = stage, first: int = first) -> bool:
+            return sums[end] - sums[first] > limit or not fits(stage, first, end)
+
+        last = layers - (stages - 1 - stage)
+        start = first + bisect.bisect_left(range(first + 1, last + 1), True, key=too_long)
+        if start == first:
+            return None
+        ends.append(start)
+    return [b - a for a, b in pairwise(ends)] if start == layers else None
+
+
+def _least_communication(
+    sums: Sequence[float], limit: float, stages: int, communication: Sequence[float], fits: Fits | None
+) -> list[int] | None:
     """Dynamic programming over (stage, end); the last stage's start is the minimum of a sliding window."""
     layers = len(sums) - 1
     best: list[float] = [0.0] + [inf] * layers  # of the stages so far, ending before each layer
@@ -39,7 +95,7 @@ def _least_communication(sums: Sequence[float], limit: float, stages: int, commu
             while window and best[window[-1]] >= cost:
                 window.pop()
             window.append(end - 1)
-            while sums[end] - sums[window[0]] > limit:
+            while sums[end] - sums[window[0]] > limit or (fits and not fits(stage - 1, window[0], end)):
                 window.popleft()
                 if not window:
                     break
@@ -48,6 +104,8 @@ def _least_communication(sums: Sequence[float], limit: float, stages: int, commu
                 here[end] = best[window[0]] + (communication[end - 1] if end < layers else 0.0)
         best = here
         starts.append(start)
+    if best[layers] == inf:
+        return None
     ends = [layers]
     for start in reversed(starts):
         ends.append(start[ends[-1]])

@@ -42,7 +42,8 @@ from rpcpipe.moving import move
 from rpcpipe.optimizer import Factory, PipelineOptimizer
 from rpcpipe.partition import balance as cut
 from rpcpipe.pickling import dumps
-from rpcpipe.profiler import LayerProfile, profile
+from rpcpipe.profiler import profile
+from rpcpipe.profiles import LayerProfile
 from rpcpipe.program import compile_routes
 from rpcpipe.recompute import Checkpoint
 from rpcpipe.recompute import check as check_checkpoint

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,37 +16,11 @@ from rpcpipe import backward as autograd
 from rpcpipe import layers as model
 from rpcpipe.activations import Memory, Meter
 from rpcpipe.microbatch import Nest, map_tensors, tensors
+from rpcpipe.optimizer import Factory
+from rpcpipe.profiles import LayerProfile
 from rpcpipe.split_backward import backward_input, backward_weight
 
 _ROUNDS = 5
-
-# Weights, their gradient and the two moments of Adam.
-_COPIES = 4
-
-
-@dataclass(frozen=True)
-class LayerProfile:
-    """One layer for one micro-batch: seconds (medians of warm runs) and bytes.
-
-    ``activation_bytes`` is what autograd saves, ``output_bytes`` what goes to the next layer.
-    """
-
-    name: str
-    forward: float
-    input_gradient: float
-    weight_gradient: float
-    activation_bytes: int
-    parameter_bytes: int
-    output_bytes: int
-
-    @property
-    def seconds(self) -> float:
-        return self.forward + self.input_gradient + self.weight_gradient
-
-    @property
-    def bytes(self) -> int:
-        """Of a training worker: parameters, gradient and Adam's moments, and one micro-batch's activations."""
-        return _COPIES * self.parameter_bytes + self.activation_bytes
 
 
 def profile(
@@ -54,13 +29,15 @@ def profile(
     *,
     loss: Callable[[Any, Any], Any] | None = None,
     target: Nest = None,
+    optimizer: Factory | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> list[LayerProfile]:
     """Run every layer on what the layer before gives for ``sample``, one micro-batch of inputs.
 
-    With ``loss`` and ``target`` the last layer's figures include the loss. One layer is in memory at a
-    time if they are LayerSpecs. What two layers save of the same memory counts once, in the first.
+    With ``loss`` and ``target`` the last layer's figures include the loss; ``optimizer`` is timed too. One
+    layer is in memory at a time if they are LayerSpecs. What two layers save of the same memory counts
+    once, in the first.
     """
     received = autograd.Received.constant(map_tensors(lambda leaf: leaf.to(device), sample))
     found: list[LayerProfile] = []
@@ -69,7 +46,7 @@ def profile(
         module = model.build(layer, seed=seed, index=index).to(device).train()
         last = index == len(layers) - 1
         closed = _WithLoss(module, loss, target) if last and loss is not None else module
-        result, received, before = _measure(name, closed, received, before)
+        result, received, before = _measure(name, closed, received, before, optimizer)
         found.append(result)
     return found
 
@@ -94,27 +71,30 @@ class _Run:
 
 
 def _measure(
-    name: str, module: nn.Module, received: autograd.Received, before: _Run
+    name: str, module: nn.Module, received: autograd.Received, before: _Run, optimizer: Factory | None
 ) -> tuple[LayerProfile, autograd.Received, _Run]:
     buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
     # A layer that changes its input in place must find it whole every time.
     times = [_round(module, autograd.copied(received)) for _ in range(_ROUNDS + 1)][1:]
+    update = _update(module, optimizer) if optimizer is not None else 0.0
     for parameter in module.parameters():
         parameter.grad = None
     with Meter([*module.parameters(), *module.buffers()]) as meter:
         outputs, _ = _forward(module, received)
     for buffer, value in buffers:
         buffer.data.copy_(value)
-    forward, inputs, weights = (statistics.median(column) for column in zip(*times, strict=True))
+    forward, backward, inputs, weights = (statistics.median(column) for column in zip(*times, strict=True))
     leaving = autograd.leave(outputs)
     result = LayerProfile(
         name,
         forward,
+        backward,
         inputs,
         weights,
         activation_bytes=meter.beside(before.saved),
         parameter_bytes=sum(parameter.nbytes for parameter in module.parameters()),
         output_bytes=Memory(tensors(leaving.nest)).without(),
+        update=update,
     )
     return result, leaving, _Run(outputs, meter.saved)
 
@@ -124,27 +104,62 @@ def _forward(module: nn.Module, received: autograd.Received) -> tuple[Nest, auto
     return module(nest), entered
 
 
-def _round(module: nn.Module, received: autograd.Received) -> tuple[float, float, float]:
-    """Seconds of forward, input gradient and weight gradient."""
-    times = [_clock(received)]
-    outputs, entered = _forward(module, received)
-    times.append(_clock(received))
+def _round(module: nn.Module, received: autograd.Received) -> tuple[float, float, float, float]:
+    """Seconds of forward, backward, and of the backward's halves: input gradient, weight gradient."""
+    clock = Clock(any(leaf.is_cuda for leaf in tensors(received.nest)))
+    clock.tick()
+    outputs, entered = _forward(module, autograd.copied(received))
+    clock.tick()
     saved = autograd.Saved(autograd.differentiable(outputs), entered)
+    autograd.backward(saved, [torch.ones_like(out) for out in saved.outputs])
+    clock.tick()
+    outputs, entered = _forward(module, received)
+    saved = autograd.Saved(autograd.differentiable(outputs), entered)
+    clock.tick()
     _, deferred = backward_input(saved, [torch.ones_like(out) for out in saved.outputs])
-    times.append(_clock(received))
+    clock.tick()
     backward_weight(deferred)
-    times.append(_clock(received))
-    return times[1] - times[0], times[2] - times[1], times[3] - times[2]
+    clock.tick()
+    forward, backward, _, inputs, weights = clock.seconds()
+    return forward, backward, inputs, weights
 
 
-def _clock(received: autograd.Received) -> float:
-    """Now, once the device has done what it was given."""
-    if any(leaf.is_cuda for leaf in tensors(received.nest)):
+def _update(module: nn.Module, factory: Factory) -> float:
+    """Seconds of the optimizer, on a copy of the parameters."""
+    parameters = [
+        parameter.detach().clone().requires_grad_() for parameter in module.parameters() if parameter.requires_grad
+    ]
+    if not parameters:
+        return 0.0
+    optimizer = factory(parameters)  # type: ignore[arg-type]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    clock = Clock(parameters[0].is_cuda)
+    optimizer.step()
+    clock.tick()
+    for _ in range(_ROUNDS):
+        optimizer.step()
+        clock.tick()
+    return statistics.median(clock.seconds())
+
+
+class Clock:
+    """Seconds between ticks: of the device's stream where that is CUDA, else of this thread."""
+
+    def __init__(self, cuda: bool) -> None:
+        self._cuda = cuda
+        self._ticks: list[Any] = []
+
+    def tick(self) -> None:
+        if self._cuda:
+            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            event.record()
+            self._ticks.append(event)
+        else:
+            self._ticks.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        if not self._cuda:
+            return [after - before for before, after in pairwise(self._ticks)]
         torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def costs(profiles: list[LayerProfile], what: str) -> list[float]:
-    """What ``balance="time"`` or ``"memory"`` equalises."""
-    of: Callable[[LayerProfile], Any] = {"time": lambda p: p.seconds, "memory": lambda p: p.bytes}[what]
-    return [float(of(layer)) for layer in profiles]
+        return [before.elapsed_time(after) / 1e3 for before, after in pairwise(self._ticks)]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from rpcpipe.errors import ScheduleError
 from rpcpipe.schedules.action import KINDS, Action
+from rpcpipe.sharing import share
 from rpcpipe.timeline import Span, Timeline, Transfer
 from rpcpipe.versions import choose, version
 
@@ -26,8 +27,10 @@ class Costs:
 
     A whole backward takes ``backward``, by default ``input_gradient + weight_gradient``. A result
     that changes worker arrives ``latency + output_bytes / bandwidth`` after it is produced, without
-    holding either worker. ``optimizer`` follows the last action of all workers (the gate), or is the
-    duration of every update of an asynchronous schedule.
+    holding either worker. ``recompute`` is the forward that precedes a backward; it needs no gradient and
+    begins while that is under way. ``optimizer`` follows the last action of all workers (the gate), or is the
+    duration of every update of an asynchronous schedule. Where there are fewer ``cores`` than workers at
+    work, they share them in equal parts.
     """
 
     forward: PerStage = 1.0
@@ -37,7 +40,9 @@ class Costs:
     latency: float = 0.0
     bandwidth: float = float("inf")
     output_bytes: PerStage = 0.0
+    recompute: PerStage = 0.0
     optimizer: float = 0.0
+    cores: int | None = None
 
     def of(self, kind: str, stage: int) -> float:
         """Duration of an action of ``kind`` on ``stage``."""
@@ -52,6 +57,10 @@ class Costs:
         if self.backward is not None:
             return _at(self.backward, stage)
         return _at(self.input_gradient, stage) + _at(self.weight_gradient, stage)
+
+    def replay(self, stage: int) -> float:
+        """Duration of the forward that precedes ``stage``'s backward."""
+        return _at(self.recompute, stage)
 
     def transfer(self, producer: Action) -> float:
         """Time from the end of ``producer`` until its result is on another worker.
@@ -86,16 +95,18 @@ def _at(value: PerStage, stage: int) -> float:
 def simulate(schedule: Schedule, costs: Costs | None = None) -> Timeline:
     """Run ``schedule`` on paper; raises ScheduleError where it would deadlock."""
     costs = costs or Costs()
-    for name in ("forward", "input_gradient", "weight_gradient", "backward", "output_bytes"):
+    for name in ("forward", "input_gradient", "weight_gradient", "backward", "output_bytes", "recompute"):
         value = getattr(costs, name)
         if isinstance(value, Sequence) and len(value) != schedule.stages:
             raise ScheduleError(f"costs.{name} has {len(value)} entries for {schedule.stages} stages")
     durations: dict[str, list[float]] = {
         kind: [costs.of(kind, stage) for stage in range(schedule.stages)] for kind in KINDS
     }
-    charged = bool(costs.latency or costs.output_bytes)
     with _without_gc():
-        spans, transfers, free = _run(schedule, costs, durations, charged)
+        if costs.cores is not None and costs.cores < schedule.workers:
+            spans, transfers, free = share(schedule, costs, durations)
+        else:
+            spans, transfers, free = _run(schedule, costs, durations)
     if schedule.asynchronous:
         spans = _with_versions(schedule, spans)
     elif costs.optimizer:
@@ -105,16 +116,19 @@ def simulate(schedule: Schedule, costs: Costs | None = None) -> Timeline:
 
 
 def _run(
-    schedule: Schedule, costs: Costs, durations: dict[str, list[float]], charged: bool
+    schedule: Schedule, costs: Costs, durations: dict[str, list[float]]
 ) -> tuple[list[Span], list[Transfer], list[float]]:
     end: dict[Action, float] = {}
     free = [0.0] * schedule.workers
     spans: list[Span] = []
     transfers: list[Transfer] = []
     placement = schedule.placement
+    charged = bool(costs.latency or costs.output_bytes)
+    replays = [costs.replay(stage) for stage in range(schedule.stages)] if costs.recompute else None
     for worker, action, dependencies in schedule.walk(end):
         kind, stage, chunk = action
         ready = free[worker]
+        duration = durations[kind][stage]
         for needed in dependencies:
             arrival = end[needed]
             if charged and placement[needed[1]] != worker:
@@ -122,7 +136,12 @@ def _run(
                 transfers.append(Transfer(placement[needed[1]], worker, needed, action, sent, arrival))
             if arrival > ready:
                 ready = arrival
-        end[action] = free[worker] = finish = ready + durations[kind][stage]
+        if replays is not None and kind in "BI":
+            if ready > free[worker]:  # begun in the wait, and always finished
+                ready = max(ready, free[worker] + replays[stage])
+            else:
+                duration += replays[stage]
+        end[action] = free[worker] = finish = ready + duration
         spans.append(Span(worker, kind, stage, chunk, ready, finish))
     return spans, transfers, free
 
