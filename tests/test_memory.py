@@ -11,7 +11,7 @@ import torch
 import rpcpipe as rp
 from helpers import LocalCluster, batches, cross_entropy, mlp, sgd
 from rpcpipe.layers import named_layers
-from rpcpipe.memory import peak_activation_bytes
+from rpcpipe.memory import peak_activation_bytes, peak_worker_bytes
 from rpcpipe.profiler import profile
 
 MODES: dict[str, tuple[Any, Any]] = {
@@ -46,6 +46,17 @@ def test_what_two_layers_save_counts_once() -> None:
     assert [layer.activation_bytes for layer in found] == [0, 128]  # nothing before needs a gradient
     found = profile(named_layers(torch.nn.Sequential(torch.nn.Linear(8, 8), relu, linear)), torch.randn(4, 8))
     assert [layer.activation_bytes for layer in found] == [128, 128, 0]  # the linear layer saves relu's output
+
+
+def test_a_workers_stages_peak_together() -> None:
+    """zb-v's first worker holds the first and the last stage: their peaks do not coincide, so do not add up."""
+    schedule = rp.schedules.get("zb-v", 4, 16)
+    stages = peak_activation_bytes(schedule, [100] * 8, [10] * 8)
+    assert peak_worker_bytes(schedule, [100] * 8, [10] * 8) == (800,) * 4
+    assert stages[0] + stages[7] > 800
+    single = rp.schedules.get("1f1b", 4, 16)
+    sizes = ([10, 20, 30, 40], [1, 2, 3, 4], lambda stage, chunk: chunk % 2 == 0)
+    assert peak_worker_bytes(single, *sizes) == peak_activation_bytes(single, *sizes)
 
 
 def test_1f1b_is_k_over_m_of_gpipe() -> None:

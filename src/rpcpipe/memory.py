@@ -1,4 +1,4 @@
-"""How many bytes of activations every stage holds at most: read off the schedule, before it runs."""
+"""How many bytes of activations are held at most: read off the schedule, before it runs."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rpcpipe.schedules.schedule import Schedule
 
+Drops = Callable[[int, int], bool]
+
 
 def peak_activation_bytes(
     schedule: Schedule,
     activations: Sequence[int],
     inputs: Sequence[int],
-    drops: Callable[[int, int], bool] = lambda stage, chunk: False,
+    drops: Drops = lambda stage, chunk: False,
 ) -> tuple[int, ...]:
     """Per stage, the most alive at once.
 
@@ -21,15 +23,32 @@ def peak_activation_bytes(
     holds, the input alone is kept until the backward, which runs the forward again. Activations of a
     split backward count until its weight half is done.
     """
-    alive, peak = [0] * schedule.stages, [0] * schedule.stages
+    return _peaks(schedule, activations, inputs, drops, range(schedule.stages))
+
+
+def peak_worker_bytes(
+    schedule: Schedule,
+    activations: Sequence[int],
+    inputs: Sequence[int],
+    drops: Drops = lambda stage, chunk: False,
+) -> tuple[int, ...]:
+    """Per worker, the most that its stages hold together at once."""
+    return _peaks(schedule, activations, inputs, drops, schedule.placement)
+
+
+def _peaks(
+    schedule: Schedule, activations: Sequence[int], inputs: Sequence[int], drops: Drops, group: Sequence[int]
+) -> tuple[int, ...]:
+    """``group[stage]``: whose peak its bytes count for."""
+    alive, peak = [0] * (max(group) + 1), [0] * (max(group) + 1)
     for row in schedule.actions:
         for kind, stage, chunk in row:
-            dropped = drops(stage, chunk)
+            at = group[stage]
             if kind == "F":
-                alive[stage] += inputs[stage] if dropped else activations[stage]
-            elif kind in "BI" and dropped:
-                alive[stage] += activations[stage] - inputs[stage]
-            peak[stage] = max(peak[stage], alive[stage])
+                alive[at] += inputs[stage] if drops(stage, chunk) else activations[stage]
+            elif kind in "BI" and drops(stage, chunk):
+                alive[at] += activations[stage] - inputs[stage]
+            peak[at] = max(peak[at], alive[at])
             if kind in "BW":
-                alive[stage] -= activations[stage]
+                alive[at] -= activations[stage]
     return tuple(peak)

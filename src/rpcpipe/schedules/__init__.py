@@ -17,6 +17,7 @@ __all__ = [
     "Schedule",
     "bubble_fraction",
     "describe",
+    "fewest_chunks",
     "fewest_virtual_stages",
     "forward_only",
     "get",
@@ -96,6 +97,11 @@ def virtual_stages_of(name: str, virtual_stages: int) -> int:
 def fewest_virtual_stages(name: str) -> int:
     """The fewest stages per worker for which ``name`` is defined."""
     return {"line": 1, "loop": 2, "v": 2}[_known(name).shape]
+
+
+def fewest_chunks(name: str, workers: int) -> int:
+    """The fewest micro-batches for which ``name`` is defined."""
+    return _known(name).fewest_chunks(workers)
 
 
 def suited_virtual_stages(name: str, wanted: int) -> int:
