@@ -47,10 +47,22 @@ LAYERS = [
         "watch",
         "door",
     },
-    {"stage", "actor", "executor", "program", "transport"},
+    {"stage", "holdings", "actor", "executor", "program", "transport"},
     {"driver", "group", "formation", "cluster", "launch", "connect", "agent", "worker"}
     | {"result", "trace", "handle", "arguments"},
-    {"pipeline", "step", "stream", "moving", "inference", "cli", "doctor", "__main__", "__init__"},
+    {
+        "pipeline",
+        "step",
+        "stream",
+        "building",
+        "snapshot",
+        "moving",
+        "inference",
+        "cli",
+        "doctor",
+        "__main__",
+        "__init__",
+    },
 ]
 
 

@@ -1,4 +1,4 @@
-"""The remote actor: one pipeline's stages on one worker, and everything the driver may ask of them.
+"""The remote actor: one pipeline's stages on one worker, and what they do in a step.
 
 Its public methods are the operations of ``messages.Task``; the executor's compute thread calls
 them one at a time, in the driver's order.
@@ -8,25 +8,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-import cloudpickle
 import torch
-from torch import nn
 
-from rpcpipe import gradients, layers
-from rpcpipe.errors import CheckpointError
+from rpcpipe import gradients
+from rpcpipe.holdings import ActorSpec, Holdings
 from rpcpipe.messages import Port, Report, Route, Share, StepPlan, Update
 from rpcpipe.microbatch import map_tensors, pack
-from rpcpipe.optimizer import Factory, LocalOptimizer
-from rpcpipe.recompute import Checkpoint, Recompute
 from rpcpipe.schedules import Action
 from rpcpipe.snapshots import Snapshots
-from rpcpipe.stage import Loss, Stage
+from rpcpipe.stage import Stage
 from rpcpipe.weights import Versions
 
 
@@ -40,67 +35,21 @@ class Ledger(Protocol):
     def collect(self, context_id: int) -> Mapping[torch.Tensor, torch.Tensor]: ...
 
 
-# By stage: its named layers, and the first one's index in the model.
-Parts = dict[int, tuple[OrderedDict[str, layers.Layer], int]]
-
-
-@dataclass
-class ActorSpec:
-    """What a worker needs to build its stages; travels by cloudpickle."""
-
-    stages: Parts
-    last_stage: int
-    loss: Loss
-    optimizer: Factory
-    seed: int
-    checkpoint: Checkpoint = "never"
-
-
 Send = Callable[[str, int, Port, Any], None]
 
 
-class Actor:
-    """Stages of one pipeline on worker ``name``."""
+class Actor(Holdings):
+    """Stages of one pipeline on worker ``name``, at work."""
 
     def __init__(self, name: str, spec: ActorSpec, *, device: torch.device, send: Send, ledger: Ledger) -> None:
+        super().__init__(spec, device)
         self.name = name
-        self.stages: dict[int, Stage] = {}
         self._send = send
         self._ledger = ledger
-        self._device = device
-        self._spec = replace(spec, stages={})
-        self._optimizer: LocalOptimizer | None = None
         self._snapshots: Snapshots | None = None
-        self._build(spec.stages, spec.last_stage)
         self._plan = StepPlan(-1, 0, False, ())
         self._report = Report(name)
         self._arrivals: deque[tuple[int, Action, int]] = deque()  # handlers append
-
-    def _build(self, parts: Parts, last_stage: int) -> None:
-        """Make the stages, and an optimizer over all their parameters."""
-        spec, self._last_stage = self._spec, last_stage
-        self.stages = {
-            number: Stage(
-                number,
-                OrderedDict(
-                    (key, layers.build(layer, seed=spec.seed, index=index))
-                    for index, (key, layer) in enumerate(named.items(), first)
-                ),
-                first_layer=first,
-                seed=spec.seed,
-                device=self._device,
-                loss=spec.loss if number == last_stage else None,
-                recompute=Recompute(spec.checkpoint, number, last_stage, len(named)),
-            )
-            for number, (named, first) in sorted(parts.items())
-        }
-        parameters = self.parameters
-        self._optimizer = LocalOptimizer(spec.optimizer, parameters) if parameters else None
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        """The trainable parameters of all stages here, in the model's order."""
-        return [parameter for stage in self.stages.values() for parameter in stage.parameters]
 
     def chore(self, action: Action | None = None) -> bool:
         """Something useful to do while waiting for ``action``'s input; False if there is nothing.
@@ -263,92 +212,3 @@ class Actor:
             self._arrivals.popleft()
         for stage in self.stages.values():
             stage.reset()
-
-    # --- operations between steps ---
-
-    def describe(self) -> dict[int, dict[str, Any]]:
-        """Per stage: layers, parameters, bytes, device, and the optimizer's groups."""
-        groups = self._optimizer.groups() if self._optimizer is not None else []
-        return {
-            number: {
-                "layers": [name for name, _ in stage.module.named_children()],
-                "sizes": {
-                    name: sum(p.numel() for p in layer.parameters()) for name, layer in stage.module.named_children()
-                },
-                "trainable": [name for name, p in stage.module.named_parameters() if p.requires_grad],
-                "parameters": sum(p.numel() for p in stage.module.parameters()),
-                "bytes": sum(p.numel() * p.element_size() for p in stage.module.parameters()),
-                "device": str(stage.device),
-                "groups": groups,
-            }
-            for number, stage in self.stages.items()
-        }
-
-    def call(self, number: int, function: bytes) -> Any:
-        """``function(module)`` of stage ``number``, which may change weights; the result cloudpickled."""
-        try:
-            return cloudpickle.dumps(cloudpickle.loads(function)(self.stages[number].module))
-        finally:
-            self._weights_changed()
-
-    def module(self, number: int) -> nn.Module:
-        """The stage's module itself, for an RRef to it."""
-        return self.stages[number].module
-
-    def parameter(self, number: int, name: str) -> nn.Parameter:
-        """The parameter itself, for an RRef to it."""
-        return self.stages[number].module.get_parameter(name)
-
-    def state_dict(self) -> dict[int, dict[str, torch.Tensor]]:
-        """Per stage its state under the unsplit model's names, on the CPU."""
-        return {
-            number: {key: value.detach().cpu() for key, value in stage.module.state_dict().items()}
-            for number, stage in self.stages.items()
-        }
-
-    def load_state_dict(self, states: Mapping[int, Mapping[str, torch.Tensor]]) -> None:
-        """Inverse of ``state_dict``; every shape is checked before anything changes."""
-        for number, state in states.items():
-            live = self.stages[number].module.state_dict()
-            for key, value in state.items():
-                if live[key].shape != value.shape:
-                    raise CheckpointError(f"{key} has shape {tuple(value.shape)}, the model's {tuple(live[key].shape)}")
-        for number, state in states.items():
-            self.stages[number].module.load_state_dict(dict(state))
-        self._weights_changed()
-
-    def give(self, names: Sequence[str]) -> bytes:
-        """The named layers with their optimizer state, for ``arrange`` of another worker."""
-        modules = self._modules()
-        return bytes(cloudpickle.dumps([(name, modules[name], self._states_of(modules[name])) for name in names]))
-
-    def arrange(self, parts: Mapping[int, tuple[Sequence[str], int]], last_stage: int, given: Sequence[bytes]) -> Any:
-        """Hold the stages ``parts`` from now on: of the layers that are here and those ``given``."""
-        modules = self._modules()
-        states = {name: self._states_of(module) for name, module in modules.items()}
-        for name, module, state in (entry for blob in given for entry in cloudpickle.loads(blob)):
-            modules[name], states[name] = module, state
-        self._build(
-            {
-                number: (OrderedDict((name, modules[name]) for name in names), first)
-                for number, (names, first) in parts.items()
-            },
-            last_stage,
-        )
-        for name in (name for names, _ in parts.values() for name in names):
-            for key, state in states[name].items():
-                assert self._optimizer is not None
-                self._optimizer.optimizer.state[modules[name].get_parameter(key)] = state
-        self._weights_changed()
-        return self.describe()
-
-    def _modules(self) -> dict[str, nn.Module]:
-        return {name: layer for stage in self.stages.values() for name, layer in stage.module.named_children()}
-
-    def _states_of(self, module: nn.Module) -> dict[str, dict[str, Any]]:
-        state = {} if self._optimizer is None else self._optimizer.optimizer.state
-        return {key: state[parameter] for key, parameter in module.named_parameters() if parameter in state}
-
-    def _weights_changed(self) -> None:
-        if self._optimizer is not None:
-            self._optimizer.undo.outdate()

@@ -18,8 +18,9 @@ from typing import Any
 import cloudpickle
 import torch
 
-from rpcpipe.actor import Actor, ActorSpec
+from rpcpipe.actor import Actor
 from rpcpipe.errors import Failure
+from rpcpipe.holdings import ActorSpec
 from rpcpipe.mailbox import Entry, Mailbox
 from rpcpipe.messages import Port, Task
 from rpcpipe.schedules.action import NAMES

@@ -5,10 +5,36 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from rpcpipe.arguments import owners, stage_parts
+from rpcpipe import schedules, versions
+from rpcpipe.arguments import make_schedule, owners, refuse, stage_parts
+from rpcpipe.building import adopt
+from rpcpipe.errors import PartitionError
+from rpcpipe.partition import balance as cut
+from rpcpipe.schedules import Schedule
 
 if TYPE_CHECKING:
     from rpcpipe.pipeline import Pipeline
+
+
+def change(pipe: Pipeline, wanted: str | Schedule) -> None:
+    """What setting ``pipe.schedule`` does; refusals leave everything as it was."""
+    refuse(pipe._open is not None, "the schedule cannot change inside a step")
+    before_change, virtual = pipe.schedule, pipe._virtual_stages
+    if isinstance(wanted, str):
+        virtual = schedules.suited_virtual_stages(wanted, virtual)
+    new = make_schedule(wanted, len(pipe._names), pipe.chunks, virtual)
+    refuse(new.workers != len(pipe._names), f"{new.name!r} is for {new.workers} workers, not {len(pipe._names)}")
+    policy = versions.choose(new.name, pipe._weights if new.name == before_change.name else None)
+    moving = new.placement != before_change.placement
+    if moving and pipe._tied is not None:
+        raise PartitionError(f"{pipe._tied} are one parameter: its layers cannot be moved one by one")
+    before = owners(pipe._layers, pipe.balance, before_change, pipe._names)
+    if new.stages != before_change.stages:
+        sizes = {layer: count for stage in pipe.stages for layer, count in stage.sizes.items()}
+        pipe.balance = cut([sizes[layer] for layer in pipe._layers], new.stages)
+    pipe._schedule, pipe.chunks, pipe._routes, pipe._policy = new, new.chunks, {}, policy
+    if moving:
+        move(pipe, before)
 
 
 def move(pipe: Pipeline, before: Mapping[str, str]) -> None:
@@ -32,7 +58,7 @@ def move(pipe: Pipeline, before: Mapping[str, str]) -> None:
         for worker, name in enumerate(names):
             mine = {stage: part for stage, part in parts.items() if schedule.placement[stage] == worker}
             replies[name] = driver.post(name, "arrange", mine, schedule.stages - 1, given[name])
-        pipe._adopt(driver.collect(replies))
+        adopt(pipe, driver.collect(replies))
     except BaseException:
         pipe.close()
         raise

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import socket
 import uuid
 import weakref
@@ -12,38 +10,22 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import closing, contextmanager
 from typing import Any
 
-import cloudpickle
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from rpcpipe import inference, schedules, tables, versions
-from rpcpipe.actor import ActorSpec
-from rpcpipe.arguments import (
-    check_functions,
-    check_groups,
-    check_state,
-    cut_layers,
-    make_schedule,
-    owners,
-    refuse,
-    stage_parts,
-    worker_names,
-)
+from rpcpipe import building, inference, moving, snapshot, tables, versions
+from rpcpipe.arguments import check_functions, cut_layers, make_schedule, refuse, worker_names
 from rpcpipe.cluster import Cluster
 from rpcpipe.driver import Driver
-from rpcpipe.errors import PartitionError, RpcPipeError, ScheduleError
+from rpcpipe.errors import RpcPipeError, ScheduleError
 from rpcpipe.handle import HEADER, StageHandle
+from rpcpipe.holdings import ActorSpec
 from rpcpipe.interrupts import Deferred
 from rpcpipe.layers import Layer, named_layers, shared_parameters
 from rpcpipe.messages import Route
 from rpcpipe.microbatch import Nest, batch_size, split
-from rpcpipe.moving import move
 from rpcpipe.optimizer import Factory, PipelineOptimizer
-from rpcpipe.partition import balance as cut
-from rpcpipe.pickling import dumps
-from rpcpipe.profiler import profile
-from rpcpipe.profiles import LayerProfile
 from rpcpipe.program import compile_routes
 from rpcpipe.recompute import Checkpoint
 from rpcpipe.recompute import check as check_checkpoint
@@ -115,7 +97,9 @@ class Pipeline:
         layers = named_layers(model)
         self._layers = list(layers)
         self._tied = shared_parameters(layers, [1] * len(layers))
-        self.balance = cut_layers(layers, balance, self._schedule.stages, lambda: self._profile(layers, sample, seed))
+        self.balance = cut_layers(
+            layers, balance, self._schedule.stages, lambda: building.measure(self, layers, sample, seed)
+        )
         self._closed = False
         self._open: Step | Stream | None = None
         self._stream: Stream | None = None
@@ -124,6 +108,9 @@ class Pipeline:
         # Each worker's busy share of the last step.
         self._busy: dict[str, float] = {}
         self.stages: tuple[StageHandle, ...] = ()
+        self.optimizer: PipelineOptimizer
+        self._routes: dict[Any, list[tuple[str, Route]]] = {}
+        self._described: dict[int, Any] = {}
         identity = uuid.uuid4().hex
         self._driver = Driver(
             cluster.transport, identity, self._names, timeout=cluster.timeout, batched=dispatch == "batched"
@@ -134,46 +121,12 @@ class Pipeline:
         # In a REPL a pipeline is often just replaced: its stages go with it.
         weakref.finalize(self, _release, cluster, self._driver).atexit = False
         try:
-            self._create(identity, layers, ActorSpec({}, self._schedule.stages - 1, loss, optimizer, seed, checkpoint))
+            building.create(
+                self, identity, layers, ActorSpec({}, self._schedule.stages - 1, loss, optimizer, seed, checkpoint)
+            )
         except BaseException:
             self.close()
             raise
-
-    def _profile(self, layers: OrderedDict[str, Layer], sample: Nest, seed: int) -> list[LayerProfile]:
-        refuse(
-            sample is None, "balance='time' or 'memory' needs sample=…: one micro-batch of inputs to run the layers on"
-        )
-        first = self.cluster.workers[0]
-        return list(
-            self.cluster.call(first, functools.partial(profile, seed=seed, device=first.device), layers, sample)
-        )
-
-    def _create(self, identity: str, layers: OrderedDict[str, Layer], common: ActorSpec) -> None:
-        """Build every worker's stages; one worker's layers are pickled at a time."""
-        dumps((common.loss, common.optimizer), "loss and optimizer")  # for its warning alone: they go with the layers
-        replies = {}
-        for worker, name in enumerate(self._names):
-            mine = {
-                stage: (OrderedDict((key, layers[key]) for key in keys), first)
-                for stage, (keys, first) in stage_parts(self._layers, self.balance).items()
-                if self._schedule.placement[stage] == worker
-            }
-            spec = cloudpickle.dumps(dataclasses.replace(common, stages=mine))
-            replies[name] = self.cluster.transport.post(name, "create", identity, spec)
-        self._adopt(self._driver.collect(replies))
-        groups = [info["groups"] for info in self._described.values() if info["groups"]]
-        check_groups(groups)
-        self.optimizer = PipelineOptimizer(groups[0] if groups else [], self._apply_open)
-
-    def _adopt(self, found: Mapping[str, Mapping[int, Any]]) -> None:
-        """Take note of what the workers say they hold."""
-        self._routes: dict[Any, list[tuple[str, Route]]] = {}
-        self._described = {stage: info for stages in found.values() for stage, info in stages.items()}
-        self.stages = tuple(
-            StageHandle(self._driver, stage, self._names[holder], self._described[stage])
-            for stage, holder in enumerate(self._schedule.placement)
-        )
-        self.cluster.relabel()
 
     def stages_on(self, worker: str) -> list[int]:
         """The stages that the named worker holds."""
@@ -191,23 +144,7 @@ class Pipeline:
     @schedule.setter
     def schedule(self, wanted: str | Schedule) -> None:
         self._check()
-        refuse(self._open is not None, "the schedule cannot change inside a step")
-        virtual = self._virtual_stages
-        if isinstance(wanted, str):
-            virtual = schedules.suited_virtual_stages(wanted, virtual)
-        new = make_schedule(wanted, len(self._names), self.chunks, virtual)
-        refuse(new.workers != len(self._names), f"{new.name!r} is for {new.workers} workers, not {len(self._names)}")
-        policy = versions.choose(new.name, self._weights if new.name == self._schedule.name else None)
-        moving = new.placement != self._schedule.placement
-        if moving and self._tied is not None:
-            raise PartitionError(f"{self._tied} are one parameter: its layers cannot be moved one by one")
-        before = owners(self._layers, self.balance, self._schedule, self._names)
-        if new.stages != self._schedule.stages:
-            sizes = {layer: count for stage in self.stages for layer, count in stage.sizes.items()}
-            self.balance = cut([sizes[layer] for layer in self._layers], new.stages)
-        self._schedule, self.chunks, self._routes, self._policy = new, new.chunks, {}, policy
-        if moving:
-            move(self, before)
+        moving.change(self, wanted)
 
     # --- training ---
 
@@ -316,22 +253,15 @@ class Pipeline:
     def state_dict(self) -> OrderedDict[str, torch.Tensor]:
         """All parameters and buffers under the unsplit model's names, on the CPU."""
         self._check()
-        found = self._driver.collect({name: self._driver.post(name, "state_dict") for name in self._names})
-        by_stage = {stage: state for stages in found.values() for stage, state in stages.items()}
-        return OrderedDict((key, value) for stage in sorted(by_stage) for key, value in by_stage[stage].items())
+        return snapshot.state_dict(self)
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Inverse of ``state_dict``; reads the unsplit model's as well.
 
         Raises CheckpointError, before anything changes, unless names and shapes are the model's.
         """
-        check_state(self.state_dict(), state)
-        owner = {layer: stage for stage in self.stages for layer in stage.layers}
-        parts: dict[str, dict[int, dict[str, torch.Tensor]]] = {name: {} for name in self._names}
-        for key, value in state.items():
-            stage = owner[key.partition(".")[0]]
-            parts[stage.worker].setdefault(stage.index, {})[key] = value
-        self._driver.collect({name: self._driver.post(name, "load_state_dict", parts[name]) for name in self._names})
+        self._check()
+        snapshot.load_state_dict(self, state)
 
     # --- life ---
 

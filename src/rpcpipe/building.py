@@ -1,0 +1,60 @@
+"""Brings a pipeline's layers to its workers."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import cloudpickle
+
+from rpcpipe.arguments import check_groups, refuse, stage_parts
+from rpcpipe.handle import StageHandle
+from rpcpipe.holdings import ActorSpec
+from rpcpipe.layers import Layer
+from rpcpipe.microbatch import Nest
+from rpcpipe.optimizer import PipelineOptimizer
+from rpcpipe.pickling import dumps
+from rpcpipe.profiler import profile
+from rpcpipe.profiles import LayerProfile
+
+if TYPE_CHECKING:
+    from rpcpipe.pipeline import Pipeline
+
+
+def measure(pipe: Pipeline, layers: OrderedDict[str, Layer], sample: Nest, seed: int) -> list[LayerProfile]:
+    """Every layer's costs on the first worker for ``sample``, one micro-batch of inputs."""
+    refuse(sample is None, "balance='time' or 'memory' needs sample=…: one micro-batch of inputs to run the layers on")
+    first = pipe.cluster.workers[0]
+    return list(pipe.cluster.call(first, functools.partial(profile, seed=seed, device=first.device), layers, sample))
+
+
+def create(pipe: Pipeline, identity: str, layers: OrderedDict[str, Layer], common: ActorSpec) -> None:
+    """Build every worker's stages; one worker's layers are pickled at a time."""
+    dumps((common.loss, common.optimizer), "loss and optimizer")  # for its warning alone: they go with the layers
+    replies = {}
+    for worker, name in enumerate(pipe._names):
+        mine = {
+            stage: (OrderedDict((key, layers[key]) for key in keys), first)
+            for stage, (keys, first) in stage_parts(pipe._layers, pipe.balance).items()
+            if pipe.schedule.placement[stage] == worker
+        }
+        spec = cloudpickle.dumps(dataclasses.replace(common, stages=mine))
+        replies[name] = pipe.cluster.transport.post(name, "create", identity, spec)
+    adopt(pipe, pipe._driver.collect(replies))
+    groups = [info["groups"] for info in pipe._described.values() if info["groups"]]
+    check_groups(groups)
+    pipe.optimizer = PipelineOptimizer(groups[0] if groups else [], pipe._apply_open)
+
+
+def adopt(pipe: Pipeline, found: Mapping[str, Mapping[int, Any]]) -> None:
+    """Take note of what the workers say they hold."""
+    pipe._routes = {}
+    pipe._described = {stage: info for stages in found.values() for stage, info in stages.items()}
+    pipe.stages = tuple(
+        StageHandle(pipe._driver, stage, pipe._names[holder], pipe._described[stage])
+        for stage, holder in enumerate(pipe.schedule.placement)
+    )
+    pipe.cluster.relabel()

@@ -1,0 +1,157 @@
+"""What a worker holds of one pipeline: its stages and their optimizer, and what may be asked of them between steps."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import cloudpickle
+import torch
+from torch import nn
+
+from rpcpipe import layers
+from rpcpipe.errors import CheckpointError
+from rpcpipe.optimizer import Factory, LocalOptimizer
+from rpcpipe.recompute import Checkpoint, Recompute
+from rpcpipe.stage import Loss, Stage
+
+# By stage: its named layers, and the first one's index in the model.
+Parts = dict[int, tuple[OrderedDict[str, layers.Layer], int]]
+
+
+@dataclass
+class ActorSpec:
+    """What a worker needs to build its stages; travels by cloudpickle."""
+
+    stages: Parts
+    last_stage: int
+    loss: Loss
+    optimizer: Factory
+    seed: int
+    checkpoint: Checkpoint = "never"
+
+
+class Holdings:
+    """Stages of one pipeline, and an optimizer over all their parameters."""
+
+    def __init__(self, spec: ActorSpec, device: torch.device) -> None:
+        self.stages: dict[int, Stage] = {}
+        self._device = device
+        self._spec = replace(spec, stages={})
+        self._optimizer: LocalOptimizer | None = None
+        self._build(spec.stages, spec.last_stage)
+
+    def _build(self, parts: Parts, last_stage: int) -> None:
+        """Make the stages, and an optimizer over all their parameters."""
+        spec, self._last_stage = self._spec, last_stage
+        self.stages = {
+            number: Stage(
+                number,
+                OrderedDict(
+                    (key, layers.build(layer, seed=spec.seed, index=index))
+                    for index, (key, layer) in enumerate(named.items(), first)
+                ),
+                first_layer=first,
+                seed=spec.seed,
+                device=self._device,
+                loss=spec.loss if number == last_stage else None,
+                recompute=Recompute(spec.checkpoint, number, last_stage, len(named)),
+            )
+            for number, (named, first) in sorted(parts.items())
+        }
+        parameters = self.parameters
+        self._optimizer = LocalOptimizer(spec.optimizer, parameters) if parameters else None
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The trainable parameters of all stages here, in the model's order."""
+        return [parameter for stage in self.stages.values() for parameter in stage.parameters]
+
+    def describe(self) -> dict[int, dict[str, Any]]:
+        """Per stage: layers, parameters, bytes, device, and the optimizer's groups."""
+        groups = self._optimizer.groups() if self._optimizer is not None else []
+        return {
+            number: {
+                "layers": [name for name, _ in stage.module.named_children()],
+                "sizes": {
+                    name: sum(p.numel() for p in layer.parameters()) for name, layer in stage.module.named_children()
+                },
+                "trainable": [name for name, p in stage.module.named_parameters() if p.requires_grad],
+                "parameters": sum(p.numel() for p in stage.module.parameters()),
+                "bytes": sum(p.numel() * p.element_size() for p in stage.module.parameters()),
+                "device": str(stage.device),
+                "groups": groups,
+            }
+            for number, stage in self.stages.items()
+        }
+
+    def call(self, number: int, function: bytes) -> Any:
+        """``function(module)`` of stage ``number``, which may change weights; the result cloudpickled."""
+        try:
+            return cloudpickle.dumps(cloudpickle.loads(function)(self.stages[number].module))
+        finally:
+            self._weights_changed()
+
+    def module(self, number: int) -> nn.Module:
+        """The stage's module itself, for an RRef to it."""
+        return self.stages[number].module
+
+    def parameter(self, number: int, name: str) -> nn.Parameter:
+        """The parameter itself, for an RRef to it."""
+        return self.stages[number].module.get_parameter(name)
+
+    def state_dict(self) -> dict[int, dict[str, torch.Tensor]]:
+        """Per stage its state under the unsplit model's names, on the CPU."""
+        return {
+            number: {key: value.detach().cpu() for key, value in stage.module.state_dict().items()}
+            for number, stage in self.stages.items()
+        }
+
+    def load_state_dict(self, states: Mapping[int, Mapping[str, torch.Tensor]]) -> None:
+        """Inverse of ``state_dict``; every shape is checked before anything changes."""
+        for number, state in states.items():
+            live = self.stages[number].module.state_dict()
+            for key, value in state.items():
+                if live[key].shape != value.shape:
+                    raise CheckpointError(f"{key} has shape {tuple(value.shape)}, the model's {tuple(live[key].shape)}")
+        for number, state in states.items():
+            self.stages[number].module.load_state_dict(dict(state))
+        self._weights_changed()
+
+    def give(self, names: Sequence[str]) -> bytes:
+        """The named layers with their optimizer state, for ``arrange`` of another worker."""
+        modules = self._modules()
+        return bytes(cloudpickle.dumps([(name, modules[name], self._states_of(modules[name])) for name in names]))
+
+    def arrange(self, parts: Mapping[int, tuple[Sequence[str], int]], last_stage: int, given: Sequence[bytes]) -> Any:
+        """Hold the stages ``parts`` from now on: of the layers that are here and those ``given``."""
+        modules = self._modules()
+        states = {name: self._states_of(module) for name, module in modules.items()}
+        for name, module, state in (entry for blob in given for entry in cloudpickle.loads(blob)):
+            modules[name], states[name] = module, state
+        self._build(
+            {
+                number: (OrderedDict((name, modules[name]) for name in names), first)
+                for number, (names, first) in parts.items()
+            },
+            last_stage,
+        )
+        for name in (name for names, _ in parts.values() for name in names):
+            for key, state in states[name].items():
+                assert self._optimizer is not None
+                self._optimizer.optimizer.state[modules[name].get_parameter(key)] = state
+        self._weights_changed()
+        return self.describe()
+
+    def _modules(self) -> dict[str, nn.Module]:
+        return {name: layer for stage in self.stages.values() for name, layer in stage.module.named_children()}
+
+    def _states_of(self, module: nn.Module) -> dict[str, dict[str, Any]]:
+        state = {} if self._optimizer is None else self._optimizer.optimizer.state
+        return {key: state[parameter] for key, parameter in module.named_parameters() if parameter in state}
+
+    def _weights_changed(self) -> None:
+        if self._optimizer is not None:
+            self._optimizer.undo.outdate()
