@@ -100,6 +100,12 @@ class Pipeline:
         self.balance = cut_layers(
             layers, balance, self._schedule.stages, lambda: building.measure(self, layers, sample, seed)
         )
+        common = ActorSpec({}, self._schedule.stages - 1, loss, optimizer, seed, checkpoint)
+        self._start(layers, common, batched=dispatch == "batched")
+
+    def _start(self, layers: OrderedDict[str, Layer], common: ActorSpec, *, batched: bool) -> None:
+        """The driver's half, and the stages on their workers."""
+        cluster = self.cluster
         self._closed = False
         self._open: Step | Stream | None = None
         self._stream: Stream | None = None
@@ -112,18 +118,14 @@ class Pipeline:
         self._routes: dict[Any, list[tuple[str, Route]]] = {}
         self._described: dict[int, Any] = {}
         identity = uuid.uuid4().hex
-        self._driver = Driver(
-            cluster.transport, identity, self._names, timeout=cluster.timeout, batched=dispatch == "batched"
-        )
+        self._driver = Driver(cluster.transport, identity, self._names, timeout=cluster.timeout, batched=batched)
         # Processes of one host share their monotonic clock.
         self._offsets = dict.fromkeys(self._names, 0)
         cluster.pipelines.add(self)
         # In a REPL a pipeline is often just replaced: its stages go with it.
         weakref.finalize(self, _release, cluster, self._driver).atexit = False
         try:
-            building.create(
-                self, identity, layers, ActorSpec({}, self._schedule.stages - 1, loss, optimizer, seed, checkpoint)
-            )
+            building.create(self, identity, layers, common)
         except BaseException:
             self.close()
             raise
