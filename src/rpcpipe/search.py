@@ -32,6 +32,7 @@ VIRTUAL = (2, 3, 4)
 _ALL_CUTS = 2_000  # up to so many cuts of one choice are all tried
 _BUDGET = 200_000  # simulated actions, about a second; then the best so far is it
 _EQUAL = 1 + 1e-9
+_TIMES = ("forward", "backward", "input_gradient", "weight_gradient", "update")
 
 
 @dataclass(frozen=True)
@@ -111,21 +112,22 @@ class Model:
         self.layers = len(layers)
         self.outputs = [layer.output_bytes for layer in layers]
         self.inputs = [input_bytes, *self.outputs]
-        names = ("forward", "backward", "input_gradient", "weight_gradient", "update")
-        self.times = {name: [0.0, *accumulate(float(getattr(layer, name)) for layer in layers)] for name in names}
+        columns = {name: [float(getattr(layer, name)) for layer in layers] for name in _TIMES}
+        halves = list(zip(columns["input_gradient"], columns["weight_gradient"], columns["backward"], strict=True))
+        # Where a schedule splits some backwards: the least that one takes, and that holds up the stage before.
+        columns["any_backward"] = [min(i + w, whole) for i, w, whole in halves]
+        columns["any_gradient"] = [min(i, whole) for i, _, whole in halves]
+        self.times = {name: [0.0, *accumulate(column)] for name, column in columns.items()}
         self.activations = [0, *accumulate(layer.activation_bytes for layer in layers)]
         self.parameters = [0, *accumulate(layer.parameter_bytes for layer in layers)]
 
     def least_work(self, choice: Choice) -> list[float]:
-        """Prefix sums of what a micro-batch costs at least, whether its backward is split or not."""
-        times = self.times
-        forward = 2 if choice.checkpoint == "always" else 1
-        if _splits(choice.schedule):
-            halves = zip(times["input_gradient"], times["weight_gradient"], strict=True)
-            back = [min(whole, sum(two)) for whole, two in zip(times["backward"], halves, strict=True)]
-        else:
-            back = times["backward"]
-        return [forward * f + b for f, b in zip(times["forward"], back, strict=True)]
+        """Prefix sums of the seconds that a micro-batch takes at least, whether its backward is split or not.
+
+        Without recomputation, which may be hidden in a wait.
+        """
+        back = self.times["any_backward" if _splits(choice.schedule) else "backward"]
+        return [f + b for f, b in zip(self.times["forward"], back, strict=True)]
 
 
 def _splits(name: str) -> bool:
@@ -171,25 +173,30 @@ class Search:
         """No cut of ``choice`` takes less.
 
         Worker w cannot begin before the forwards of those ahead, nor end before their backwards unless
-        these are split; the least of the largest such sum is a geometric series.
+        these are split; the least of the largest such sum is a geometric series. Recomputation keeps
+        every worker busy, but can be hidden from the others, as weight gradients can.
         """
-        total, chunks = self.models[choice.micro_batch].least_work(choice)[-1], choice.chunks
-        cores = self.machine.cores or math.inf
-        if choice.virtual_stages > 1 or _splits(choice.schedule):
-            least = total * chunks / choice.depth
+        model, chunks, cores = self.models[choice.micro_batch], choice.chunks, self.machine.cores or math.inf
+        work, forward = model.least_work(choice)[-1], model.times["forward"][-1]
+        if _splits(choice.schedule):
+            chain = forward + model.times["any_gradient"][-1]
+        elif choice.virtual_stages > 1:
+            chain = work
         else:
-            least = total / (1 - (1 - 1 / chunks) ** choice.depth)
-        return max(least, total, total * chunks * choice.replicas / cores)
+            chain = work / (1 - (1 - 1 / chunks) ** choice.depth)
+        total = chunks * (work + (forward if choice.checkpoint == "always" else 0.0))
+        return max(chain, total / choice.depth, total * choice.replicas / cores)
 
-    def _bound_of_cut(self, choice: Choice, ends: Sequence[int], work: Sequence[float]) -> float:
+    def _bound_of_cut(self, choice: Choice, ends: Sequence[int]) -> float:
         """The same for one cut."""
         model, placement = self.models[choice.micro_batch], choice.made().placement
+        work, forward = model.least_work(choice), model.times["forward"]
         load, first = [0.0] * choice.depth, [math.inf] * choice.depth
         for stage, (start, stop) in enumerate(pairwise(ends)):
             worker = placement[stage]
-            load[worker] += work[stop] - work[start]
-            ahead = model.times["forward"][start] if _splits(choice.schedule) else work[start]
-            first[worker] = min(first[worker], ahead)
+            again = forward[stop] - forward[start] if choice.drops(stage) else 0.0
+            load[worker] += work[stop] - work[start] + again
+            first[worker] = min(first[worker], forward[start] if _splits(choice.schedule) else work[start])
         return max(ahead + choice.chunks * share for ahead, share in zip(first, load, strict=True))
 
     # --- what a choice comes to ---
@@ -229,7 +236,7 @@ class Search:
                 bandwidth=machine.bandwidth,
                 output_bytes=[model.outputs[b - 1] for b in ends[1:]],
                 recompute=[seconds * choice.drops(stage) for stage, seconds in enumerate(forward)],
-                cores=machine.cores,
+                cores=None if machine.cores is None else machine.cores / choice.replicas,
             ),
         )
 
@@ -245,7 +252,7 @@ class Search:
             updates[worker] += model.times["update"][b] - model.times["update"][a]
             reduced[worker] += model.parameters[b] - model.parameters[a]
         gate = max(end + self.all_reduce(choice.replicas, size) for end, size in zip(done, reduced, strict=True))
-        update = max(max(updates), sum(updates) / (self.machine.cores or math.inf))
+        update = max(max(updates), sum(updates) * choice.replicas / (self.machine.cores or math.inf))
         return Estimate(
             choice, tuple(balance), gate + update, timeline.bubble,
             memory if memory is not None else self.memory(choice, ends),
@@ -274,10 +281,9 @@ class Search:
         return found if found is None or self.exact else self._moved(found)
 
     def _best_cut(self, choice: Choice, found: Estimate | None) -> Estimate | None:
-        work = self.models[choice.micro_batch].least_work(choice)
         for balance in self._cuts(choice):
             ends = [0, *accumulate(balance)]
-            if found is not None and self._bound_of_cut(choice, ends, work) > found.seconds * _EQUAL:
+            if found is not None and self._bound_of_cut(choice, ends) > found.seconds * _EQUAL:
                 continue
             if not self.fits(self.fixed(choice, ends)) or not self.fits(memory := self.memory(choice, ends)):
                 continue

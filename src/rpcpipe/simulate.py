@@ -42,7 +42,7 @@ class Costs:
     output_bytes: PerStage = 0.0
     recompute: PerStage = 0.0
     optimizer: float = 0.0
-    cores: int | None = None
+    cores: float | None = None
 
     def of(self, kind: str, stage: int) -> float:
         """Duration of an action of ``kind`` on ``stage``."""
