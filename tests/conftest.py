@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import signal
+
 import pytest
 import torch
 
 import rpcpipe as rp
+
+# A shell starts what it puts in the background with Ctrl-C ignored, and programs inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

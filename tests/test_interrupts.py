@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import random
 import signal
+import statistics
 import subprocess
 import sys
 import textwrap
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -103,21 +104,31 @@ def interrupted_after(seconds: float) -> Iterator[list[float]]:
         timer.cancel()
 
 
-LONGEST = {"rref": 0.15, "batched": 0.03}  # about twice a step
+def seconds_of(call: Callable[[], object]) -> float:
+    """Median of a few runs: machines differ, and so does one machine from hour to hour."""
+    found = []
+    for _ in range(7):
+        start = time.perf_counter()
+        call()
+        found.append(time.perf_counter() - start)
+    return statistics.median(found)
 
 
-@pytest.mark.parametrize("dispatch", LONGEST)
+@pytest.mark.parametrize("dispatch", ["rref", "batched"])
 def test_steps_interrupted_at_random_are_done_or_not_done(cluster: rp.Cluster, dispatch: str) -> None:
     """``pipe.trained`` says which steps count; replayed without interrupts they give the same bits."""
     source = random.Random(1)
     pipe = rp.Pipeline(mlp(), cluster, loss=cross_entropy, optimizer=adamw, chunks=4, dispatch=dispatch)
     oracle = Oracle(mlp(), adamw, cross_entropy, 4)
     data = list(batches(4))
-    torn = 0
+    longest = 2 * seconds_of(lambda: pipe.train_step(*data[0]))
+    for _ in range(pipe.trained):
+        oracle.train_step(*data[0])
+    torn, done = 0, pipe.trained
     for attempt in range(120):
         batch, before = data[attempt % 4], pipe.trained
         try:
-            with interrupted_after(source.uniform(0.0, LONGEST[dispatch])):
+            with interrupted_after(source.uniform(0.0, longest)):
                 pipe.train_step(*batch)
         except KeyboardInterrupt:
             torn += pipe.trained == before
@@ -125,7 +136,7 @@ def test_steps_interrupted_at_random_are_done_or_not_done(cluster: rp.Cluster, d
         if pipe.trained > before:
             oracle.train_step(*batch)
     assert torn > 10
-    assert pipe.trained == oracle.step > 0
+    assert pipe.trained == oracle.step > done
     assert_same_weights(pipe, oracle.model)
     pipe.close()
 
