@@ -27,6 +27,7 @@ LAYERS = [
     {
         "messages",
         "microbatch",
+        "metrics",
         "rng",
         "layers",
         "backward",

@@ -111,6 +111,7 @@ class Actor(Holdings):
             report.outputs.update(
                 {chunk: pack(map_tensors(lambda leaf: leaf.cpu(), out)) for chunk, out in stage.outputs.items()}
             )
+            report.metrics.update(stage.measured)
             report.peak_in_flight[number] = stage.peak_in_flight
             report.peak_bytes[number], report.recomputed[number] = stage.peak_bytes, stage.keeper.recomputed
             if self._plan.training:

@@ -86,8 +86,13 @@ class Driver:
     def run(self, routes: Sequence[tuple[str, Route]], plan: StepPlan, values: Mapping[Port, Any]) -> dict[str, Report]:
         """Execute one step's actions; every worker's report, or one error and a cancelled step."""
         with self._cancelling(plan.step):
-            replies = self._issue_batched(routes, plan, values) if self._batched else self._issue(routes, plan, values)
-            return self.collect(replies)
+            return self.collect(self.issue(routes, plan, values))
+
+    def issue(
+        self, routes: Sequence[tuple[str, Route]], plan: StepPlan, values: Mapping[Port, Any]
+    ) -> dict[str, Future[Any]]:
+        """Send one step's actions; each worker's reply. Several steps without updates may be under way at once."""
+        return self._issue_batched(routes, plan, values) if self._batched else self._issue(routes, plan, values)
 
     def hand_over(self, step: int, context_id: int, gate: Gate) -> dict[str, Future[Any]]:
         """File every stage's gradients in the step's distributed-autograd context."""
@@ -156,7 +161,8 @@ class Driver:
         return [self._transport.post(worker, "watch", self._pipeline, step) for worker in self.workers]
 
     def places(self) -> dict[str, int]:
-        """Each worker's next place."""
+        """Each worker's next place, after what takes back an unsettled step."""
+        self._recover()
         return dict(self._next)
 
     def abandon(self, step: int, group: int) -> None:

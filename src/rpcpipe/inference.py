@@ -1,13 +1,23 @@
-"""Forward only, in eval mode: every worker forwards stage by stage, micro-batch by micro-batch."""
+"""Forward only, in eval mode: every worker forwards stage by stage, micro-batch by micro-batch.
+
+Batches follow each other without a gap: while one is collected the next are under way already.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rpcpipe import schedules
+from rpcpipe.arguments import refuse
+from rpcpipe.errors import RpcPipeError
+from rpcpipe.interrupts import Deferred
 from rpcpipe.messages import Report, Route, StepPlan
+from rpcpipe.metrics import Metric, Sums, means
 from rpcpipe.microbatch import Nest, batch_size, merge, split, unpack
+from rpcpipe.pickling import dumps
 from rpcpipe.program import compile_routes, given
 from rpcpipe.result import mean_loss
 
@@ -15,34 +25,87 @@ if TYPE_CHECKING:
     from rpcpipe.pipeline import Pipeline
 
 
-def outputs(pipe: Pipeline, inputs: Nest) -> Nest:
-    """The model's output for the batch ``inputs``."""
-    parts = split(inputs, pipe.chunks)
-    reports = _run(pipe, parts, None, ())
-    found = {chunk: unpack(output) for report in reports.values() for chunk, output in report.outputs.items()}
-    return merge([found[chunk] for chunk in range(len(parts))])
+class Passed(NamedTuple):
+    """A batch: its samples, its micro-batches' shares of them, and what the workers report."""
+
+    size: int
+    weights: tuple[float, ...]
+    reports: dict[str, Report]
 
 
-def mean_loss_over(pipe: Pipeline, batches: Iterable[tuple[Nest, Nest]]) -> float:
-    """The mean loss over all samples, or over all that a loss of (sum, count) counts."""
-    total, samples = 0.0, 0.0
-    for inputs, targets in batches:
+class Passes:
+    """Batches on their way through ``pipe``, which takes no other step meanwhile.
+
+    To the workers each is a step of its own. After a failure, and where the caller stops early, what
+    is under way is dropped.
+    """
+
+    def __init__(self, pipe: Pipeline) -> None:
+        self._pipe = pipe
+        # So many batches are fed beyond the one that is awaited: their micro-batches fill the
+        # pipeline, and two more hide the driver's own time.
+        self._ahead = -(-(len(pipe._names) + 2) // pipe.chunks)
+
+    def run(self, batches: Iterable[tuple[Nest, Nest | None]]) -> Iterator[Passed]:
+        """Each (inputs, targets) in their order; targets None: outputs are wanted."""
+        pipe, waiting = self._pipe, deque[tuple[Passed, dict[str, Future[Any]]]]()
+        pipe._enter(self)
+        first = pipe._driver.places()
+        try:
+            for inputs, targets in batches:
+                waiting.append(self._feed(inputs, targets))
+                if len(waiting) > self._ahead:
+                    yield self._collect(*waiting.popleft())
+            while waiting:
+                yield self._collect(*waiting.popleft())
+        except BaseException:
+            with Deferred():
+                pipe._driver.cancel(pipe._driver.new_step(), first)
+            raise
+        finally:
+            pipe._leave(self)
+
+    def apply(self) -> None:
+        """An optimizer's step in between."""
+        raise RpcPipeError("batches run forward only now, there is nothing to apply; finish the iterator first")
+
+    def _feed(self, inputs: Nest, targets: Nest | None) -> tuple[Passed, dict[str, Future[Any]]]:
+        pipe = self._pipe
         parts, weights = pipe._cut_batch(inputs)
-        loss, count = mean_loss(_run(pipe, parts, split(targets, pipe.chunks), weights), weights)
-        share = float(batch_size(inputs)) if count is None else count
+        answers = None if targets is None else split(targets, pipe.chunks)
+        plan = StepPlan(pipe._driver.new_step(), pipe.trained, False, weights, keep_outputs=targets is None)
+        routes = _routes(pipe, len(parts), targets=targets is not None)
+        replies = pipe._driver.issue(routes, plan, given(parts, answers, pipe.schedule.stages))
+        return Passed(batch_size(inputs), weights, {}), replies
+
+    def _collect(self, passed: Passed, replies: Mapping[str, Future[Any]]) -> Passed:
+        return passed._replace(reports=self._pipe._driver.collect(replies))
+
+
+def outputs(pipe: Pipeline, batches: Iterable[Nest]) -> Iterator[Nest]:
+    """The model's output for every batch of inputs."""
+    for passed in Passes(pipe).run((inputs, None) for inputs in batches):
+        packed = {chunk: part for report in passed.reports.values() for chunk, part in report.outputs.items()}
+        yield merge([unpack(packed[chunk]) for chunk in sorted(packed)])
+
+
+def evaluate(
+    pipe: Pipeline, batches: Iterable[tuple[Nest, Nest]], metrics: Mapping[str, Metric]
+) -> tuple[float, dict[str, float]]:
+    """(mean loss over all samples, or over all that a loss of (sum, count) counts; each metric's mean)."""
+    refuse("loss" in metrics, "a metric cannot be named 'loss': the loss is reported beside the metrics")
+    pipe._driver.control(pipe.stages[-1].worker, "measure", dumps(dict(metrics), "evaluate's metrics"))
+    total, samples, sums = 0.0, 0.0, list[Sums]()
+    for size, weights, reports in Passes(pipe).run(batches):
+        found = {chunk: value for report in reports.values() for chunk, value in report.metrics.items()}
+        sums += [found[chunk] for chunk in sorted(found)]
+        loss, count = mean_loss(reports, weights)
+        share = float(size) if count is None else count
         if share:
             total, samples = total + loss * share, samples + share
     if not samples:
         raise ValueError("evaluate needs at least one batch in which something counts")
-    return total / samples
-
-
-def _run(
-    pipe: Pipeline, parts: list[Nest], targets: list[Nest] | None, weights: tuple[float, ...]
-) -> dict[str, Report]:
-    plan = StepPlan(pipe._driver.new_step(), pipe.trained, False, weights, keep_outputs=targets is None)
-    routes = _routes(pipe, len(parts), targets=targets is not None)
-    return pipe._driver.run(routes, plan, given(parts, targets, pipe.schedule.stages))
+    return total / samples, means(sums)
 
 
 def _routes(pipe: Pipeline, chunks: int, *, targets: bool) -> list[tuple[str, Route]]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from rpcpipe.metrics import Sums
 from rpcpipe.microbatch import Packed
 from rpcpipe.schedules.action import Action
 
@@ -94,7 +95,8 @@ class Update(NamedTuple):
 class Report:
     """One worker's account of a step, or in a stream of what it did since its last update.
 
-    ``losses`` holds (value, count) per micro-batch on the last stage, count None for a mean;
+    ``losses`` holds (value, count) per micro-batch on the last stage, count None for a mean, and
+    ``metrics`` what ``evaluate`` measures there beside it;
     ``norms`` the 2-norm of every parameter's summed gradient, by stage, in the model's order;
     ``spans`` holds (kind, stage, chunk, start, end, version) in nanoseconds of the worker's monotonic
     clock, version -1 where weights have only one.
@@ -105,6 +107,7 @@ class Report:
     worker: str
     losses: dict[int, tuple[float, float | None]] = field(default_factory=dict)
     outputs: dict[int, Packed] = field(default_factory=dict)
+    metrics: dict[int, Sums] = field(default_factory=dict)
     norms: dict[int, list[float]] = field(default_factory=dict)
     spans: list[tuple[str, int, int, int, int, int]] = field(default_factory=list)
     sends: list[tuple[Action, Action, int]] = field(default_factory=list)

@@ -8,7 +8,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import closing, contextmanager
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import nn
@@ -21,9 +21,11 @@ from rpcpipe.driver import Driver
 from rpcpipe.errors import RpcPipeError, ScheduleError
 from rpcpipe.handle import HEADER, StageHandle
 from rpcpipe.holdings import ActorSpec
+from rpcpipe.inference import Passes
 from rpcpipe.interrupts import Deferred
 from rpcpipe.layers import Layer, named_layers, shared_parameters
 from rpcpipe.messages import Route
+from rpcpipe.metrics import Metric
 from rpcpipe.microbatch import Nest, batch_size, split
 from rpcpipe.optimizer import Factory, PipelineOptimizer
 from rpcpipe.program import compile_routes
@@ -107,7 +109,7 @@ class Pipeline:
         """The driver's half, and the stages on their workers."""
         cluster = self.cluster
         self._closed = False
-        self._open: Step | Stream | None = None
+        self._open: Step | Stream | Passes | None = None
         self._stream: Stream | None = None
         self._tracer: Tracer | None = None
         self.trained = 0
@@ -200,9 +202,11 @@ class Pipeline:
             )
         return Step(self, self.trained)
 
-    def _enter(self, step: Step | Stream) -> None:
+    def _enter(self, step: Step | Stream | Passes) -> None:
         if self._open is not None:
-            raise RpcPipeError("a step of this pipeline is open already; leave its with-block first")
+            raise RpcPipeError(
+                "a step of this pipeline is open already; first leave its with-block, or finish the iterator of predict"
+            )
         self._open = step
 
     def _note(self, timeline: Timeline) -> None:
@@ -210,7 +214,7 @@ class Pipeline:
         shares = (busy / (timeline.makespan or 1.0) for busy in timeline.busy)
         self._busy = dict(zip(self._names, shares, strict=True))
 
-    def _leave(self, step: Step | Stream) -> None:
+    def _leave(self, step: Step | Stream | Passes) -> None:
         self._open = None if self._open is step else self._open
 
     def _apply_open(self) -> None:
@@ -237,13 +241,35 @@ class Pipeline:
 
     def __call__(self, inputs: Nest) -> Nest:
         """The model's output in eval mode, gathered on this process."""
-        self._check()
-        return inference.outputs(self, inputs)
+        [output] = self.predict([inputs])
+        return output
 
-    def evaluate(self, batches: Iterable[tuple[Nest, Nest]]) -> float:
-        """The mean loss over all samples of ``batches``, in eval mode."""
+    def predict(self, batches: Iterable[Nest]) -> Iterator[Nest]:
+        """The output for every batch of inputs, as ``pipe(inputs)``, without a gap between the batches.
+
+        The iterator reads some batches ahead; the pipeline takes no other step until it is finished
+        or closed.
+        """
         self._check()
-        return inference.mean_loss_over(self, batches)
+        return inference.outputs(self, batches)
+
+    @overload
+    def evaluate(self, batches: Iterable[tuple[Nest, Nest]]) -> float: ...
+
+    @overload
+    def evaluate(self, batches: Iterable[tuple[Nest, Nest]], metrics: Mapping[str, Metric]) -> dict[str, float]: ...
+
+    def evaluate(
+        self, batches: Iterable[tuple[Nest, Nest]], metrics: Mapping[str, Metric] | None = None
+    ) -> float | dict[str, float]:
+        """The mean loss over all samples of ``batches``, in eval mode.
+
+        ``metrics``: functions by name, each (output, target) of a micro-batch -> (sum, count), called
+        on the last stage's worker; the result is then {"loss": …, name: sum / count, …}.
+        """
+        self._check()
+        loss, found = inference.evaluate(self, batches, metrics or {})
+        return loss if metrics is None else {"loss": loss, **found}
 
     # --- weights ---
 

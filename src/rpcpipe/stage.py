@@ -6,7 +6,7 @@ Knows no transport, no schedule and no other stage.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from rpcpipe import backward as autograd
 from rpcpipe import gradients, rng
 from rpcpipe.chain import Chain, Gradients, Keeper
 from rpcpipe.messages import Share, StepPlan
+from rpcpipe.metrics import Metric, Sums, measure
 from rpcpipe.microbatch import Nest, map_tensors
 from rpcpipe.recompute import Recompute
 from rpcpipe.split_backward import Deferred, backward_weight
@@ -53,6 +54,8 @@ class Stage:
         self.loss = loss
         self.losses: dict[int, tuple[torch.Tensor, Any]] = {}
         self.outputs: dict[int, Nest] = {}
+        self.metrics: Mapping[str, Metric] = {}
+        self.measured: dict[int, Sums] = {}
         self.peak_in_flight = 0
         self.peak_bytes = 0
         self.keeper = Keeper(
@@ -108,7 +111,9 @@ class Stage:
             if plan.keep_outputs:
                 self.outputs[chunk] = outputs
             else:
+                target = map_tensors(lambda leaf: leaf.to(self.device), target)
                 self._take_loss(chunk, outputs, target)
+                self.measured[chunk] = measure(self.metrics, outputs, target)
         return None
 
     def _run_layers(self, share: Share, nest: Nest, entered: autograd.Entered, start: int, stop: int) -> Nest:
@@ -234,7 +239,7 @@ class Stage:
 
     def reset(self) -> None:
         """Forget the step before, all that a failed one left included."""
-        self.losses, self.outputs, self.peak_in_flight, self.peak_bytes = {}, {}, 0, 0
+        self.losses, self.outputs, self.measured, self.peak_in_flight, self.peak_bytes = {}, {}, {}, 0, 0
         self.keeper.recomputed = 0
         self.shares, self._poisoned = {}, set()
         self._saved.clear()
