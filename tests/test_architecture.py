@@ -34,6 +34,8 @@ LAYERS = [
         "split_backward",
         "gradients",
         "undo",
+        "precision",
+        "accumulation",
         "snapshots",
         "activations",
         "recompute",

@@ -30,7 +30,7 @@ def test_taking_gives_the_same_tensors_back_and_clears_them() -> None:
 def test_norms_and_clipping_are_torchs() -> None:
     mine = parameters()
     norms = gradients.norms(mine)
-    assert norms[2] == 0.0
+    assert len(norms) == 2
     total = gradients.total_norm(norms)
     assert total == float(nn.utils.get_total_norm([p.grad for p in mine if p.grad is not None]))
     reference = [p.grad.clone() for p in mine[:2]]  # type: ignore[union-attr]

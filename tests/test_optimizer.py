@@ -56,7 +56,7 @@ def test_copies_are_made_one_at_a_time_and_kept_up_to_date() -> None:
 
 def test_changed_hyperparameters_reach_the_worker_and_may_come_back() -> None:
     worker = local()
-    driver = PipelineOptimizer(worker.groups(), lambda: None)
+    driver = PipelineOptimizer(worker.groups(), lambda: None, lambda: None)
     assert driver.changes() == [{}]
     driver.param_groups[0]["lr"] = 0.5
     apply(worker, driver.changes())

@@ -74,7 +74,9 @@ class Actor(Holdings):
         if plan.policy is not None:
             self._open_stream(plan.policy)
         elif self._optimizer is not None and plan.training:
-            self._optimizer.undo.outdate()
+            self._kept.resume(plan.after, self.parameters)
+            if plan.after is None:  # since then no weight has changed
+                self._optimizer.undo.outdate()
 
     def act(self, route: Route, told: Share | Update | None = None, *, input: Any = None, target: Any = None) -> Any:
         """Execute one action of the schedule and send its result on; an update returns a Report."""
@@ -115,8 +117,12 @@ class Actor(Holdings):
             report.peak_in_flight[number] = stage.peak_in_flight
             report.peak_bytes[number], report.recomputed[number] = stage.peak_bytes, stage.keeper.recomputed
             if self._plan.training:
+                if self._plan.updates:
+                    gradients.unscale(stage.parameters, self._plan.scale)
                 report.norms[number] = gradients.norms(stage.parameters)
             stage.outputs = {}
+        if self._plan.training and not self._plan.updates:
+            self._kept.keep(self._plan.step, self.parameters)
         return report
 
     def _add_arrivals(self, report: Report) -> None:
@@ -126,14 +132,14 @@ class Actor(Holdings):
             if self._plan.trace and step == self._plan.step:
                 report.arrivals.append((action, at))
 
-    def hand_over(self, context_id: int, count: float | None, factor: float) -> None:
-        """File the gradients in the step's distributed-autograd context.
+    def divide(self, count: float) -> dict[int, list[float]]:
+        """Turn the gradients of sums into those of means over ``count``; their norms, by stage."""
+        gradients.divide(self.parameters, count)
+        return {number: gradients.norms(stage.parameters) for number, stage in self.stages.items()}
 
-        Divided by ``count``, if the loss gave sums, and then times ``factor`` (clipping).
-        """
+    def hand_over(self, context_id: int, factor: float) -> None:
+        """File the gradients, times ``factor`` (clipping), in the step's distributed-autograd context."""
         parameters = self.parameters
-        if count is not None:
-            gradients.divide(parameters, count)
         if factor != 1.0:
             gradients.scale(parameters, factor)
         root = gradients.take(parameters)
@@ -178,7 +184,7 @@ class Actor(Holdings):
             factor = 1.0 if update.clip is None else gradients.clip_factor(gradients.total_norm(norms), update.clip)
             versions.before_update(update.group)
             with self._ledger.context() as context_id:
-                self.hand_over(context_id, None, factor)
+                self.hand_over(context_id, factor)
                 self._optimizer.apply(self._ledger.collect(context_id), update.changes)
         versions.after_update(update.group)
         if self._snapshots is not None:

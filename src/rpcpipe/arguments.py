@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from rpcpipe import schedules
-from rpcpipe.errors import CheckpointError, PartitionError
+from rpcpipe import precision, schedules
+from rpcpipe.errors import CheckpointError, PartitionError, ScheduleError
 from rpcpipe.layers import Layer, parameter_counts, shared_parameters
 from rpcpipe.partition import balance as cut
 from rpcpipe.partition import check_balance
@@ -76,6 +76,30 @@ def check_functions(loss: Any, optimizer: Any, dispatch: str, chunks: int) -> No
     refuse(not callable(optimizer), f"optimizer must be a function of the parameters, not {optimizer!r}")
     refuse(dispatch not in _DISPATCH, f"dispatch must be one of {_DISPATCH}, not {dispatch!r}")
     refuse(chunks < 1, f"chunks must be at least 1, not {chunks}")
+
+
+def check_training(nonfinite: str, flush_every: int | None, accumulate: int, autocast: torch.dtype | None) -> None:
+    """How a step ends and in what it computes."""
+    refuse(nonfinite not in ("skip", "stop"), f"nonfinite must be 'skip' or 'stop', not {nonfinite!r}")
+    refuse(flush_every is not None and flush_every < 1, f"flush_every must be at least 1, not {flush_every}")
+    refuse(accumulate < 1, f"accumulate must be at least 1, not {accumulate}")
+    precision.check(autocast)
+
+
+def check_asynchronous(policy: str | None, *, scaled: bool, accumulate: int) -> None:
+    """ScheduleError for what cannot be where every stage updates on its own."""
+    if policy is None:
+        return
+    if scaled:
+        raise ScheduleError(
+            "autocast=torch.float16 scales the loss, and whether a gradient overflowed is to be known on all stages"
+            " before any of them updates: use torch.bfloat16, or a synchronous schedule"
+        )
+    if accumulate > 1:
+        raise ScheduleError(
+            f"accumulate={accumulate} does not fit an asynchronous schedule; pipedream-2bw makes one update of"
+            " all micro-batches of a batch: pass it larger batches and more chunks"
+        )
 
 
 def check_groups(groups: Sequence[Sequence[Any]]) -> None:

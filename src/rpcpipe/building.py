@@ -46,7 +46,7 @@ def create(pipe: Pipeline, identity: str, layers: OrderedDict[str, Layer], commo
     adopt(pipe, pipe._driver.collect(replies))
     groups = [info["groups"] for info in pipe._described.values() if info["groups"]]
     check_groups(groups)
-    pipe.optimizer = PipelineOptimizer(groups[0] if groups else [], pipe._apply_open)
+    pipe.optimizer = PipelineOptimizer(groups[0] if groups else [], pipe._apply_open, pipe._forget_accumulated)
 
 
 def adopt(pipe: Pipeline, found: Mapping[str, Mapping[int, Any]]) -> None:

@@ -29,13 +29,9 @@ K = TypeVar("K")
 
 @dataclass(frozen=True)
 class Gate:
-    """What all stages together say of a step before any weight changes.
-
-    ``count`` divides the gradients where the loss gave sums, then ``factor`` clips them.
-    """
+    """What all stages together say of a step before any weight changes; ``factor`` clips its gradients."""
 
     grad_norm: float
-    count: float | None
     factor: float
 
     @property
@@ -43,17 +39,14 @@ class Gate:
         return math.isfinite(self.grad_norm)
 
     @classmethod
-    def of(cls, reports: Mapping[str, Report], count: float | None, max_norm: float | None) -> Gate:
+    def of(cls, reports: Mapping[str, Report], max_norm: float | None) -> Gate:
         """The norm of all gradients and what clipping to ``max_norm`` makes of it.
 
         The factor is ``torch.nn.utils.clip_grad_norm_``'s.
         """
         by_stage = {stage: norms for report in reports.values() for stage, norms in report.norms.items()}
         norm = gradients.total_norm([norm for stage in sorted(by_stage) for norm in by_stage[stage]])
-        if count is not None:
-            # Nothing counted, nothing learnt: 0/0 is for the gate to refuse, not for the weights.
-            norm = norm / count if count > 0 else math.nan
-        return cls(norm, count, 1.0 if max_norm is None else gradients.clip_factor(norm, max_norm))
+        return cls(norm, 1.0 if max_norm is None else gradients.clip_factor(norm, max_norm))
 
 
 class Driver:
@@ -94,9 +87,18 @@ class Driver:
         """Send one step's actions; each worker's reply. Several steps without updates may be under way at once."""
         return self._issue_batched(routes, plan, values) if self._batched else self._issue(routes, plan, values)
 
+    def divide(self, step: int, count: float, reports: Mapping[str, Report]) -> None:
+        """Divide the gradients of a loss that gave sums; ``reports`` get the norms of what comes out.
+
+        Nothing counted, nothing learnt: 0/0 is for the gate to refuse, not for the weights.
+        """
+        with self._cancelling(step):
+            for worker, norms in self._all(step, Task("divide", (count or math.nan,))).items():
+                reports[worker].norms = norms
+
     def hand_over(self, step: int, context_id: int, gate: Gate) -> dict[str, Future[Any]]:
         """File every stage's gradients in the step's distributed-autograd context."""
-        task = Task("hand_over", (context_id, gate.count, gate.factor))
+        task = Task("hand_over", (context_id, gate.factor))
         with self._cancelling(step):
             return {worker: self._post(worker, step, [task]) for worker in self.workers}
 

@@ -44,10 +44,10 @@ def take(parameters: Sequence[nn.Parameter]) -> torch.Tensor | None:
 
 
 def norms(parameters: Sequence[nn.Parameter]) -> list[float]:
-    """The 2-norm of every gradient, in order (0 for parameters without one)."""
+    """The 2-norm of every gradient, in the order of those parameters that have one."""
     present = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    found = iter(torch.stack(torch._foreach_norm(present)).tolist() if present else ())
-    return [next(found) if parameter.grad is not None else 0.0 for parameter in parameters]
+    found: list[float] = torch.stack(torch._foreach_norm(present)).tolist() if present else []
+    return found
 
 
 def finite(parameters: Sequence[nn.Parameter]) -> bool:
@@ -66,6 +66,13 @@ def total_norm(per_parameter: Sequence[float]) -> float:
 def clip_factor(norm: float, max_norm: float) -> float:
     """What ``torch.nn.utils.clip_grad_norm_`` multiplies by, computed in float32 as it does."""
     return float(torch.clamp(max_norm / (torch.tensor(norm, dtype=torch.float32) + 1e-6), max=1.0))
+
+
+def unscale(parameters: Sequence[nn.Parameter], scale: float) -> None:
+    """Take the loss scale out again, with the bits of ``torch.amp.GradScaler.unscale_``."""
+    if scale != 1.0:
+        inverse = torch.tensor(scale, dtype=torch.float64).reciprocal().float()
+        _each(parameters, lambda grads: torch._foreach_mul_(grads, float(inverse)))
 
 
 def divide(parameters: Sequence[nn.Parameter], divisor: float) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from rpcpipe import layers
+from rpcpipe.accumulation import Kept
 from rpcpipe.errors import CheckpointError
 from rpcpipe.optimizer import Factory, LocalOptimizer
 from rpcpipe.recompute import Checkpoint, Recompute
@@ -31,6 +32,7 @@ class ActorSpec:
     optimizer: Factory
     seed: int
     checkpoint: Checkpoint = "never"
+    autocast: torch.dtype | None = None
 
 
 class Holdings:
@@ -41,6 +43,7 @@ class Holdings:
         self._device = device
         self._spec = replace(spec, stages={})
         self._optimizer: LocalOptimizer | None = None
+        self._kept = Kept()
         self._build(spec.stages, spec.last_stage)
 
     def _build(self, parts: Parts, last_stage: int) -> None:
@@ -58,6 +61,7 @@ class Holdings:
                 device=self._device,
                 loss=spec.loss if number == last_stage else None,
                 recompute=Recompute(spec.checkpoint, number, last_stage, len(named)),
+                autocast=spec.autocast,
             )
             for number, (named, first) in sorted(parts.items())
         }
@@ -125,16 +129,17 @@ class Holdings:
         self._weights_changed()
 
     def give(self, names: Sequence[str]) -> bytes:
-        """The named layers with their optimizer state, for ``arrange`` of another worker."""
-        modules = self._modules()
-        return bytes(cloudpickle.dumps([(name, modules[name], self._states_of(modules[name])) for name in names]))
+        """The named layers with their optimizer state and kept gradients, for ``arrange`` of another worker."""
+        modules = [(name, module) for name, module in self._modules().items() if name in names]
+        return bytes(cloudpickle.dumps([(name, m, self._states_of(m), self._kept.of(m)) for name, m in modules]))
 
     def arrange(self, parts: Mapping[int, tuple[Sequence[str], int]], last_stage: int, given: Sequence[bytes]) -> Any:
         """Hold the stages ``parts`` from now on: of the layers that are here and those ``given``."""
         modules = self._modules()
         states = {name: self._states_of(module) for name, module in modules.items()}
-        for name, module, state in (entry for blob in given for entry in cloudpickle.loads(blob)):
+        for name, module, state, kept in (entry for blob in given for entry in cloudpickle.loads(blob)):
             modules[name], states[name] = module, state
+            self._kept.take(module, kept)
         self._build(
             {
                 number: (OrderedDict((name, modules[name]) for name in names), first)

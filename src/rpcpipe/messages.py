@@ -63,6 +63,9 @@ class StepPlan(NamedTuple):
     between changes what is drawn. ``weights[chunk]`` is the micro-batch's share of the batch: its
     loss counts that much. A stream is one step without end; ``policy`` says which version of the
     weights its minibatches use, ``stop`` that a loss or gradient that is not finite ends it.
+
+    Gradients add to those after step ``after``, if any; ``updates`` says that an update follows. The loss
+    is multiplied by ``scale`` for the backward, and before the update the gradients are divided by it.
     """
 
     step: int
@@ -73,6 +76,9 @@ class StepPlan(NamedTuple):
     trace: bool = False
     policy: str | None = None
     stop: bool = False
+    scale: float = 1.0
+    after: int | None = None
+    updates: bool = True
 
     def share(self, chunk: int) -> Share:
         """What a stage is told of micro-batch ``chunk`` of a synchronous step."""

@@ -25,6 +25,7 @@ def change(pipe: Pipeline, wanted: str | Schedule) -> None:
     new = make_schedule(wanted, len(pipe._names), pipe.chunks, virtual)
     refuse(new.workers != len(pipe._names), f"{new.name!r} is for {new.workers} workers, not {len(pipe._names)}")
     policy = versions.choose(new.name, pipe._weights if new.name == before_change.name else None)
+    pipe._check_policy(policy)
     moving = new.placement != before_change.placement
     if moving and pipe._tied is not None:
         raise PartitionError(f"{pipe._tied} are one parameter: its layers cannot be moved one by one")

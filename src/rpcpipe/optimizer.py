@@ -64,10 +64,13 @@ class PipelineOptimizer(torch.optim.Optimizer):
     changed value reaches all workers with the next step. Its parameters are empty stand-ins.
     """
 
-    def __init__(self, groups: Sequence[Mapping[str, Any]], apply: Callable[[], None]) -> None:
+    def __init__(
+        self, groups: Sequence[Mapping[str, Any]], apply: Callable[[], None], forget: Callable[[], None]
+    ) -> None:
         stand_ins = [{**group, "params": [nn.Parameter(torch.empty(0))]} for group in groups]
         super().__init__(stand_ins, dict(groups[0]) if groups else {})
         self._apply = apply
+        self._forget = forget
         self._initial = hyperparameters(self)
 
     def changes(self) -> list[dict[str, Any]]:
@@ -90,3 +93,7 @@ class PipelineOptimizer(torch.optim.Optimizer):
                 "a pipeline's optimizer takes no closure: its gradients come from train_step or pipe.step()"
             )
         self._apply()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients that calls of ``train_step`` have accumulated since the last update."""
+        self._forget()

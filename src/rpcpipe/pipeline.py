@@ -14,8 +14,16 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from rpcpipe import building, inference, moving, snapshot, tables, versions
-from rpcpipe.arguments import check_functions, cut_layers, make_schedule, refuse, worker_names
+from rpcpipe import building, inference, moving, precision, snapshot, tables, versions
+from rpcpipe.accumulation import Progress
+from rpcpipe.arguments import (
+    check_asynchronous,
+    check_functions,
+    check_training,
+    cut_layers,
+    make_schedule,
+    worker_names,
+)
 from rpcpipe.cluster import Cluster
 from rpcpipe.driver import Driver
 from rpcpipe.errors import RpcPipeError, ScheduleError
@@ -55,7 +63,9 @@ class Pipeline:
     worker, for the looped schedules. ``chunks``: micro-batches per batch, fewer where the batch is
     too small; a Schedule brings its own. ``dispatch``: "rref" issues one
     asynchronous call per action and keeps its RRef, "batched" one message per worker and step; the
-    results are the same.
+    results are the same. ``autocast``: torch.bfloat16 or torch.float16, in which layers and loss run
+    under ``torch.autocast``; for float16 ``scaler``, a ``torch.amp.GradScaler``, scales the loss.
+    ``accumulate``: so many calls of ``train_step`` make one update.
 
     ``trained`` counts the training steps done; it seeds the next one's random numbers.
 
@@ -80,29 +90,33 @@ class Pipeline:
         nonfinite: str = "skip",
         seed: int = 0,
         dispatch: str = "rref",
+        autocast: torch.dtype | None = None,
+        accumulate: int = 1,
         sample: Nest = None,
     ) -> None:
         check_functions(loss, optimizer, dispatch, chunks)
         check_checkpoint(checkpoint)
-        refuse(nonfinite not in ("skip", "stop"), f"nonfinite must be 'skip' or 'stop', not {nonfinite!r}")
-        refuse(flush_every is not None and flush_every < 1, f"flush_every must be at least 1, not {flush_every}")
+        check_training(nonfinite, flush_every, accumulate, autocast)
         cluster.check()
         self.cluster = cluster
         self.clip_grad_norm = clip_grad_norm
         self.flush_every = flush_every
         self.nonfinite = nonfinite
+        self.accumulate, self._progress = accumulate, Progress(accumulate)
+        self.scaler = precision.loss_scaler(autocast)
         self._names = worker_names([worker.name for worker in cluster.workers], schedule, balance, virtual_stages)
         self._virtual_stages = virtual_stages
         self._schedule = make_schedule(schedule, len(self._names), chunks, virtual_stages)
         self.chunks = self._schedule.chunks
         self._weights, self._policy = weights, versions.choose(self._schedule.name, weights)
+        self._check_policy(self._policy)
         layers = named_layers(model)
         self._layers = list(layers)
         self._tied = shared_parameters(layers, [1] * len(layers))
         self.balance = cut_layers(
             layers, balance, self._schedule.stages, lambda: building.measure(self, layers, sample, seed)
         )
-        common = ActorSpec({}, self._schedule.stages - 1, loss, optimizer, seed, checkpoint)
+        common = ActorSpec({}, self._schedule.stages - 1, loss, optimizer, seed, checkpoint, autocast)
         self._start(layers, common, batched=dispatch == "batched")
 
     def _start(self, layers: OrderedDict[str, Layer], common: ActorSpec, *, batched: bool) -> None:
@@ -153,7 +167,7 @@ class Pipeline:
     # --- training ---
 
     def train_step(self, inputs: Nest, targets: Nest) -> StepResult:
-        """One batch forward and backward, and one update.
+        """One batch forward and backward, and one update, or the ``accumulate``-th part of one.
 
         ``inputs`` and ``targets``: nests of tensors with the batch in dimension 0. Raises
         StageError, WorkerLost or DeadlineExceeded; the weights are then as before.
@@ -216,6 +230,18 @@ class Pipeline:
 
     def _leave(self, step: Step | Stream | Passes) -> None:
         self._open = None if self._open is step else self._open
+
+    def _advance(self, result: StepResult, progress: Progress) -> None:
+        """A synchronous step has ended well."""
+        self.trained += 1
+        self._progress = progress
+        if self.scaler is not None and not result.accumulated:
+            precision.judge(self.scaler, finite=result.applied)
+
+    def _forget_accumulated(self) -> None:
+        self._progress = Progress(self.accumulate)
+        if isinstance(self._open, Step):
+            self._open.forget()
 
     def _apply_open(self) -> None:
         if self._open is None:
@@ -328,6 +354,9 @@ class Pipeline:
         self.cluster.check()
         if self._stream is not None:
             self._stream.flush()
+
+    def _check_policy(self, policy: str | None) -> None:
+        check_asynchronous(policy, scaled=self.scaler is not None, accumulate=self.accumulate)
 
     # --- what a step consists of ---
 

@@ -21,9 +21,11 @@ class StepResult:
     ``seconds`` the driver's wall time, ``peak_in_flight`` the most micro-batches whose activations
     were alive at once, per stage, ``bubble`` the workers' measured idle share from the first
     action's start to the last one's end. ``applied`` is False where NaN or Inf in the gradients
-    left the weights as they were. By stage, ``peak_activation_bytes`` is the most memory that autograd
-    had saved at once, the inputs of what is recomputed included and parameters not, and ``recomputed``
-    the number of layers' forwards that were run again.
+    left the weights as they were, and where the gradients of ``accumulated`` calls, this one included,
+    wait for those of further ones; ``grad_norm`` is then the norm so far. ``loss_scale`` is what the
+    loss was multiplied by for the backward, 1 but under float16. By stage, ``peak_activation_bytes``
+    is the most memory that autograd had saved at once, the inputs of what is recomputed included and
+    parameters not, and ``recomputed`` the number of layers' forwards that were run again.
 
     Under an asynchronous schedule a result is of one batch in the stream: ``seconds`` since the
     result before, ``bubble`` each worker's idle share between its updates, ``grad_norm`` the mean over
@@ -47,6 +49,8 @@ class StepResult:
     staleness: tuple[int, ...] = ()
     peak_versions: tuple[int, ...] = ()
     peak_version_bytes: tuple[int, ...] = ()
+    accumulated: int = 0
+    loss_scale: float = 1.0
     idle: float | None = field(default=None, repr=False)
 
     @property
@@ -61,6 +65,8 @@ class StepResult:
 
     def _title(self) -> str:
         state = "" if self.applied else ", not applied (NaN or Inf)"
+        if self.accumulated:
+            state = f", {self.accumulated} accumulated"
         return (
             f"step {self.step}: loss {self.loss:.4f}, gradient norm {self.grad_norm:.4g},"
             f" {self.seconds * 1e3:.1f} ms, bubble {self.bubble:.1%}{state}"

@@ -14,7 +14,7 @@ from torch import nn
 from torch.autograd.graph import get_gradient_edge
 
 from rpcpipe import backward as autograd
-from rpcpipe import gradients, rng
+from rpcpipe import gradients, precision, rng
 from rpcpipe.chain import Chain, Gradients, Keeper
 from rpcpipe.messages import Share, StepPlan
 from rpcpipe.metrics import Metric, Sums, measure
@@ -44,6 +44,7 @@ class Stage:
         device: torch.device,
         loss: Loss | None = None,
         recompute: Recompute | None = None,
+        autocast: torch.dtype | None = None,
     ) -> None:
         self.index = index
         # A new container says it trains whatever its children do; from here on all of them agree.
@@ -52,6 +53,8 @@ class Stage:
         self.seed = seed
         self.device = device
         self.loss = loss
+        self._autocast = autocast
+        self._scale = 1.0
         self.losses: dict[int, tuple[torch.Tensor, Any]] = {}
         self.outputs: dict[int, Nest] = {}
         self.metrics: Mapping[str, Metric] = {}
@@ -86,14 +89,15 @@ class Stage:
         received = self._to_device(received)
         if not plan.training:
             return self._infer(plan, share, chunk, received, target)
-        self.shares[chunk] = share
+        self.shares[chunk], self._scale = share, plan.scale
         recomputing = False
 
         def layers(start: int, stop: int, nest: Nest, entered: autograd.Entered) -> Nest:
-            nest = self._run_layers(share, nest, entered, start, stop)
-            if self.loss is None or stop < len(self.module):
-                return nest
-            return self._take_loss(chunk, nest, target, again=recomputing)
+            with precision.autocast(self.device, self._autocast):
+                nest = self._run_layers(share, nest, entered, start, stop)
+                if self.loss is None or stop < len(self.module):
+                    return nest
+                return self._take_loss(chunk, nest, target, again=recomputing)
 
         self._saved[chunk], outputs = self.keeper.run(chunk, received, layers)
         recomputing = True
@@ -104,7 +108,7 @@ class Stage:
     def _infer(
         self, plan: StepPlan, share: Share, chunk: int, received: autograd.Received, target: Nest
     ) -> autograd.Received | None:
-        with torch.no_grad():
+        with torch.no_grad(), precision.autocast(self.device, self._autocast):
             outputs = self._run_layers(share, received.nest, autograd.Entered(), 0, len(self.module))
             if self.loss is None:
                 return autograd.leave(map_tensors(_to_host, outputs))
@@ -215,7 +219,8 @@ class Stage:
             assert grads is not None
             return [None if grad is None else grad.to(self.device) for grad in grads]
         weight = _weight(self.shares[chunk], self.losses[chunk][1])
-        return [torch.full_like(loss, weight) for loss in self._saved[chunk].outputs]
+        # In this order, as autograd has it for scaler.scale(loss * weight).backward().
+        return [torch.full_like(loss, self._scale).mul_(weight) for loss in self._saved[chunk].outputs]
 
     def _to_device(self, received: autograd.Received) -> autograd.Received:
         if self.device.type == "cpu":

@@ -6,11 +6,12 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
+from rpcpipe.accumulation import Progress
 from rpcpipe.driver import Gate
 from rpcpipe.errors import Failure, RpcPipeError, StageError
 from rpcpipe.interrupts import Deferred
@@ -42,6 +43,7 @@ class Step:
         self._message = pipe._driver.new_step()
         self._started = time.perf_counter()
         self._result: StepResult | None = None
+        self._progress = pipe._progress if pipe._progress.done else Progress(pipe.accumulate)
         self._updated = False
         self._context: AbstractContextManager[int] | None = None
 
@@ -65,8 +67,8 @@ class Step:
             if isinstance(error, KeyboardInterrupt) and self._updated:
                 # It came after the last worker had updated, before the caller could know of it.
                 self._pipe._driver.take_back(self._message)
-            elif kind is None:
-                self._pipe.trained += self.done
+            elif kind is None and self.done:
+                self._pipe._advance(self.result(), self._progress)
 
     @property
     def done(self) -> bool:
@@ -85,35 +87,61 @@ class Step:
         pipe, driver = self._pipe, self._pipe._driver
         parts, weights = pipe._cut_batch(inputs)
         values = given(parts, split(targets, pipe.chunks), pipe.schedule.stages)
-        reports = driver.run(
-            pipe._train_routes(len(parts)),
-            StepPlan(self._message, self._number, True, weights, trace=pipe._tracer is not None),
-            values,
-        )
+        plan = self._plan(weights)
+        reports = driver.run(pipe._train_routes(len(parts)), plan, values)
         if pipe._tracer is not None:
             pipe._tracer.step(reports, self._number)
         loss, count = mean_loss(reports, weights)
-        gate = Gate.of(reports, count, pipe.clip_grad_norm)
+        gate = self._gate(plan, reports, count)
         if not gate.finite:
-            self._refuse_nonfinite(reports)
+            self._refuse_nonfinite(plan, loss, reports)
             log.warning("step %d: the gradient's norm is %s; no weight changes", self._number, gate.grad_norm)
+        self._progress = self._progress.later(self._message, count)
         self._result = StepResult(
             self._number,
             loss,
             gate.grad_norm,
             time.perf_counter() - self._started,
             by_stage(reports, "peak_in_flight"),
-            gate.finite,
+            plan.updates and gate.finite,
             Timeline(spans(reports, pipe._offsets, self._number), workers=len(reports), name=pipe.schedule.name),
             peak_activation_bytes=by_stage(reports, "peak_bytes"),
             recomputed=by_stage(reports, "recomputed"),
+            accumulated=self._progress.done,
+            loss_scale=plan.scale,
         )
         pipe._note(self._result.timeline)
-        return driver.hand_over(self._message, self.context_id, gate) if gate.finite else {}
+        return driver.hand_over(self._message, self.context_id, gate) if self._result.applied else {}
 
-    def _refuse_nonfinite(self, reports: Mapping[str, Report]) -> None:
-        """Where the user wants to stop: name a stage whose gradient is NaN or Inf, the latest, as backwards go."""
-        if self._pipe.nonfinite == "skip":
+    def _plan(self, weights: Sequence[float]) -> StepPlan:
+        pipe, progress = self._pipe, self._progress
+        return StepPlan(
+            self._message,
+            self._number,
+            True,
+            tuple(weight / progress.calls for weight in weights),
+            trace=pipe._tracer is not None,
+            scale=1.0 if pipe.scaler is None else pipe.scaler.get_scale(),
+            after=progress.after,
+            updates=progress.is_last,
+        )
+
+    def _gate(self, plan: StepPlan, reports: Mapping[str, Report], count: float | None) -> Gate:
+        """What the gradients come to: those of the update, or those accumulated so far."""
+        pipe, total = self._pipe, self._progress.counted(count)
+        if plan.updates and total is not None:
+            pipe._driver.divide(self._message, total, reports)
+        gate = Gate.of(reports, pipe.clip_grad_norm)
+        if plan.updates:
+            return gate
+        return dataclasses.replace(gate, grad_norm=gate.grad_norm / plan.scale / (total or 1.0))
+
+    def _refuse_nonfinite(self, plan: StepPlan, loss: float, reports: Mapping[str, Report]) -> None:
+        """Where the user wants to stop: name a stage whose gradient is NaN or Inf, the latest, as backwards go.
+
+        A smaller loss scale mends the overflow of a finite loss.
+        """
+        if self._pipe.nonfinite == "skip" or (plan.scale > 1.0 and math.isfinite(loss)):
             return
         norms = {stage: (name, norms) for name, report in reports.items() for stage, norms in report.norms.items()}
         for stage, (name, found) in sorted(norms.items(), reverse=True):
@@ -122,8 +150,14 @@ class Step:
                 raise StageError.of(Failure.stated(FloatingPointError, message, worker=name, stage=stage))
 
     def optimize(self) -> None:
-        """Apply the gradients on all workers, or on none."""
+        """Apply the gradients on all workers, or on none; nothing where they are to accumulate further."""
+        if self.done and self.result().accumulated:
+            return
         self._pipe.optimizer.step()
+
+    def forget(self) -> None:
+        """Let no further call add to the gradients accumulated so far."""
+        self._progress = self._progress._replace(done=0, after=None, total=None)
 
     def apply(self) -> None:
         """What ``optimize`` does once a learning-rate scheduler has counted the call."""

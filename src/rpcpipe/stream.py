@@ -126,6 +126,7 @@ class Stream:
                 f"the schedule has become {pipe.schedule.name!r}, which does not stream; leave the loop over"
                 " pipe.train first and begin another"
             )
+        pipe._check_policy(pipe._policy)
         self._step, self._first = pipe._driver.new_step(), pipe._driver.places()
         self._base, self._committed = pipe.trained, 0
         self._order = Order(len(pipe._names))

@@ -1,0 +1,83 @@
+"""Gradient accumulation: several calls of ``train_step`` make one update.
+
+Between two calls the gradients stay on the workers, each worker's own. A call adds to a copy of what
+the calls before gave, so one that fails drops its own contribution and may be repeated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+
+class Progress(NamedTuple):
+    """How far the driver has come in one accumulation of ``calls`` calls.
+
+    ``done`` of them ended well, the last as step ``after``; a loss of (sum, count) has counted
+    ``total`` in them.
+    """
+
+    calls: int
+    done: int = 0
+    after: int | None = None
+    total: float | None = None
+
+    @property
+    def is_last(self) -> bool:
+        """Does the update follow on the next call?"""
+        return self.done + 1 == self.calls
+
+    def counted(self, count: float | None) -> float | None:
+        """``count`` with that of the calls before."""
+        if self.done and (self.total is None) != (count is None):
+            raise TypeError(
+                "the loss returned the mean in some calls of one accumulation and (sum, count) in others;"
+                " return the same form in all"
+            )
+        return count if self.total is None or count is None else self.total + count
+
+    def later(self, step: int, count: float | None) -> Progress:
+        """After ``step``, which counted ``count``, ended well."""
+        return Progress(self.calls) if self.is_last else Progress(self.calls, self.done + 1, step, self.counted(count))
+
+
+class Kept:
+    """One worker's gradients that await their update, by the step that added to them last.
+
+    Invariant: what is kept does not change. A step whose end the driver has not seen may have left
+    its sums here as well; the driver names the step from which the next one goes on.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[int, dict[nn.Parameter, torch.Tensor]] = {}
+
+    def resume(self, after: int | None, parameters: Iterable[nn.Parameter]) -> None:
+        """Let ``.grad`` be what it was after step ``after``, nothing for None; the rest is forgotten."""
+        kept = {} if after is None else self._sums[after]
+        kept = {parameter: kept[parameter] for parameter in parameters if parameter in kept}
+        self._sums = {} if after is None else {after: kept}
+        for parameter, gradient in kept.items():
+            parameter.grad = gradient.clone()
+
+    def keep(self, step: int, parameters: Iterable[nn.Parameter]) -> None:
+        """Take the gradients after ``step`` out of ``.grad``."""
+        self._sums[step] = {parameter: parameter.grad for parameter in parameters if parameter.grad is not None}
+        for parameter in self._sums[step]:
+            parameter.grad = None
+
+    def of(self, module: nn.Module) -> dict[int, dict[str, torch.Tensor]]:
+        """The module's part, by step and the parameter's name, for another worker's ``take``."""
+        named = dict(module.named_parameters())
+        return {
+            step: {name: sums[parameter] for name, parameter in named.items() if parameter in sums}
+            for step, sums in self._sums.items()
+        }
+
+    def take(self, module: nn.Module, given: dict[int, dict[str, torch.Tensor]]) -> None:
+        """Keep what another worker had for ``module``."""
+        for step, sums in given.items():
+            kept = self._sums.setdefault(step, {})
+            kept |= {module.get_parameter(name): gradient for name, gradient in sums.items()}
