@@ -52,7 +52,7 @@ LAYERS = [
     },
     {"stage", "holdings", "actor", "executor", "program", "transport"},
     {"driver", "group", "formation", "cluster", "launch", "connect", "agent", "worker"}
-    | {"result", "trace", "handle", "arguments"},
+    | {"result", "tracking", "trace", "handle", "arguments"},
     {
         "pipeline",
         "step",

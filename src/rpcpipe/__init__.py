@@ -23,6 +23,7 @@ from rpcpipe.result import StepResult
 from rpcpipe.schedules import Action, Schedule, bubble_fraction, optimal_microbatches
 from rpcpipe.simulate import Costs, critical_path
 from rpcpipe.timeline import Span, Timeline, Transfer, compare
+from rpcpipe.tracking import JsonLines, TensorBoard
 
 # Silent unless the user configures logging.
 logging.getLogger("rpcpipe").addHandler(logging.NullHandler())
@@ -35,6 +36,7 @@ __all__ = [
     "Cluster",
     "Costs",
     "DeadlineExceeded",
+    "JsonLines",
     "LayerSpec",
     "PartitionError",
     "Pipeline",
@@ -45,6 +47,7 @@ __all__ = [
     "Span",
     "StageError",
     "StepResult",
+    "TensorBoard",
     "Timeline",
     "Transfer",
     "WorkerLost",

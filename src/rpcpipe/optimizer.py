@@ -73,6 +73,11 @@ class PipelineOptimizer(torch.optim.Optimizer):
         self._forget = forget
         self._initial = hyperparameters(self)
 
+    @property
+    def lr(self) -> tuple[float, ...]:
+        """The learning rate of every group; 0 for an optimizer that has none."""
+        return tuple(float(group.get("lr", 0.0)) for group in self.param_groups)
+
     def changes(self) -> list[dict[str, Any]]:
         """Per group, the hyperparameters that are no longer what the factory gave."""
         current = hyperparameters(self)

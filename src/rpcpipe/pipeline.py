@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import uuid
 import weakref
@@ -46,6 +47,7 @@ from rpcpipe.step import Step
 from rpcpipe.stream import Stream
 from rpcpipe.timeline import Timeline
 from rpcpipe.trace import Tracer
+from rpcpipe.tracking import Callback, JsonLines, tell
 
 
 class Pipeline:
@@ -131,6 +133,7 @@ class Pipeline:
         self._busy: dict[str, float] = {}
         self.stages: tuple[StageHandle, ...] = ()
         self.optimizer: PipelineOptimizer
+        self.callbacks: list[Callback] = []
         self._routes: dict[Any, list[tuple[str, Route]]] = {}
         self._described: dict[int, Any] = {}
         identity = uuid.uuid4().hex
@@ -177,13 +180,15 @@ class Pipeline:
             stream = Stream(self)
             stream.feed(inputs, targets)
             stream.flush()
-            return stream.results.popleft()
+            return stream.take()
         with Deferred(), self.step() as step:
             # Not forward_backward: its wait for the hand-over would cost a round trip.
             step.run(inputs, targets)
             step.optimize()
             Deferred.check()  # up to here the step can be taken back; from here on it is done
-            return step.result()
+            result = step.result()
+        tell(self.callbacks, result)
+        return result
 
     def train(self, batches: Iterable[tuple[Nest, Nest]], progress: bool = False) -> Iterator[StepResult]:
         """``train_step`` for each (inputs, targets); ``progress`` shows a bar with the loss.
@@ -202,6 +207,17 @@ class Pipeline:
             for result in bar:
                 bar.set_postfix(loss=f"{result.loss:.4f}", bubble=f"{result.bubble:.0%}", refresh=False)
                 yield result
+
+    def on_step(self, callback: Callback | str | os.PathLike[str]) -> Callback:
+        """Call ``callback(result)`` after every step of ``train_step`` and ``train``, here; returns it.
+
+        A path stands for ``JsonLines(path)``. What a callback raises comes out of ``train_step`` or
+        ``train`` once the others have been called; the step is done and counted by then, and the
+        pipeline usable. ``callbacks`` lists them; ``close`` closes those that have a ``close``.
+        """
+        made = callback if callable(callback) else JsonLines(callback)
+        self.callbacks.append(made)
+        return made
 
     def step(self) -> Step:
         """A step by hand, inside a distributed-autograd context: ``s.context_id``.
@@ -330,6 +346,8 @@ class Pipeline:
         self.stages = ()
         self.cluster.relabel()
         _release(self.cluster, self._driver)
+        for callback in self.callbacks:
+            getattr(callback, "close", lambda: None)()
 
     def __repr__(self) -> str:
         if self._closed:

@@ -23,9 +23,10 @@ class StepResult:
     action's start to the last one's end. ``applied`` is False where NaN or Inf in the gradients
     left the weights as they were, and where the gradients of ``accumulated`` calls, this one included,
     wait for those of further ones; ``grad_norm`` is then the norm so far. ``loss_scale`` is what the
-    loss was multiplied by for the backward, 1 but under float16. By stage, ``peak_activation_bytes``
-    is the most memory that autograd had saved at once, the inputs of what is recomputed included and
-    parameters not, and ``recomputed`` the number of layers' forwards that were run again.
+    loss was multiplied by for the backward, 1 but under float16, ``lr`` the learning rate of every
+    parameter group. By stage, ``peak_activation_bytes`` is the most memory that autograd had saved at
+    once, the inputs of what is recomputed included and parameters not, and ``recomputed`` the number of
+    layers' forwards that were run again.
 
     Under an asynchronous schedule a result is of one batch in the stream: ``seconds`` since the
     result before, ``bubble`` each worker's idle share between its updates, ``grad_norm`` the mean over
@@ -44,6 +45,7 @@ class StepResult:
     timeline: Timeline = field(repr=False, compare=False)
     peak_activation_bytes: tuple[int, ...] = ()
     recomputed: tuple[int, ...] = ()
+    lr: tuple[float, ...] = ()
     skipped: int = 0
     versions: tuple[tuple[int, ...], ...] = ()
     staleness: tuple[int, ...] = ()
@@ -107,6 +109,7 @@ def of_stream(
     base: int,
     groups: range,
     shares: Mapping[int, float],
+    lr: tuple[float, ...],
     seconds: float,
     ended: dict[str, int],
     name: str,
@@ -137,6 +140,7 @@ def of_stream(
         Timeline(spans, workers=len(reports), name=name),
         peak_activation_bytes=by_stage(reports, "peak_bytes"),
         recomputed=by_stage(reports, "recomputed"),
+        lr=lr,
         skipped=len(updates) - len(done),
         versions=tuple(tuple(base + version for version in versions) for versions in used),
         staleness=tuple(max(g - v for g, v in zip(owners, versions, strict=True)) for versions in used),

@@ -172,4 +172,6 @@ class Step:
         """The figures so far; raises RpcPipeError before ``forward_backward``."""
         if self._result is None:
             raise RpcPipeError("call s.forward_backward(inputs, targets) first")
-        return dataclasses.replace(self._result, seconds=time.perf_counter() - self._started)
+        return dataclasses.replace(
+            self._result, seconds=time.perf_counter() - self._started, lr=self._pipe.optimizer.lr
+        )

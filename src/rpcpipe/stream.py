@@ -26,6 +26,7 @@ from rpcpipe.result import StepResult, of_stream
 from rpcpipe.schedules import Action
 from rpcpipe.schedules.asynchronous import Stream as Order
 from rpcpipe.trace import spans
+from rpcpipe.tracking import tell
 
 if TYPE_CHECKING:
     from rpcpipe.pipeline import Pipeline
@@ -40,6 +41,7 @@ class _Batch:
     groups: range
     shares: dict[int, float]
     held: list[object]
+    lr: tuple[float, ...]
 
 
 class Stream:
@@ -61,20 +63,25 @@ class Stream:
                 if flush_every is not None and count % flush_every == 0:
                     self.flush()
                 while self.results or (self._is_open and len(self._batches) > self._ahead):
-                    yield self._next()
+                    yield self.take()
         except KeyboardInterrupt:
             with Deferred():
                 self._drain()  # what was fed will be done; the next call waits for it
             raise
         except BaseException:  # the caller leaves the loop, or has no more batches
             self.flush()
+            while self.results:
+                self.take()
             raise
         self.flush()
         while self.results:
-            yield self._next()
+            yield self.take()
 
-    def _next(self) -> StepResult:
-        return self.results.popleft() if self.results else self._collect()
+    def take(self) -> StepResult:
+        """The oldest result, which the callbacks are told."""
+        result = self.results.popleft() if self.results else self._collect()
+        tell(self._pipe.callbacks, result)
+        return result
 
     # --- feeding ---
 
@@ -96,7 +103,8 @@ class Stream:
                 pipe._leave(self)
             double = pipe._policy == "2bw"
             first = len(self._changes)
-            batch = _Batch(range(first, first + (1 if double else len(parts))), {}, [])
+            groups = range(first, first + (1 if double else len(parts)))
+            batch = _Batch(groups, {}, [], pipe.optimizer.lr)
             self._changes += [self._now] * len(batch.groups)
             self._batches.append(batch)
             for index, part in enumerate(parts):
@@ -213,8 +221,9 @@ class Stream:
         result = of_stream(
             by_worker,
             [[reports[name, group] for name in pipe._names] for group in batch.groups],
-            number=number, base=self._base, groups=batch.groups, shares=batch.shares, seconds=self._since - since,
-            ended=self._ended, name=pipe.schedule.name, spans=spans(by_worker, pipe._offsets, number),
+            number=number, base=self._base, groups=batch.groups, shares=batch.shares, lr=batch.lr,
+            seconds=self._since - since, ended=self._ended, name=pipe.schedule.name,
+            spans=spans(by_worker, pipe._offsets, number),
         )  # fmt: skip
         if not result.applied:
             log.warning("step %d: loss or gradient is not finite; %d updates skipped", number, result.skipped)
