@@ -12,7 +12,9 @@ from torch import nn
 import rpcpipe as rp
 from rpcpipe import rng
 from rpcpipe.executor import Executor
+from rpcpipe.microbatch import split
 from rpcpipe.transport.local import LocalTransport
+from rpcpipe.wires import Wire
 
 
 def mlp(layers: int = 8, width: int = 12, dropout: float = 0.1) -> nn.Sequential:
@@ -61,9 +63,9 @@ class Oracle:
         self.step = 0
         self.grad_norm = 0.0
 
-    def train_step(self, inputs: torch.Tensor, targets: torch.Tensor) -> float:
+    def train_step(self, inputs: Any, targets: torch.Tensor) -> float:
         total, count = 0.0, None
-        for chunk, (x, y) in enumerate(zip(inputs.chunk(self.chunks), targets.chunk(self.chunks), strict=True)):
+        for chunk, (x, y) in enumerate(zip(split(inputs, self.chunks), targets.chunk(self.chunks), strict=True)):
             value = self.loss(self.forward(x, chunk), y)
             if isinstance(value, tuple):
                 value, n = value
@@ -71,14 +73,14 @@ class Oracle:
                 value.backward()
                 total += value.item()
             else:
-                weight = len(x) / len(inputs)
+                weight = len(y) / len(targets)
                 (value * weight).backward()
                 total += value.item() * weight
         if count is not None:
             total /= count
             for parameter in self.model.parameters():
                 parameter.grad.div_(count)
-        self.grad_norm = float(nn.utils.get_total_norm([p.grad for p in self.model.parameters()]))
+        self.grad_norm = float(nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.requires_grad]))
         if self.clip is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         self.optimizer.step()
@@ -87,10 +89,24 @@ class Oracle:
         return total
 
     def forward(self, x: Any, chunk: int) -> Any:
-        for index, layer in enumerate(self.model):
+        def call(index: int, layer: nn.Module, *arguments: Any) -> Any:
             rng.seed_layer(self.seed, self.step, chunk, index)
-            x = layer(x)
-        return x
+            return layer(*arguments)
+
+        return chained(self.model, x, call)
+
+
+def chained(model: nn.Sequential, x: Any, call: Callable[..., Any]) -> Any:
+    """``model``'s layers one after the other, each by ``call(index, layer, x, *taken)``."""
+    wires = model.wires if isinstance(model, rp.Sequential) else {}
+    values = dict(x) if isinstance(x, dict) else {}
+    for index, (name, layer) in enumerate(model.named_children()):
+        wire = wires.get(name, Wire())
+        x = call(index, layer, x, *(values[taken] for taken in wire.takes))
+        if wire.gives:
+            x, *given = x
+            values.update(zip(wire.gives, given, strict=True))
+    return x
 
 
 def assert_same_weights(pipe: rp.Pipeline, model: nn.Module) -> None:

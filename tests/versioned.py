@@ -12,7 +12,9 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from helpers import chained
 from rpcpipe import rng
+from rpcpipe.microbatch import split
 
 DEFINITIONS = {
     "stash": lambda k, r, stages, m: max(0, k - (stages - 1 - r) - 1),
@@ -44,12 +46,14 @@ class Versioned:
         }
         losses = []
         for position, (x, y, weight) in enumerate(parts):
-            for index, layer in enumerate(self.model):
+
+            def call(index: int, layer: nn.Module, *arguments: Any, position: int = position) -> Any:
                 rng.seed_layer(self.seed, self.updates, position, index)
                 prefix = f"{index}."
                 own = {name.removeprefix(prefix): leaf for name, leaf in leaves.items() if name.startswith(prefix)}
-                x = functional_call(layer, own, (x,))
-            value = self.loss(x, y)
+                return functional_call(layer, own, arguments)
+
+            value = self.loss(chained(self.model, x, call), y)
             value = value[0] / value[1] if isinstance(value, tuple) else value
             losses.append(value.item())
             (value * weight).backward()
@@ -78,14 +82,14 @@ class Versioned:
 
 
 def train(
-    oracle: Versioned, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], policy: str, stages: int, chunks: int,
+    oracle: Versioned, batches: Iterable[tuple[Any, torch.Tensor]], policy: str, stages: int, chunks: int,
     flush_every: int | None = None,
 ) -> list[float]:  # fmt: skip
     """The losses of ``batches`` under ``policy``, each cut into ``chunks`` micro-batches."""
     losses, k = [], 0
     for number, (inputs, targets) in enumerate(batches, 1):
-        parts = list(zip(inputs.chunk(chunks), targets.chunk(chunks), strict=True))
-        shares = [len(x) / len(inputs) for x, _ in parts]
+        parts = list(zip(split(inputs, chunks), targets.chunk(chunks), strict=True))
+        shares = [len(y) / len(targets) for _, y in parts]
         if policy == "2bw":
             used = [DEFINITIONS[policy](k + 1, r, stages, chunks) for r in range(stages)]
             found = oracle.step([(x, y, s) for (x, y), s in zip(parts, shares, strict=True)], used)

@@ -17,7 +17,7 @@ from rpcpipe.errors import (
     WorkerLost,
 )
 from rpcpipe.launch import launch
-from rpcpipe.layers import LayerSpec
+from rpcpipe.layers import LayerSpec, Sequential, Wired
 from rpcpipe.pipeline import Pipeline
 from rpcpipe.result import StepResult
 from rpcpipe.schedules import Action, Schedule, bubble_fraction, optimal_microbatches
@@ -44,12 +44,14 @@ __all__ = [
     "RpcPipeError",
     "Schedule",
     "ScheduleError",
+    "Sequential",
     "Span",
     "StageError",
     "StepResult",
     "TensorBoard",
     "Timeline",
     "Transfer",
+    "Wired",
     "WorkerLost",
     "balance_by_memory",
     "balance_by_parameters",

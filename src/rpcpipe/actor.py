@@ -49,7 +49,7 @@ class Actor(Holdings):
         self._snapshots: Snapshots | None = None
         self._plan = StepPlan(-1, 0, False, ())
         self._report = Report(name)
-        self._arrivals: deque[tuple[int, Action, int]] = deque()  # handlers append
+        self._arrivals: deque[tuple[int, Port, int]] = deque()  # handlers append
 
     def chore(self, action: Action | None = None) -> bool:
         """Something useful to do while waiting for ``action``'s input; False if there is nothing.
@@ -61,9 +61,9 @@ class Actor(Holdings):
             return True
         return self._optimizer is not None and self._optimizer.undo.copy_one()
 
-    def arrived(self, step: int, action: Action) -> None:
-        """A value for ``action`` came from another worker; called by a handler's thread."""
-        self._arrivals.append((step, action, time.monotonic_ns()))
+    def arrived(self, step: int, port: Port) -> None:
+        """A value for ``port`` came from another worker; called by a handler's thread."""
+        self._arrivals.append((step, port, time.monotonic_ns()))
 
     # --- operations of a step, in the order in which they come ---
 
@@ -78,30 +78,33 @@ class Actor(Holdings):
             if plan.after is None:  # since then no weight has changed
                 self._optimizer.undo.outdate()
 
-    def act(self, route: Route, told: Share | Update | None = None, *, input: Any = None, target: Any = None) -> Any:
-        """Execute one action of the schedule and send its result on; an update returns a Report."""
+    def act(self, route: Route, told: Share | Update | None = None, *, target: Any = None, **values: Any) -> Any:
+        """Execute one action of the schedule and send its results on; an update returns a Report.
+
+        ``values`` came by the links that the route awaits.
+        """
         kind, number, chunk = route.action
         stage, plan = self.stages[number], self._plan
         start = time.monotonic_ns()
-        result: Any = None
+        results: Mapping[str, Any] = {}
         if isinstance(told, Update):
             return self._update(stage, chunk, told, start)
         share = told or stage.shares.get(chunk) or plan.share(chunk)
         if kind == "F":
-            result = stage.forward(plan, share, chunk, input, target)
+            results = stage.forward(plan, share, chunk, values, target)
         elif kind == "B" and plan.policy is not None:
-            result = stage.backward_of_stream(plan, chunk, input)
+            results = stage.backward_of_stream(plan, chunk, values)
         elif kind == "B":
-            result = stage.backward(chunk, input)
+            results = stage.backward(chunk, values)
         elif kind == "I":
-            result = stage.backward_input(chunk, input)
+            results = stage.backward_input(chunk, values)
         else:
             stage.backward_weight(chunk)
         self._report.spans.append((kind, number, chunk, start, time.monotonic_ns(), stage.version(share)))
-        if route.worker is not None and route.consumer is not None:
-            if plan.trace and route.worker != self.name:
-                self._report.sends.append((route.action, route.consumer, time.monotonic_ns()))
-            self._send(route.worker, plan.step, Port(route.consumer, "input"), result)
+        for link, worker, port in route.sends:
+            if plan.trace and worker != self.name:
+                self._report.sends.append((route.action, port, time.monotonic_ns()))
+            self._send(worker, plan.step, port, results[link])
         return None
 
     def settle(self) -> Report:
@@ -128,9 +131,9 @@ class Actor(Holdings):
     def _add_arrivals(self, report: Report) -> None:
         """Those of the step; of a stream, since its last update."""
         while self._arrivals and self._arrivals[0][0] <= self._plan.step:
-            step, action, at = self._arrivals.popleft()
+            step, port, at = self._arrivals.popleft()
             if self._plan.trace and step == self._plan.step:
-                report.arrivals.append((action, at))
+                report.arrivals.append((port, at))
 
     def divide(self, count: float) -> dict[int, list[float]]:
         """Turn the gradients of sums into those of means over ``count``; their norms, by stage."""

@@ -15,6 +15,9 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from rpcpipe.microbatch import Nest, map_tensors, tensors
 
+# By tensor, None where nothing flows back.
+Gradients = list[torch.Tensor | None]
+
 
 class Entry(torch.autograd.Function):
     """Identity on the inputs; its backward puts their gradients into ``box`` and ends there."""
@@ -53,7 +56,7 @@ class Entered:
     """
 
     edges: list[GradientEdge] = field(default_factory=list)
-    box: list[torch.Tensor | None] = field(default_factory=list)
+    box: Gradients = field(default_factory=list)
     inner: list[GradientEdge] = field(default_factory=list)
 
 
@@ -74,7 +77,7 @@ def enter(received: Received) -> tuple[Nest, Entered]:
     """The nest with gradients flowing to a box, and where that is."""
     leaves = tensors(received.nest)
     wanted = [leaf for leaf, wants in zip(leaves, received.wants_grad, strict=True) if wants]
-    box: list[torch.Tensor | None] = [None] * len(wanted)
+    box: Gradients = [None] * len(wanted)
     if not wanted or not torch.is_grad_enabled():
         return received.nest, Entered(box=box)
     anchor = torch.empty(0, requires_grad=True)
@@ -96,7 +99,7 @@ def differentiable(outputs: Nest) -> list[torch.Tensor]:
     return [leaf for leaf in tensors(outputs) if leaf.requires_grad]
 
 
-def backward(saved: Saved, grads: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+def backward(saved: Saved, grads: Gradients) -> Gradients:
     """Accumulate into the parameters' ``.grad``; return the inputs' gradients.
 
     An output that nothing downstream used has gradient None and is left out.

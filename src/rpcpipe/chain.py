@@ -12,11 +12,11 @@ from torch import nn
 
 from rpcpipe import backward as autograd
 from rpcpipe.activations import Memory, Meter, forgetting
+from rpcpipe.backward import Gradients
 from rpcpipe.microbatch import Nest, tensors
 from rpcpipe.recompute import Recompute, Run
 from rpcpipe.split_backward import Deferred, backward_input
 
-Gradients = list[torch.Tensor | None]
 # (first layer, one past the last, nest, where it entered) -> outputs
 Forward = Callable[[int, int, Nest, autograd.Entered], Nest]
 

@@ -103,7 +103,7 @@ class Executor:
         """File a value that another worker has pushed."""
         if (actor := self.actors.get(pipeline)) is not None:
             # Before the value is filed: with the last one the step may end at once.
-            actor.arrived(step, port.action)
+            actor.arrived(step, port)
         self._put(pipeline, step, port, value)
 
     def clock(self) -> int:

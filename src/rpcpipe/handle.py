@@ -9,6 +9,7 @@ from torch import nn
 
 from rpcpipe import tables
 from rpcpipe.driver import Driver
+from rpcpipe.errors import RpcPipeError
 from rpcpipe.microbatch import Nest
 from rpcpipe.pickling import dumps, loads
 
@@ -50,8 +51,14 @@ class StageHandle:
     def forward(self, inputs: Nest) -> Any:
         """An RRef to the module's output for ``inputs``: a nest of tensors, or another RRef.
 
-        Inside ``dist_autograd.context()`` its graph is recorded across the workers.
+        Inside ``dist_autograd.context()`` its graph is recorded across the workers. Raises RpcPipeError
+        for a stage with Wired layers: what they take does not come by hand.
         """
+        if self._info["wired"]:
+            raise RpcPipeError(
+                f"stage {self.index} has layers that take or give named values; it runs in steps only (train_step,"
+                " evaluate, pipe(inputs)), or by pipe.stages[k].call(function)"
+            )
         return self._driver.chain(self.worker, self.index, inputs)
 
     def parameter_rrefs(self) -> list[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import cloudpickle
@@ -17,6 +17,7 @@ from rpcpipe.errors import CheckpointError
 from rpcpipe.optimizer import Factory, LocalOptimizer
 from rpcpipe.recompute import Checkpoint, Recompute
 from rpcpipe.stage import Loss, Stage
+from rpcpipe.wires import Hop, Wire, exits
 
 # By stage: its named layers, and the first one's index in the model.
 Parts = dict[int, tuple[OrderedDict[str, layers.Layer], int]]
@@ -33,6 +34,9 @@ class ActorSpec:
     seed: int
     checkpoint: Checkpoint = "never"
     autocast: torch.dtype | None = None
+    # Of all the model's layers; and the ways of what they take and give, as the model is cut.
+    wires: Mapping[str, Wire] = field(default_factory=dict)
+    hops: tuple[Hop, ...] = ()
 
 
 class Holdings:
@@ -44,9 +48,9 @@ class Holdings:
         self._spec = replace(spec, stages={})
         self._optimizer: LocalOptimizer | None = None
         self._kept = Kept()
-        self._build(spec.stages, spec.last_stage)
+        self._build(spec.stages, spec.last_stage, spec.hops)
 
-    def _build(self, parts: Parts, last_stage: int) -> None:
+    def _build(self, parts: Parts, last_stage: int, hops: Sequence[Hop]) -> None:
         """Make the stages, and an optimizer over all their parameters."""
         spec, self._last_stage = self._spec, last_stage
         self.stages = {
@@ -62,6 +66,8 @@ class Holdings:
                 loss=spec.loss if number == last_stage else None,
                 recompute=Recompute(spec.checkpoint, number, last_stage, len(named)),
                 autocast=spec.autocast,
+                wires=[spec.wires[name] for name in named],
+                exits=exits(hops, number, last_stage),
             )
             for number, (named, first) in sorted(parts.items())
         }
@@ -87,6 +93,7 @@ class Holdings:
                 "bytes": sum(p.numel() * p.element_size() for p in stage.module.parameters()),
                 "device": str(stage.device),
                 "groups": groups,
+                "wired": any(self._spec.wires[name] != Wire() for name, _ in stage.module.named_children()),
             }
             for number, stage in self.stages.items()
         }
@@ -133,7 +140,13 @@ class Holdings:
         modules = [(name, module) for name, module in self._modules().items() if name in names]
         return bytes(cloudpickle.dumps([(name, m, self._states_of(m), self._kept.of(m)) for name, m in modules]))
 
-    def arrange(self, parts: Mapping[int, tuple[Sequence[str], int]], last_stage: int, given: Sequence[bytes]) -> Any:
+    def arrange(
+        self,
+        parts: Mapping[int, tuple[Sequence[str], int]],
+        last_stage: int,
+        hops: Sequence[Hop],
+        given: Sequence[bytes],
+    ) -> Any:
         """Hold the stages ``parts`` from now on: of the layers that are here and those ``given``."""
         modules = self._modules()
         states = {name: self._states_of(module) for name, module in modules.items()}
@@ -146,6 +159,7 @@ class Holdings:
                 for number, (names, first) in parts.items()
             },
             last_stage,
+            hops,
         )
         for name in (name for names, _ in parts.values() for name in names):
             for key, state in states[name].items():

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rpcpipe import schedules
 from rpcpipe.arguments import refuse
 from rpcpipe.errors import RpcPipeError
+from rpcpipe.feeding import given, hops
 from rpcpipe.interrupts import Deferred
 from rpcpipe.messages import Report, Route, StepPlan
 from rpcpipe.metrics import Metric, Sums, means
 from rpcpipe.microbatch import Nest, batch_size, merge, split, unpack
 from rpcpipe.pickling import dumps
-from rpcpipe.program import compile_routes, given
+from rpcpipe.program import compile_routes
 from rpcpipe.result import mean_loss
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class Passes:
         answers = None if targets is None else split(targets, pipe.chunks)
         plan = StepPlan(pipe._driver.new_step(), pipe.trained, False, weights, keep_outputs=targets is None)
         routes = _routes(pipe, len(parts), targets=targets is not None)
-        replies = pipe._driver.issue(routes, plan, given(parts, answers, pipe.schedule.stages))
+        replies = pipe._driver.issue(routes, plan, given(pipe, parts, answers))
         return Passed(batch_size(inputs), weights, {}), replies
 
     def _collect(self, passed: Passed, replies: Mapping[str, Future[Any]]) -> Passed:
@@ -112,5 +113,5 @@ def _routes(pipe: Pipeline, chunks: int, *, targets: bool) -> list[tuple[str, Ro
     key = ("forward", chunks, targets)
     if key not in pipe._routes:
         schedule = schedules.forward_only(pipe.schedule, chunks)
-        pipe._routes[key] = compile_routes(schedule, pipe._names, targets=targets)
+        pipe._routes[key] = compile_routes(schedule, pipe._names, targets=targets, hops=hops(pipe))
     return pipe._routes[key]

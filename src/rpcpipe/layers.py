@@ -11,6 +11,9 @@ from torch import nn
 
 from rpcpipe import rng
 from rpcpipe.errors import PartitionError
+from rpcpipe.flow import advance
+from rpcpipe.microbatch import Nest
+from rpcpipe.wires import Wire, inputs, kept
 
 
 class LayerSpec:
@@ -37,14 +40,83 @@ class LayerSpec:
         return f"LayerSpec({getattr(self.cls, '__name__', self.cls)}, {', '.join(given)})"
 
 
-Layer = nn.Module | LayerSpec
+class Wired:
+    """A layer that takes and gives named values, beside the running value that goes from layer to layer.
+
+    It is called ``layer(x, *taken)`` and returns x, or with ``gives`` the tuple ``(x, *given)``. ``takes``
+    and ``gives`` are names. A name means what the last layer before has given under it; one that no
+    layer before gives must be a key of the inputs, which then are a dict (all of it is the first
+    layer's x). Names reach the stages that take them directly, from the driver or from the stage that
+    uses them before, and so do their gradients on the way back.
+    """
+
+    def __init__(
+        self, layer: nn.Module | LayerSpec, takes: str | Sequence[str] = (), gives: str | Sequence[str] = ()
+    ) -> None:
+        if not isinstance(layer, (nn.Module, LayerSpec)):
+            raise TypeError(f"Wired takes an nn.Module or rp.LayerSpec, not a {type(layer).__name__}")
+        self.layer = layer
+        self.wire = Wire(*((names,) if isinstance(names, str) else tuple(names) for names in (takes, gives)))
+
+    def __repr__(self) -> str:
+        return f"Wired({self.layer!r}, takes={self.wire.takes}, gives={self.wire.gives})"
+
+
+Layer = nn.Module | LayerSpec | Wired
+
+
+class Sequential(nn.Sequential):
+    """The layers of a pipeline as one module in this process.
+
+    Its outputs, initial weights and ``state_dict`` are those of ``Pipeline(layers, seed=seed)``, which takes
+    a Sequential as well. LayerSpecs are built here. ``forward`` takes the inputs as a pipeline does;
+    raises ValueError if they lack a name that a layer takes.
+    """
+
+    def __init__(self, layers: nn.Sequential | Sequence[Layer], *, seed: int = 0) -> None:
+        named = named_layers(layers)
+        super().__init__(
+            OrderedDict((name, build(layer, seed=seed, index=at)) for at, (name, layer) in enumerate(named.items()))
+        )
+        self.wires = {name: wire_of(layer) for name, layer in named.items()}
+
+    def forward(self, inputs: Nest) -> Nest:
+        check_inputs(inputs, self.wires)
+        flow = inputs, dict(inputs) if isinstance(inputs, Mapping) else {}
+        steps = zip(self, self.wires.values(), kept(list(self.wires.values())), strict=True)
+        for layer, wire, needed in steps:
+            flow = advance(layer, wire, flow, needed)
+        return flow[0]
+
+
+def unwired(layer: Layer) -> nn.Module | LayerSpec:
+    """The layer itself."""
+    return layer.layer if isinstance(layer, Wired) else layer
+
+
+def wire_of(layer: Layer) -> Wire:
+    """What ``layer`` takes and gives."""
+    return layer.wire if isinstance(layer, Wired) else Wire()
+
+
+def check_inputs(given: Nest, wires: Mapping[str, Wire]) -> None:
+    """ValueError unless ``given`` has every name that no layer gives before another one takes it."""
+    for name, layer in inputs(wires).items():
+        if not isinstance(given, Mapping) or name not in given:
+            what = f"their keys are {list(given)}" if isinstance(given, Mapping) else f"a {type(given).__name__}"
+            raise ValueError(
+                f"layer {layer} takes {name!r}, which no layer before it gives and the inputs do not have ({what});"
+                f" pass inputs as a dict with {name!r}, or let an earlier layer give it"
+            )
 
 
 def named_layers(model: nn.Sequential | Sequence[Layer]) -> OrderedDict[str, Layer]:
     """The model's layers by the names they have in the unsplit model's ``state_dict``.
 
-    Raises PartitionError for anything but an ``nn.Sequential`` or a sequence of modules and specs.
+    Raises PartitionError for anything but an ``nn.Sequential`` or a sequence of layers.
     """
+    if isinstance(model, Sequential):
+        return OrderedDict((name, Wired(layer, *model.wires[name])) for name, layer in model.named_children())
     if isinstance(model, nn.Sequential):
         return OrderedDict(model.named_children())
     if isinstance(model, nn.Module) or not isinstance(model, Sequence):
@@ -60,6 +132,7 @@ def named_layers(model: nn.Sequential | Sequence[Layer]) -> OrderedDict[str, Lay
 
 def build(layer: Layer, *, seed: int, index: int) -> nn.Module:
     """The module itself: built where this is called if it is a spec, as it is otherwise."""
+    layer = unwired(layer)
     if isinstance(layer, nn.Module):
         return layer
     rng.seed_init(seed, index)
@@ -73,6 +146,7 @@ def parameter_counts(layers: Mapping[str, Layer]) -> list[int]:
     """
     counts = []
     for name, layer in layers.items():
+        layer = unwired(layer)
         if isinstance(layer, LayerSpec):
             try:
                 with torch.device("meta"):
@@ -91,6 +165,7 @@ def shared_parameters(layers: OrderedDict[str, Layer], cut: Sequence[int]) -> st
     owner: dict[int, tuple[int, str]] = {}
     stage_of = [stage for stage, size in enumerate(cut) for _ in range(size)]
     for stage, (name, layer) in zip(stage_of, layers.items(), strict=True):
+        layer = unwired(layer)
         if isinstance(layer, nn.Module):
             for key, parameter in layer.named_parameters():
                 first = owner.setdefault(id(parameter), (stage, f"{name}.{key}"))

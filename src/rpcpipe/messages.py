@@ -12,19 +12,29 @@ from rpcpipe.schedules.action import Action
 
 
 class Port(NamedTuple):
-    """One of the values an action waits for: ``slot`` is "input" or "target"."""
+    """One of the values an action waits for.
+
+    ``slot`` is "input", "target", "inputs" (named ones, from the driver) or "value of stage …".
+    """
 
     action: Action
     slot: str
 
 
+class Send(NamedTuple):
+    """Where a stage's result for ``link``, its connection with another stage, goes."""
+
+    link: str
+    worker: str
+    port: Port
+
+
 class Route(NamedTuple):
-    """An action, what it waits for from elsewhere, and where its result goes."""
+    """An action, what it waits for from elsewhere, and where its results go."""
 
     action: Action
     awaits: tuple[Port, ...]
-    worker: str | None
-    consumer: Action | None
+    sends: tuple[Send, ...]
 
 
 class Task(NamedTuple):
@@ -106,8 +116,8 @@ class Report:
     ``norms`` the 2-norm of every parameter's summed gradient, by stage, in the model's order;
     ``spans`` holds (kind, stage, chunk, start, end, version) in nanoseconds of the worker's monotonic
     clock, version -1 where weights have only one.
-    Where the step is traced, ``sends`` holds (producer, consumer, time) and ``arrivals`` (consumer,
-    time) of the values that other workers got from or gave to this one.
+    Where the step is traced, ``sends`` holds (producer, port, time) and ``arrivals`` (port, time) of the
+    values that other workers got from or gave to this one.
     """
 
     worker: str
@@ -116,8 +126,8 @@ class Report:
     metrics: dict[int, Sums] = field(default_factory=dict)
     norms: dict[int, list[float]] = field(default_factory=dict)
     spans: list[tuple[str, int, int, int, int, int]] = field(default_factory=list)
-    sends: list[tuple[Action, Action, int]] = field(default_factory=list)
-    arrivals: list[tuple[Action, int]] = field(default_factory=list)
+    sends: list[tuple[Action, Port, int]] = field(default_factory=list)
+    arrivals: list[tuple[Port, int]] = field(default_factory=list)
     peak_in_flight: dict[int, int] = field(default_factory=dict)
     peak_bytes: dict[int, int] = field(default_factory=dict)
     recomputed: dict[int, int] = field(default_factory=dict)

@@ -9,6 +9,7 @@ from rpcpipe import schedules, versions
 from rpcpipe.arguments import make_schedule, owners, refuse, stage_parts
 from rpcpipe.building import adopt
 from rpcpipe.errors import PartitionError
+from rpcpipe.feeding import hops
 from rpcpipe.partition import balance as cut
 from rpcpipe.schedules import Schedule
 
@@ -58,7 +59,7 @@ def move(pipe: Pipeline, before: Mapping[str, str]) -> None:
         replies = {}
         for worker, name in enumerate(names):
             mine = {stage: part for stage, part in parts.items() if schedule.placement[stage] == worker}
-            replies[name] = driver.post(name, "arrange", mine, schedule.stages - 1, given[name])
+            replies[name] = driver.post(name, "arrange", mine, schedule.stages - 1, hops(pipe), given[name])
         adopt(pipe, driver.collect(replies))
     except BaseException:
         pipe.close()

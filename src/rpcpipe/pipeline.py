@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from rpcpipe import building, inference, moving, precision, snapshot, tables, versions
+from rpcpipe import building, feeding, inference, moving, precision, snapshot, tables, versions
 from rpcpipe.accumulation import Progress
 from rpcpipe.arguments import (
     check_asynchronous,
@@ -32,7 +32,7 @@ from rpcpipe.handle import HEADER, StageHandle
 from rpcpipe.holdings import ActorSpec
 from rpcpipe.inference import Passes
 from rpcpipe.interrupts import Deferred
-from rpcpipe.layers import Layer, named_layers, shared_parameters
+from rpcpipe.layers import Layer, named_layers, shared_parameters, wire_of
 from rpcpipe.messages import Route
 from rpcpipe.metrics import Metric
 from rpcpipe.microbatch import Nest, batch_size, split
@@ -53,7 +53,7 @@ from rpcpipe.tracking import Callback, JsonLines, tell
 class Pipeline:
     """A model cut into stages on a cluster's workers, trained from this process.
 
-    ``model``: an ``nn.Sequential``, or a list of ``nn.Module`` and ``LayerSpec``. ``loss(output,
+    ``model``: an ``nn.Sequential``, or a list of ``nn.Module``, ``LayerSpec`` and ``Wired``. ``loss(output,
     target)`` gives the mean as a scalar tensor, or (sum, count), which is normalised over the whole
     batch. ``optimizer(params)`` makes a torch optimizer, once per worker. ``balance``: layers per
     stage, or "parameters", "time" or "memory", the last two measured on the first worker with
@@ -114,11 +114,14 @@ class Pipeline:
         self._check_policy(self._policy)
         layers = named_layers(model)
         self._layers = list(layers)
+        self._wires = {name: wire_of(layer) for name, layer in layers.items()}
         self._tied = shared_parameters(layers, [1] * len(layers))
         self.balance = cut_layers(
             layers, balance, self._schedule.stages, lambda: building.measure(self, layers, sample, seed)
         )
-        common = ActorSpec({}, self._schedule.stages - 1, loss, optimizer, seed, checkpoint, autocast)
+        common = ActorSpec(
+            {}, self._schedule.stages - 1, loss, optimizer, seed, checkpoint, autocast, self._wires, feeding.hops(self)
+        )
         self._start(layers, common, batched=dispatch == "batched")
 
     def _start(self, layers: OrderedDict[str, Layer], common: ActorSpec, *, batched: bool) -> None:
@@ -385,7 +388,9 @@ class Pipeline:
 
     def _train_routes(self, chunks: int) -> list[tuple[str, Route]]:
         if chunks not in self._routes:
-            self._routes[chunks] = compile_routes(self.schedule.truncated(chunks), self._names, targets=True)
+            self._routes[chunks] = compile_routes(
+                self.schedule.truncated(chunks), self._names, targets=True, hops=feeding.hops(self)
+            )
         return self._routes[chunks]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -15,10 +15,12 @@ from torch import nn
 from rpcpipe import backward as autograd
 from rpcpipe import layers as model
 from rpcpipe.activations import Memory, Meter
+from rpcpipe.flow import Flow, advance
 from rpcpipe.microbatch import Nest, map_tensors, tensors
 from rpcpipe.optimizer import Factory
 from rpcpipe.profiles import LayerProfile
 from rpcpipe.split_backward import backward_input, backward_weight
+from rpcpipe.wires import Wire, inputs, kept
 
 _ROUNDS = 5
 
@@ -39,16 +41,34 @@ def profile(
     layer is in memory at a time if they are LayerSpecs. What two layers save of the same memory counts
     once, in the first.
     """
-    received = autograd.Received.constant(map_tensors(lambda leaf: leaf.to(device), sample))
+    wires = {name: model.wire_of(layer) for name, layer in layers.items()}
+    model.check_inputs(sample, wires)
+    sample = map_tensors(lambda leaf: leaf.to(device), sample)
+    direct = {name: sample[name] for name in inputs(wires)}
+    received = autograd.Received.constant((sample, {}))
     found: list[LayerProfile] = []
     before = _Run(None, Memory())
+    needed = kept(list(wires.values()))
     for index, (name, layer) in enumerate(layers.items()):
         module = model.build(layer, seed=seed, index=index).to(device).train()
+        flowing = _Flowing(module, wires[name], needed[index], direct)
         last = index == len(layers) - 1
-        closed = _WithLoss(module, loss, target) if last and loss is not None else module
+        closed = _WithLoss(flowing, loss, target) if last and loss is not None else flowing
         result, received, before = _measure(name, closed, received, before, optimizer)
         found.append(result)
     return found
+
+
+class _Flowing(nn.Module):
+    """A layer as a function of what flows into it; what the driver gives ``direct`` flows through no layer."""
+
+    def __init__(self, module: nn.Module, wire: Wire, needed: Collection[str], direct: Mapping[str, Nest]) -> None:
+        super().__init__()
+        self.module, self.wire, self.needed, self.direct = module, wire, needed, direct
+
+    def forward(self, flow: Flow) -> Flow:
+        x, values = advance(self.module, self.wire, (flow[0], {**self.direct, **flow[1]}), self.needed)
+        return x, {name: value for name, value in values.items() if value is not self.direct.get(name, self)}
 
 
 class _WithLoss(nn.Module):
@@ -56,10 +76,9 @@ class _WithLoss(nn.Module):
         super().__init__()
         self.module, self.loss, self.target = module, loss, target
 
-    def forward(self, nest: Nest) -> torch.Tensor:
-        value = self.loss(self.module(nest), self.target)
-        found: torch.Tensor = value[0] if isinstance(value, tuple) else value
-        return found
+    def forward(self, flow: Flow) -> Flow:
+        value = self.loss(self.module(flow)[0], self.target)
+        return value[0] if isinstance(value, tuple) else value, {}
 
 
 @dataclass

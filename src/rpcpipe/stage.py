@@ -6,7 +6,8 @@ Knows no transport, no schedule and no other stage.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,13 +16,16 @@ from torch.autograd.graph import get_gradient_edge
 
 from rpcpipe import backward as autograd
 from rpcpipe import gradients, precision, rng
-from rpcpipe.chain import Chain, Gradients, Keeper
+from rpcpipe.backward import Gradients, Received
+from rpcpipe.chain import Chain, Keeper
+from rpcpipe.flow import Flow, advance, cut, join, leaving, part
 from rpcpipe.messages import Share, StepPlan
 from rpcpipe.metrics import Metric, Sums, measure
 from rpcpipe.microbatch import Nest, map_tensors
 from rpcpipe.recompute import Recompute
 from rpcpipe.split_backward import Deferred, backward_weight
 from rpcpipe.weights import Versions
+from rpcpipe.wires import Wire, kept
 
 Loss = Callable[[Any, Any], Any]
 # Sent instead of gradients: skip this micro-batch's whole group.
@@ -31,7 +35,8 @@ POISON = "not finite"
 class Stage:
     """Layers ``first_layer`` … of the model, on one device.
 
-    ``loss`` is set on the last stage alone.
+    ``loss`` is set on the last stage alone. ``wires``: what its layers take and give beside the running
+    value; ``exits``: the names that leave by each link to a later stage.
     """
 
     def __init__(
@@ -45,6 +50,8 @@ class Stage:
         loss: Loss | None = None,
         recompute: Recompute | None = None,
         autocast: torch.dtype | None = None,
+        wires: Sequence[Wire] | None = None,
+        exits: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         self.index = index
         # A new container says it trains whatever its children do; from here on all of them agree.
@@ -55,6 +62,11 @@ class Stage:
         self.loss = loss
         self._autocast = autocast
         self._scale = 1.0
+        self._wires = wires or [Wire()] * len(layers)
+        self._exits = exits or {}
+        self._kept = kept(self._wires, (name for names in self._exits.values() for name in names))
+        # By micro-batch, how many gradients go back by each link.
+        self._returns: dict[int, dict[str, int]] = {}
         self.losses: dict[int, tuple[torch.Tensor, Any]] = {}
         self.outputs: dict[int, Nest] = {}
         self.metrics: Mapping[str, Metric] = {}
@@ -81,56 +93,61 @@ class Stage:
         return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
 
     def forward(
-        self, plan: StepPlan, share: Share, chunk: int, received: autograd.Received, target: Nest
-    ) -> autograd.Received | None:
-        """Run the layers; returns what the next stage gets, None on the last."""
+        self, plan: StepPlan, share: Share, chunk: int, parcels: Mapping[str, Received], target: Nest
+    ) -> dict[str, Received]:
+        """Run the layers on what came by each link; returns what leaves by each."""
         if self.module.training != plan.training:
             self.module.train(plan.training)
+        received, returns = join(parcels)
         received = self._to_device(received)
         if not plan.training:
             return self._infer(plan, share, chunk, received, target)
-        self.shares[chunk], self._scale = share, plan.scale
+        self.shares[chunk], self._returns[chunk], self._scale = share, returns, plan.scale
         recomputing = False
 
-        def layers(start: int, stop: int, nest: Nest, entered: autograd.Entered) -> Nest:
+        def layers(start: int, stop: int, flow: Flow, entered: autograd.Entered) -> Nest:
             with precision.autocast(self.device, self._autocast):
-                nest = self._run_layers(share, nest, entered, start, stop)
-                if self.loss is None or stop < len(self.module):
-                    return nest
-                return self._take_loss(chunk, nest, target, again=recomputing)
+                flow = self._run_layers(share, flow, entered, start, stop)
+                if stop < len(self.module):
+                    return flow
+                if self.loss is None:
+                    return leaving(flow, self._exits)
+                return self._take_loss(chunk, flow[0], target, again=recomputing)
 
         self._saved[chunk], outputs = self.keeper.run(chunk, received, layers)
         recomputing = True
         self.peak_in_flight = max(self.peak_in_flight, self.in_flight)
         self._measure()
-        return None if self.loss is not None else autograd.leave(map_tensors(_to_host, outputs))
+        return {} if self.loss is not None else self._leave(outputs)
 
-    def _infer(
-        self, plan: StepPlan, share: Share, chunk: int, received: autograd.Received, target: Nest
-    ) -> autograd.Received | None:
+    def _leave(self, flow: Flow) -> dict[str, Received]:
+        return part(autograd.leave(map_tensors(_to_host, flow)), self._exits)
+
+    def _infer(self, plan: StepPlan, share: Share, chunk: int, received: Received, target: Nest) -> dict[str, Received]:
         with torch.no_grad(), precision.autocast(self.device, self._autocast):
-            outputs = self._run_layers(share, received.nest, autograd.Entered(), 0, len(self.module))
+            flow = self._run_layers(share, received.nest, autograd.Entered(), 0, len(self.module))
             if self.loss is None:
-                return autograd.leave(map_tensors(_to_host, outputs))
+                return self._leave(leaving(flow, self._exits))
             if plan.keep_outputs:
-                self.outputs[chunk] = outputs
+                self.outputs[chunk] = flow[0]
             else:
                 target = map_tensors(lambda leaf: leaf.to(self.device), target)
-                self._take_loss(chunk, outputs, target)
-                self.measured[chunk] = measure(self.metrics, outputs, target)
-        return None
+                self._take_loss(chunk, flow[0], target)
+                self.measured[chunk] = measure(self.metrics, flow[0], target)
+        return {}
 
-    def _run_layers(self, share: Share, nest: Nest, entered: autograd.Entered, start: int, stop: int) -> Nest:
+    def _run_layers(self, share: Share, flow: Flow, entered: autograd.Entered, start: int, stop: int) -> Flow:
         number = self.version(share)
         for at in range(start, stop):
             layer = self.module[at]
             rng.seed_layer(self.seed, share.draw, share.position, self.first_layer + at)
-            nest = layer(nest) if self.versions is None else self.versions.call(layer, number, nest)
+            call = layer if self.versions is None else partial(self.versions.call, layer, number)
+            flow = advance(call, self._wires[at], flow, self._kept[at])
             if at == start and not entered.edges:
                 # One output only: of several, one may lead to another and be counted twice.
-                leaves = autograd.differentiable(nest)
+                leaves = autograd.differentiable(flow)
                 entered.inner = [get_gradient_edge(leaf) for leaf in leaves] if len(leaves) == 1 else []
-        return nest
+        return flow
 
     def _measure(self) -> None:
         alive = sum(chain.bytes for chain in self._saved.values()) + sum(size for _, size in self._deferred.values())
@@ -158,13 +175,18 @@ class Stage:
         """Of the weights that ``share`` is computed with; -1 where they have only one."""
         return -1 if self.versions is None or share.group is None else self.versions.of(share.group)
 
-    def backward(self, chunk: int, grads: Gradients | None) -> Gradients:
-        """The whole backward: parameters' ``.grad`` grow, the inputs' gradients are returned."""
+    def backward(self, chunk: int, grads: Mapping[str, Gradients]) -> dict[str, Gradients]:
+        """The whole backward: parameters' ``.grad`` grow; returns the inputs' gradients by link, as it takes them."""
         found = self._saved[chunk].backward(self._output_grads(chunk, grads))
         del self._saved[chunk]
-        return _all_to_host(found)
+        return self._send_back(chunk, found)
 
-    def backward_of_stream(self, plan: StepPlan, chunk: int, grads: Gradients | str | None) -> Gradients | str:
+    def _send_back(self, chunk: int, grads: Gradients) -> dict[str, Gradients]:
+        return cut([None if grad is None else _to_host(grad) for grad in grads], self._returns.pop(chunk))
+
+    def backward_of_stream(
+        self, plan: StepPlan, chunk: int, grads: Mapping[str, Gradients | str]
+    ) -> Mapping[str, Gradients | str]:
         """``backward``; the whole group is poisoned on all stages where the loss or its gradient is not finite.
 
         Only the last stage can judge that, as no other has used the update yet. After a group's
@@ -173,17 +195,17 @@ class Stage:
         share = self.shares[chunk]
         assert self.versions is not None
         assert share.group is not None
-        found: Gradients | str = POISON
-        if isinstance(grads, str) or (self.loss is not None and not self._counts(chunk)):
-            del self._saved[chunk]
+        found: Mapping[str, Gradients | str] = dict.fromkeys(self._returns[chunk], POISON)
+        if POISON in grads.values() or (self.loss is not None and not self._counts(chunk)):
+            del self._saved[chunk], self._returns[chunk]
             self._poison(plan, share.group, f"its loss is {self.losses[chunk][0]}" if self.loss else "")
         else:
-            found = self.backward(chunk, grads)
+            found = self.backward(chunk, grads)  # type: ignore[arg-type]
         if share.last:
             self.versions.collect(self.versions.of(share.group))
             if self.loss is not None and not gradients.finite(self.parameters):
                 self._poison(plan, share.group, "a gradient of the last stage is not finite")
-                found = POISON
+                found = dict.fromkeys(found, POISON)
         del self.shares[chunk]
         return found
 
@@ -202,30 +224,29 @@ class Stage:
         self._poisoned.discard(group)
         return poisoned
 
-    def backward_input(self, chunk: int, grads: Gradients | None) -> Gradients:
-        """The half of the backward that the stage before waits for."""
+    def backward_input(self, chunk: int, grads: Mapping[str, Gradients]) -> dict[str, Gradients]:
+        """The half of the backward that earlier stages wait for."""
         found, rest, size = self._saved[chunk].backward_input(self._output_grads(chunk, grads))
         del self._saved[chunk]
         self._deferred[chunk] = rest, size
-        return _all_to_host(found)
+        return self._send_back(chunk, found)
 
     def backward_weight(self, chunk: int) -> None:
         """The other half: parameters' ``.grad`` grow."""
         for deferred in self._deferred.pop(chunk)[0]:
             backward_weight(deferred)
 
-    def _output_grads(self, chunk: int, grads: Gradients | None) -> Gradients:
+    def _output_grads(self, chunk: int, grads: Mapping[str, Gradients]) -> Gradients:
         if self.loss is None:
-            assert grads is not None
-            return [None if grad is None else grad.to(self.device) for grad in grads]
+            return [None if grad is None else grad.to(self.device) for link in self._exits for grad in grads[link]]
         weight = _weight(self.shares[chunk], self.losses[chunk][1])
         # In this order, as autograd has it for scaler.scale(loss * weight).backward().
         return [torch.full_like(loss, self._scale).mul_(weight) for loss in self._saved[chunk].outputs]
 
-    def _to_device(self, received: autograd.Received) -> autograd.Received:
+    def _to_device(self, received: Received) -> Received:
         if self.device.type == "cpu":
             return received
-        return autograd.Received(map_tensors(lambda leaf: leaf.to(self.device), received.nest), received.wants_grad)
+        return Received(map_tensors(lambda leaf: leaf.to(self.device), received.nest), received.wants_grad)
 
     def loss_values(self) -> dict[int, tuple[float, float | None]]:
         """(value, count) per micro-batch so far; waits for the device."""
@@ -246,7 +267,7 @@ class Stage:
         """Forget the step before, all that a failed one left included."""
         self.losses, self.outputs, self.measured, self.peak_in_flight, self.peak_bytes = {}, {}, {}, 0, 0
         self.keeper.recomputed = 0
-        self.shares, self._poisoned = {}, set()
+        self.shares, self._returns, self._poisoned = {}, {}, set()
         self._saved.clear()
         self._deferred.clear()
         for parameter in self.module.parameters():
@@ -265,10 +286,6 @@ def _weight(share: Share, count: Any) -> float:
             " when its first micro-batch is backpropagated; schedule='pipedream' takes both"
         )
     return 1.0 / float(count)
-
-
-def _all_to_host(grads: Gradients) -> Gradients:
-    return [None if grad is None else _to_host(grad) for grad in grads]
 
 
 def _to_host(tensor: torch.Tensor) -> torch.Tensor:

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 from rpcpipe.accumulation import Progress
 from rpcpipe.driver import Gate
 from rpcpipe.errors import Failure, RpcPipeError, StageError
+from rpcpipe.feeding import given
 from rpcpipe.interrupts import Deferred
 from rpcpipe.messages import Report, StepPlan
 from rpcpipe.microbatch import Nest, split
-from rpcpipe.program import given
 from rpcpipe.result import StepResult, by_stage, mean_loss
 from rpcpipe.timeline import Timeline
 from rpcpipe.trace import spans
@@ -86,7 +86,7 @@ class Step:
             raise RpcPipeError("forward_backward was called in this step already; open another step")
         pipe, driver = self._pipe, self._pipe._driver
         parts, weights = pipe._cut_batch(inputs)
-        values = given(parts, split(targets, pipe.chunks), pipe.schedule.stages)
+        values = given(pipe, parts, split(targets, pipe.chunks))
         plan = self._plan(weights)
         reports = driver.run(pipe._train_routes(len(parts)), plan, values)
         if pipe._tracer is not None:

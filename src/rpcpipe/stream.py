@@ -16,12 +16,13 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from rpcpipe import snapshots
-from rpcpipe.backward import Received
 from rpcpipe.errors import Failure, RpcPipeError, ScheduleError, StageError, WorkerLost
+from rpcpipe.feeding import hops
 from rpcpipe.interrupts import Deferred
+from rpcpipe.layers import check_inputs
 from rpcpipe.messages import Port, Report, Share, StepPlan, Task, Update
 from rpcpipe.microbatch import Nest, split
-from rpcpipe.program import route
+from rpcpipe.program import entering, route
 from rpcpipe.result import StepResult, of_stream
 from rpcpipe.schedules import Action
 from rpcpipe.schedules.asynchronous import Stream as Order
@@ -92,6 +93,7 @@ class Stream:
         answers = split(targets, pipe.chunks)
         if len(parts) != len(answers):
             raise ValueError(f"inputs make {len(parts)} micro-batches and targets {len(answers)}: their sizes differ")
+        check_inputs(parts[0], pipe._wires)
         with Deferred():
             if not self._is_open:
                 pipe._check()
@@ -137,7 +139,7 @@ class Stream:
         pipe._check_policy(pipe._policy)
         self._step, self._first = pipe._driver.new_step(), pipe._driver.places()
         self._base, self._committed = pipe.trained, 0
-        self._order = Order(len(pipe._names))
+        self._order, self._hops = Order(len(pipe._names)), hops(pipe)
         self._drained = False
         self._groups: list[int] = []  # by micro-batch
         self._changes: list[list[dict[str, Any]]] = []  # by group
@@ -161,12 +163,13 @@ class Stream:
         last = len(pipe._names) - 1
         for worker, action in actions:
             group = self._groups[action.chunk]
-            way = route(pipe.schedule, action, pipe._names, targets=True)
+            way = route(pipe.schedule, action, pipe._names, targets=True, hops=self._hops)
             values: list[tuple[Port, Any]] = []
             told: Share | Update | None = None
             if action.kind == "F":
                 told = share
-                values += [(Port(action, "input"), Received.constant(part))] if worker == 0 else []
+                given = entering(part, action.chunk, self._hops)
+                values += [(port, given[port]) for port in way.awaits if port in given]
                 values += [(Port(action, "target"), answer)] if worker == last else []
             elif action.kind == "U":
                 told = Update(group, self._changes[group], pipe.clip_grad_norm, self._committed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from rpcpipe.messages import Report
+from rpcpipe.messages import Port, Report
 from rpcpipe.schedules import Action
 from rpcpipe.timeline import Span, Timeline, Transfer
 
@@ -36,21 +36,21 @@ class Tracer:
         self._workers = list(workers)
         self._offsets = offsets
         # Halves of transfers, until the other one is reported: in a stream perhaps some updates later.
-        self._sent: dict[Action, tuple[int, Action, float, int]] = {}
-        self._arrived: dict[Action, tuple[int, float]] = {}
+        self._sent: dict[Port, tuple[int, Action, float, int]] = {}
+        self._arrived: dict[Port, tuple[int, float]] = {}
 
     def step(self, reports: Mapping[str, Report], number: int) -> None:
         """Add a step's actions and transfers."""
         self.timeline.spans += spans(reports, self._offsets, number)
         for index, (name, report) in enumerate(reports.items()):
             offset = self._offsets[name]
-            for producer, consumer, at in report.sends:
-                self._sent[consumer] = index, producer, (at - offset) * 1e-9, number
-            for consumer, at in report.arrivals:
-                self._arrived[consumer] = index, (at - offset) * 1e-9
-        for consumer in self._sent.keys() & self._arrived.keys():
-            (source, producer, sent, of), (target, arrived) = self._sent.pop(consumer), self._arrived.pop(consumer)
-            self.timeline.transfers.append(Transfer(source, target, producer, consumer, sent, arrived, of))
+            for producer, port, at in report.sends:
+                self._sent[port] = index, producer, (at - offset) * 1e-9, number
+            for port, at in report.arrivals:
+                self._arrived[port] = index, (at - offset) * 1e-9
+        for port in self._sent.keys() & self._arrived.keys():
+            (source, producer, sent, of), (target, arrived) = self._sent.pop(port), self._arrived.pop(port)
+            self.timeline.transfers.append(Transfer(source, target, producer, port.action, sent, arrived, of))
 
     def update(self, times: Mapping[str, tuple[int, int]], number: int) -> None:
         """Add a step's optimizer."""

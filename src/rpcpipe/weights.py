@@ -45,15 +45,15 @@ class Versions:
         assert number <= self.newest, f"group {group} wants version {number} after {self.newest} updates"
         return number
 
-    def call(self, layer: nn.Module, number: int, nest: Any) -> Any:
-        """``layer(nest)`` with the weights of version ``number``."""
+    def call(self, layer: nn.Module, number: int, *arguments: Any) -> Any:
+        """``layer(*arguments)`` with the weights of version ``number``."""
         aliases = self._aliases(number)
         named = {
             name: aliases[parameter]
             for name, parameter in layer.named_parameters(remove_duplicate=False)
             if parameter in aliases
         }
-        return functional_call(layer, named, (nest,)) if named else layer(nest)
+        return functional_call(layer, named, arguments) if named else layer(*arguments)
 
     def collect(self, number: int) -> None:
         """Move the gradients of version ``number`` to the parameters' ``.grad``."""

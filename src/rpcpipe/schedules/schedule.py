@@ -76,7 +76,7 @@ class Schedule:
         """Does it update weights while micro-batches are in flight?"""
         return any(action[0] == "U" for worker in self.actions for action in worker)
 
-    def _input_gradient(self, stage: int, chunk: int) -> Action:
+    def input_gradient(self, stage: int, chunk: int) -> Action:
         """The action that yields the gradient of the stage's input: ``I`` where split, else ``B``."""
         return Action("I" if (stage, chunk) in self._split else "B", stage, chunk)
 
@@ -87,7 +87,7 @@ class Schedule:
             return Action("F", stage - 1, chunk) if stage else None
         if kind in "WU" or stage == len(self.placement) - 1:
             return None
-        return self._input_gradient(stage + 1, chunk)
+        return self.input_gradient(stage + 1, chunk)
 
     def dependencies(self, action: Action) -> tuple[Action, ...]:
         """Everything that must have finished before ``action`` can start.
@@ -113,7 +113,7 @@ class Schedule:
             return None
         if kind == "F":
             return Action("F", stage + 1, chunk) if stage + 1 < len(self.placement) else None
-        return self._input_gradient(stage - 1, chunk) if stage else None
+        return self.input_gradient(stage - 1, chunk) if stage else None
 
     def walk(self, done: dict[Action, float] | None = None) -> Iterator[tuple[int, Action, tuple[Action, ...]]]:
         """Yield (worker, action, its dependencies) in an order in which everything can run.

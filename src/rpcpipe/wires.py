@@ -1,0 +1,79 @@
+"""Named values that leave the chain of layers: who gives, who takes, and the way between stages.
+
+A value goes from the stage that gives it straight to the next stage that takes it, from there to the
+next one that takes it, and so on; its gradient goes the same way back, every taker adding its own.
+No stage that does not use it sees it. Sent along from user to user, a value that several stages take
+costs its giver one message, and its gradient is summed from the last use to the first, which is
+autograd's order in one process: the bits do not depend on the cut. The last taker waits no longer
+for that: its forward follows the forwards of the takers before it in any case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+# In place of a stage: the driver, whose inputs go straight to every stage that takes them.
+DRIVER = -1
+
+
+class Wire(NamedTuple):
+    """What one layer takes and gives beside the running value."""
+
+    takes: tuple[str, ...] = ()
+    gives: tuple[str, ...] = ()
+
+
+class Hop(NamedTuple):
+    """The value ``name`` goes from stage ``source``, or the driver, to stage ``target``."""
+
+    name: str
+    source: int
+    target: int
+
+
+def hops(wires: Iterable[Wire], sizes: Sequence[int]) -> tuple[Hop, ...]:
+    """Every value's way between stages of ``sizes`` layers; ``wires``: of all layers, in order."""
+    stage_of = [stage for stage, size in enumerate(sizes) for _ in range(size)]
+    holder: dict[str, int] = {}
+    found: set[Hop] = set()
+    for stage, wire in zip(stage_of, wires, strict=True):
+        found |= {Hop(name, holder.get(name, DRIVER), stage) for name in wire.takes}
+        holder |= {name: stage for name in wire.takes if name in holder} | dict.fromkeys(wire.gives, stage)
+    return tuple(sorted(hop for hop in found if hop.source != hop.target))
+
+
+def inputs(wires: Mapping[str, Wire]) -> dict[str, str]:
+    """The names that must be among the inputs, and the first layer that takes each."""
+    given: set[str] = set()
+    found: dict[str, str] = {}
+    for layer, wire in wires.items():
+        for name in wire.takes:
+            if name not in given:
+                found.setdefault(name, layer)
+        given |= set(wire.gives)
+    return found
+
+
+def exits(hops: Iterable[Hop], stage: int, last_stage: int) -> dict[str, tuple[str, ...]]:
+    """The names that leave ``stage`` by each of its links, ascending by the stage where it ends."""
+    mine = [hop for hop in hops if hop.source == stage]
+    targets = {hop.target for hop in mine} | ({stage + 1} if stage < last_stage else set())
+    return {link(stage, target): tuple(hop.name for hop in mine if hop.target == target) for target in sorted(targets)}
+
+
+def link(stage: int, other: int) -> str:
+    """What ``stage`` calls its connection with stage ``other``, or the driver: the slot of what comes by it."""
+    if abs(stage - other) == 1:
+        return "input"
+    return "inputs" if other == DRIVER else f"value of stage {other}"
+
+
+def kept(wires: Sequence[Wire], leaving: Iterable[str] = ()) -> list[frozenset[str]]:
+    """For every layer the names that are needed after it: by later layers, or as they are ``leaving``."""
+    needed = frozenset(leaving)
+    found = []
+    for wire in reversed(wires):
+        found.append(needed)
+        needed = needed - set(wire.gives) | set(wire.takes)
+    return found[::-1]
