@@ -64,6 +64,7 @@ LAYERS = [
         "snapshot",
         "moving",
         "inference",
+        "generation",
         "cli",
         "doctor",
         "__main__",

@@ -16,6 +16,7 @@ from rpcpipe.errors import (
     StageError,
     WorkerLost,
 )
+from rpcpipe.generation import generate
 from rpcpipe.launch import launch
 from rpcpipe.layers import LayerSpec, Sequential, Wired
 from rpcpipe.pipeline import Pipeline
@@ -60,6 +61,7 @@ __all__ = [
     "compare",
     "connect",
     "critical_path",
+    "generate",
     "launch",
     "optimal_microbatches",
     "schedules",

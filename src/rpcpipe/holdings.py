@@ -109,6 +109,10 @@ class Holdings:
         """What the last stage measures beside the loss from now on: cloudpickled functions by name."""
         self.stages[self._last_stage].metrics = cloudpickle.loads(metrics)
 
+    def select(self, function: bytes) -> None:
+        """What the last stage keeps of an output that comes with a target: a cloudpickled (output, target) -> nest."""
+        self.stages[self._last_stage].select = cloudpickle.loads(function)
+
     def module(self, number: int) -> nn.Module:
         """The stage's module itself, for an RRef to it."""
         return self.stages[number].module

@@ -33,29 +33,34 @@ class Passed(NamedTuple):
     weights: tuple[float, ...]
     reports: dict[str, Report]
 
+    @property
+    def output(self) -> Nest:
+        """What the last stage kept, of the whole batch."""
+        packed = {chunk: part for report in self.reports.values() for chunk, part in report.outputs.items()}
+        return merge([unpack(packed[chunk]) for chunk in sorted(packed)])
+
 
 class Passes:
     """Batches on their way through ``pipe``, which takes no other step meanwhile.
 
-    To the workers each is a step of its own. After a failure, and where the caller stops early, what
-    is under way is dropped.
+    To the workers each is a step of its own; ``ahead`` are fed beyond the one that is awaited. After a
+    failure, and where the caller stops early, what is under way is dropped.
     """
 
     def __init__(self, pipe: Pipeline) -> None:
         self._pipe = pipe
-        # So many batches are fed beyond the one that is awaited: their micro-batches fill the
-        # pipeline, and two more hide the driver's own time.
-        self._ahead = -(-(len(pipe._names) + 2) // pipe.chunks)
+        # Their micro-batches fill the pipeline, and two more hide the driver's own time.
+        self.ahead = -(-(len(pipe._names) + 2) // pipe.chunks)
 
-    def run(self, batches: Iterable[tuple[Nest, Nest | None]]) -> Iterator[Passed]:
-        """Each (inputs, targets) in their order; targets None: outputs are wanted."""
+    def run(self, batches: Iterable[tuple[Nest, Nest | None]], *, keep_outputs: bool = False) -> Iterator[Passed]:
+        """Each (inputs, targets) in their order; targets may be None where outputs are wanted."""
         pipe, waiting = self._pipe, deque[tuple[Passed, dict[str, Future[Any]]]]()
         pipe._enter(self)
         first = pipe._driver.places()
         try:
             for inputs, targets in batches:
-                waiting.append(self._feed(inputs, targets))
-                if len(waiting) > self._ahead:
+                waiting.append(self._feed(inputs, targets, keep_outputs))
+                if len(waiting) > self.ahead:
                     yield self._collect(*waiting.popleft())
             while waiting:
                 yield self._collect(*waiting.popleft())
@@ -70,11 +75,11 @@ class Passes:
         """An optimizer's step in between."""
         raise RpcPipeError("batches run forward only now, there is nothing to apply; finish the iterator first")
 
-    def _feed(self, inputs: Nest, targets: Nest | None) -> tuple[Passed, dict[str, Future[Any]]]:
+    def _feed(self, inputs: Nest, targets: Nest | None, keep_outputs: bool) -> tuple[Passed, dict[str, Future[Any]]]:
         pipe = self._pipe
         parts, weights = pipe._cut_batch(inputs)
         answers = None if targets is None else split(targets, pipe.chunks)
-        plan = StepPlan(pipe._driver.new_step(), pipe.trained, False, weights, keep_outputs=targets is None)
+        plan = StepPlan(pipe._driver.new_step(), pipe.trained, False, weights, keep_outputs=keep_outputs)
         routes = _routes(pipe, len(parts), targets=targets is not None)
         replies = pipe._driver.issue(routes, plan, given(pipe, parts, answers))
         return Passed(batch_size(inputs), weights, {}), replies
@@ -85,9 +90,13 @@ class Passes:
 
 def outputs(pipe: Pipeline, batches: Iterable[Nest]) -> Iterator[Nest]:
     """The model's output for every batch of inputs."""
-    for passed in Passes(pipe).run((inputs, None) for inputs in batches):
-        packed = {chunk: part for report in passed.reports.values() for chunk, part in report.outputs.items()}
-        yield merge([unpack(packed[chunk]) for chunk in sorted(packed)])
+    for passed in Passes(pipe).run(((inputs, None) for inputs in batches), keep_outputs=True):
+        yield passed.output
+
+
+def last_stage(pipe: Pipeline, op: str, functions: Any) -> None:
+    """Tell it what to do with the outputs of the passes that follow."""
+    pipe._driver.control(pipe.stages[-1].worker, op, dumps(functions, f"what to {op}"))
 
 
 def evaluate(
@@ -95,7 +104,7 @@ def evaluate(
 ) -> tuple[float, dict[str, float]]:
     """(mean loss over all samples, or over all that a loss of (sum, count) counts; each metric's mean)."""
     refuse("loss" in metrics, "a metric cannot be named 'loss': the loss is reported beside the metrics")
-    pipe._driver.control(pipe.stages[-1].worker, "measure", dumps(dict(metrics), "evaluate's metrics"))
+    last_stage(pipe, "measure", dict(metrics))
     total, samples, sums = 0.0, 0.0, list[Sums]()
     for size, weights, reports in Passes(pipe).run(batches):
         found = {chunk: value for report in reports.values() for chunk, value in report.metrics.items()}

@@ -70,6 +70,7 @@ class Stage:
         self.losses: dict[int, tuple[torch.Tensor, Any]] = {}
         self.outputs: dict[int, Nest] = {}
         self.metrics: Mapping[str, Metric] = {}
+        self.select: Callable[[Nest, Nest], Nest] | None = None
         self.measured: dict[int, Sums] = {}
         self.peak_in_flight = 0
         self.peak_bytes = 0
@@ -128,12 +129,12 @@ class Stage:
             flow = self._run_layers(share, received.nest, autograd.Entered(), 0, len(self.module))
             if self.loss is None:
                 return self._leave(leaving(flow, self._exits))
+            output, target = flow[0], map_tensors(lambda leaf: leaf.to(self.device), target)
             if plan.keep_outputs:
-                self.outputs[chunk] = flow[0]
+                self.outputs[chunk] = output if target is None or self.select is None else self.select(output, target)
             else:
-                target = map_tensors(lambda leaf: leaf.to(self.device), target)
-                self._take_loss(chunk, flow[0], target)
-                self.measured[chunk] = measure(self.metrics, flow[0], target)
+                self._take_loss(chunk, output, target)
+                self.measured[chunk] = measure(self.metrics, output, target)
         return {}
 
     def _run_layers(self, share: Share, flow: Flow, entered: autograd.Entered, start: int, stop: int) -> Flow:
