@@ -53,29 +53,50 @@ def batches(count: int, size: int = 10, width: int = 12) -> Iterator[tuple[torch
 
 
 class Oracle:
-    """The contract's right-hand side: a plain loop over the micro-batches in one process."""
+    """The contract's right-hand side: a plain loop over the micro-batches in one process.
+
+    With ``replicas`` each share's gradients are summed by themselves before they are added up, which makes the
+    bits a 2D pipeline's; ``plain`` sums all micro-batches' in one row.
+    """
 
     def __init__(
-        self, model: nn.Sequential, optimizer: Any, loss: Any, chunks: int, *, seed: int = 0, clip: float | None = None
+        self,
+        model: nn.Sequential,
+        optimizer: Any,
+        loss: Any,
+        chunks: int,
+        *,
+        seed: int = 0,
+        clip: float | None = None,
+        replicas: int = 1,
+        plain: bool = False,
     ) -> None:
         self.model, self.loss, self.chunks, self.seed, self.clip = model, loss, chunks, seed, clip
+        self.replicas, self.plain = replicas, plain
         self.optimizer = optimizer(list(model.parameters()))
         self.step = 0
         self.grad_norm = 0.0
 
     def train_step(self, inputs: Any, targets: torch.Tensor) -> float:
-        total, count = 0.0, None
-        for chunk, (x, y) in enumerate(zip(split(inputs, self.chunks), targets.chunk(self.chunks), strict=True)):
-            value = self.loss(self.forward(x, chunk), y)
-            if isinstance(value, tuple):
-                value, n = value
-                count = (count or 0.0) + float(n)
-                value.backward()
-                total += value.item()
-            else:
-                weight = len(y) / len(targets)
-                (value * weight).backward()
-                total += value.item() * weight
+        total, count, chunk = 0.0, None, 0
+        sums: list[torch.Tensor] = []
+        for share in zip(split(inputs, self.replicas), targets.chunk(self.replicas), strict=True):
+            for x, y in zip(*(split(batch, self.chunks) for batch in share), strict=True):
+                value = self.loss(self.forward(x, chunk), y)
+                chunk += 1
+                if isinstance(value, tuple):
+                    value, n = value
+                    count = (count or 0.0) + float(n)
+                    value.backward()
+                    total += value.item()
+                else:
+                    weight = len(y) / len(targets)
+                    (value * weight).backward()
+                    total += value.item() * weight
+            if not self.plain:
+                sums = self._added(sums)
+        for parameter, grad in zip(self.model.parameters(), sums, strict=not self.plain):
+            parameter.grad = grad
         if count is not None:
             total /= count
             for parameter in self.model.parameters():
@@ -87,6 +108,11 @@ class Oracle:
         self.optimizer.zero_grad()
         self.step += 1
         return total
+
+    def _added(self, sums: list[torch.Tensor]) -> list[torch.Tensor]:
+        found = [parameter.grad for parameter in self.model.parameters()]
+        self.optimizer.zero_grad()
+        return [a + b for a, b in zip(sums, found, strict=True)] if sums else found
 
     def forward(self, x: Any, chunk: int) -> Any:
         def call(index: int, layer: nn.Module, *arguments: Any) -> Any:

@@ -46,6 +46,7 @@ LAYERS = [
         "chain",
         "weights",
         "optimizer",
+        "exchange",
         "mailbox",
         "process",
         "channel",
@@ -54,7 +55,7 @@ LAYERS = [
     },
     {"stage", "holdings", "actor", "executor", "program", "transport"},
     {"driver", "group", "formation", "cluster", "launch", "connect", "agent", "worker"}
-    | {"result", "tracking", "trace", "handle", "arguments"},
+    | {"result", "tracking", "trace", "handle", "arguments", "replicas"},
     {
         "pipeline",
         "step",

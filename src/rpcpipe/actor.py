@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
 
 from rpcpipe import gradients
+from rpcpipe.exchange import Push, Tensors
 from rpcpipe.holdings import ActorSpec, Holdings
 from rpcpipe.messages import Port, Report, Route, Share, StepPlan, Update
 from rpcpipe.microbatch import map_tensors, pack
@@ -49,6 +50,7 @@ class Actor(Holdings):
         self._snapshots: Snapshots | None = None
         self._plan = StepPlan(-1, 0, False, ())
         self._report = Report(name)
+        self._updated = 0, 0
         self._arrivals: deque[tuple[int, Port, int]] = deque()  # handlers append
 
     def chore(self, action: Action | None = None) -> bool:
@@ -107,6 +109,29 @@ class Actor(Holdings):
             self._send(worker, plan.step, port, results[link])
         return None
 
+    def scatter(self, group: str) -> None:
+        """Push the gradients that others sum to them."""
+        self._push(self.exchanges[group].scatter())
+
+    def reduce(self, group: str, bucket: int, spread: bool, **parts: Tensors) -> None:
+        """Sum what was pushed and what is here; ``spread``: push the sums."""
+        exchange = self.exchanges[group]
+        exchange.reduce(bucket, parts)
+        if spread:
+            self._push(exchange.sums(bucket))
+
+    def gather_sums(self, group: str, bucket: int, *, sums: Tensors) -> None:
+        """Take over what another worker has summed."""
+        self.exchanges[group].take_sums(bucket, sums)
+
+    def gather_weights(self, group: str, bucket: int, *, weights: Tensors) -> None:
+        """Take over what another worker has updated."""
+        self.exchanges[group].take_weights(bucket, weights)
+
+    def _push(self, pushes: Iterable[Push]) -> None:
+        for worker, port, value in pushes:
+            self._send(worker, self._plan.step, port, value)
+
     def settle(self) -> Report:
         """All actions here are done: the worker's account of the step."""
         report = self._report
@@ -122,11 +147,21 @@ class Actor(Holdings):
             if self._plan.training:
                 if self._plan.updates:
                     gradients.unscale(stage.parameters, self._plan.scale)
-                report.norms[number] = gradients.norms(stage.parameters)
+                report.norms[number] = self._norms(stage)
             stage.outputs = {}
         if self._plan.training and not self._plan.updates:
             self._kept.keep(self._plan.step, self.parameters)
         return report
+
+    def _norms(self, stage: Stage) -> dict[int, float]:
+        """Of the gradients that are summed here, by the parameter's place in the stage."""
+        elsewhere = self.owned_elsewhere
+        mine = {
+            at: parameter
+            for at, parameter in enumerate(stage.parameters)
+            if parameter.grad is not None and parameter not in elsewhere
+        }
+        return dict(zip(mine, gradients.norms(list(mine.values())), strict=True))
 
     def _add_arrivals(self, report: Report) -> None:
         """Those of the step; of a stream, since its last update."""
@@ -135,10 +170,10 @@ class Actor(Holdings):
             if self._plan.trace and step == self._plan.step:
                 report.arrivals.append((port, at))
 
-    def divide(self, count: float) -> dict[int, list[float]]:
+    def divide(self, count: float) -> dict[int, dict[int, float]]:
         """Turn the gradients of sums into those of means over ``count``; their norms, by stage."""
         gradients.divide(self.parameters, count)
-        return {number: gradients.norms(stage.parameters) for number, stage in self.stages.items()}
+        return {number: self._norms(stage) for number, stage in self.stages.items()}
 
     def hand_over(self, context_id: int, factor: float) -> None:
         """File the gradients, times ``factor`` (clipping), in the step's distributed-autograd context."""
@@ -154,7 +189,15 @@ class Actor(Holdings):
         start = time.monotonic_ns()
         if self._optimizer is not None:
             self._optimizer.step(self._ledger.collect(context_id), changes)
-        return start, time.monotonic_ns()
+        self._updated = start, time.monotonic_ns()
+        if self._spec.peers.shard:
+            for exchange in self.exchanges.values():
+                self._push(exchange.weights())
+        return self._updated
+
+    def updated(self) -> tuple[int, int]:
+        """When ``optimize`` began and ended, now that the weights are in from where they were updated."""
+        return self._updated
 
     def undo(self) -> None:
         """Take ``optimize`` back: another worker's failed."""
@@ -173,7 +216,8 @@ class Actor(Holdings):
         versions, parameters = stage.versions, stage.parameters
         assert versions is not None
         report, self._report = self._report, Report(self.name)
-        report.norms[stage.index] = norms = gradients.norms(parameters)
+        report.norms[stage.index] = self._norms(stage)
+        norms = list(report.norms[stage.index].values())
         report.skipped = stage.take_poison(update.group)
         if report.skipped:
             versions.before_update(update.group, skipped=True)

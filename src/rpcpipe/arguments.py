@@ -14,7 +14,9 @@ from rpcpipe.layers import Layer, parameter_counts, shared_parameters
 from rpcpipe.partition import balance as cut
 from rpcpipe.partition import check_balance
 from rpcpipe.profiles import costs
+from rpcpipe.replicas import Layout
 from rpcpipe.schedules import Schedule
+from rpcpipe.versions import POLICIES
 
 _BALANCES = ("parameters", "time", "memory")
 _DISPATCH = ("rref", "batched")
@@ -26,22 +28,37 @@ def refuse(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def worker_names(names: list[str], schedule: str | Schedule, balance: str | Sequence[int], virtual: int) -> list[str]:
+def layout_of(
+    cluster: Any, schedule: str | Schedule, balance: str | Sequence[int], virtual: int, replicas: int
+) -> Layout:
     """The workers that the pipeline uses."""
-    wanted = len(names)
+    refuse(replicas < 1, f"replicas must be at least 1, not {replicas}")
+    names = [worker.name for worker in cluster.workers]
+    wanted, rest = divmod(len(names), replicas)
     if isinstance(schedule, Schedule):
-        wanted = schedule.workers
+        wanted, rest = schedule.workers, 0
     elif not isinstance(balance, str):
-        wanted = len(balance) // schedules.virtual_stages_of(schedule, virtual)
-    if not 1 <= wanted <= len(names):
-        raise PartitionError(f"{wanted} stages need as many workers, the cluster has {len(names)}; launch more")
-    return names[:wanted]
+        wanted, rest = len(balance) // schedules.virtual_stages_of(schedule, virtual), 0
+    copies = f" in {replicas} replicas" if replicas > 1 else ""
+    if rest:
+        raise PartitionError(
+            f"{len(names)} workers do not divide into {replicas} replicas; launch a multiple of {replicas}, or"
+            " say how many stages there are with balance=[…]"
+        )
+    if not 1 <= wanted * replicas <= len(names):
+        raise PartitionError(f"{wanted} stages{copies} need as many workers, the cluster has {len(names)}; launch more")
+    return Layout(tuple(names[: wanted * replicas]), replicas)
 
 
-def make_schedule(schedule: str | Schedule, workers: int, chunks: int, virtual: int) -> Schedule:
+def make_schedule(schedule: str | Schedule, workers: int, chunks: int, virtual: int, replicas: int) -> Schedule:
     """The schedule by name for these sizes, or the given one; valid."""
     if isinstance(schedule, str):
         schedule = schedules.get(schedule, workers, chunks, virtual)
+    if replicas > 1 and schedule.name in POLICIES:
+        raise ScheduleError(
+            f"{schedule.name!r} updates each replica's weights at its own times, so {replicas} replicas would part;"
+            " use a synchronous schedule, for instance '1f1b', or replicas=1"
+        )
     return schedule.validate()
 
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import cloudpickle
 
 from rpcpipe.arguments import check_groups, refuse, stage_parts
+from rpcpipe.exchange import Peers
+from rpcpipe.feeding import hops
 from rpcpipe.handle import StageHandle
 from rpcpipe.holdings import ActorSpec
 from rpcpipe.layers import Layer
@@ -19,6 +21,7 @@ from rpcpipe.optimizer import PipelineOptimizer
 from rpcpipe.pickling import dumps
 from rpcpipe.profiler import profile
 from rpcpipe.profiles import LayerProfile
+from rpcpipe.replicas import Program
 
 if TYPE_CHECKING:
     from rpcpipe.pipeline import Pipeline
@@ -35,26 +38,34 @@ def create(pipe: Pipeline, identity: str, layers: OrderedDict[str, Layer], commo
     """Build every worker's stages; one worker's layers are pickled at a time."""
     dumps((common.loss, common.optimizer), "loss and optimizer")  # for its warning alone: they go with the layers
     replies = {}
-    for worker, name in enumerate(pipe._names):
+    for name in pipe._names:
+        worker, replica = pipe._layout.index(name)
         mine = {
             stage: (OrderedDict((key, layers[key]) for key in keys), first)
             for stage, (keys, first) in stage_parts(pipe._layers, pipe.balance).items()
             if pipe.schedule.placement[stage] == worker
         }
-        spec = cloudpickle.dumps(dataclasses.replace(common, stages=mine))
+        peers = Peers(pipe._layout.column(worker), replica, pipe._shard)
+        spec = cloudpickle.dumps(dataclasses.replace(common, stages=mine, peers=peers))
         replies[name] = pipe.cluster.transport.post(name, "create", identity, spec)
-    adopt(pipe, pipe._driver.collect(replies))
-    groups = [info["groups"] for info in pipe._described.values() if info["groups"]]
+    found = pipe._driver.collect(replies)
+    adopt(pipe, found)
+    groups = [info["groups"] for stages in found.values() for info in stages.values() if info["groups"]]
     check_groups(groups)
     pipe.optimizer = PipelineOptimizer(groups[0] if groups else [], pipe._apply_open, pipe._forget_accumulated)
 
 
 def adopt(pipe: Pipeline, found: Mapping[str, Mapping[int, Any]]) -> None:
     """Take note of what the workers say they hold."""
-    pipe._routes = {}
-    pipe._described = {stage: info for stages in found.values() for stage, info in stages.items()}
     pipe.stages = tuple(
-        StageHandle(pipe._driver, stage, pipe._names[holder], pipe._described[stage])
+        StageHandle(pipe._driver, stage, {name: found[name][stage] for name in pipe._layout.column(holder)})
         for stage, holder in enumerate(pipe.schedule.placement)
     )
+    renew(pipe)
     pipe.cluster.relabel()
+
+
+def renew(pipe: Pipeline) -> None:
+    """The calls of its steps, for the schedule that it has now."""
+    buckets = {stage.index: stage.buckets for stage in pipe.stages}
+    pipe._program = Program(pipe.schedule, pipe._layout, hops(pipe), buckets, shard=pipe._shard)

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from rpcpipe import gradients
 from rpcpipe.errors import DeadlineExceeded, Failure, StageError
 from rpcpipe.interrupts import Deferred
-from rpcpipe.messages import Port, Report, Route, StepPlan, Task
+from rpcpipe.messages import Call, Port, Report, StepPlan, Task
 from rpcpipe.transport.base import Transport
 
 # How often a silent wait asks the workers whether anything still moves, in seconds.
@@ -44,8 +44,12 @@ class Gate:
 
         The factor is ``torch.nn.utils.clip_grad_norm_``'s.
         """
-        by_stage = {stage: norms for report in reports.values() for stage, norms in report.norms.items()}
-        norm = gradients.total_norm([norm for stage in sorted(by_stage) for norm in by_stage[stage]])
+        by_stage: dict[int, dict[int, float]] = {}
+        for report in reports.values():
+            for stage, norms in report.norms.items():
+                by_stage.setdefault(stage, {}).update(norms)  # replicas report different ones
+        found = [norm for _, norms in sorted(by_stage.items()) for _, norm in sorted(norms.items())]
+        norm = gradients.total_norm(found)
         return cls(norm, 1.0 if max_norm is None else gradients.clip_factor(norm, max_norm))
 
 
@@ -76,16 +80,14 @@ class Driver:
 
     # --- a step, in the order of DESIGN: issue, collect, gate, apply ---
 
-    def run(self, routes: Sequence[tuple[str, Route]], plan: StepPlan, values: Mapping[Port, Any]) -> dict[str, Report]:
+    def run(self, calls: Sequence[Call], plan: StepPlan, values: Mapping[Port, Any]) -> dict[str, Report]:
         """Execute one step's actions; every worker's report, or one error and a cancelled step."""
         with self._cancelling(plan.step):
-            return self.collect(self.issue(routes, plan, values))
+            return self.collect(self.issue(calls, plan, values))
 
-    def issue(
-        self, routes: Sequence[tuple[str, Route]], plan: StepPlan, values: Mapping[Port, Any]
-    ) -> dict[str, Future[Any]]:
+    def issue(self, calls: Sequence[Call], plan: StepPlan, values: Mapping[Port, Any]) -> dict[str, Future[Any]]:
         """Send one step's actions; each worker's reply. Several steps without updates may be under way at once."""
-        return self._issue_batched(routes, plan, values) if self._batched else self._issue(routes, plan, values)
+        return self._issue_batched(calls, plan, values) if self._batched else self._issue(calls, plan, values)
 
     def divide(self, step: int, count: float, reports: Mapping[str, Report]) -> None:
         """Divide the gradients of a loss that gave sums; ``reports`` get the norms of what comes out.
@@ -93,24 +95,33 @@ class Driver:
         Nothing counted, nothing learnt: 0/0 is for the gate to refuse, not for the weights.
         """
         with self._cancelling(step):
-            for worker, norms in self._all(step, Task("divide", (count or math.nan,))).items():
+            task = Task("divide", (count or math.nan,))
+            for worker, norms in self.collect(self._post_all(step, task)).items():
                 reports[worker].norms = norms
 
     def hand_over(self, step: int, context_id: int, gate: Gate) -> dict[str, Future[Any]]:
         """File every stage's gradients in the step's distributed-autograd context."""
         task = Task("hand_over", (context_id, gate.factor))
         with self._cancelling(step):
-            return {worker: self._post(worker, step, [task]) for worker in self.workers}
+            return self._post_all(step, task)
 
     def settle(self, step: int, replies: Mapping[str, Future[Any]]) -> None:
         """Wait for what ``hand_over`` has begun."""
         with self._cancelling(step):
             self.collect(replies)
 
-    def optimize(self, step: int, context_id: int, changes: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, int]]:
-        """Apply the context's gradients on all workers, or on none; when each worker did it."""
+    def optimize(
+        self, step: int, context_id: int, changes: Sequence[Mapping[str, Any]], after: Mapping[str, list[Task]]
+    ) -> dict[str, tuple[int, int]]:
+        """Apply the context's gradients on all workers, or on none; when each worker did it.
+
+        ``after``: what a worker has to do then, the last of which says when as well.
+        """
+        task = Task("optimize", (context_id, changes))
         with self._cancelling(step, updating=True):
-            return self._all(step, Task("optimize", (context_id, changes)))
+            return self.collect(
+                {worker: self._post(worker, step, [task, *after.get(worker, ())]) for worker in self.workers}
+            )
 
     def take_back(self, step: int) -> None:
         """Undo what ``optimize`` did, before anything else runs."""
@@ -217,39 +228,33 @@ class Driver:
         self._held.clear()
         return [self._transport.post(worker, "drop", self._pipeline) for worker in self.workers]
 
-    def _issue(
-        self, routes: Iterable[tuple[str, Route]], plan: StepPlan, values: Mapping[Port, Any]
-    ) -> dict[str, Future[Any]]:
+    def _issue(self, calls: Iterable[Call], plan: StepPlan, values: Mapping[Port, Any]) -> dict[str, Future[Any]]:
         """One asynchronous call per action, whose RRef is kept until the step is over."""
         self._held = []
-        begun: set[str] = set()
-        for worker, route in routes:
-            given = [(port, values[port]) for port in route.awaits if port in values]
-            tasks = [Task("act", (route,), route.awaits)]
-            if worker not in begun:
-                begun.add(worker)
-                tasks.insert(0, Task("begin", (plan,)))
+        begin = {worker: [Task("begin", (plan,))] for worker in self.workers}
+        for worker, tasks in calls:
+            tasks = begin.pop(worker, []) + tasks
             with Deferred():
-                call = self._call(worker, plan.step, tasks, given)
+                call = self._call(worker, plan.step, tasks, _given(tasks, values))
                 self._held.append(self._transport.hold(worker, "accept", *call))
-        return {worker: self._post(worker, plan.step, [Task("settle")]) for worker in self.workers}
+        return {
+            worker: self._post(worker, plan.step, [*begin.get(worker, []), Task("settle")]) for worker in self.workers
+        }
 
     def _issue_batched(
-        self, routes: Iterable[tuple[str, Route]], plan: StepPlan, values: Mapping[Port, Any]
+        self, calls: Iterable[Call], plan: StepPlan, values: Mapping[Port, Any]
     ) -> dict[str, Future[Any]]:
         """The same tasks in one message per worker."""
         tasks = {worker: [Task("begin", (plan,))] for worker in self.workers}
-        given: dict[str, list[tuple[Port, Any]]] = {worker: [] for worker in self.workers}
-        for worker, route in routes:
-            tasks[worker].append(Task("act", (route,), route.awaits))
-            given[worker] += [(port, values[port]) for port in route.awaits if port in values]
+        for worker, more in calls:
+            tasks[worker] += more
         return {
-            worker: self._post(worker, plan.step, [*tasks[worker], Task("settle")], given[worker])
-            for worker in self.workers
+            worker: self._post(worker, plan.step, [*mine, Task("settle")], _given(mine, values))
+            for worker, mine in tasks.items()
         }
 
-    def _all(self, step: int, task: Task) -> dict[str, Any]:
-        return self.collect({worker: self._post(worker, step, [task]) for worker in self.workers})
+    def _post_all(self, step: int, task: Task) -> dict[str, Future[Any]]:
+        return {worker: self._post(worker, step, [task]) for worker in self.workers}
 
     def _post(self, worker: str, step: int, tasks: list[Task], values: Sequence[tuple[Port, Any]] = ()) -> Future[Any]:
         with Deferred():  # a number taken and not sent would stop the worker's sequence
@@ -306,6 +311,11 @@ class Driver:
             yield from (reply.result() for reply in done)
             if not done:
                 patience.check()
+
+
+def _given(tasks: Sequence[Task], values: Mapping[Port, Any]) -> list[tuple[Port, Any]]:
+    """The driver's own values for ``tasks``."""
+    return [(port, values[port]) for task in tasks for port in task.awaits if port in values]
 
 
 class _Patience:

@@ -23,7 +23,7 @@ from rpcpipe.errors import Failure
 from rpcpipe.holdings import ActorSpec
 from rpcpipe.mailbox import Entry, Mailbox
 from rpcpipe.messages import Port, Task
-from rpcpipe.schedules.action import NAMES
+from rpcpipe.schedules.action import NAMES, Action
 from rpcpipe.transport.base import Transport
 
 _SWITCH_SECONDS = 2e-4
@@ -101,7 +101,7 @@ class Executor:
 
     def deliver(self, pipeline: str, step: int, port: Port, value: Any) -> None:
         """File a value that another worker has pushed."""
-        if (actor := self.actors.get(pipeline)) is not None:
+        if isinstance(port.action, Action) and (actor := self.actors.get(pipeline)) is not None:
             # Before the value is filed: with the last one the step may end at once.
             actor.arrived(step, port)
         self._put(pipeline, step, port, value)

@@ -72,7 +72,10 @@ def unscale(parameters: Sequence[nn.Parameter], scale: float) -> None:
     """Take the loss scale out again, with the bits of ``torch.amp.GradScaler.unscale_``."""
     if scale != 1.0:
         inverse = torch.tensor(scale, dtype=torch.float64).reciprocal().float()
-        _each(parameters, lambda grads: torch._foreach_mul_(grads, float(inverse)))
+        for parameter in parameters:
+            if parameter.grad is not None:
+                # Not in place: what was pushed to another replica may still be on its way.
+                parameter.grad = parameter.grad * float(inverse)
 
 
 def divide(parameters: Sequence[nn.Parameter], divisor: float) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from rpcpipe import tables
@@ -17,27 +18,38 @@ HEADER = ("stage", "worker", "device", "layers", "parameters", "weights", "busy 
 
 
 class StageHandle:
-    """Stage ``index``, on worker ``worker``."""
+    """Stage ``index``, on worker ``worker``; with replicas on all of ``workers``, of which that is the first.
 
-    def __init__(self, driver: Driver, index: int, worker: str, info: Mapping[str, Any]) -> None:
+    ``infos``: what each of them says of it.
+    """
+
+    def __init__(self, driver: Driver, index: int, infos: Mapping[str, Mapping[str, Any]]) -> None:
         self.index = index
-        self.worker = worker
-        self.layers: list[str] = info["layers"]
-        self.sizes: dict[str, int] = info["sizes"]
-        self._info = info
+        self.workers = tuple(infos)
+        self.worker = self.workers[0]
+        self._infos = infos
+        self._info = infos[self.worker]
+        self.layers: list[str] = self._info["layers"]
+        self.sizes: dict[str, int] = self._info["sizes"]
+        self.buckets: list[int] = self._info["buckets"]
         self._driver = driver
 
     def __repr__(self) -> str:
-        number, worker, device, names, parameters, size, _ = self.row(None)
-        return f"stage {number} on {worker} ({device}): layers {names}, {parameters} parameters, {size}"
+        number, _, device, names, parameters, size, _ = self.rows({})[0]
+        return (
+            f"stage {number} on {', '.join(self.workers)} ({device}): layers {names}, {parameters} parameters, {size}"
+        )
 
-    def row(self, busy: float | None) -> list[str]:
-        """The cells below ``HEADER``; ``busy``: its worker's share of the last step."""
-        info = self._info
+    def rows(self, busy: Mapping[str, float]) -> list[list[str]]:
+        """The cells below ``HEADER``, a row for each replica; ``busy``: workers' shares of the last step."""
         names = self.layers[0] if len(self.layers) == 1 else f"{self.layers[0]} … {self.layers[-1]}"
-        share = "-" if busy is None else f"{busy:.1%}"
-        size = tables.mebibytes(info["bytes"])
-        return [str(self.index), self.worker, info["device"], names, f"{info['parameters']:,}", size, share]
+        return [
+            [
+                str(self.index), worker, info["device"], names, f"{info['parameters']:,}",
+                tables.mebibytes(info["bytes"]), f"{busy[worker]:.1%}" if worker in busy else "-",
+            ]
+            for worker, info in self._infos.items()
+        ]  # fmt: skip
 
     @property
     def rref(self) -> Any:
@@ -45,8 +57,15 @@ class StageHandle:
         return self._driver.hold(self.worker, "module", self.index)
 
     def call(self, function: Callable[[nn.Module], Any]) -> Any:
-        """``function(module)`` on the stage's worker; it may change the weights."""
-        return loads(self._driver.control(self.worker, "call", self.index, dumps(function, "the call's function")))
+        """``function(module)`` on the stage's worker; it may change the weights.
+
+        With replicas it runs on all of them, so that they stay alike, with random numbers seeded alike; the result is
+        the first one's.
+        """
+        data = dumps(function, "the call's function")
+        seed = None if len(self.workers) == 1 else int(torch.randint(1 << 62, ()))
+        replies = {worker: self._driver.post(worker, "call", self.index, data, seed) for worker in self.workers}
+        return loads(self._driver.collect(replies)[self.worker])
 
     def forward(self, inputs: Nest) -> Any:
         """An RRef to the module's output for ``inputs``: a nest of tensors, or another RRef.
@@ -62,5 +81,14 @@ class StageHandle:
         return self._driver.chain(self.worker, self.index, inputs)
 
     def parameter_rrefs(self) -> list[Any]:
-        """An RRef to every trainable parameter of the stage."""
-        return [self._driver.hold(self.worker, "parameter", self.index, name) for name in self._info["trainable"]]
+        """An RRef to every trainable parameter of the stage, on every replica: beside all lie the same gradients."""
+        if self._info["sharded"]:
+            raise RpcPipeError(
+                "with shard_optimizer=True a gradient lies on one replica only and s.optimize() spreads the new"
+                " weights; for an optimizer of your own make the pipeline with shard_optimizer=False"
+            )
+        return [
+            self._driver.hold(worker, "parameter", self.index, name)
+            for worker in self.workers
+            for name in self._info["trainable"]
+        ]

@@ -14,6 +14,7 @@ from torch import nn
 from rpcpipe import layers
 from rpcpipe.accumulation import Kept
 from rpcpipe.errors import CheckpointError
+from rpcpipe.exchange import Exchange, Peers, group_of
 from rpcpipe.optimizer import Factory, LocalOptimizer
 from rpcpipe.recompute import Checkpoint, Recompute
 from rpcpipe.stage import Loss, Stage
@@ -37,6 +38,7 @@ class ActorSpec:
     # Of all the model's layers; and the ways of what they take and give, as the model is cut.
     wires: Mapping[str, Wire] = field(default_factory=dict)
     hops: tuple[Hop, ...] = ()
+    peers: Peers = field(default_factory=Peers)
 
 
 class Holdings:
@@ -44,6 +46,7 @@ class Holdings:
 
     def __init__(self, spec: ActorSpec, device: torch.device) -> None:
         self.stages: dict[int, Stage] = {}
+        self.exchanges: dict[str, Exchange] = {}
         self._device = device
         self._spec = replace(spec, stages={})
         self._optimizer: LocalOptimizer | None = None
@@ -71,13 +74,23 @@ class Holdings:
             )
             for number, (named, first) in sorted(parts.items())
         }
+        self.exchanges = spec.peers.exchanges({number: stage.parameters for number, stage in self.stages.items()})
         parameters = self.parameters
-        self._optimizer = LocalOptimizer(spec.optimizer, parameters) if parameters else None
+        self._optimizer = LocalOptimizer(spec.optimizer, parameters, self._updated_elsewhere) if parameters else None
 
     @property
     def parameters(self) -> list[nn.Parameter]:
         """The trainable parameters of all stages here, in the model's order."""
         return [parameter for stage in self.stages.values() for parameter in stage.parameters]
+
+    @property
+    def owned_elsewhere(self) -> set[nn.Parameter]:
+        """The parameters here whose gradients another replica sums."""
+        return {parameter for exchange in self.exchanges.values() for parameter in exchange.owned_elsewhere}
+
+    @property
+    def _updated_elsewhere(self) -> set[nn.Parameter]:
+        return self.owned_elsewhere if self._spec.peers.shard else set()
 
     def describe(self) -> dict[int, dict[str, Any]]:
         """Per stage: layers, parameters, bytes, device, and the optimizer's groups."""
@@ -94,12 +107,16 @@ class Holdings:
                 "device": str(stage.device),
                 "groups": groups,
                 "wired": any(self._spec.wires[name] != Wire() for name, _ in stage.module.named_children()),
+                "sharded": self._spec.peers.shard,
+                "buckets": self.exchanges[group_of(number)].owners if group_of(number) in self.exchanges else [],
             }
             for number, stage in self.stages.items()
         }
 
-    def call(self, number: int, function: bytes) -> Any:
+    def call(self, number: int, function: bytes, seed: int | None) -> Any:
         """``function(module)`` of stage ``number``, which may change weights; the result cloudpickled."""
+        if seed is not None:
+            torch.manual_seed(seed)
         try:
             return cloudpickle.dumps(cloudpickle.loads(function)(self.stages[number].module))
         finally:
@@ -144,19 +161,28 @@ class Holdings:
         modules = [(name, module) for name, module in self._modules().items() if name in names]
         return bytes(cloudpickle.dumps([(name, m, self._states_of(m), self._kept.of(m)) for name, m in modules]))
 
+    def optimizer_state(self) -> dict[str, dict[str, Any]]:
+        """By layer and parameter."""
+        return {name: self._states_of(module) for name, module in self._modules().items()}
+
     def arrange(
         self,
         parts: Mapping[int, tuple[Sequence[str], int]],
         last_stage: int,
         hops: Sequence[Hop],
         given: Sequence[bytes],
+        others: Mapping[str, Mapping[str, Any]],
     ) -> Any:
-        """Hold the stages ``parts`` from now on: of the layers that are here and those ``given``."""
-        modules = self._modules()
-        states = {name: self._states_of(module) for name, module in modules.items()}
+        """Hold the stages ``parts`` from now on: of the layers that are here and those ``given``.
+
+        ``others``: by layer, the optimizer's state that replicas have had.
+        """
+        modules, states = self._modules(), self.optimizer_state()
         for name, module, state, kept in (entry for blob in given for entry in cloudpickle.loads(blob)):
             modules[name], states[name] = module, state
             self._kept.take(module, kept)
+        for name, state in others.items():
+            states[name] = {**states[name], **state}
         self._build(
             {
                 number: (OrderedDict((name, modules[name]) for name in names), first)
@@ -165,10 +191,12 @@ class Holdings:
             last_stage,
             hops,
         )
+        elsewhere = self._updated_elsewhere
         for name in (name for names, _ in parts.values() for name in names):
             for key, state in states[name].items():
-                assert self._optimizer is not None
-                self._optimizer.optimizer.state[modules[name].get_parameter(key)] = state
+                if (parameter := modules[name].get_parameter(key)) not in elsewhere:
+                    assert self._optimizer is not None
+                    self._optimizer.optimizer.state[parameter] = state
         self._weights_changed()
         return self.describe()
 

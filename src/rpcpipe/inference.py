@@ -10,16 +10,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rpcpipe import schedules
 from rpcpipe.arguments import refuse
 from rpcpipe.errors import RpcPipeError
-from rpcpipe.feeding import given, hops
+from rpcpipe.feeding import given
 from rpcpipe.interrupts import Deferred
-from rpcpipe.messages import Report, Route, StepPlan
+from rpcpipe.messages import Report, StepPlan
 from rpcpipe.metrics import Metric, Sums, means
-from rpcpipe.microbatch import Nest, batch_size, merge, split, unpack
+from rpcpipe.microbatch import Nest, batch_size, merge, unpack
 from rpcpipe.pickling import dumps
-from rpcpipe.program import compile_routes
 from rpcpipe.result import mean_loss
 
 if TYPE_CHECKING:
@@ -50,7 +48,7 @@ class Passes:
     def __init__(self, pipe: Pipeline) -> None:
         self._pipe = pipe
         # Their micro-batches fill the pipeline, and two more hide the driver's own time.
-        self.ahead = -(-(len(pipe._names) + 2) // pipe.chunks)
+        self.ahead = -(-(pipe._layout.width + 2) // pipe.chunks)
 
     def run(self, batches: Iterable[tuple[Nest, Nest | None]], *, keep_outputs: bool = False) -> Iterator[Passed]:
         """Each (inputs, targets) in their order; targets may be None where outputs are wanted."""
@@ -77,11 +75,11 @@ class Passes:
 
     def _feed(self, inputs: Nest, targets: Nest | None, keep_outputs: bool) -> tuple[Passed, dict[str, Future[Any]]]:
         pipe = self._pipe
-        parts, weights = pipe._cut_batch(inputs)
-        answers = None if targets is None else split(targets, pipe.chunks)
+        parts, weights, counts = pipe._program.cut(inputs)
+        answers = None if targets is None else pipe._program.cut_targets(targets)
         plan = StepPlan(pipe._driver.new_step(), pipe.trained, False, weights, keep_outputs=keep_outputs)
-        routes = _routes(pipe, len(parts), targets=targets is not None)
-        replies = pipe._driver.issue(routes, plan, given(pipe, parts, answers))
+        calls = pipe._program.forward(counts, targets=targets is not None)
+        replies = pipe._driver.issue(calls, plan, given(pipe, parts, answers))
         return Passed(batch_size(inputs), weights, {}), replies
 
     def _collect(self, passed: Passed, replies: Mapping[str, Future[Any]]) -> Passed:
@@ -95,8 +93,9 @@ def outputs(pipe: Pipeline, batches: Iterable[Nest]) -> Iterator[Nest]:
 
 
 def last_stage(pipe: Pipeline, op: str, functions: Any) -> None:
-    """Tell it what to do with the outputs of the passes that follow."""
-    pipe._driver.control(pipe.stages[-1].worker, op, dumps(functions, f"what to {op}"))
+    """Tell it, in all replicas, what to do with the outputs of the passes that follow."""
+    driver, data = pipe._driver, dumps(functions, f"what to {op}")
+    driver.collect({worker: driver.post(worker, op, data) for worker in pipe.stages[-1].workers})
 
 
 def evaluate(
@@ -116,11 +115,3 @@ def evaluate(
     if not samples:
         raise ValueError("evaluate needs at least one batch in which something counts")
     return total / samples, means(sums)
-
-
-def _routes(pipe: Pipeline, chunks: int, *, targets: bool) -> list[tuple[str, Route]]:
-    key = ("forward", chunks, targets)
-    if key not in pipe._routes:
-        schedule = schedules.forward_only(pipe.schedule, chunks)
-        pipe._routes[key] = compile_routes(schedule, pipe._names, targets=targets, hops=hops(pipe))
-    return pipe._routes[key]

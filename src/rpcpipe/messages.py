@@ -11,13 +11,25 @@ from rpcpipe.microbatch import Packed
 from rpcpipe.schedules.action import Action
 
 
-class Port(NamedTuple):
-    """One of the values an action waits for.
+class Bucket(NamedTuple):
+    """Some parameters of a group whose members exchange gradients or weights."""
 
-    ``slot`` is "input", "target", "inputs" (named ones, from the driver) or "value of stage …".
+    group: str
+    number: int
+
+    def words(self) -> str:
+        """For a message: ``bucket 1 of stage 0``."""
+        return f"bucket {self.number} of {self.group}"
+
+
+class Port(NamedTuple):
+    """One of the values an action waits for, or a task of ``exchange``.
+
+    ``slot`` is "input", "target", "inputs" (named ones, from the driver) or "value of stage …"; of a bucket
+    "gradients from …", "sums" or "weights".
     """
 
-    action: Action
+    action: Action | Bucket
     slot: str
 
 
@@ -47,6 +59,10 @@ class Task(NamedTuple):
     args: tuple[Any, ...] = ()
     awaits: tuple[Port, ...] = ()
     group: int = 0
+
+
+# A worker, and tasks that go to it in one call.
+Call = tuple[str, list[Task]]
 
 
 class Share(NamedTuple):
@@ -113,7 +129,7 @@ class Report:
 
     ``losses`` holds (value, count) per micro-batch on the last stage, count None for a mean, and
     ``metrics`` what ``evaluate`` measures there beside it;
-    ``norms`` the 2-norm of every parameter's summed gradient, by stage, in the model's order;
+    ``norms`` the 2-norm of every gradient summed here, by stage and the parameter's place in it;
     ``spans`` holds (kind, stage, chunk, start, end, version) in nanoseconds of the worker's monotonic
     clock, version -1 where weights have only one.
     Where the step is traced, ``sends`` holds (producer, port, time) and ``arrivals`` (port, time) of the
@@ -124,7 +140,7 @@ class Report:
     losses: dict[int, tuple[float, float | None]] = field(default_factory=dict)
     outputs: dict[int, Packed] = field(default_factory=dict)
     metrics: dict[int, Sums] = field(default_factory=dict)
-    norms: dict[int, list[float]] = field(default_factory=dict)
+    norms: dict[int, dict[int, float]] = field(default_factory=dict)
     spans: list[tuple[str, int, int, int, int, int]] = field(default_factory=list)
     sends: list[tuple[Action, Port, int]] = field(default_factory=list)
     arrivals: list[tuple[Port, int]] = field(default_factory=list)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rpcpipe import schedules, versions
 from rpcpipe.arguments import make_schedule, owners, refuse, stage_parts
-from rpcpipe.building import adopt
+from rpcpipe.building import adopt, renew
 from rpcpipe.errors import PartitionError
 from rpcpipe.feeding import hops
 from rpcpipe.partition import balance as cut
@@ -23,44 +23,67 @@ def change(pipe: Pipeline, wanted: str | Schedule) -> None:
     before_change, virtual = pipe.schedule, pipe._virtual_stages
     if isinstance(wanted, str):
         virtual = schedules.suited_virtual_stages(wanted, virtual)
-    new = make_schedule(wanted, len(pipe._names), pipe.chunks, virtual)
-    refuse(new.workers != len(pipe._names), f"{new.name!r} is for {new.workers} workers, not {len(pipe._names)}")
+    new = make_schedule(wanted, pipe._layout.width, pipe.chunks, virtual, pipe._layout.replicas)
+    refuse(new.workers != pipe._layout.width, f"{new.name!r} is for {new.workers} workers, not {pipe._layout.width}")
     policy = versions.choose(new.name, pipe._weights if new.name == before_change.name else None)
     pipe._check_policy(policy)
     moving = new.placement != before_change.placement
     if moving and pipe._tied is not None:
         raise PartitionError(f"{pipe._tied} are one parameter: its layers cannot be moved one by one")
-    before = owners(pipe._layers, pipe.balance, before_change, pipe._names)
+    before = _places(pipe)
     if new.stages != before_change.stages:
         sizes = {layer: count for stage in pipe.stages for layer, count in stage.sizes.items()}
         pipe.balance = cut([sizes[layer] for layer in pipe._layers], new.stages)
-    pipe._schedule, pipe.chunks, pipe._routes, pipe._policy = new, new.chunks, {}, policy
+    pipe._schedule, pipe.chunks, pipe._policy = new, new.chunks, policy
     if moving:
         move(pipe, before)
+    else:
+        renew(pipe)
 
 
-def move(pipe: Pipeline, before: Mapping[str, str]) -> None:
+def _places(pipe: Pipeline) -> list[dict[str, str]]:
+    """By replica, the worker of every layer."""
+    layout = pipe._layout
+    rows = map(layout.row, range(layout.replicas))
+    return [owners(pipe._layers, pipe.balance, pipe.schedule, row) for row in rows]
+
+
+def move(pipe: Pipeline, before: Sequence[Mapping[str, str]]) -> None:
     """Bring every layer, with its optimizer state, to the worker that the pipeline's new schedule gives it.
 
-    ``before``: the worker of every layer until now. What raises here closes the pipeline, as some
-    layers may be on neither worker's stages.
+    ``before``: by replica, the worker of every layer until now. What raises here closes the pipeline, as
+    some layers may be on neither worker's stages.
     """
-    layers, schedule, driver, names = pipe._layers, pipe.schedule, pipe._driver, pipe._names
-    after = owners(layers, pipe.balance, schedule, names)
+    schedule, driver = pipe.schedule, pipe._driver
     moves: dict[tuple[str, str], list[str]] = {}
-    for layer in layers:
-        if before[layer] != after[layer]:
-            moves.setdefault((before[layer], after[layer]), []).append(layer)
+    for old, new in zip(before, _places(pipe), strict=True):
+        for layer in pipe._layers:
+            if old[layer] != new[layer]:
+                moves.setdefault((old[layer], new[layer]), []).append(layer)
     try:
-        given: dict[str, list[bytes]] = {name: [] for name in names}
+        states = _sharded_states(pipe)
+        given: dict[str, list[bytes]] = {name: [] for name in pipe._names}
         for (source, target), moving in moves.items():
             given[target].append(driver.control(source, "give", moving))
-        parts = stage_parts(layers, pipe.balance)
+        parts = stage_parts(pipe._layers, pipe.balance)
         replies = {}
-        for worker, name in enumerate(names):
+        for name in pipe._names:
+            worker, _ = pipe._layout.index(name)
             mine = {stage: part for stage, part in parts.items() if schedule.placement[stage] == worker}
-            replies[name] = driver.post(name, "arrange", mine, schedule.stages - 1, hops(pipe), given[name])
+            others = {layer: states[layer] for layers, _ in mine.values() for layer in layers if layer in states}
+            replies[name] = driver.post(name, "arrange", mine, schedule.stages - 1, hops(pipe), given[name], others)
         adopt(pipe, driver.collect(replies))
     except BaseException:
         pipe.close()
         raise
+
+
+def _sharded_states(pipe: Pipeline) -> dict[str, dict[str, Any]]:
+    """Where replicas share the optimizer's state, all of it by layer: who owns what changes with the stages."""
+    if not pipe._shard:
+        return {}
+    driver, whole = pipe._driver, dict[str, dict[str, Any]]()
+    for part in driver.collect({name: driver.post(name, "optimizer_state") for name in pipe._names}).values():
+        for layer, state in part.items():
+            whole.setdefault(layer, {}).update(state)
+    return whole

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -14,11 +14,18 @@ Factory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
 class LocalOptimizer:
-    """A worker's share: the user's optimizer over the parameters of its stages."""
+    """A worker's share: the user's optimizer over the parameters of its stages.
 
-    def __init__(self, factory: Factory, parameters: Sequence[nn.Parameter]) -> None:
+    Those ``elsewhere`` are updated on other workers and only taken back here.
+    """
+
+    def __init__(
+        self, factory: Factory, parameters: Sequence[nn.Parameter], elsewhere: Set[nn.Parameter] = frozenset()
+    ) -> None:
         self.parameters = list(parameters)
-        self.optimizer = factory(self.parameters)
+        mine = [parameter for parameter in parameters if parameter not in elsewhere]
+        # Where nothing is updated here, a stand-in makes the same groups and leaves no state.
+        self.optimizer = factory(mine or [nn.Parameter(torch.empty(0))])
         if not isinstance(self.optimizer, torch.optim.Optimizer):
             raise TypeError(
                 f"optimizer must return a torch.optim.Optimizer, not {type(self.optimizer).__name__};"

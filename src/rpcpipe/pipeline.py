@@ -22,8 +22,8 @@ from rpcpipe.arguments import (
     check_functions,
     check_training,
     cut_layers,
+    layout_of,
     make_schedule,
-    worker_names,
 )
 from rpcpipe.cluster import Cluster
 from rpcpipe.driver import Driver
@@ -33,13 +33,12 @@ from rpcpipe.holdings import ActorSpec
 from rpcpipe.inference import Passes
 from rpcpipe.interrupts import Deferred
 from rpcpipe.layers import Layer, named_layers, shared_parameters, wire_of
-from rpcpipe.messages import Route
 from rpcpipe.metrics import Metric
-from rpcpipe.microbatch import Nest, batch_size, split
+from rpcpipe.microbatch import Nest
 from rpcpipe.optimizer import Factory, PipelineOptimizer
-from rpcpipe.program import compile_routes
 from rpcpipe.recompute import Checkpoint
 from rpcpipe.recompute import check as check_checkpoint
+from rpcpipe.replicas import Program
 from rpcpipe.result import StepResult
 from rpcpipe.schedules import Schedule
 from rpcpipe.stage import Loss
@@ -63,7 +62,10 @@ class Pipeline:
     layers that save most bytes per second of recomputation, up to that share of a stage's bytes), or a
     function of (stage, chunk). ``virtual_stages``: stages per
     worker, for the looped schedules. ``chunks``: micro-batches per batch, fewer where the batch is
-    too small; a Schedule brings its own. ``dispatch``: "rref" issues one
+    too small; a Schedule brings its own. ``replicas``: copies of every stage, each with its share of the
+    batch (``tensor.chunk(replicas)``) and ``chunks`` micro-batches of that; the schedule's worker w is
+    workers w·R … w·R + R - 1. ``shard_optimizer``: each replica's optimizer has only its part of the
+    parameters. ``dispatch``: "rref" issues one
     asynchronous call per action and keeps its RRef, "batched" one message per worker and step; the
     results are the same. ``autocast``: torch.bfloat16 or torch.float16, in which layers and loss run
     under ``torch.autocast``; for float16 ``scaler``, a ``torch.amp.GradScaler``, scales the loss.
@@ -86,6 +88,8 @@ class Pipeline:
         balance: str | Sequence[int] = "parameters",
         checkpoint: Checkpoint = "never",
         virtual_stages: int = 1,
+        replicas: int = 1,
+        shard_optimizer: bool = False,
         weights: str | None = None,
         flush_every: int | None = None,
         clip_grad_norm: float | None = None,
@@ -106,10 +110,12 @@ class Pipeline:
         self.nonfinite = nonfinite
         self.accumulate, self._progress = accumulate, Progress(accumulate)
         self.scaler = precision.loss_scaler(autocast)
-        self._names = worker_names([worker.name for worker in cluster.workers], schedule, balance, virtual_stages)
+        self._layout = layout_of(cluster, schedule, balance, virtual_stages, replicas)
+        self._names = self._layout.names
         self._virtual_stages = virtual_stages
-        self._schedule = make_schedule(schedule, len(self._names), chunks, virtual_stages)
+        self._schedule = make_schedule(schedule, self._layout.width, chunks, virtual_stages, replicas)
         self.chunks = self._schedule.chunks
+        self._shard = shard_optimizer
         self._weights, self._policy = weights, versions.choose(self._schedule.name, weights)
         self._check_policy(self._policy)
         layers = named_layers(model)
@@ -136,9 +142,8 @@ class Pipeline:
         self._busy: dict[str, float] = {}
         self.stages: tuple[StageHandle, ...] = ()
         self.optimizer: PipelineOptimizer
+        self._program: Program
         self.callbacks: list[Callback] = []
-        self._routes: dict[Any, list[tuple[str, Route]]] = {}
-        self._described: dict[int, Any] = {}
         identity = uuid.uuid4().hex
         self._driver = Driver(cluster.transport, identity, self._names, timeout=cluster.timeout, batched=batched)
         # Processes of one host share their monotonic clock.
@@ -154,7 +159,11 @@ class Pipeline:
 
     def stages_on(self, worker: str) -> list[int]:
         """The stages that the named worker holds."""
-        return [stage.index for stage in self.stages if stage.worker == worker]
+        return [stage.index for stage in self.stages if worker in stage.workers]
+
+    def replica_of(self, worker: str) -> int | None:
+        """Which replica the named worker is part of, if there are several."""
+        return self._layout.index(worker)[1] if self._layout.replicas > 1 else None
 
     @property
     def schedule(self) -> Schedule:
@@ -319,7 +328,7 @@ class Pipeline:
     # --- weights ---
 
     def parameter_rrefs(self) -> list[Any]:
-        """An RRef to every trainable parameter, in the model's order, for ``DistributedOptimizer``."""
+        """An RRef to every trainable parameter, each replica's, in the model's order, for ``DistributedOptimizer``."""
         self._check()
         return [rref for stage in self.stages for rref in stage.parameter_rrefs()]
 
@@ -361,13 +370,15 @@ class Pipeline:
         return tables.markup(self._title(), HEADER, self._rows())
 
     def _title(self) -> str:
+        replicas = self._layout.replicas
+        copies = f" in {replicas} replicas" if replicas > 1 else ""
         return (
-            f"Pipeline({self.schedule.name}, {len(self.stages)} stages, {self.chunks} micro-batches,"
+            f"Pipeline({self.schedule.name}, {len(self.stages)} stages{copies}, {self.chunks} micro-batches,"
             f" {self.trained} steps trained)"
         )
 
     def _rows(self) -> list[list[str]]:
-        return [stage.row(self._busy.get(stage.worker)) for stage in self.stages]
+        return [row for stage in self.stages for row in stage.rows(self._busy)]
 
     def _check(self) -> None:
         if self._closed:
@@ -378,20 +389,6 @@ class Pipeline:
 
     def _check_policy(self, policy: str | None) -> None:
         check_asynchronous(policy, scaled=self.scaler is not None, accumulate=self.accumulate)
-
-    # --- what a step consists of ---
-
-    def _cut_batch(self, inputs: Nest) -> tuple[list[Nest], tuple[float, ...]]:
-        parts = split(inputs, self.chunks)
-        total = batch_size(inputs)
-        return parts, tuple(batch_size(part) / total for part in parts)
-
-    def _train_routes(self, chunks: int) -> list[tuple[str, Route]]:
-        if chunks not in self._routes:
-            self._routes[chunks] = compile_routes(
-                self.schedule.truncated(chunks), self._names, targets=True, hops=feeding.hops(self)
-            )
-        return self._routes[chunks]
 
 
 def _release(cluster: Cluster, driver: Driver) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from rpcpipe import gradients, tables
@@ -95,10 +95,13 @@ def mean_loss(
     return sum(losses[chunk][0] for chunk in sorted(losses)) / total if total else float("nan"), total
 
 
-def by_stage(reports: Mapping[str, Report], field: str) -> tuple[int, ...]:
-    """A report's field of one number per stage, of all stages."""
-    found = {stage: value for report in reports.values() for stage, value in getattr(report, field).items()}
-    return tuple(found[stage] for stage in sorted(found))
+def by_stage(reports: Mapping[str, Report], field: str, joined: Callable[[list[int]], int] = max) -> tuple[int, ...]:
+    """A report's field of one number per stage, of all stages; ``joined``: what replicas' numbers make together."""
+    found: dict[int, list[int]] = {}
+    for report in reports.values():
+        for stage, value in getattr(report, field).items():
+            found.setdefault(stage, []).append(value)
+    return tuple(joined(found[stage]) for stage in sorted(found))
 
 
 def of_stream(
@@ -121,7 +124,7 @@ def of_stream(
     """
     done = [group for group in updates if not group[0].skipped]
     norms = [
-        gradients.total_norm([norm for report in group for of in report.norms.values() for norm in of])
+        gradients.total_norm([norm for report in group for of in report.norms.values() for norm in of.values()])
         for group in done
     ]
     used = [

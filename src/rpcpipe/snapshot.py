@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 def state_dict(pipe: Pipeline) -> OrderedDict[str, torch.Tensor]:
     """All parameters and buffers, on the CPU."""
-    driver, names = pipe._driver, pipe._names
-    found = driver.collect({name: driver.post(name, "state_dict") for name in names})
+    driver = pipe._driver
+    found = driver.collect({name: driver.post(name, "state_dict") for name in pipe._layout.row(0)})
     by_stage = {stage: state for stages in found.values() for stage, state in stages.items()}
     return OrderedDict((key, value) for stage in sorted(by_stage) for key, value in by_stage[stage].items())
 
@@ -29,5 +29,6 @@ def load_state_dict(pipe: Pipeline, state: Mapping[str, torch.Tensor]) -> None:
     parts: dict[str, dict[int, dict[str, torch.Tensor]]] = {name: {} for name in pipe._names}
     for key, value in state.items():
         stage = owner[key.partition(".")[0]]
-        parts[stage.worker].setdefault(stage.index, {})[key] = value
+        for worker in stage.workers:
+            parts[worker].setdefault(stage.index, {})[key] = value
     pipe._driver.collect({name: pipe._driver.post(name, "load_state_dict", parts[name]) for name in pipe._names})

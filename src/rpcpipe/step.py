@@ -17,7 +17,7 @@ from rpcpipe.errors import Failure, RpcPipeError, StageError
 from rpcpipe.feeding import given
 from rpcpipe.interrupts import Deferred
 from rpcpipe.messages import Report, StepPlan
-from rpcpipe.microbatch import Nest, split
+from rpcpipe.microbatch import Nest
 from rpcpipe.result import StepResult, by_stage, mean_loss
 from rpcpipe.timeline import Timeline
 from rpcpipe.trace import spans
@@ -85,10 +85,10 @@ class Step:
         if self.done:
             raise RpcPipeError("forward_backward was called in this step already; open another step")
         pipe, driver = self._pipe, self._pipe._driver
-        parts, weights = pipe._cut_batch(inputs)
-        values = given(pipe, parts, split(targets, pipe.chunks))
+        parts, weights, counts = pipe._program.cut(inputs)
+        values = given(pipe, parts, pipe._program.cut_targets(targets))
         plan = self._plan(weights)
-        reports = driver.run(pipe._train_routes(len(parts)), plan, values)
+        reports = driver.run(pipe._program.train(counts, updates=plan.updates), plan, values)
         if pipe._tracer is not None:
             pipe._tracer.step(reports, self._number)
         loss, count = mean_loss(reports, weights)
@@ -106,7 +106,7 @@ class Step:
             plan.updates and gate.finite,
             Timeline(spans(reports, pipe._offsets, self._number), workers=len(reports), name=pipe.schedule.name),
             peak_activation_bytes=by_stage(reports, "peak_bytes"),
-            recomputed=by_stage(reports, "recomputed"),
+            recomputed=by_stage(reports, "recomputed", sum),
             accumulated=self._progress.done,
             loss_scale=plan.scale,
         )
@@ -143,9 +143,9 @@ class Step:
         """
         if self._pipe.nonfinite == "skip" or (plan.scale > 1.0 and math.isfinite(loss)):
             return
-        norms = {stage: (name, norms) for name, report in reports.items() for stage, norms in report.norms.items()}
-        for stage, (name, found) in sorted(norms.items(), reverse=True):
-            if not all(map(math.isfinite, found)):
+        norms = [(stage, name, norms) for name, report in reports.items() for stage, norms in report.norms.items()]
+        for stage, name, found in sorted(norms, reverse=True):
+            if not all(map(math.isfinite, found.values())):
                 message = f"a gradient of stage {stage} is not finite (nonfinite='stop')"
                 raise StageError.of(Failure.stated(FloatingPointError, message, worker=name, stage=stage))
 
@@ -164,7 +164,9 @@ class Step:
         if not self.result().applied:
             return
         self._updated = True  # before it is true: taking back what was not done does no harm
-        times = self._pipe._driver.optimize(self._message, self.context_id, self._pipe.optimizer.changes())
+        times = self._pipe._driver.optimize(
+            self._message, self.context_id, self._pipe.optimizer.changes(), self._pipe._program.after_update()
+        )
         if self._pipe._tracer is not None:
             self._pipe._tracer.update(times, self._number)
 

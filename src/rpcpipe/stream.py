@@ -89,7 +89,7 @@ class Stream:
     def feed(self, inputs: Nest, targets: Nest) -> None:
         """Issue all that one more batch lets the workers do."""
         pipe = self._pipe
-        parts, shares = pipe._cut_batch(inputs)
+        parts, shares, _ = pipe._program.cut(inputs)
         answers = split(targets, pipe.chunks)
         if len(parts) != len(answers):
             raise ValueError(f"inputs make {len(parts)} micro-batches and targets {len(answers)}: their sizes differ")

@@ -50,6 +50,7 @@ class Tracer:
                 self._arrived[port] = index, (at - offset) * 1e-9
         for port in self._sent.keys() & self._arrived.keys():
             (source, producer, sent, of), (target, arrived) = self._sent.pop(port), self._arrived.pop(port)
+            assert isinstance(port.action, Action)
             self.timeline.transfers.append(Transfer(source, target, producer, port.action, sent, arrived, of))
 
     def update(self, times: Mapping[str, tuple[int, int]], number: int) -> None:

@@ -160,12 +160,16 @@ class Schedule:
         validate(self)
         return self
 
-    def truncated(self, chunks: int) -> Schedule:
+    def truncated(self, chunks: int, first: int = 0) -> Schedule:
         """The same order without the micro-batches from ``chunks`` on, for a batch that makes fewer.
 
-        Valid where this one is: dependencies join actions of one micro-batch only.
+        They are numbered from ``first``. Valid where this one is: dependencies join actions of one
+        micro-batch only.
         """
-        rows = tuple(tuple(action for action in row if action.chunk < chunks) for row in self.actions)
+        rows = tuple(
+            tuple(Action(kind, stage, first + chunk) for kind, stage, chunk in row if chunk < chunks)
+            for row in self.actions
+        )
         return Schedule(self.name, chunks, self.placement, rows)
 
     def simulate(self, costs: Costs | None = None) -> Timeline:

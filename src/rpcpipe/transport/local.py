@@ -7,6 +7,7 @@ each can be repeated. ``drop`` loses messages on purpose.
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future
@@ -29,7 +30,8 @@ class LocalTransport:
         self._contexts = 0
 
     def tell(self, to: str, verb: str, *args: Any) -> None:
-        self.post(to, verb, *args)
+        # What a wire delivers shares no memory with what was sent, and with what others get.
+        self.post(to, verb, *copy.deepcopy(args))
 
     def post(self, to: str, verb: str, *args: Any) -> Future[Any]:
         reply: Future[Any] = Future()

@@ -1,0 +1,154 @@
+"""2D: every worker of the schedule in R copies, each with its share of the batch.
+
+Nothing else of rpcpipe knows more of it than names: a replica executes the same schedule on workers of its
+own, and its micro-batches have the numbers that they have in the whole batch. So ports, random
+numbers, losses, spans and messages need no second index, and the oracle is a plain loop over all
+micro-batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, zip_longest
+from typing import Any, NamedTuple
+
+from rpcpipe import exchange
+from rpcpipe.messages import Call, Task
+from rpcpipe.microbatch import Nest, batch_size, split
+from rpcpipe.program import compile_routes
+from rpcpipe.schedules import Schedule, forward_only
+from rpcpipe.wires import Hop
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The workers ``names`` of a pipeline with ``replicas``: the schedule's worker w is names w·R … w·R + R - 1."""
+
+    names: tuple[str, ...]
+    replicas: int = 1
+
+    @property
+    def width(self) -> int:
+        """The schedule's workers."""
+        return len(self.names) // self.replicas
+
+    def column(self, worker: int) -> tuple[str, ...]:
+        """The copies of the schedule's ``worker``."""
+        return self.names[worker * self.replicas : (worker + 1) * self.replicas]
+
+    def row(self, replica: int) -> tuple[str, ...]:
+        """The schedule's workers in one replica."""
+        return self.names[replica :: self.replicas]
+
+    def index(self, name: str) -> tuple[int, int]:
+        """(the schedule's worker, replica) that ``name`` is."""
+        return divmod(self.names.index(name), self.replicas)
+
+    def cut(self, nest: Nest, chunks: int) -> list[list[Nest]]:
+        """By replica the micro-batches of its share: ``chunk(replicas)``, and ``chunk(chunks)`` of each.
+
+        A batch smaller than that makes fewer, for the last replicas none.
+        """
+        shares = [split(share, chunks) for share in split(nest, self.replicas)]
+        return [*shares, *([] for _ in range(self.replicas - len(shares)))]
+
+
+class Batch(NamedTuple):
+    """A batch's micro-batches in order, the share of the batch that each is, and how many each replica has."""
+
+    parts: list[Nest]
+    weights: tuple[float, ...]
+    counts: tuple[int, ...]
+
+
+class Program:
+    """The calls of a pipeline's steps, for batches of any size.
+
+    ``hops``: the ways of named values. ``buckets``: by stage, the owners of its gradients' buckets. ``shard``:
+    optimizers have only what they own.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        layout: Layout,
+        hops: Sequence[Hop],
+        buckets: Mapping[int, Sequence[int]],
+        *,
+        shard: bool,
+    ) -> None:
+        self._schedule, self._layout, self._hops = schedule, layout, hops
+        self._buckets, self._shard = buckets, shard
+        self._made: dict[tuple[Any, ...], list[Call]] = {}
+
+    def cut(self, inputs: Nest) -> Batch:
+        """``inputs`` in micro-batches."""
+        shares = self._layout.cut(inputs, self._schedule.chunks)
+        parts, total = list(chain.from_iterable(shares)), batch_size(inputs)
+        return Batch(parts, tuple(batch_size(part) / total for part in parts), tuple(map(len, shares)))
+
+    def cut_targets(self, targets: Nest) -> list[Nest]:
+        """Their targets."""
+        return list(chain.from_iterable(self._layout.cut(targets, self._schedule.chunks)))
+
+    def train(self, counts: tuple[int, ...], *, updates: bool) -> list[Call]:
+        """Forward and backward where replica r has ``counts[r]`` micro-batches, and the sums over the replicas.
+
+        Gradients are pushed after a stage's last backward, so that the backwards of other stages and replicas
+        hide it. ``updates``: an update follows.
+        """
+        spread = updates and not self._shard
+        if (counts, spread) not in self._made:
+            rows = self._rows(self._schedule, counts, targets=True)
+            ends = [self._sums(replica, row, spread) for replica, row in enumerate(rows)] if len(rows) > 1 else []
+            self._made[counts, spread] = _in_turns(rows) + _in_turns(ends)
+        return self._made[counts, spread]
+
+    def forward(self, counts: tuple[int, ...], *, targets: bool) -> list[Call]:
+        """Forward only; ``targets``: with the loss."""
+        key = ("forward", counts, targets)
+        if key not in self._made:
+            schedule = forward_only(self._schedule, max(counts))
+            self._made[key] = _in_turns(self._rows(schedule, counts, targets=targets))
+        return self._made[key]
+
+    def after_update(self) -> dict[str, list[Task]]:
+        """Where optimizers are sharded, what each worker does after its own to get the others' weights."""
+        found: dict[str, list[Task]] = {}
+        for stage, holder in enumerate(self._schedule.placement) if self._shard else ():
+            for replica, worker in enumerate(self._layout.column(holder)):
+                tasks = exchange.gathers(exchange.group_of(stage), self._buckets[stage], replica, "weights")
+                found.setdefault(worker, []).extend(tasks)
+        return {worker: [*tasks, Task("updated")] for worker, tasks in found.items()}
+
+    def _rows(self, schedule: Schedule, counts: Sequence[int], *, targets: bool) -> list[list[Call]]:
+        """Every replica's actions."""
+        rows = []
+        for replica, count in enumerate(counts):
+            mine = schedule.truncated(count, sum(counts[:replica]))
+            routes = compile_routes(mine, self._layout.row(replica), targets=targets, hops=self._hops)
+            rows.append([(worker, [Task("act", (route,), route.awaits)]) for worker, route in routes])
+        return rows
+
+    def _sums(self, replica: int, calls: list[Call], spread: bool) -> list[Call]:
+        """Adds the pushes to a replica's ``calls``; what its workers do after all of those."""
+        last = {tasks[0].args[0].action.stage: tasks for _, tasks in calls if tasks[0].args[0].action.kind in "BW"}
+        ends = []
+        for at, worker in enumerate(self._layout.row(replica)):
+            stages = [stage for stage, holder in enumerate(self._schedule.placement) if holder == at]
+            groups = [(exchange.group_of(stage), self._buckets[stage]) for stage in stages]
+            end: list[Task] = []
+            for stage in stages:
+                last.get(stage, end).append(exchange.scatter(exchange.group_of(stage)))
+            for group, owners in groups:
+                end += exchange.reduces(group, self._layout.column(at), owners, replica, spread=spread)
+            for group, owners in groups if spread else ():
+                end += exchange.gathers(group, owners, replica, "sums")
+            ends.append((worker, end))
+        return ends
+
+
+def _in_turns(rows: Sequence[list[Call]]) -> list[Call]:
+    """One call of each row after the other, so that all replicas begin at once."""
+    return [call for turn in zip_longest(*rows) for call in turn if call is not None]
