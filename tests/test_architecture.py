@@ -38,6 +38,7 @@ LAYERS = [
         "undo",
         "precision",
         "accumulation",
+        "batchnorm",
         "snapshots",
         "activations",
         "recompute",

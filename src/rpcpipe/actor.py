@@ -23,6 +23,7 @@ from rpcpipe.microbatch import map_tensors, pack
 from rpcpipe.schedules import Action
 from rpcpipe.snapshots import Snapshots
 from rpcpipe.stage import Stage
+from rpcpipe.undo import Buffers
 from rpcpipe.weights import Versions
 
 
@@ -48,6 +49,7 @@ class Actor(Holdings):
         self._send = send
         self._ledger = ledger
         self._snapshots: Snapshots | None = None
+        self._buffers = Buffers()
         self._plan = StepPlan(-1, 0, False, ())
         self._report = Report(name)
         self._updated = 0, 0
@@ -75,9 +77,10 @@ class Actor(Holdings):
         self._plan = plan
         if plan.policy is not None:
             self._open_stream(plan.policy)
-        elif self._optimizer is not None and plan.training:
+        elif plan.training:
+            self._buffers.take(stage.module for stage in self.stages.values())
             self._kept.resume(plan.after, self.parameters)
-            if plan.after is None:  # since then no weight has changed
+            if plan.after is None and self._optimizer is not None:  # since then no weight has changed
                 self._optimizer.undo.outdate()
 
     def act(self, route: Route, told: Share | Update | None = None, *, target: Any = None, **values: Any) -> Any:
@@ -145,6 +148,8 @@ class Actor(Holdings):
             report.peak_in_flight[number] = stage.peak_in_flight
             report.peak_bytes[number], report.recomputed[number] = stage.peak_bytes, stage.keeper.recomputed
             if self._plan.training:
+                for norm in stage.norms:
+                    norm.commit()
                 if self._plan.updates:
                     gradients.unscale(stage.parameters, self._plan.scale)
                 report.norms[number] = self._norms(stage)
@@ -199,9 +204,12 @@ class Actor(Holdings):
         """When ``optimize`` began and ended, now that the weights are in from where they were updated."""
         return self._updated
 
-    def undo(self) -> None:
-        """Take ``optimize`` back: another worker's failed."""
-        if self._optimizer is not None:
+    def undo(self, step: int, updating: bool) -> None:
+        """Take ``step`` back, which may not have begun here; ``updating``: ``optimize`` too."""
+        if self._plan.step != step or not self._plan.training:
+            return
+        self._buffers.restore()
+        if updating and self._optimizer is not None:
             self._optimizer.undo.restore()
 
     # --- of a stream ---

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from rpcpipe import precision, schedules
+from rpcpipe.batchnorm import MODES
 from rpcpipe.errors import CheckpointError, PartitionError, ScheduleError
 from rpcpipe.layers import Layer, parameter_counts, shared_parameters
 from rpcpipe.partition import balance as cut
@@ -95,15 +96,18 @@ def check_functions(loss: Any, optimizer: Any, dispatch: str, chunks: int) -> No
     refuse(chunks < 1, f"chunks must be at least 1, not {chunks}")
 
 
-def check_training(nonfinite: str, flush_every: int | None, accumulate: int, autocast: torch.dtype | None) -> None:
+def check_training(
+    nonfinite: str, flush_every: int | None, accumulate: int, autocast: torch.dtype | None, batch_norm: str
+) -> None:
     """How a step ends and in what it computes."""
     refuse(nonfinite not in ("skip", "stop"), f"nonfinite must be 'skip' or 'stop', not {nonfinite!r}")
     refuse(flush_every is not None and flush_every < 1, f"flush_every must be at least 1, not {flush_every}")
     refuse(accumulate < 1, f"accumulate must be at least 1, not {accumulate}")
     precision.check(autocast)
+    refuse(batch_norm not in MODES, f"batch_norm must be one of {MODES}, not {batch_norm!r}")
 
 
-def check_asynchronous(policy: str | None, *, scaled: bool, accumulate: int) -> None:
+def check_asynchronous(policy: str | None, *, scaled: bool, accumulate: int, deferred: bool) -> None:
     """ScheduleError for what cannot be where every stage updates on its own."""
     if policy is None:
         return
@@ -116,6 +120,11 @@ def check_asynchronous(policy: str | None, *, scaled: bool, accumulate: int) -> 
         raise ScheduleError(
             f"accumulate={accumulate} does not fit an asynchronous schedule; pipedream-2bw makes one update of"
             " all micro-batches of a batch: pass it larger batches and more chunks"
+        )
+    if deferred:
+        raise ScheduleError(
+            "batch_norm='deferred' waits for the end of a batch, and an asynchronous schedule has begun the next by"
+            " then: use batch_norm='micro_batch', or a synchronous schedule"
         )
 
 

@@ -123,10 +123,11 @@ class Driver:
                 {worker: self._post(worker, step, [task, *after.get(worker, ())]) for worker in self.workers}
             )
 
-    def take_back(self, step: int) -> None:
-        """Undo what ``optimize`` did, before anything else runs."""
-        self._unsettled = step, True
-        self._recover()
+    def take_back(self, step: int, *, updating: bool) -> None:
+        """Undo what ``step`` did, the last to have begun, before anything else runs; ``updating``: its update too."""
+        if step == self._begun:
+            self._unsettled = step, updating
+            self._recover()
 
     def clock_offset(self, worker: str) -> int:
         """Nanoseconds by which ``worker``'s clock is ahead of this process's.
@@ -219,9 +220,8 @@ class Driver:
             (step, updating), self._unsettled = self._unsettled, None
             self._held.clear()
             self.cancel(step, self._first)
-            if updating:
-                for worker in self.workers:
-                    self._post(worker, -1, [Task("undo")])
+            for worker in self.workers:
+                self._post(worker, -1, [Task("undo", (step, updating))])
 
     def drop(self) -> list[Future[Any]]:
         """Free the stages."""

@@ -11,7 +11,7 @@ import cloudpickle
 import torch
 from torch import nn
 
-from rpcpipe import layers
+from rpcpipe import batchnorm, layers
 from rpcpipe.accumulation import Kept
 from rpcpipe.errors import CheckpointError
 from rpcpipe.exchange import Exchange, Peers, group_of
@@ -35,6 +35,7 @@ class ActorSpec:
     seed: int
     checkpoint: Checkpoint = "never"
     autocast: torch.dtype | None = None
+    batch_norm: str = "micro_batch"
     # Of all the model's layers; and the ways of what they take and give, as the model is cut.
     wires: Mapping[str, Wire] = field(default_factory=dict)
     hops: tuple[Hop, ...] = ()
@@ -60,8 +61,7 @@ class Holdings:
             number: Stage(
                 number,
                 OrderedDict(
-                    (key, layers.build(layer, seed=spec.seed, index=index))
-                    for index, (key, layer) in enumerate(named.items(), first)
+                    (key, self._layer(layer, index)) for index, (key, layer) in enumerate(named.items(), first)
                 ),
                 first_layer=first,
                 seed=spec.seed,
@@ -77,6 +77,10 @@ class Holdings:
         self.exchanges = spec.peers.exchanges({number: stage.parameters for number, stage in self.stages.items()})
         parameters = self.parameters
         self._optimizer = LocalOptimizer(spec.optimizer, parameters, self._updated_elsewhere) if parameters else None
+
+    def _layer(self, layer: layers.Layer, index: int) -> nn.Module:
+        module = layers.build(layer, seed=self._spec.seed, index=index)
+        return batchnorm.defer(module) if self._spec.batch_norm == "deferred" else module
 
     @property
     def parameters(self) -> list[nn.Parameter]:

@@ -69,7 +69,8 @@ class Pipeline:
     asynchronous call per action and keeps its RRef, "batched" one message per worker and step; the
     results are the same. ``autocast``: torch.bfloat16 or torch.float16, in which layers and loss run
     under ``torch.autocast``; for float16 ``scaler``, a ``torch.amp.GradScaler``, scales the loss.
-    ``accumulate``: so many calls of ``train_step`` make one update.
+    ``accumulate``: so many calls of ``train_step`` make one update. ``batch_norm``: BatchNorm's running
+    statistics move with every "micro_batch", or "deferred", once a batch as the unsplit batch's would.
 
     ``trained`` counts the training steps done; it seeds the next one's random numbers.
 
@@ -98,18 +99,19 @@ class Pipeline:
         dispatch: str = "rref",
         autocast: torch.dtype | None = None,
         accumulate: int = 1,
+        batch_norm: str = "micro_batch",
         sample: Nest = None,
     ) -> None:
         check_functions(loss, optimizer, dispatch, chunks)
         check_checkpoint(checkpoint)
-        check_training(nonfinite, flush_every, accumulate, autocast)
+        check_training(nonfinite, flush_every, accumulate, autocast, batch_norm)
         cluster.check()
         self.cluster = cluster
         self.clip_grad_norm = clip_grad_norm
         self.flush_every = flush_every
         self.nonfinite = nonfinite
         self.accumulate, self._progress = accumulate, Progress(accumulate)
-        self.scaler = precision.loss_scaler(autocast)
+        self.scaler, self._batch_norm = precision.loss_scaler(autocast), batch_norm
         self._layout = layout_of(cluster, schedule, balance, virtual_stages, replicas)
         self._names = self._layout.names
         self._virtual_stages = virtual_stages
@@ -126,8 +128,9 @@ class Pipeline:
             layers, balance, self._schedule.stages, lambda: building.measure(self, layers, sample, seed)
         )
         common = ActorSpec(
-            {}, self._schedule.stages - 1, loss, optimizer, seed, checkpoint, autocast, self._wires, feeding.hops(self)
-        )
+            {}, self._schedule.stages - 1, loss, optimizer, seed, checkpoint, autocast, batch_norm,
+            self._wires, feeding.hops(self),
+        )  # fmt: skip
         self._start(layers, common, batched=dispatch == "batched")
 
     def _start(self, layers: OrderedDict[str, Layer], common: ActorSpec, *, batched: bool) -> None:
@@ -388,7 +391,12 @@ class Pipeline:
             self._stream.flush()
 
     def _check_policy(self, policy: str | None) -> None:
-        check_asynchronous(policy, scaled=self.scaler is not None, accumulate=self.accumulate)
+        check_asynchronous(
+            policy,
+            scaled=self.scaler is not None,
+            accumulate=self.accumulate,
+            deferred=self._batch_norm == "deferred",
+        )
 
 
 def _release(cluster: Cluster, driver: Driver) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 from torch.autograd.graph import get_gradient_edge
 
 from rpcpipe import backward as autograd
-from rpcpipe import gradients, precision, rng
+from rpcpipe import batchnorm, gradients, precision, rng
 from rpcpipe.backward import Gradients, Received
 from rpcpipe.chain import Chain, Keeper
 from rpcpipe.flow import Flow, advance, cut, join, leaving, part
@@ -56,6 +56,7 @@ class Stage:
         self.index = index
         # A new container says it trains whatever its children do; from here on all of them agree.
         self.module = nn.Sequential(layers).to(device).train()
+        self.norms = batchnorm.deferred(self.module)
         self.first_layer = first_layer
         self.seed = seed
         self.device = device
@@ -271,6 +272,8 @@ class Stage:
         self.shares, self._returns, self._poisoned = {}, {}, set()
         self._saved.clear()
         self._deferred.clear()
+        for norm in self.norms:
+            norm.clear()
         for parameter in self.module.parameters():
             parameter.grad = None
 

@@ -64,9 +64,9 @@ class Step:
             if self._context is not None:
                 context, self._context = self._context, None
                 context.__exit__(None, None, None)
-            if isinstance(error, KeyboardInterrupt) and self._updated:
-                # It came after the last worker had updated, before the caller could know of it.
-                self._pipe._driver.take_back(self._message)
+            if kind is not None and (isinstance(error, KeyboardInterrupt) or not self._updated):
+                # An interrupt may come after the last worker has updated, before the caller can know of it.
+                self._pipe._driver.take_back(self._message, updating=self._updated)
             elif kind is None and self.done:
                 self._pipe._advance(self.result(), self._progress)
 
@@ -95,6 +95,8 @@ class Step:
         gate = self._gate(plan, reports, count)
         if not gate.finite:
             self._refuse_nonfinite(plan, loss, reports)
+            if not math.isfinite(loss):
+                driver.take_back(self._message, updating=False)  # statistics of NaN would never be mended
             log.warning("step %d: the gradient's norm is %s; no weight changes", self._number, gate.grad_norm)
         self._progress = self._progress.later(self._message, count)
         self._result = StepResult(

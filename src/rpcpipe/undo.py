@@ -1,4 +1,4 @@
-"""Takes back an optimizer step that failed on another stage.
+"""Takes back what a failed step did: its updates, and what its forwards did to buffers.
 
 A step changes no weight unless all stages could apply it, and an optimizer may raise after others
 have succeeded. The only general way back is a copy of the parameters and the optimizer's state.
@@ -9,7 +9,7 @@ and no time; its memory (parameters + optimizer state once more) is the price of
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -66,6 +66,34 @@ class Undo:
                 self._optimizer.state[parameter] = {key: _copy(entry, None) for key, entry in state.items()}
             else:
                 self._optimizer.state.pop(parameter, None)
+
+
+class Buffers:
+    """A copy of all buffers (BatchNorm's statistics) as they were when a step began.
+
+    A forward may change a buffer in place, also behind autograd's back, or put another tensor in its place.
+    """
+
+    def __init__(self) -> None:
+        self._copies: dict[tuple[nn.Module, str], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def take(self, modules: Iterable[nn.Module]) -> None:
+        """Copy the buffers of ``modules``, into the memory of the copies before."""
+        live = {
+            (owner, name): buffer
+            for module in modules
+            for owner in module.modules()
+            for name, buffer in owner._buffers.items()
+            if buffer is not None
+        }
+        before = self._copies
+        self._copies = {key: (buffer, _copy(buffer, before.get(key, (None, None))[1])) for key, buffer in live.items()}
+
+    def restore(self) -> None:
+        """Put them back."""
+        for (owner, name), (buffer, copied) in self._copies.items():
+            owner._buffers[name] = buffer
+            buffer.data.copy_(copied)
 
 
 def _copy(value: Any, buffer: Any) -> Any:

@@ -1,0 +1,116 @@
+"""BatchNorm whose running statistics are the whole batch's, as torchgpipe's DeferredBatchNorm.
+
+Every micro-batch is normalised by its own statistics, deferred or not, as in gradient accumulation.
+An ordinary BatchNorm also lets each of them move the running statistics, which then are those of
+small batches with a large momentum. Deferred, the micro-batches' moments are merged (Chan et al.,
+"Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979) and the running
+statistics move once, when the step's last one has passed.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+MODES = ("micro_batch", "deferred")
+
+
+class Deferred(_BatchNorm):
+    """``pending_*`` hold count, mean and sum of squared deviations of the step's micro-batches so far.
+
+    They are buffers so that what restores buffers, after a recomputation or a failed step, restores
+    them too; not persistent, so that ``state_dict`` is a BatchNorm's.
+    """
+
+    pending_count: torch.Tensor
+    pending_mean: torch.Tensor
+    pending_squares: torch.Tensor
+
+    def open(self) -> None:
+        """Make the pending sums, zero."""
+        assert self.running_mean is not None
+        zeros = torch.zeros_like(self.running_mean, dtype=torch.float64)
+        self.register_buffer("pending_count", zeros.new_zeros(()), persistent=False)
+        self.register_buffer("pending_mean", zeros, persistent=False)
+        self.register_buffer("pending_squares", zeros.clone(), persistent=False)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """What the BatchNorm gives; in training the running statistics do not move yet."""
+        if not self.training:
+            return super().forward(input)
+        self._check_input_dim(input)  # type: ignore[no-untyped-call]
+        mean, variance = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)  # type: ignore[arg-type]
+        # With momentum 1 they become this micro-batch's mean and unbiased variance.
+        output = nn.functional.batch_norm(input, mean, variance, self.weight, self.bias, True, 1.0, self.eps)
+        self._merge(input.numel() // input.shape[1], mean.double(), variance.double())
+        return output
+
+    @torch.no_grad()
+    def _merge(self, count: int, mean: torch.Tensor, variance: torch.Tensor) -> None:
+        total = self.pending_count + count
+        delta = mean - self.pending_mean
+        self.pending_mean += delta * (count / total)
+        self.pending_squares += variance * (count - 1) + delta.square() * (self.pending_count * count / total)
+        self.pending_count.copy_(total)
+
+    @torch.no_grad()
+    def commit(self) -> None:
+        """Move the running statistics by what is pending, as one forward of the whole batch would."""
+        if not self.pending_count:
+            return
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        step = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(self.pending_mean.to(self.running_mean.dtype), step)
+        variance = self.pending_squares / (self.pending_count - 1)
+        self.running_var.lerp_(variance.to(self.running_var.dtype), step)
+        self.clear()
+
+    def clear(self) -> None:
+        """Nothing is pending."""
+        for pending in (self.pending_count, self.pending_mean, self.pending_squares):
+            pending.zero_()
+
+
+class Deferred1d(Deferred, nn.BatchNorm1d):
+    """An ``nn.BatchNorm1d``, deferred."""
+
+
+class Deferred2d(Deferred, nn.BatchNorm2d):
+    """An ``nn.BatchNorm2d``, deferred."""
+
+
+class Deferred3d(Deferred, nn.BatchNorm3d):
+    """An ``nn.BatchNorm3d``, deferred."""
+
+
+_KINDS = {nn.BatchNorm1d: Deferred1d, nn.BatchNorm2d: Deferred2d, nn.BatchNorm3d: Deferred3d}
+
+
+def defer(module: nn.Module) -> nn.Module:
+    """``module`` with every BatchNorm in it deferred, in place: hooks, parameters and names stay.
+
+    Raises TypeError for a subclass of BatchNorm, whose forward is unknown.
+    """
+    for norm in module.modules():
+        if not isinstance(norm, _BatchNorm) or isinstance(norm, Deferred) or not norm.track_running_stats:
+            continue
+        kind = _KINDS.get(type(norm))
+        if kind is None:
+            raise TypeError(
+                f"batch_norm='deferred' takes nn.BatchNorm1d, 2d and 3d, not {type(norm).__name__};"
+                " replace it, or pass batch_norm='micro_batch'"
+            )
+        norm.__class__ = kind
+        cast(Deferred, norm).open()
+    return module
+
+
+def deferred(module: nn.Module) -> list[Deferred]:
+    """The deferred ones in ``module``."""
+    return [norm for norm in module.modules() if isinstance(norm, Deferred)]
