@@ -107,7 +107,7 @@ def check_training(
     refuse(batch_norm not in MODES, f"batch_norm must be one of {MODES}, not {batch_norm!r}")
 
 
-def check_asynchronous(policy: str | None, *, scaled: bool, accumulate: int, deferred: bool) -> None:
+def check_asynchronous(policy: str | None, accumulate: int, batch_norm: str, *, scaled: bool) -> None:
     """ScheduleError for what cannot be where every stage updates on its own."""
     if policy is None:
         return
@@ -121,7 +121,7 @@ def check_asynchronous(policy: str | None, *, scaled: bool, accumulate: int, def
             f"accumulate={accumulate} does not fit an asynchronous schedule; pipedream-2bw makes one update of"
             " all micro-batches of a batch: pass it larger batches and more chunks"
         )
-    if deferred:
+    if batch_norm == "deferred":
         raise ScheduleError(
             "batch_norm='deferred' waits for the end of a batch, and an asynchronous schedule has begun the next by"
             " then: use batch_norm='micro_batch', or a synchronous schedule"

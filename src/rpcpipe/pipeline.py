@@ -262,13 +262,6 @@ class Pipeline:
     def _leave(self, step: Step | Stream | Passes) -> None:
         self._open = None if self._open is step else self._open
 
-    def _advance(self, result: StepResult, progress: Progress) -> None:
-        """A synchronous step has ended well."""
-        self.trained += 1
-        self._progress = progress
-        if self.scaler is not None and not result.accumulated:
-            precision.judge(self.scaler, finite=result.applied)
-
     def _forget_accumulated(self) -> None:
         self._progress = Progress(self.accumulate)
         if isinstance(self._open, Step):
@@ -391,12 +384,7 @@ class Pipeline:
             self._stream.flush()
 
     def _check_policy(self, policy: str | None) -> None:
-        check_asynchronous(
-            policy,
-            scaled=self.scaler is not None,
-            accumulate=self.accumulate,
-            deferred=self._batch_norm == "deferred",
-        )
+        check_asynchronous(policy, self.accumulate, self._batch_norm, scaled=self.scaler is not None)
 
 
 def _release(cluster: Cluster, driver: Driver) -> None:

@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
+from rpcpipe import precision
 from rpcpipe.accumulation import Progress
 from rpcpipe.driver import Gate
 from rpcpipe.errors import Failure, RpcPipeError, StageError
@@ -68,7 +69,15 @@ class Step:
                 # An interrupt may come after the last worker has updated, before the caller can know of it.
                 self._pipe._driver.take_back(self._message, updating=self._updated)
             elif kind is None and self.done:
-                self._pipe._advance(self.result(), self._progress)
+                self._advance()
+
+    def _advance(self) -> None:
+        """The step has ended well."""
+        pipe, result = self._pipe, self.result()
+        pipe.trained += 1
+        pipe._progress = self._progress
+        if pipe.scaler is not None and not result.accumulated:
+            precision.judge(pipe.scaler, finite=result.applied)
 
     @property
     def done(self) -> bool:
