@@ -23,6 +23,9 @@ LAYERS = [
         "sharing",
         "profiles",
         "search",
+        "estimates",
+        "planner",
+        "transformer",
     }
     | {"interrupts", "tables", "logs", "handshake", "place", "pickling"},
     {

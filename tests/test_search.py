@@ -10,8 +10,9 @@ from collections.abc import Iterator
 import pytest
 
 from rpcpipe import schedules
+from rpcpipe.estimates import SIMPLEST, Choice, Estimate, Estimator, Machine
 from rpcpipe.profiles import LayerProfile
-from rpcpipe.search import CHECKPOINTS, SIMPLEST, VIRTUAL, Choice, Estimate, Machine, Search
+from rpcpipe.search import CHECKPOINTS, VIRTUAL, Search
 
 
 def layer(source: random.Random, name: str) -> LayerProfile:
@@ -42,29 +43,31 @@ def case(seed: int) -> Search:
         cores=source.choice([None, None, 2]),
     )
     profiles = {size: [layer(source, str(at)) for at in range(layers)] for size in sizes}
-    replicas = [count for count in (1, 2, 3) if workers % count == 0]
-    return Search(profiles, batch, machine, input_bytes=source.randrange(20), replicas=replicas)
+    layouts = [(workers // count, count) for count in (1, 2, 3) if workers % count == 0]
+    return Search(Estimator(profiles, machine, input_bytes=source.randrange(20)), batch, layouts=layouts)
 
 
 def everything(search: Search) -> Iterator[Estimate]:
     """All choices with all cuts, without a bound and without the search's own enumeration."""
     layers = search.layers
-    for replicas, size, name, virtual, checkpoint in itertools.product(
-        search.replicas, search.profiles, SIMPLEST, (1, *VIRTUAL), CHECKPOINTS
+    for (workers, replicas), size, name, virtual, checkpoint, sharded in itertools.product(
+        search.layouts, search.costs.profiles, SIMPLEST, (1, *VIRTUAL), CHECKPOINTS, (False, True)
     ):
-        workers, share = search.machine.workers // replicas, math.ceil(search.batch / replicas)
+        share = math.ceil(search.batch / replicas)
         chunks = math.ceil(share / size)
         try:
             schedule = schedules.get(name, workers, chunks, virtual)
         except schedules.ScheduleError:
             continue
-        if size > share:
-            continue  # its profile is of more samples than a replica has
+        if size > share or (sharded and replicas == 1):
+            continue  # a profile of more samples than a replica has; nothing to share
         if virtual == 1 and schedule.stages > workers:
             virtual = 2  # a V says so by itself
         for ends in itertools.combinations(range(1, layers), schedule.stages - 1):
             balance = [b - a for a, b in itertools.pairwise((0, *ends, layers))]
-            found = search.estimate(Choice(name, workers, replicas, virtual, size, chunks, checkpoint), balance)
+            found = search.costs.estimate(
+                Choice(name, workers, replicas, virtual, size, chunks, checkpoint, sharded), balance
+            )
             if max(found.memory) <= search.machine.memory:
                 yield found
 

@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 
-def copies(moments: int) -> int:
+def copies(moments: int, shards: int = 1) -> float:
     """How often a worker holds its parameters: weights, gradient, ``moments`` of the optimizer (Adam's
-    are 2), and the copy of weights and moments with which a failed step is taken back."""
-    return 2 + moments + 1 + moments
+    are 2), and the copy of weights and moments with which a failed step is taken back. Of the last two it
+    holds one of ``shards`` parts where the optimizer is sharded."""
+    return 2 + (moments + 1 + moments) / shards
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class LayerProfile:
     @property
     def bytes(self) -> int:
         """Of a worker that trains with Adam, and of one micro-batch's activations."""
-        return copies(moments=2) * self.parameter_bytes + self.activation_bytes
+        return round(copies(moments=2)) * self.parameter_bytes + self.activation_bytes
 
 
 def costs(profiles: Sequence[LayerProfile], what: str) -> list[float]:
