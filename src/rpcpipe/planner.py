@@ -259,8 +259,9 @@ def _refusal(search: Search) -> str:
         would.append(f"smaller layers: the largest alone takes {tables.mebibytes(held)}")
     return (
         f"the model does not fit {_row_of(frugal, workers)} of {tables.mebibytes(limit)}: its weights, gradients,"
-        f" optimizer state and the copy that takes back a failed step are {tables.mebibytes(weights)}, and with everything"
-        f" recomputed and micro-batches of {frugal.micro_batch} the fullest worker needs {tables.mebibytes(needed)}."
+        f" optimizer state and the copy that takes back a failed step are {tables.mebibytes(weights)}, and with"
+        f" everything recomputed and micro-batches of {frugal.micro_batch} the fullest worker needs"
+        f" {tables.mebibytes(needed)}."
         f" What would do: {', or '.join(would) or 'smaller layers'}"
     )
 

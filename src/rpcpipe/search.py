@@ -44,7 +44,7 @@ class Search:
     def __post_init__(self) -> None:
         self.machine = self.costs.machine
         self.layers = self.costs.layers
-        self._shares: dict[tuple[int, int], float] = {}
+        self._shares: dict[tuple[int, int, tuple[int, ...]], float] = {}
 
     # --- what there is to choose from ---
 
@@ -101,7 +101,7 @@ class Search:
     def guess(self, choice: Choice) -> float:
         """About what ``choice`` takes if memory does not matter: its slowest worker's time, bubble, all-reduce."""
         model = self.costs.models[choice.micro_batch]
-        share = self._slowest(choice.micro_batch, choice.stages) * choice.virtual_stages
+        share = self._slowest(choice)
         if choice.checkpoint != "never":
             work = model.times["forward"][-1] + model.times["backward"][-1]
             share *= 1 + model.times["forward"][-1] / work
@@ -109,15 +109,17 @@ class Search:
         reduced = self.costs.all_reduce(choice.replicas, model.parameters[-1] / choice.depth)
         return share * (choice.chunks + idle) * (choice.depth if choice.schedule == "naive" else 1) + reduced
 
-    def _slowest(self, size: int, stages: int) -> float:
-        """Seconds of the slowest stage's micro-batch, under the best cut."""
-        if (size, stages) not in self._shares:
-            times = self.costs.models[size].times
+    def _slowest(self, choice: Choice) -> float:
+        """Seconds of the slowest worker's micro-batch, under the cut that makes its slowest stage fastest."""
+        size, stages, placed = choice.micro_batch, choice.stages, placement(choice)
+        if (size, stages, placed) not in self._shares:
+            times, loads = self.costs.models[size].times, [0.0] * choice.depth
             work = [f + b for f, b in zip(times["forward"], times["backward"], strict=True)]
-            layers = [b - a for a, b in pairwise(work)]
-            ends = [0, *accumulate(cut(layers, stages))]
-            self._shares[size, stages] = max(work[b] - work[a] for a, b in pairwise(ends))
-        return self._shares[size, stages]
+            ends = [0, *accumulate(cut([b - a for a, b in pairwise(work)], stages))]
+            for worker, (a, b) in zip(placed, pairwise(ends), strict=True):
+                loads[worker] += work[b] - work[a]
+            self._shares[size, stages, placed] = max(loads)
+        return self._shares[size, stages, placed]
 
     # --- the search ---
 
@@ -215,18 +217,22 @@ class Search:
         return fits
 
     def _moved(self, found: Estimate) -> Estimate:
-        """Move one border by a layer as long as that helps."""
+        """Move a border of the slowest stage by a layer, inwards, as long as that helps."""
+        work = self.costs.models[found.choice.micro_batch].least_work(found.choice)
         better = True
         while better and self.costs.looked_at < 2 * _BUDGET:
             better = False
-            for stage in range(len(found.balance) - 1):
-                for step in (1, -1):
-                    sizes = list(found.balance)
-                    sizes[stage] += step
-                    sizes[stage + 1] -= step
-                    estimate = self.tried(found.choice, sizes) if min(sizes) else None
+            ends = [0, *accumulate(found.balance)]
+            slowest = max(range(len(found.balance)), key=lambda stage: work[ends[stage + 1]] - work[ends[stage]])
+            for neighbour in (slowest - 1, slowest + 1):
+                sizes = list(found.balance)
+                if 0 <= neighbour < len(sizes) and sizes[slowest] > 1:
+                    sizes[slowest] -= 1
+                    sizes[neighbour] += 1
+                    estimate = self.tried(found.choice, sizes)
                     if estimate is not None and estimate.beats(found):
                         found, better = estimate, True
+                        break
         return found
 
 
