@@ -61,7 +61,9 @@ LAYERS = [
     {"driver", "group", "formation", "cluster", "launch", "connect", "agent", "worker"}
     | {"result", "tracking", "trace", "handle", "arguments", "replicas"},
     {
+        "core",
         "pipeline",
+        "planning",
         "step",
         "stream",
         "building",

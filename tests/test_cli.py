@@ -42,3 +42,29 @@ def test_python_dash_m() -> None:
         [sys.executable, "-m", "rpcpipe", "schedule", "1f1b"], capture_output=True, text=True, timeout=60, check=True
     )
     assert "bubble 27.3%" in done.stdout
+
+
+def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--layers", "24", "--hidden", "1024", "--heads", "16", "--vocab", "50257", "--seq", "1024"]
+    machine = [
+        "--workers",
+        "8",
+        "--memory",
+        "16GiB",
+        "--flops",
+        "125e12",
+        "--bandwidth",
+        "16e9",
+        "--batch",
+        "64",
+        "--draw",
+    ]
+    assert main(["plan", "gpt", *sizes, *machine]) == 0
+    out = capsys.readouterr().out
+    assert "GPT of 0.41 billion parameters" in out
+    assert "why" in out
+    assert "worker 0 |" in out
+    assert main(["plan", "gpt", *sizes, *machine, "--memory", "100MB"]) == 2
+    assert "What would do" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["plan", "gpt", *sizes, *machine, "--memory", "much"])

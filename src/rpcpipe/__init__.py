@@ -20,6 +20,8 @@ from rpcpipe.generation import generate
 from rpcpipe.launch import launch
 from rpcpipe.layers import LayerSpec, Sequential, Wired
 from rpcpipe.pipeline import Pipeline
+from rpcpipe.planner import Plan
+from rpcpipe.planning import plan
 from rpcpipe.result import StepResult
 from rpcpipe.schedules import Action, Schedule, bubble_fraction, optimal_microbatches
 from rpcpipe.simulate import Costs, critical_path
@@ -41,6 +43,7 @@ __all__ = [
     "LayerSpec",
     "PartitionError",
     "Pipeline",
+    "Plan",
     "RendezvousError",
     "RpcPipeError",
     "Schedule",
@@ -64,5 +67,6 @@ __all__ = [
     "generate",
     "launch",
     "optimal_microbatches",
+    "plan",
     "schedules",
 ]

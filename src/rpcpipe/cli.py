@@ -1,4 +1,4 @@
-"""The command ``rpcpipe``: look at schedules, examine this machine, serve as a worker."""
+"""The command ``rpcpipe``: look at schedules, plan a training, examine this machine, serve as a worker."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rpcpipe import doctor, schedules
+from rpcpipe import doctor, planner, schedules, tables
 from rpcpipe.agent import serve_rank
 from rpcpipe.errors import RpcPipeError
+from rpcpipe.estimates import Estimator, Machine
 from rpcpipe.schedules import Schedule
+from rpcpipe.search import Search, layouts
 from rpcpipe.simulate import Costs
+from rpcpipe.transformer import GPT
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return doctor.report()
         if args.command == "worker":
             serve_rank()
-        _schedule(args)
+        _plan(args) if args.command == "plan" else _schedule(args)
     except (RpcPipeError, ValueError, ImportError, OSError) as error:
         print(f"rpcpipe: {error}", file=sys.stderr)
         return 2
@@ -34,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("doctor", help="examine this machine; exit status 1 if a cluster would not form")
     commands.add_parser("worker", help="serve as the rank that the environment says, for a driver's rp.connect()")
+    _plan_parser(commands.add_parser("plan", help="the fastest way to train a model, computed without building it"))
     show = commands.add_parser("schedule", help="draw a schedule: its timeline, bubble and peaks")
     show.add_argument("name", nargs="?", help="a schedule's name, or a .csv file of actions")
     show.add_argument("--list", action="store_true", help="a table of all schedules for these sizes")
@@ -46,6 +50,35 @@ def _parser() -> argparse.ArgumentParser:
     for suffix in ("csv", "svg", "png", "html", "json"):
         show.add_argument(f"--{suffix}", type=Path, metavar="FILE")
     return parser
+
+
+def _plan_parser(plan: argparse.ArgumentParser) -> None:
+    plan.add_argument("model", choices=["gpt"])
+    for size in ("layers", "hidden", "heads", "vocab", "seq"):
+        plan.add_argument(f"--{size}", type=int, required=True)
+    plan.add_argument("--workers", type=int, required=True)
+    plan.add_argument("--memory", type=tables.parse_bytes, required=True, help="of each worker, such as 80GiB")
+    plan.add_argument("--flops", type=float, required=True, help="a worker's peak operations a second, such as 312e12")
+    plan.add_argument("--efficiency", type=float, default=0.5, help="the share of the peak that kernels reach")
+    plan.add_argument("--bandwidth", type=float, required=True, help="bytes a second between workers, such as 300e9")
+    plan.add_argument("--latency", type=float, default=1e-5, help="seconds from one worker to another")
+    plan.add_argument("--batch", type=int, default=1536, help="sequences a step")
+    plan.add_argument("--chunks", type=int, default=None, help="micro-batches, instead of trying several numbers")
+    plan.add_argument("--replicas", type=int, default=None, help="instead of trying all numbers")
+    plan.add_argument("--draw", action="store_true", help="the step's timeline, too; of a long step its beginning")
+
+
+def _plan(args: argparse.Namespace) -> None:
+    model = GPT(args.layers, args.hidden, args.heads, args.vocab, args.seq)
+    sizes = [1, 2, 4, 8] if args.chunks is None else [-(-args.batch // args.chunks)]
+    profiles = {size: model.profiles(size, args.flops * args.efficiency) for size in sizes}
+    machine = Machine(args.workers, args.memory, args.latency, args.bandwidth)
+    rows = layouts(args.workers, args.layers + 2, args.replicas)
+    plan = planner.decide(Search(Estimator(profiles, machine, 16 * args.seq), args.batch, layouts=rows))
+    print(f"GPT of {model.parameters / 1e9:,.2f} billion parameters, {args.batch} sequences of {args.seq} a step")
+    print(plan)
+    if args.draw:
+        print(plan.timeline.to_text())
 
 
 def _schedule(args: argparse.Namespace) -> None:

@@ -15,10 +15,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from rpcpipe import building, feeding, inference, moving, precision, snapshot, tables, versions
+from rpcpipe import building, feeding, inference, moving, precision, snapshot, versions
 from rpcpipe.accumulation import Progress
 from rpcpipe.arguments import (
-    check_asynchronous,
     check_functions,
     check_training,
     cut_layers,
@@ -26,19 +25,18 @@ from rpcpipe.arguments import (
     make_schedule,
 )
 from rpcpipe.cluster import Cluster
+from rpcpipe.core import Core, release
 from rpcpipe.driver import Driver
-from rpcpipe.errors import RpcPipeError, ScheduleError
-from rpcpipe.handle import HEADER, StageHandle
+from rpcpipe.errors import ScheduleError
 from rpcpipe.holdings import ActorSpec
-from rpcpipe.inference import Passes
 from rpcpipe.interrupts import Deferred
 from rpcpipe.layers import Layer, named_layers, shared_parameters, wire_of
 from rpcpipe.metrics import Metric
 from rpcpipe.microbatch import Nest
-from rpcpipe.optimizer import Factory, PipelineOptimizer
+from rpcpipe.optimizer import Factory
+from rpcpipe.planner import Plan
 from rpcpipe.recompute import Checkpoint
 from rpcpipe.recompute import check as check_checkpoint
-from rpcpipe.replicas import Program
 from rpcpipe.result import StepResult
 from rpcpipe.schedules import Schedule
 from rpcpipe.stage import Loss
@@ -49,7 +47,7 @@ from rpcpipe.trace import Tracer
 from rpcpipe.tracking import Callback, JsonLines, tell
 
 
-class Pipeline:
+class Pipeline(Core):
     """A model cut into stages on a cluster's workers, trained from this process.
 
     ``model``: an ``nn.Sequential``, or a list of ``nn.Module``, ``LayerSpec`` and ``Wired``. ``loss(output,
@@ -70,7 +68,8 @@ class Pipeline:
     results are the same. ``autocast``: torch.bfloat16 or torch.float16, in which layers and loss run
     under ``torch.autocast``; for float16 ``scaler``, a ``torch.amp.GradScaler``, scales the loss.
     ``accumulate``: so many calls of ``train_step`` make one update. ``batch_norm``: BatchNorm's running
-    statistics move with every "micro_batch", or "deferred", once a batch as the unsplit batch's would.
+    statistics move with every "micro_batch", or "deferred", once a batch as the unsplit batch's would. A ``plan`` of ``rp.plan`` takes the place
+    of all that it has decided: schedule, chunks, balance, virtual stages, checkpoint, replicas, sharding.
 
     ``trained`` counts the training steps done; it seeds the next one's random numbers.
 
@@ -101,17 +100,21 @@ class Pipeline:
         accumulate: int = 1,
         batch_norm: str = "micro_batch",
         sample: Nest = None,
+        plan: Plan | None = None,
     ) -> None:
+        super().__init__(cluster, Progress(accumulate), precision.loss_scaler(autocast))
+        if plan is not None:
+            schedule, chunks, balance = plan.schedule, plan.chunks, plan.balance
+            checkpoint, virtual_stages = plan.checkpoint, plan.virtual_stages
+            replicas, shard_optimizer = plan.replicas, plan.shard_optimizer
         check_functions(loss, optimizer, dispatch, chunks)
         check_checkpoint(checkpoint)
         check_training(nonfinite, flush_every, accumulate, autocast, batch_norm)
         cluster.check()
-        self.cluster = cluster
         self.clip_grad_norm = clip_grad_norm
         self.flush_every = flush_every
         self.nonfinite = nonfinite
-        self.accumulate, self._progress = accumulate, Progress(accumulate)
-        self.scaler, self._batch_norm = precision.loss_scaler(autocast), batch_norm
+        self.accumulate, self._batch_norm = accumulate, batch_norm
         self._layout = layout_of(cluster, schedule, balance, virtual_stages, replicas)
         self._names = self._layout.names
         self._virtual_stages = virtual_stages
@@ -136,37 +139,18 @@ class Pipeline:
     def _start(self, layers: OrderedDict[str, Layer], common: ActorSpec, *, batched: bool) -> None:
         """The driver's half, and the stages on their workers."""
         cluster = self.cluster
-        self._closed = False
-        self._open: Step | Stream | Passes | None = None
-        self._stream: Stream | None = None
-        self._tracer: Tracer | None = None
-        self.trained = 0
-        # Each worker's busy share of the last step.
-        self._busy: dict[str, float] = {}
-        self.stages: tuple[StageHandle, ...] = ()
-        self.optimizer: PipelineOptimizer
-        self._program: Program
-        self.callbacks: list[Callback] = []
         identity = uuid.uuid4().hex
         self._driver = Driver(cluster.transport, identity, self._names, timeout=cluster.timeout, batched=batched)
         # Processes of one host share their monotonic clock.
         self._offsets = dict.fromkeys(self._names, 0)
         cluster.pipelines.add(self)
         # In a REPL a pipeline is often just replaced: its stages go with it.
-        weakref.finalize(self, _release, cluster, self._driver).atexit = False
+        weakref.finalize(self, release, cluster, self._driver).atexit = False
         try:
             building.create(self, identity, layers, common)
         except BaseException:
             self.close()
             raise
-
-    def stages_on(self, worker: str) -> list[int]:
-        """The stages that the named worker holds."""
-        return [stage.index for stage in self.stages if worker in stage.workers]
-
-    def replica_of(self, worker: str) -> int | None:
-        """Which replica the named worker is part of, if there are several."""
-        return self._layout.index(worker)[1] if self._layout.replicas > 1 else None
 
     @property
     def schedule(self) -> Schedule:
@@ -247,31 +231,6 @@ class Pipeline:
             )
         return Step(self, self.trained)
 
-    def _enter(self, step: Step | Stream | Passes) -> None:
-        if self._open is not None:
-            raise RpcPipeError(
-                "a step of this pipeline is open already; first leave its with-block, or finish the iterator of predict"
-            )
-        self._open = step
-
-    def _note(self, timeline: Timeline) -> None:
-        """What a step measured, for the table."""
-        shares = (busy / (timeline.makespan or 1.0) for busy in timeline.busy)
-        self._busy = dict(zip(self._names, shares, strict=True))
-
-    def _leave(self, step: Step | Stream | Passes) -> None:
-        self._open = None if self._open is step else self._open
-
-    def _forget_accumulated(self) -> None:
-        self._progress = Progress(self.accumulate)
-        if isinstance(self._open, Step):
-            self._open.forget()
-
-    def _apply_open(self) -> None:
-        if self._open is None:
-            raise RpcPipeError("no step is open; call train_step, or optimize inside `with pipe.step() as s:`")
-        self._open.apply()
-
     @contextmanager
     def trace(self) -> Iterator[Timeline]:
         """A timeline that the block's steps fill: actions, transfers and updates, on the driver's clock."""
@@ -340,53 +299,3 @@ class Pipeline:
         """
         self._check()
         snapshot.load_state_dict(self, state)
-
-    # --- life ---
-
-    def close(self) -> None:
-        """Free the stages on the workers; closing twice is allowed."""
-        if self._closed:
-            return
-        self._closed = True
-        if self._stream is not None:
-            self._stream.abandon()
-        self.cluster.pipelines.discard(self)
-        self.stages = ()
-        self.cluster.relabel()
-        _release(self.cluster, self._driver)
-        for callback in self.callbacks:
-            getattr(callback, "close", lambda: None)()
-
-    def __repr__(self) -> str:
-        if self._closed:
-            return "Pipeline(closed)"
-        return f"{self._title()}\n{tables.text(HEADER, self._rows())}"
-
-    def _repr_html_(self) -> str:
-        return tables.markup(self._title(), HEADER, self._rows())
-
-    def _title(self) -> str:
-        replicas = self._layout.replicas
-        copies = f" in {replicas} replicas" if replicas > 1 else ""
-        return (
-            f"Pipeline({self.schedule.name}, {len(self.stages)} stages{copies}, {self.chunks} micro-batches,"
-            f" {self.trained} steps trained)"
-        )
-
-    def _rows(self) -> list[list[str]]:
-        return [row for stage in self.stages for row in stage.rows(self._busy)]
-
-    def _check(self) -> None:
-        if self._closed:
-            raise RpcPipeError("the pipeline is closed; make a new one")
-        self.cluster.check()
-        if self._stream is not None:
-            self._stream.flush()
-
-    def _check_policy(self, policy: str | None) -> None:
-        check_asynchronous(policy, self.accumulate, self._batch_norm, scaled=self.scaler is not None)
-
-
-def _release(cluster: Cluster, driver: Driver) -> None:
-    if cluster.healthy:
-        driver.drop()

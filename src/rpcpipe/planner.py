@@ -175,7 +175,7 @@ def _why(search: Search, found: Estimate) -> Iterable[str]:
     if not search.exact:
         yield (
             "the possibilities are too many to simulate each: those that promise most were, each with the cut that"
-            " makes its slowest stage fastest, and the borders of the best were moved by hand"
+            " makes its slowest stage fastest, and in the best the slowest stage's borders were moved"
         )
 
 

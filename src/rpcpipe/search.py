@@ -236,6 +236,19 @@ class Search:
         return found
 
 
+def layouts(workers: int, layers: int, replicas: int | None) -> list[tuple[int, int]]:
+    """(workers in a row, replicas) that use all ``workers``, or where layers are few as many as can be.
+
+    ``replicas``: how many, or None for any.
+    """
+    counts = range(1, workers + 1) if replicas is None else [replicas]
+    found = [(workers // count, count) for count in counts if workers % count == 0 and workers // count <= layers]
+    fewest = -(-workers // layers)  # of the longest rows
+    if fewest in counts and workers // fewest * fewest != workers:
+        found.append((workers // fewest, fewest))
+    return found or [(min(workers // counts[0], layers), counts[0])]
+
+
 @functools.lru_cache(maxsize=64)
 def _idle(name: str, virtual: int) -> float:
     """A worker's idle time in micro-batches per worker ahead of it, for equal stages: of a small pipeline."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Sequence
 
 
@@ -26,3 +27,14 @@ def markup(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 def mebibytes(count: float) -> str:
     """``count`` bytes for a person."""
     return f"{count / 2**20:,.1f} MiB" if count < 2**33 else f"{count / 2**30:,.1f} GiB"
+
+
+_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+
+
+def parse_bytes(text: str) -> float:
+    """Bytes from what a person writes: 80GiB, 1.5 TB, 4096. Raises ValueError for anything else."""
+    found = re.fullmatch(r"([0-9.]+) *([kMGT]?i?)B?", text.strip())
+    if found is None or found[2] not in _UNITS:
+        raise ValueError(f"{text!r} is no number of bytes: write such as 80GiB, 80GB or 85899345920")
+    return float(found[1]) * _UNITS[found[2]]

@@ -18,12 +18,22 @@ _PARAMETER = 4  # bytes: weights are kept in single precision, whatever autocast
 
 @dataclass(frozen=True)
 class GPT:
-    """A GPT's sizes: ``layers`` blocks between an embedding and a head, which are layers too."""
+    """A GPT's sizes: ``layers`` blocks between an embedding and a head, which are layers too.
+
+    Raises ValueError where no such model can be made.
+    """
 
     layers: int
     hidden: int
+    heads: int
     vocabulary: int
     sequence: int
+
+    def __post_init__(self) -> None:
+        if min(self.layers, self.hidden, self.heads, self.vocabulary, self.sequence) < 1:
+            raise ValueError(f"a GPT's sizes must be at least 1: {self}")
+        if self.hidden % self.heads:
+            raise ValueError(f"hidden={self.hidden} cannot be shared among heads={self.heads}")
 
     @property
     def parameters(self) -> int:
