@@ -35,6 +35,7 @@ LAYERS = [
         "rng",
         "layers",
         "flow",
+        "ties",
         "backward",
         "split_backward",
         "gradients",

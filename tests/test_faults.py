@@ -166,13 +166,6 @@ def test_wrong_arguments_are_refused_with_the_values(
     assert not list(cluster.pipelines)
 
 
-def test_shared_weights_across_stages_are_refused(cluster: rp.Cluster) -> None:
-    model = mlp()
-    model[6][0].weight = model[0][0].weight
-    with pytest.raises(rp.PartitionError, match=r"0\.0\.weight and 6\.0\.weight are one parameter"):
-        rp.Pipeline(model, cluster, loss=cross_entropy, optimizer=sgd)
-
-
 def test_an_optimizer_that_is_none_is_refused(cluster: rp.Cluster) -> None:
     with pytest.raises(rp.StageError, match=r"must return a torch\.optim\.Optimizer, not NoneType"):
         rp.Pipeline(mlp(), cluster, loss=cross_entropy, optimizer=lambda params: None)  # type: ignore[arg-type,return-value]

@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -30,3 +35,11 @@ def test_specs_count_parameters_without_memory_and_build_from_the_seed() -> None
 def test_a_spec_of_no_module_is_refused() -> None:
     with pytest.raises(TypeError, match="made a dict, not an"):
         rp.LayerSpec(dict).build()
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_programs_of_docs_models_run(number: int) -> None:
+    text = (Path(__file__).parent.parent / "docs" / "models.md").read_text()
+    program = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[number]
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split()[-1] == ("100])", "True")[number]

@@ -68,6 +68,12 @@ class Kept:
         for parameter in self._sums[step]:
             parameter.grad = None
 
+    def forget(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Another worker keeps what there is for ``parameters``."""
+        for sums in self._sums.values():
+            for parameter in parameters:
+                sums.pop(parameter, None)
+
     def of(self, module: nn.Module) -> dict[int, dict[str, torch.Tensor]]:
         """The module's part, by step and the parameter's name, for another worker's ``take``."""
         named = dict(module.named_parameters())

@@ -11,12 +11,13 @@ import torch
 from rpcpipe import precision, schedules
 from rpcpipe.batchnorm import MODES
 from rpcpipe.errors import CheckpointError, PartitionError, ScheduleError
-from rpcpipe.layers import Layer, parameter_counts, shared_parameters
+from rpcpipe.layers import Layer, parameter_counts
 from rpcpipe.partition import balance as cut
 from rpcpipe.partition import check_balance
 from rpcpipe.profiles import costs
 from rpcpipe.replicas import Layout
 from rpcpipe.schedules import Schedule
+from rpcpipe.ties import Tie
 from rpcpipe.versions import POLICIES
 
 _BALANCES = ("parameters", "time", "memory")
@@ -83,8 +84,6 @@ def cut_layers(
             sizes = cut(costs(measured, balance), stages, [layer.output_bytes for layer in measured])
     else:
         sizes = check_balance(balance, len(layers), stages)
-    if (shared := shared_parameters(layers, sizes)) is not None:
-        raise PartitionError(f"{shared} are one parameter on two stages; keep them on one stage with balance=[…]")
     return sizes
 
 
@@ -126,6 +125,19 @@ def check_asynchronous(policy: str | None, accumulate: int, batch_norm: str, *, 
             "batch_norm='deferred' waits for the end of a batch, and an asynchronous schedule has begun the next by"
             " then: use batch_norm='micro_batch', or a synchronous schedule"
         )
+
+
+def check_ties(policy: str | None, ties: Sequence[Tie], layers: Sequence[str], sizes: Sequence[int]) -> None:
+    """ScheduleError for weights tied across stages where every stage updates on its own."""
+    stage_of = {name: stage for stage, (names, _) in stage_parts(layers, sizes).items() for name in names}
+    for tie in ties if policy is not None else ():
+        stages = sorted({stage_of[holder.layer] for holder in tie.holders})
+        if len(stages) > 1:
+            raise ScheduleError(
+                f"{' and '.join(holder.name for holder in tie.holders)} are one weight, on stages"
+                f" {' and '.join(map(str, stages))}, which an asynchronous schedule lets update at their own times;"
+                " use a synchronous one, for instance '1f1b', or keep these layers on one stage with balance=[…]"
+            )
 
 
 def check_groups(groups: Sequence[Sequence[Any]]) -> None:

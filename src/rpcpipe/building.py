@@ -12,7 +12,7 @@ import cloudpickle
 
 from rpcpipe.arguments import check_groups, refuse, stage_parts
 from rpcpipe.exchange import Peers
-from rpcpipe.feeding import hops
+from rpcpipe.feeding import groups, hops
 from rpcpipe.handle import StageHandle
 from rpcpipe.holdings import ActorSpec
 from rpcpipe.layers import Layer
@@ -67,5 +67,4 @@ def adopt(pipe: Pipeline, found: Mapping[str, Mapping[int, Any]]) -> None:
 
 def renew(pipe: Pipeline) -> None:
     """The calls of its steps, for the schedule that it has now."""
-    buckets = {stage.index: stage.buckets for stage in pipe.stages}
-    pipe._program = Program(pipe.schedule, pipe._layout, hops(pipe), buckets, shard=pipe._shard)
+    pipe._program = Program(pipe.schedule, pipe._layout, hops(pipe), groups(pipe), shard=pipe._shard)

@@ -58,6 +58,11 @@ class Peers:
     index: int = 0
     shard: bool = False
 
+    @property
+    def name(self) -> str:
+        """This worker's."""
+        return self.workers[self.index]
+
     def exchanges(self, stages: Mapping[int, Sequence[nn.Parameter]]) -> dict[str, Exchange]:
         """By group, one per stage; each worker owns its part of all stages' parameters together."""
         if len(self.workers) < 2:

@@ -32,6 +32,7 @@ class StageHandle:
         self.layers: list[str] = self._info["layers"]
         self.sizes: dict[str, int] = self._info["sizes"]
         self.buckets: list[int] = self._info["buckets"]
+        self.trainable: list[str] = self._info["trainable"]
         self._driver = driver
 
     def __repr__(self) -> str:
@@ -90,5 +91,5 @@ class StageHandle:
         return [
             self._driver.hold(worker, "parameter", self.index, name)
             for worker in self.workers
-            for name in self._info["trainable"]
+            for name in self.trainable
         ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,14 +11,15 @@ import cloudpickle
 import torch
 from torch import nn
 
-from rpcpipe import batchnorm, layers
+from rpcpipe import batchnorm, layers, ties
 from rpcpipe.accumulation import Kept
 from rpcpipe.errors import CheckpointError
 from rpcpipe.exchange import Exchange, Peers, group_of
 from rpcpipe.optimizer import Factory, LocalOptimizer
 from rpcpipe.recompute import Checkpoint, Recompute
 from rpcpipe.stage import Loss, Stage
-from rpcpipe.wires import Hop, Wire, exits
+from rpcpipe.ties import Tie
+from rpcpipe.wires import Links, Wire, exits
 
 # By stage: its named layers, and the first one's index in the model.
 Parts = dict[int, tuple[OrderedDict[str, layers.Layer], int]]
@@ -36,9 +37,10 @@ class ActorSpec:
     checkpoint: Checkpoint = "never"
     autocast: torch.dtype | None = None
     batch_norm: str = "micro_batch"
-    # Of all the model's layers; and the ways of what they take and give, as the model is cut.
+    # Of all the model's layers.
     wires: Mapping[str, Wire] = field(default_factory=dict)
-    hops: tuple[Hop, ...] = ()
+    ties: tuple[Tie, ...] = ()
+    links: Links = field(default_factory=Links)
     peers: Peers = field(default_factory=Peers)
 
 
@@ -52,35 +54,59 @@ class Holdings:
         self._spec = replace(spec, stages={})
         self._optimizer: LocalOptimizer | None = None
         self._kept = Kept()
-        self._build(spec.stages, spec.last_stage, spec.hops)
+        self._build(spec.stages, spec.last_stage, spec.links)
 
-    def _build(self, parts: Parts, last_stage: int, hops: Sequence[Hop]) -> None:
+    def _build(self, parts: Parts, last_stage: int, links: Links) -> None:
         """Make the stages, and an optimizer over all their parameters."""
-        spec, self._last_stage = self._spec, last_stage
-        self.stages = {
-            number: Stage(
-                number,
-                OrderedDict(
-                    (key, self._layer(layer, index)) for index, (key, layer) in enumerate(named.items(), first)
-                ),
-                first_layer=first,
-                seed=spec.seed,
-                device=self._device,
-                loss=spec.loss if number == last_stage else None,
-                recompute=Recompute(spec.checkpoint, number, last_stage, len(named)),
-                autocast=spec.autocast,
-                wires=[spec.wires[name] for name in named],
-                exits=exits(hops, number, last_stage),
-            )
+        self._last_stage = last_stage
+        built = {
+            number: OrderedDict((key, self._layer(layer, at)) for at, (key, layer) in enumerate(named.items(), first))
             for number, (named, first) in sorted(parts.items())
         }
-        self.exchanges = spec.peers.exchanges({number: stage.parameters for number, stage in self.stages.items()})
-        parameters = self.parameters
+        drawn = {key for named, _ in parts.values() for key, layer in named.items() if not isinstance(layer, nn.Module)}
+        modules = {key: module for named in built.values() for key, module in named.items()}
+        tied = ties.join(modules, self._spec.ties, drawn, self._spec.seed)
+        self.stages, seen = {}, set[nn.Parameter]()
+        for number, named in built.items():
+            self.stages[number] = self._stage(number, named, parts[number][1], links, seen)
+            seen.update(self.stages[number].module.parameters())
+        self._exchange(tied, links.members)
+        parameters, spec = self.parameters, self._spec
         self._optimizer = LocalOptimizer(spec.optimizer, parameters, self._updated_elsewhere) if parameters else None
 
     def _layer(self, layer: layers.Layer, index: int) -> nn.Module:
         module = layers.build(layer, seed=self._spec.seed, index=index)
         return batchnorm.defer(module) if self._spec.batch_norm == "deferred" else module
+
+    def _stage(
+        self, number: int, named: OrderedDict[str, nn.Module], first: int, links: Links, seen: Collection[nn.Parameter]
+    ) -> Stage:
+        spec, last_stage = self._spec, self._last_stage
+        return Stage(
+            number,
+            named,
+            first_layer=first,
+            seed=spec.seed,
+            device=self._device,
+            loss=spec.loss if number == last_stage else None,
+            recompute=Recompute(spec.checkpoint, number, last_stage, len(named)),
+            autocast=spec.autocast,
+            wires=[spec.wires[name] for name in named],
+            exits=exits(links.hops, number, last_stage),
+            shared=seen,
+        )
+
+    def _exchange(self, tied: Mapping[str, nn.Parameter], members: Mapping[str, tuple[str, ...]]) -> None:
+        """Whom gradients are summed with: every parameter is in one group, a tied one in its own."""
+        peers, apart = self._spec.peers, set(tied.values())
+        self.exchanges = peers.exchanges(
+            {number: [p for p in stage.parameters if p not in apart] for number, stage in self.stages.items()}
+        )
+        for group, parameter in tied.items():
+            if len(members[group]) > 1:
+                mine = [parameter] if parameter.requires_grad else []
+                at = members[group].index(peers.name)
+                self.exchanges[group] = Exchange(group, members[group], at, mine, [0] * len(mine))
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -89,8 +115,19 @@ class Holdings:
 
     @property
     def owned_elsewhere(self) -> set[nn.Parameter]:
-        """The parameters here whose gradients another replica sums."""
+        """The parameters here whose gradients another worker sums."""
         return {parameter for exchange in self.exchanges.values() for parameter in exchange.owned_elsewhere}
+
+    @property
+    def _tied_elsewhere(self) -> set[nn.Parameter]:
+        """Tied parameters whose first layer is on another worker, which keeps their sums."""
+        here = self._modules()
+        return {
+            here[holder.layer].get_parameter(holder.parameter)
+            for tie in self._spec.ties
+            for holder in tie.holders
+            if tie.holders[0].layer not in here and holder.layer in here
+        }
 
     @property
     def _updated_elsewhere(self) -> set[nn.Parameter]:
@@ -105,7 +142,7 @@ class Holdings:
                 "sizes": {
                     name: sum(p.numel() for p in layer.parameters()) for name, layer in stage.module.named_children()
                 },
-                "trainable": [name for name, p in stage.module.named_parameters() if p.requires_grad],
+                "trainable": [name for name, p in stage.module.named_parameters() if p in set(stage.parameters)],
                 "parameters": sum(p.numel() for p in stage.module.parameters()),
                 "bytes": sum(p.numel() * p.element_size() for p in stage.module.parameters()),
                 "device": str(stage.device),
@@ -173,7 +210,7 @@ class Holdings:
         self,
         parts: Mapping[int, tuple[Sequence[str], int]],
         last_stage: int,
-        hops: Sequence[Hop],
+        links: Links,
         given: Sequence[bytes],
         others: Mapping[str, Mapping[str, Any]],
     ) -> Any:
@@ -193,8 +230,9 @@ class Holdings:
                 for number, (names, first) in parts.items()
             },
             last_stage,
-            hops,
+            links,
         )
+        self._kept.forget(self._tied_elsewhere)
         elsewhere = self._updated_elsewhere
         for name in (name for names, _ in parts.values() for name in names):
             for key, state in states[name].items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rpcpipe import rng
+from rpcpipe import rng, ties
 from rpcpipe.errors import PartitionError
 from rpcpipe.flow import advance
 from rpcpipe.microbatch import Nest
@@ -21,10 +22,15 @@ class LayerSpec:
 
     Its weights are drawn from a generator seeded by (pipeline's seed, layer index), so they do
     not depend on where the model is cut.
+
+    ``tied="key"``: all layers with this key share the parameter that they call ``weight``, on whatever
+    stages they are; it is drawn as the first of them draws it. ``tied={"key": "token.weight"}`` for a
+    parameter of another name, or for several.
     """
 
-    def __init__(self, cls: Any, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, cls: Any, *args: Any, tied: str | Mapping[str, str] | None = None, **kwargs: Any) -> None:
         self.cls = cls
+        self.tied = {tied: "weight"} if isinstance(tied, str) else dict(tied or {})
         self.args = args
         self.kwargs = kwargs
 
@@ -37,6 +43,7 @@ class LayerSpec:
 
     def __repr__(self) -> str:
         given = [repr(arg) for arg in self.args] + [f"{key}={value!r}" for key, value in self.kwargs.items()]
+        given += [f"tied={self.tied}"] if self.tied else []
         return f"LayerSpec({getattr(self.cls, '__name__', self.cls)}, {', '.join(given)})"
 
 
@@ -75,9 +82,9 @@ class Sequential(nn.Sequential):
 
     def __init__(self, layers: nn.Sequential | Sequence[Layer], *, seed: int = 0) -> None:
         named = named_layers(layers)
-        super().__init__(
-            OrderedDict((name, build(layer, seed=seed, index=at)) for at, (name, layer) in enumerate(named.items()))
-        )
+        built = OrderedDict((name, build(layer, seed=seed, index=at)) for at, (name, layer) in enumerate(named.items()))
+        ties.join(built, find_ties(named), built, seed)
+        super().__init__(built)
         self.wires = {name: wire_of(layer) for name, layer in named.items()}
 
     def forward(self, inputs: Nest) -> Nest:
@@ -118,7 +125,7 @@ def named_layers(model: nn.Sequential | Sequence[Layer]) -> OrderedDict[str, Lay
     if isinstance(model, Sequential):
         return OrderedDict((name, Wired(layer, *model.wires[name])) for name, layer in model.named_children())
     if isinstance(model, nn.Sequential):
-        return OrderedDict(model.named_children())
+        return _distinct(model._modules)  # named_children leaves out what comes again
     if isinstance(model, nn.Module) or not isinstance(model, Sequence):
         raise PartitionError(
             f"model must be an nn.Sequential or a list of nn.Module / rp.LayerSpec, not {type(model).__name__};"
@@ -127,7 +134,31 @@ def named_layers(model: nn.Sequential | Sequence[Layer]) -> OrderedDict[str, Lay
     for index, layer in enumerate(model):
         if not isinstance(layer, Layer):
             raise PartitionError(f"layer {index} is a {type(layer).__name__}, not an nn.Module or rp.LayerSpec")
-    return OrderedDict((str(index), layer) for index, layer in enumerate(model))
+    return _distinct({str(index): layer for index, layer in enumerate(model)})
+
+
+def _distinct(layers: Mapping[str, Any]) -> OrderedDict[str, Layer]:
+    """``layers`` where a module that comes again is another module with the same parameters."""
+    found = OrderedDict[str, Layer]()
+    before = dict[nn.Module | LayerSpec, str]()
+    for name, layer in layers.items():
+        module = unwired(layer)
+        first = before.setdefault(module, name)
+        if first != name and isinstance(module, nn.Module):
+            if any(True for _ in module.buffers()):
+                raise PartitionError(
+                    f"layer {name} is layer {first} again and has buffers, which each stage would change for itself;"
+                    " use two modules"
+                )
+            module = copy.deepcopy(module, {id(parameter): parameter for parameter in module.parameters()})
+            layer = Wired(module, *layer.wire) if isinstance(layer, Wired) else module
+        found[name] = layer
+    return found
+
+
+def find_ties(layers: Mapping[str, Layer]) -> tuple[ties.Tie, ...]:
+    """The weights that several layers share."""
+    return ties.find({name: unwired(layer) for name, layer in layers.items()})
 
 
 def build(layer: Layer, *, seed: int, index: int) -> nn.Module:
@@ -158,17 +189,3 @@ def parameter_counts(layers: Mapping[str, Layer]) -> list[int]:
                 ) from error
         counts.append(sum(parameter.numel() for parameter in layer.parameters()))
     return counts
-
-
-def shared_parameters(layers: OrderedDict[str, Layer], cut: Sequence[int]) -> str | None:
-    """Two names of one parameter that ``cut`` would put on different stages, or None."""
-    owner: dict[int, tuple[int, str]] = {}
-    stage_of = [stage for stage, size in enumerate(cut) for _ in range(size)]
-    for stage, (name, layer) in zip(stage_of, layers.items(), strict=True):
-        layer = unwired(layer)
-        if isinstance(layer, nn.Module):
-            for key, parameter in layer.named_parameters():
-                first = owner.setdefault(id(parameter), (stage, f"{name}.{key}"))
-                if first[0] != stage:
-                    return f"{first[1]} and {name}.{key}"
-    return None

@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rpcpipe import schedules, versions
-from rpcpipe.arguments import make_schedule, owners, refuse, stage_parts
+from rpcpipe.arguments import check_ties, make_schedule, owners, refuse, stage_parts
 from rpcpipe.building import adopt, renew
-from rpcpipe.errors import PartitionError
-from rpcpipe.feeding import hops
+from rpcpipe.feeding import links
 from rpcpipe.partition import balance as cut
 from rpcpipe.schedules import Schedule
 
@@ -28,13 +27,12 @@ def change(pipe: Pipeline, wanted: str | Schedule) -> None:
     policy = versions.choose(new.name, pipe._weights if new.name == before_change.name else None)
     pipe._check_policy(policy)
     moving = new.placement != before_change.placement
-    if moving and pipe._tied is not None:
-        raise PartitionError(f"{pipe._tied} are one parameter: its layers cannot be moved one by one")
-    before = _places(pipe)
+    before, balance = _places(pipe), pipe.balance
     if new.stages != before_change.stages:
         sizes = {layer: count for stage in pipe.stages for layer, count in stage.sizes.items()}
-        pipe.balance = cut([sizes[layer] for layer in pipe._layers], new.stages)
-    pipe._schedule, pipe.chunks, pipe._policy = new, new.chunks, policy
+        balance = cut([sizes[layer] for layer in pipe._layers], new.stages)
+    check_ties(policy, pipe._ties, pipe._layers, balance)
+    pipe._schedule, pipe.chunks, pipe._policy, pipe.balance = new, new.chunks, policy, balance
     if moving:
         move(pipe, before)
     else:
@@ -71,7 +69,7 @@ def move(pipe: Pipeline, before: Sequence[Mapping[str, str]]) -> None:
             worker, _ = pipe._layout.index(name)
             mine = {stage: part for stage, part in parts.items() if schedule.placement[stage] == worker}
             others = {layer: states[layer] for layers, _ in mine.values() for layer in layers if layer in states}
-            replies[name] = driver.post(name, "arrange", mine, schedule.stages - 1, hops(pipe), given[name], others)
+            replies[name] = driver.post(name, "arrange", mine, schedule.stages - 1, links(pipe), given[name], others)
         adopt(pipe, driver.collect(replies))
     except BaseException:
         pipe.close()

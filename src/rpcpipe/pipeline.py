@@ -19,6 +19,7 @@ from rpcpipe import building, feeding, inference, moving, precision, snapshot, v
 from rpcpipe.accumulation import Progress
 from rpcpipe.arguments import (
     check_functions,
+    check_ties,
     check_training,
     cut_layers,
     layout_of,
@@ -30,7 +31,7 @@ from rpcpipe.driver import Driver
 from rpcpipe.errors import ScheduleError
 from rpcpipe.holdings import ActorSpec
 from rpcpipe.interrupts import Deferred
-from rpcpipe.layers import Layer, named_layers, shared_parameters, wire_of
+from rpcpipe.layers import Layer, find_ties, named_layers, wire_of
 from rpcpipe.metrics import Metric
 from rpcpipe.microbatch import Nest
 from rpcpipe.optimizer import Factory
@@ -126,13 +127,14 @@ class Pipeline(Core):
         layers = named_layers(model)
         self._layers = list(layers)
         self._wires = {name: wire_of(layer) for name, layer in layers.items()}
-        self._tied = shared_parameters(layers, [1] * len(layers))
+        self._ties = find_ties(layers)
         self.balance = cut_layers(
             layers, balance, self._schedule.stages, lambda: building.measure(self, layers, sample, seed)
         )
+        check_ties(self._policy, self._ties, self._layers, self.balance)
         common = ActorSpec(
             {}, self._schedule.stages - 1, loss, optimizer, seed, checkpoint, autocast, batch_norm,
-            self._wires, feeding.hops(self),
+            self._wires, self._ties, feeding.links(self),
         )  # fmt: skip
         self._start(layers, common, batched=dispatch == "batched")
 

@@ -8,7 +8,7 @@ micro-batches.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from typing import Any, NamedTuple
@@ -62,11 +62,23 @@ class Batch(NamedTuple):
     counts: tuple[int, ...]
 
 
+class Group(NamedTuple):
+    """Workers that sum gradients over their copies of the same parameters.
+
+    ``stages``: those whose backwards make the gradients, ``owners``: of the buckets.
+    """
+
+    name: str
+    members: tuple[str, ...]
+    stages: tuple[int, ...]
+    owners: Sequence[int]
+
+
 class Program:
     """The calls of a pipeline's steps, for batches of any size.
 
-    ``hops``: the ways of named values. ``buckets``: by stage, the owners of its gradients' buckets. ``shard``:
-    optimizers have only what they own.
+    ``hops``: the ways of named values. ``groups``: who exchanges gradients. ``shard``: optimizers have only what
+    they own.
     """
 
     def __init__(
@@ -74,12 +86,12 @@ class Program:
         schedule: Schedule,
         layout: Layout,
         hops: Sequence[Hop],
-        buckets: Mapping[int, Sequence[int]],
+        groups: Sequence[Group],
         *,
         shard: bool,
     ) -> None:
         self._schedule, self._layout, self._hops = schedule, layout, hops
-        self._buckets, self._shard = buckets, shard
+        self._groups, self._shard = groups, shard
         self._made: dict[tuple[Any, ...], list[Call]] = {}
 
     def cut(self, inputs: Nest) -> Batch:
@@ -101,7 +113,7 @@ class Program:
         spread = updates and not self._shard
         if (counts, spread) not in self._made:
             rows = self._rows(self._schedule, counts, targets=True)
-            ends = [self._sums(replica, row, spread) for replica, row in enumerate(rows)] if len(rows) > 1 else []
+            ends = [self._sums(replica, row, spread) for replica, row in enumerate(rows)]
             self._made[counts, spread] = _in_turns(rows) + _in_turns(ends)
         return self._made[counts, spread]
 
@@ -116,10 +128,9 @@ class Program:
     def after_update(self) -> dict[str, list[Task]]:
         """Where optimizers are sharded, what each worker does after its own to get the others' weights."""
         found: dict[str, list[Task]] = {}
-        for stage, holder in enumerate(self._schedule.placement) if self._shard else ():
-            for replica, worker in enumerate(self._layout.column(holder)):
-                tasks = exchange.gathers(exchange.group_of(stage), self._buckets[stage], replica, "weights")
-                found.setdefault(worker, []).extend(tasks)
+        for group in self._groups if self._shard else ():
+            for at, worker in enumerate(group.members):
+                found.setdefault(worker, []).extend(exchange.gathers(group.name, group.owners, at, "weights"))
         return {worker: [*tasks, Task("updated")] for worker, tasks in found.items()}
 
     def _rows(self, schedule: Schedule, counts: Sequence[int], *, targets: bool) -> list[list[Call]]:
@@ -133,19 +144,24 @@ class Program:
 
     def _sums(self, replica: int, calls: list[Call], spread: bool) -> list[Call]:
         """Adds the pushes to a replica's ``calls``; what its workers do after all of those."""
-        last = {tasks[0].args[0].action.stage: tasks for _, tasks in calls if tasks[0].args[0].action.kind in "BW"}
+        last = {
+            tasks[0].args[0].action.stage: at
+            for at, (_, tasks) in enumerate(calls)
+            if tasks[0].args[0].action.kind in "BW"
+        }
         ends = []
-        for at, worker in enumerate(self._layout.row(replica)):
-            stages = [stage for stage, holder in enumerate(self._schedule.placement) if holder == at]
-            groups = [(exchange.group_of(stage), self._buckets[stage]) for stage in stages]
+        for worker in self._layout.row(replica):
             end: list[Task] = []
-            for stage in stages:
-                last.get(stage, end).append(exchange.scatter(exchange.group_of(stage)))
-            for group, owners in groups:
-                end += exchange.reduces(group, self._layout.column(at), owners, replica, spread=spread)
-            for group, owners in groups if spread else ():
-                end += exchange.gathers(group, owners, replica, "sums")
-            ends.append((worker, end))
+            groups = [(group, group.members.index(worker)) for group in self._groups if worker in group.members]
+            for group, _ in groups:
+                complete = [last[stage] for stage in group.stages if stage in last and calls[last[stage]][0] == worker]
+                (calls[max(complete)][1] if complete else end).append(exchange.scatter(group.name))
+            for group, at in groups:
+                end += exchange.reduces(group.name, group.members, group.owners, at, spread=spread)
+            for group, at in groups if spread else ():
+                end += exchange.gathers(group.name, group.owners, at, "sums")
+            if end:
+                ends.append((worker, end))
         return ends
 
 

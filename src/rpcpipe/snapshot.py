@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from rpcpipe.arguments import check_state
+from rpcpipe.ties import completed
 
 if TYPE_CHECKING:
     from rpcpipe.pipeline import Pipeline
@@ -23,7 +24,11 @@ def state_dict(pipe: Pipeline) -> OrderedDict[str, torch.Tensor]:
 
 
 def load_state_dict(pipe: Pipeline, state: Mapping[str, torch.Tensor]) -> None:
-    """Inverse of ``state_dict``; CheckpointError, before anything changes, unless names and shapes fit."""
+    """Inverse of ``state_dict``; CheckpointError, before anything changes, unless names and shapes fit.
+
+    A tied weight may come under one of its names or, with the same value, under several.
+    """
+    state = completed(pipe._ties, state)
     check_state(state_dict(pipe), state)
     owner = {layer: stage for stage in pipe.stages for layer in stage.layers}
     parts: dict[str, dict[int, dict[str, torch.Tensor]]] = {name: {} for name in pipe._names}

@@ -6,7 +6,7 @@ Knows no transport, no schedule and no other stage.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -36,7 +36,8 @@ class Stage:
     """Layers ``first_layer`` … of the model, on one device.
 
     ``loss`` is set on the last stage alone. ``wires``: what its layers take and give beside the running
-    value; ``exits``: the names that leave by each link to a later stage.
+    value; ``exits``: the names that leave by each link to a later stage; ``shared``: tied parameters that
+    an earlier stage on the same worker has as well.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Stage:
         autocast: torch.dtype | None = None,
         wires: Sequence[Wire] | None = None,
         exits: Mapping[str, Sequence[str]] | None = None,
+        shared: Collection[nn.Parameter] = (),
     ) -> None:
         self.index = index
         # A new container says it trains whatever its children do; from here on all of them agree.
@@ -61,6 +63,7 @@ class Stage:
         self.seed = seed
         self.device = device
         self.loss = loss
+        self._shared = set(shared)
         self._autocast = autocast
         self._scale = 1.0
         self._wires = wires or [Wire()] * len(layers)
@@ -91,8 +94,8 @@ class Stage:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """The trainable parameters, in the model's order."""
-        return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        """The trainable parameters, in the model's order, but for those counted in an earlier stage here."""
+        return [p for p in self.module.parameters() if p.requires_grad and p not in self._shared]
 
     def forward(
         self, plan: StepPlan, share: Share, chunk: int, parcels: Mapping[str, Received], target: Nest

@@ -11,6 +11,7 @@ for that: its forward follows the forwards of the takers before it in any case.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 # In place of a stage: the driver, whose inputs go straight to every stage that takes them.
@@ -30,6 +31,17 @@ class Hop(NamedTuple):
     name: str
     source: int
     target: int
+
+
+@dataclass(frozen=True)
+class Links:
+    """What joins stages beside the running value, as the model is cut and placed now.
+
+    ``members``: by a tied weight's group, the workers that have a copy, in the stages' order.
+    """
+
+    hops: tuple[Hop, ...] = ()
+    members: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def hops(wires: Iterable[Wire], sizes: Sequence[int]) -> tuple[Hop, ...]:
