@@ -69,8 +69,9 @@ class Pipeline(Core):
     results are the same. ``autocast``: torch.bfloat16 or torch.float16, in which layers and loss run
     under ``torch.autocast``; for float16 ``scaler``, a ``torch.amp.GradScaler``, scales the loss.
     ``accumulate``: so many calls of ``train_step`` make one update. ``batch_norm``: BatchNorm's running
-    statistics move with every "micro_batch", or "deferred", once a batch as the unsplit batch's would. A ``plan`` of ``rp.plan`` takes the place
-    of all that it has decided: schedule, chunks, balance, virtual stages, checkpoint, replicas, sharding.
+    statistics move with every "micro_batch", or "deferred", once a batch as the unsplit batch's would. A
+    ``plan`` of ``rp.plan`` takes the place of all that it has decided: schedule, chunks, balance, virtual
+    stages, checkpoint, replicas, sharding.
 
     ``trained`` counts the training steps done; it seeds the next one's random numbers.
 
