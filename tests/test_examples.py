@@ -34,3 +34,15 @@ def test_memory() -> None:
     rows = [line.split(" | ") for line in out.splitlines() if line.startswith(("| gpipe", "| 1f1b", "| zb-h1"))]
     assert len(rows) == 9
     assert all(predicted == measured for _, _, predicted, measured, _, _ in rows)
+
+
+def test_plan() -> None:
+    """A plan is made and run, and its time is of the measured one's size."""
+    sizes = ["--batch", "8", "--dim", "32", "--context", "16", "--blocks", "4", "--rounds", "3"]
+    out = run("plan.py", "--best", *sizes)
+    found = re.search(r"^Plan for 2 workers.*: ([0-9.]+) s a step, bubble", out, re.MULTILINE)
+    measured = re.search(r"^measured: ([0-9.]+) s a step$", out, re.MULTILINE)
+    assert found is not None
+    assert measured is not None
+    assert "why" in out
+    assert 0.1 < float(measured[1]) / float(found[1]) < 100
