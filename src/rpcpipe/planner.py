@@ -80,7 +80,10 @@ class Plan:
         return [
             ("schedule", f"{self.schedule}: {schedules.describe(self.schedule)}"),
             ("balance", _runs(self.balance)),
-            ("micro-batches", f"{self.chunks} of {self.micro_batch} samples, in each replica"),
+            (
+                "micro-batches",
+                f"{self.chunks} of {self.micro_batch} samples{', in each replica' if self.replicas > 1 else ''}",
+            ),
             ("virtual stages", str(self.virtual_stages)),
             ("checkpoint", self.checkpoint),
             ("replicas", f"{self.replicas}{', the optimizer sharded over them' if self.shard_optimizer else ''}"),
