@@ -27,7 +27,7 @@ LAYERS = [
         "planner",
         "transformer",
     }
-    | {"interrupts", "tables", "logs", "handshake", "place", "pickling"},
+    | {"interrupts", "tables", "storage", "logs", "handshake", "place", "pickling"},
     {
         "messages",
         "microbatch",
@@ -51,6 +51,9 @@ LAYERS = [
         "chain",
         "weights",
         "optimizer",
+        "encoding",
+        "tensorfile",
+        "manifest",
         "exchange",
         "mailbox",
         "process",
@@ -58,7 +61,7 @@ LAYERS = [
         "watch",
         "door",
     },
-    {"stage", "holdings", "actor", "executor", "program", "transport"},
+    {"stage", "shard", "holdings", "actor", "executor", "program", "transport"},
     {"driver", "group", "formation", "cluster", "launch", "connect", "agent", "worker"}
     | {"result", "tracking", "trace", "handle", "arguments", "replicas"},
     {
@@ -70,6 +73,7 @@ LAYERS = [
         "building",
         "feeding",
         "snapshot",
+        "saving",
         "moving",
         "inference",
         "generation",

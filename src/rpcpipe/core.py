@@ -15,6 +15,7 @@ from rpcpipe.errors import RpcPipeError
 from rpcpipe.handle import HEADER, StageHandle
 from rpcpipe.optimizer import PipelineOptimizer
 from rpcpipe.replicas import Layout, Program
+from rpcpipe.saving import Stateful
 from rpcpipe.schedules import Schedule
 from rpcpipe.step import Step
 from rpcpipe.timeline import Timeline
@@ -52,6 +53,8 @@ class Core:
         self._open: Step | Stream | Passes | None = None
         self._stream: Stream | None = None
         self._tracer: Tracer | None = None
+        # What else goes on from step to step, by name: save writes it and load brings it back.
+        self._parts: dict[str, Stateful] = {} if scaler is None else {"scaler": scaler}
         self._busy: dict[str, float] = {}  # each worker's share of the last step
 
     def stages_on(self, worker: str) -> list[int]:

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import cloudpickle
 import torch
 from torch import nn
 
-from rpcpipe import batchnorm, layers, ties
+from rpcpipe import batchnorm, layers, shard, ties
 from rpcpipe.accumulation import Kept
 from rpcpipe.errors import CheckpointError
 from rpcpipe.exchange import Exchange, Peers, group_of
+from rpcpipe.manifest import Manifest
 from rpcpipe.optimizer import Factory, LocalOptimizer
 from rpcpipe.recompute import Checkpoint, Recompute
 from rpcpipe.stage import Loss, Stage
@@ -54,6 +56,7 @@ class Holdings:
         self._spec = replace(spec, stages={})
         self._optimizer: LocalOptimizer | None = None
         self._kept = Kept()
+        self._loaded: shard.Loaded | None = None
         self._build(spec.stages, spec.last_stage, spec.links)
 
     def _build(self, parts: Parts, last_stage: int, links: Links) -> None:
@@ -197,6 +200,31 @@ class Holdings:
             self.stages[number].module.load_state_dict(dict(state))
         self._weights_changed()
 
+    def save(self, folder: Path, label: str) -> shard.Written:
+        """Write optimizer state, and the first replica weights, to files of ``folder`` called ``label``."""
+        first = self._spec.peers.index == 0
+        return shard.write(self._stage_modules, self._optimizer, self._spec.seed, folder, label, with_weights=first)
+
+    def read_checkpoint(self, folder: Path, manifest: Manifest) -> list[str]:
+        """Read what these stages need of a checkpoint, for ``apply_checkpoint``; the names of their weights."""
+        self._loaded = None  # what an interrupted load may have left
+        self._loaded = shard.read(self._stage_modules, self._optimizer, folder, manifest)
+        return [name for weights in self._loaded.weights for name in weights]
+
+    def apply_checkpoint(self, seed: int) -> None:
+        """Go on from what ``read_checkpoint`` has read, with random numbers from ``seed``."""
+        assert self._loaded is not None
+        self._loaded.apply()
+        self._loaded = None
+        self._spec = replace(self._spec, seed=seed)
+        for stage in self.stages.values():
+            stage.seed = seed
+        self._weights_changed()
+
+    def drop_checkpoint(self) -> None:
+        """Another worker could not read its part."""
+        self._loaded = None
+
     def give(self, names: Sequence[str]) -> bytes:
         """The named layers with their optimizer state and kept gradients, for ``arrange`` of another worker."""
         modules = [(name, module) for name, module in self._modules().items() if name in names]
@@ -241,6 +269,10 @@ class Holdings:
                     self._optimizer.optimizer.state[parameter] = state
         self._weights_changed()
         return self.describe()
+
+    @property
+    def _stage_modules(self) -> list[nn.Module]:
+        return [stage.module for stage in self.stages.values()]
 
     def _modules(self) -> dict[str, nn.Module]:
         return {name: layer for stage in self.stages.values() for name, layer in stage.module.named_children()}

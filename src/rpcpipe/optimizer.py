@@ -37,6 +37,26 @@ class LocalOptimizer:
         """The hyperparameters of every group, without its parameters."""
         return hyperparameters(self.optimizer)
 
+    @property
+    def kind(self) -> str:
+        """The torch optimizer's class."""
+        return type(self.optimizer).__name__
+
+    @property
+    def group_of(self) -> dict[nn.Parameter, dict[str, Any]]:
+        """By parameter that is updated here, its group."""
+        return {parameter: group for group in self.optimizer.param_groups for parameter in group["params"]}
+
+    def adopt(self, groups: Sequence[Mapping[str, Any]], state: Mapping[nn.Parameter, dict[str, Any]]) -> None:
+        """Go on from hyperparameters and state that another optimizer of this kind had."""
+        for group, saved in zip(self.optimizer.param_groups, groups, strict=True):
+            group.update(saved)
+        for parameter, entries in state.items():
+            self.optimizer.state.pop(parameter, None)
+            if entries:
+                self.optimizer.state[parameter] = entries
+        self.undo.outdate()
+
     def step(self, gradients: Mapping[torch.Tensor, torch.Tensor], changes: Sequence[Mapping[str, Any]]) -> None:
         """``apply``, or if that raises, nothing."""
         self.undo.complete()
@@ -97,6 +117,12 @@ class PipelineOptimizer(torch.optim.Optimizer):
             {key: value for key, value in now.items() if key not in initial}
             for initial, now in zip(self._initial, current, strict=True)
         ]
+
+    def adopt(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Take over ``groups``, which the workers have as well."""
+        for group, saved in zip(self.param_groups, groups, strict=True):
+            group.update(saved)
+        self._initial = hyperparameters(self)
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Apply the gradients of the open step on all workers: what ``s.optimize()`` does."""

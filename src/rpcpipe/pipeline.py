@@ -9,13 +9,14 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import Any, overload
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from rpcpipe import building, feeding, inference, moving, precision, snapshot, versions
+from rpcpipe import building, feeding, inference, moving, precision, saving, snapshot, versions
 from rpcpipe.accumulation import Progress
 from rpcpipe.arguments import (
     check_functions,
@@ -302,3 +303,30 @@ class Pipeline(Core):
         """
         self._check()
         snapshot.load_state_dict(self, state)
+
+    def save(
+        self,
+        directory: str | Path,
+        *,
+        stateful: saving.Holders | None = None,
+        position: Any = None,
+        keep: int | None = 2,
+    ) -> Path:
+        """Write all that training goes on from into a new folder of ``directory``, which is returned.
+
+        ``stateful`` names what goes on beside weights, optimizer, seed and ``trained``: learning-rate
+        schedulers, a ``torch.Generator``, anything with ``state_dict`` and ``load_state_dict``.
+        ``position``: where the data is, of plain values. Killed at any moment it leaves the checkpoint
+        before readable; in the end the newest ``keep`` stay. Raises CheckpointError with worker and path.
+        """
+        self._check()
+        return saving.save(self, directory, stateful or {}, position, keep)
+
+    def load(self, directory: str | Path, *, stateful: saving.Holders | None = None) -> Any:
+        """Go on from the newest checkpoint in ``directory``, or from that very one; returns its ``position``.
+
+        Another cut, schedule or number of workers goes on with the same bits. Raises CheckpointError
+        with file and tensor, before anything changes.
+        """
+        self._check()
+        return saving.load(self, directory, stateful or {})

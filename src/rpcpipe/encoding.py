@@ -1,0 +1,62 @@
+"""Any state made of plain values and tensors, as JSON and a dict of tensors beside it; back to the bit.
+
+What JSON does not know is an object with one key that begins with "$". Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from rpcpipe.errors import CheckpointError
+
+
+def encode(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
+    """JSON for ``value``; the tensors in it go to ``tensors`` under names that begin with ``path``.
+
+    Raises CheckpointError for anything but None, bool, int, float, str, tensors, and lists, tuples,
+    dicts and Counters of them.
+    """
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else {"$float": str(value)}
+    if isinstance(value, torch.Tensor):
+        tensors[path] = value
+        return {"$tensor": path}
+    if type(value) in (list, tuple):
+        items = [encode(item, f"{path}/{index}", tensors) for index, item in enumerate(value)]
+        return items if isinstance(value, list) else {"$tuple": items}
+    if type(value) not in (dict, OrderedDict, Counter):
+        raise CheckpointError(f"{path} is a {type(value).__name__}: a checkpoint holds plain values and tensors only")
+    if not isinstance(value, Counter) and all(isinstance(key, str) and not key.startswith("$") for key in value):
+        return {key: encode(item, f"{path}/{key}", tensors) for key, item in value.items()}
+    pairs = [
+        [encode(key, f"{path}/key {index}", tensors), encode(item, f"{path}/{key}", tensors)]
+        for index, (key, item) in enumerate(value.items())
+    ]
+    return {"$counter" if isinstance(value, Counter) else "$dict": pairs}
+
+
+def decode(value: Any, tensor: Callable[[str], torch.Tensor]) -> Any:
+    """Inverse of ``encode``; ``tensor`` gives the tensors by name."""
+    if isinstance(value, list):
+        return [decode(item, tensor) for item in value]
+    if not isinstance(value, dict):
+        return value
+    tag: str = next(iter(value), "")
+    content: Any = value.get(tag)
+    if tag == "$float":
+        return float(content)
+    if tag == "$tensor":
+        return tensor(content)
+    if tag == "$tuple":
+        return tuple(decode(content, tensor))
+    if tag in ("$dict", "$counter"):
+        pairs = {decode(key, tensor): decode(item, tensor) for key, item in content}
+        return pairs if tag == "$dict" else Counter(pairs)
+    return {key: decode(item, tensor) for key, item in value.items()}
