@@ -76,7 +76,9 @@ class Passes:
     def _feed(self, inputs: Nest, targets: Nest | None, keep_outputs: bool) -> tuple[Passed, dict[str, Future[Any]]]:
         pipe = self._pipe
         parts, weights, counts = pipe._program.cut(inputs)
-        answers = None if targets is None else pipe._program.cut_targets(targets)
+        answers = None
+        if targets is not None:
+            answers = pipe._program.cut_targets(targets if keep_outputs else pipe._prepare(targets))
         plan = StepPlan(pipe._driver.new_step(), pipe.trained, False, weights, keep_outputs=keep_outputs)
         calls = pipe._program.forward(counts, targets=targets is not None)
         replies = pipe._driver.issue(calls, plan, given(pipe, parts, answers))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _IncompatibleKeys
 
 from rpcpipe import rng, ties
 from rpcpipe.errors import PartitionError
@@ -70,9 +71,38 @@ class Wired:
 
 
 Layer = nn.Module | LayerSpec | Wired
+Model = nn.Sequential | Sequence[Layer] | Mapping[str, Layer]
 
 
-class Sequential(nn.Sequential):
+class Named(nn.Sequential):
+    """Layers in a row whose names may have dots: ``bert.encoder.layer.3``, as in the unsplit model's ``state_dict``.
+
+    To torch a dot begins a level, so what it looks up by name is done here.
+    """
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        assert module is not None
+        self._modules[name] = module
+
+    def get_parameter(self, target: str) -> nn.Parameter:
+        return dict(self.named_parameters(remove_duplicate=False))[target]
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        live = self.state_dict().keys()
+        missing = [key for key in live if key not in state_dict]
+        unexpected = [key for key in state_dict if key not in live]
+        if strict and (missing or unexpected):
+            raise RuntimeError(f"the state does not fit the layers: missing {missing}, unexpected {unexpected}")
+        parts: dict[str, dict[str, Any]] = {name: {} for name in self._modules}
+        for key in live & state_dict.keys():
+            name = layer_of(key, parts)
+            parts[name][key.removeprefix(f"{name}.")] = state_dict[key]
+        for name, layer in self.named_children():
+            layer.load_state_dict(parts[name], strict=False, assign=assign)
+        return _IncompatibleKeys(missing, unexpected)
+
+
+class Sequential(Named):
     """The layers of a pipeline as one module in this process.
 
     Its outputs, initial weights and ``state_dict`` are those of ``Pipeline(layers, seed=seed)``, which takes
@@ -80,7 +110,7 @@ class Sequential(nn.Sequential):
     raises ValueError if they lack a name that a layer takes.
     """
 
-    def __init__(self, layers: nn.Sequential | Sequence[Layer], *, seed: int = 0) -> None:
+    def __init__(self, layers: Model, *, seed: int = 0) -> None:
         named = named_layers(layers)
         built = OrderedDict((name, build(layer, seed=seed, index=at)) for at, (name, layer) in enumerate(named.items()))
         ties.join(built, find_ties(named), built, seed)
@@ -117,24 +147,25 @@ def check_inputs(given: Nest, wires: Mapping[str, Wire]) -> None:
             )
 
 
-def named_layers(model: nn.Sequential | Sequence[Layer]) -> OrderedDict[str, Layer]:
+def named_layers(model: Model) -> OrderedDict[str, Layer]:
     """The model's layers by the names they have in the unsplit model's ``state_dict``.
 
-    Raises PartitionError for anything but an ``nn.Sequential`` or a sequence of layers.
+    Raises PartitionError for anything but an ``nn.Sequential``, or a sequence or mapping of layers.
     """
     if isinstance(model, Sequential):
         return OrderedDict((name, Wired(layer, *model.wires[name])) for name, layer in model.named_children())
     if isinstance(model, nn.Sequential):
         return _distinct(model._modules)  # named_children leaves out what comes again
-    if isinstance(model, nn.Module) or not isinstance(model, Sequence):
+    if isinstance(model, nn.Module) or not isinstance(model, (Sequence, Mapping)):
         raise PartitionError(
-            f"model must be an nn.Sequential or a list of nn.Module / rp.LayerSpec, not {type(model).__name__};"
-            " write its forward as a chain of layers"
+            "model must be an nn.Sequential, or a list or dict of nn.Module / rp.LayerSpec, not"
+            f" {type(model).__name__}; write its forward as a chain of layers"
         )
-    for index, layer in enumerate(model):
+    named = dict(model) if isinstance(model, Mapping) else {str(index): layer for index, layer in enumerate(model)}
+    for name, layer in named.items():
         if not isinstance(layer, Layer):
-            raise PartitionError(f"layer {index} is a {type(layer).__name__}, not an nn.Module or rp.LayerSpec")
-    return _distinct({str(index): layer for index, layer in enumerate(model)})
+            raise PartitionError(f"layer {name} is a {type(layer).__name__}, not an nn.Module or rp.LayerSpec")
+    return _distinct(named)
 
 
 def _distinct(layers: Mapping[str, Any]) -> OrderedDict[str, Layer]:
@@ -159,6 +190,14 @@ def _distinct(layers: Mapping[str, Any]) -> OrderedDict[str, Layer]:
 def find_ties(layers: Mapping[str, Layer]) -> tuple[ties.Tie, ...]:
     """The weights that several layers share."""
     return ties.find({name: unwired(layer) for name, layer in layers.items()})
+
+
+def layer_of(key: str, layers: Container[str]) -> str:
+    """The layer whose state has ``key``: the longest of ``layers`` that it begins with."""
+    name = key.rpartition(".")[0]
+    while name not in layers:
+        name = name.rpartition(".")[0]
+    return name
 
 
 def build(layer: Layer, *, seed: int, index: int) -> nn.Module:

@@ -7,13 +7,12 @@ import socket
 import uuid
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, overload
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from rpcpipe import building, feeding, inference, moving, precision, saving, snapshot, versions
@@ -32,7 +31,7 @@ from rpcpipe.driver import Driver
 from rpcpipe.errors import ScheduleError
 from rpcpipe.holdings import ActorSpec
 from rpcpipe.interrupts import Deferred
-from rpcpipe.layers import Layer, find_ties, named_layers, wire_of
+from rpcpipe.layers import Layer, Model, find_ties, named_layers, wire_of
 from rpcpipe.metrics import Metric
 from rpcpipe.microbatch import Nest
 from rpcpipe.optimizer import Factory
@@ -52,9 +51,11 @@ from rpcpipe.tracking import Callback, JsonLines, tell
 class Pipeline(Core):
     """A model cut into stages on a cluster's workers, trained from this process.
 
-    ``model``: an ``nn.Sequential``, or a list of ``nn.Module``, ``LayerSpec`` and ``Wired``. ``loss(output,
-    target)`` gives the mean as a scalar tensor, or (sum, count), which is normalised over the whole
-    batch. ``optimizer(params)`` makes a torch optimizer, once per worker. ``balance``: layers per
+    ``model``: an ``nn.Sequential``, or a list of ``nn.Module``, ``LayerSpec`` and ``Wired``, or a dict of
+    them by their names in the unsplit model's ``state_dict`` (``encoder.layer.0``). ``loss(output, target)``
+    gives the mean as a scalar tensor, or (sum, count), which is normalised over the whole batch; if it
+    has a method ``prepare``, the driver cuts ``loss.prepare(targets)`` into micro-batches instead of the targets.
+    ``optimizer(params)`` makes a torch optimizer, once per worker. ``balance``: layers per
     stage, or "parameters", "time" or "memory", the last two measured on the first worker with
     ``sample``, one micro-batch of inputs; a list shorter than the cluster, or a Schedule for fewer workers, uses
     the first workers and leaves the others to further pipelines. ``checkpoint``: which activations are
@@ -81,7 +82,7 @@ class Pipeline(Core):
 
     def __init__(
         self,
-        model: nn.Sequential | Sequence[Layer],
+        model: Model,
         cluster: Cluster,
         *,
         loss: Loss,
@@ -134,6 +135,7 @@ class Pipeline(Core):
             layers, balance, self._schedule.stages, lambda: building.measure(self, layers, sample, seed)
         )
         check_ties(self._policy, self._ties, self._layers, self.balance)
+        self._prepare: Callable[[Nest], Nest] = getattr(loss, "prepare", lambda targets: targets)
         common = ActorSpec(
             {}, self._schedule.stages - 1, loss, optimizer, seed, checkpoint, autocast, batch_norm,
             self._wires, self._ties, feeding.links(self),

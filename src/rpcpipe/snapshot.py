@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from rpcpipe.arguments import check_state
+from rpcpipe.layers import layer_of
 from rpcpipe.ties import completed
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def load_state_dict(pipe: Pipeline, state: Mapping[str, torch.Tensor]) -> None:
     owner = {layer: stage for stage in pipe.stages for layer in stage.layers}
     parts: dict[str, dict[int, dict[str, torch.Tensor]]] = {name: {} for name in pipe._names}
     for key, value in state.items():
-        stage = owner[key.partition(".")[0]]
+        stage = owner[layer_of(key, owner)]
         for worker in stage.workers:
             parts[worker].setdefault(stage.index, {})[key] = value
     pipe._driver.collect({name: pipe._driver.post(name, "load_state_dict", parts[name]) for name in pipe._names})

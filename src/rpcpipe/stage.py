@@ -19,6 +19,7 @@ from rpcpipe import batchnorm, gradients, precision, rng
 from rpcpipe.backward import Gradients, Received
 from rpcpipe.chain import Chain, Keeper
 from rpcpipe.flow import Flow, advance, cut, join, leaving, part
+from rpcpipe.layers import Named
 from rpcpipe.messages import Share, StepPlan
 from rpcpipe.metrics import Metric, Sums, measure
 from rpcpipe.microbatch import Nest, map_tensors
@@ -57,7 +58,7 @@ class Stage:
     ) -> None:
         self.index = index
         # A new container says it trains whatever its children do; from here on all of them agree.
-        self.module = nn.Sequential(layers).to(device).train()
+        self.module = Named(layers).to(device).train()
         self.norms = batchnorm.deferred(self.module)
         self.first_layer = first_layer
         self.seed = seed

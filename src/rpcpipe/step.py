@@ -95,7 +95,7 @@ class Step:
             raise RpcPipeError("forward_backward was called in this step already; open another step")
         pipe, driver = self._pipe, self._pipe._driver
         parts, weights, counts = pipe._program.cut(inputs)
-        values = given(pipe, parts, pipe._program.cut_targets(targets))
+        values = given(pipe, parts, pipe._program.cut_targets(pipe._prepare(targets)))
         plan = self._plan(weights)
         reports = driver.run(pipe._program.train(counts, updates=plan.updates), plan, values)
         if pipe._tracer is not None:

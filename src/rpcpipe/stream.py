@@ -21,7 +21,7 @@ from rpcpipe.feeding import hops
 from rpcpipe.interrupts import Deferred
 from rpcpipe.layers import check_inputs
 from rpcpipe.messages import Port, Report, Share, StepPlan, Task, Update
-from rpcpipe.microbatch import Nest, split
+from rpcpipe.microbatch import Nest
 from rpcpipe.program import entering, route
 from rpcpipe.result import StepResult, of_stream
 from rpcpipe.schedules import Action
@@ -90,7 +90,7 @@ class Stream:
         """Issue all that one more batch lets the workers do."""
         pipe = self._pipe
         parts, shares, _ = pipe._program.cut(inputs)
-        answers = split(targets, pipe.chunks)
+        answers = pipe._program.cut_targets(pipe._prepare(targets))
         if len(parts) != len(answers):
             raise ValueError(f"inputs make {len(parts)} micro-batches and targets {len(answers)}: their sizes differ")
         check_inputs(parts[0], pipe._wires)
