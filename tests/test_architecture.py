@@ -77,6 +77,7 @@ LAYERS = [
         "moving",
         "inference",
         "generation",
+        "hf",
         "cli",
         "doctor",
         "__main__",

@@ -17,6 +17,7 @@ from rpcpipe.errors import (
     WorkerLost,
 )
 from rpcpipe.generation import generate
+from rpcpipe.hf import from_transformers
 from rpcpipe.launch import launch
 from rpcpipe.layers import LayerSpec, Sequential, Wired
 from rpcpipe.pipeline import Pipeline
@@ -64,6 +65,7 @@ __all__ = [
     "compare",
     "connect",
     "critical_path",
+    "from_transformers",
     "generate",
     "launch",
     "optimal_microbatches",

@@ -135,7 +135,6 @@ class Pipeline(Core):
             layers, balance, self._schedule.stages, lambda: building.measure(self, layers, sample, seed)
         )
         check_ties(self._policy, self._ties, self._layers, self.balance)
-        self._prepare: Callable[[Nest], Nest] = getattr(loss, "prepare", lambda targets: targets)
         common = ActorSpec(
             {}, self._schedule.stages - 1, loss, optimizer, seed, checkpoint, autocast, batch_norm,
             self._wires, self._ties, feeding.links(self),
@@ -145,6 +144,7 @@ class Pipeline(Core):
     def _start(self, layers: OrderedDict[str, Layer], common: ActorSpec, *, batched: bool) -> None:
         """The driver's half, and the stages on their workers."""
         cluster = self.cluster
+        self._prepare: Callable[[Nest], Nest] = getattr(common.loss, "prepare", lambda targets: targets)
         identity = uuid.uuid4().hex
         self._driver = Driver(cluster.transport, identity, self._names, timeout=cluster.timeout, batched=batched)
         # Processes of one host share their monotonic clock.
