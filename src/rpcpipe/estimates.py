@@ -71,6 +71,11 @@ class Choice:
         """Of its parameters on a worker."""
         return copies(moments, self.replicas if self.sharded else 1)
 
+    @property
+    def placement(self) -> tuple[int, ...]:
+        """The pipeline worker of every stage."""
+        return _placement(self.schedule, self.depth, self.virtual_stages)
+
     def made(self) -> Schedule:
         return _schedule(self.schedule, self.depth, self.chunks, self.virtual_stages)
 
@@ -84,6 +89,9 @@ class Choice:
             return None
         first = 3 * self.depth + self.chunks % self.depth
         return replace(self, chunks=first), replace(self, chunks=first + self.depth)
+
+
+_placement = functools.lru_cache(maxsize=1024)(schedules.placement)
 
 
 @functools.lru_cache(maxsize=256)
@@ -184,7 +192,7 @@ class Estimator:
     def fixed(self, choice: Choice, ends: Sequence[int]) -> list[float]:
         """Bytes by worker whatever the micro-batches."""
         model, held = self.models[choice.micro_batch], [0.0] * choice.depth
-        for worker, (a, b) in zip(placement(choice), pairwise(ends), strict=True):
+        for worker, (a, b) in zip(choice.placement, pairwise(ends), strict=True):
             held[worker] += choice.copies(self.machine.moments) * (model.parameters[b] - model.parameters[a])
         return held
 
@@ -233,13 +241,13 @@ class Estimator:
         reduced = [0] * choice.depth
         for span in timeline.spans:
             done[span.worker] = max(done[span.worker], span.end)
-        for worker, (a, b) in zip(placement(choice), pairwise(ends), strict=True):
+        for worker, (a, b) in zip(choice.placement, pairwise(ends), strict=True):
             reduced[worker] += parameters[b] - parameters[a]
         return max(end + self.all_reduce(choice.replicas, size) for end, size in zip(done, reduced, strict=True))
 
     def _update(self, choice: Choice, ends: Sequence[int]) -> float:
         times, updates = self.models[choice.micro_batch].times["update"], [0.0] * choice.depth
-        for worker, (a, b) in zip(placement(choice), pairwise(ends), strict=True):
+        for worker, (a, b) in zip(choice.placement, pairwise(ends), strict=True):
             updates[worker] += times[b] - times[a]
         return max(max(updates), sum(updates) * choice.replicas / (self.machine.cores or math.inf))
 
@@ -247,14 +255,3 @@ class Estimator:
         """Seconds of a ring over ``replicas``: 2(R - 1) messages of 1/R of the ``size`` in bytes."""
         steps = 2 * (replicas - 1)
         return steps * (self.machine.latency + size / replicas / self.machine.bandwidth)
-
-
-@functools.lru_cache(maxsize=1024)
-def _placement(name: str, depth: int, virtual: int) -> tuple[int, ...]:
-    fewest = schedules.fewest_chunks(name, depth)
-    return schedules.get(name, depth, fewest, virtual).placement
-
-
-def placement(choice: Choice) -> tuple[int, ...]:
-    """The pipeline worker of every stage."""
-    return _placement(choice.schedule, choice.depth, choice.virtual_stages)

@@ -16,7 +16,7 @@ from itertools import accumulate, combinations, pairwise, product
 
 from rpcpipe import schedules
 from rpcpipe.errors import PartitionError
-from rpcpipe.estimates import SIMPLEST, Choice, Estimate, Estimator, in_flight, placement
+from rpcpipe.estimates import SIMPLEST, Choice, Estimate, Estimator, in_flight
 from rpcpipe.partition import balance as cut
 
 CHECKPOINTS = ("never", "except_last", "always")
@@ -24,6 +24,7 @@ VIRTUAL = (2, 3, 4)
 
 _ALL_CUTS = 2_000  # up to so many cuts of one choice are all tried
 _BUDGET = 100_000  # actions looked at, about half a second; then the best so far is it
+_CUT = 15  # actions are looked at in the time that a cut takes per layer
 _SEARCHED = 16  # workers in a row up to which zb-v, which is itself found by a search, is made
 _EQUAL = 1 + 1e-9
 
@@ -92,7 +93,7 @@ class Search:
         model = self.costs.models[choice.micro_batch]
         work, forward = model.least_work(choice), model.times["forward"]
         load, first = [0.0] * choice.depth, [math.inf] * choice.depth
-        for stage, (worker, (start, stop)) in enumerate(zip(placement(choice), pairwise(ends), strict=True)):
+        for stage, (worker, (start, stop)) in enumerate(zip(choice.placement, pairwise(ends), strict=True)):
             again = forward[stop] - forward[start] if choice.drops(stage) else 0.0
             load[worker] += work[stop] - work[start] + again
             first[worker] = min(first[worker], forward[start] if choice.splits else work[start])
@@ -111,7 +112,7 @@ class Search:
 
     def _slowest(self, choice: Choice) -> float:
         """Seconds of the slowest worker's micro-batch, under the cut that makes its slowest stage fastest."""
-        size, stages, placed = choice.micro_batch, choice.stages, placement(choice)
+        size, stages, placed = choice.micro_batch, choice.stages, choice.placement
         if (size, stages, placed) not in self._shares:
             times, loads = self.costs.models[size].times, [0.0] * choice.depth
             work = [f + b for f, b in zip(times["forward"], times["backward"], strict=True)]
@@ -131,10 +132,12 @@ class Search:
         model, limit = self.costs.models[choice.micro_batch], self.machine.memory
         if choice.copies(self.machine.moments) * model.parameters[-1] / choice.depth > limit:
             return False
-        if choice.checkpoint != "never":
+        if choice.checkpoint != "never" or limit == math.inf:
             return True
-        # The least of the largest alive[k] × share[k] where the shares add up to all.
-        return model.activations[-1] / sum(1 / alive for alive in in_flight(choice)) <= limit
+        # The least of the largest alive[k] × share[k] where the shares add up to all; in fewer
+        # micro-batches not more are alive.
+        first, _ = choice.shorter() or (choice, choice)
+        return model.activations[-1] / sum(1 / alive for alive in in_flight(first)) <= limit
 
     def best(self) -> Estimate | None:
         """The fastest that fits, or None. ``exact`` is False if not all could be tried."""
@@ -199,6 +202,7 @@ class Search:
     def min_max(self, choice: Choice) -> list[int]:
         """The cut that makes the slowest stage fastest, every stage within its share of the memory."""
         model = self.costs.models[choice.micro_batch]
+        self.costs.looked_at += _CUT * self.layers
         work = [b - a for a, b in pairwise(model.least_work(choice))]
         return cut(work, choice.stages, fits=None if self.machine.memory == math.inf else self._fitting(choice))
 

@@ -23,6 +23,7 @@ __all__ = [
     "get",
     "names",
     "optimal_microbatches",
+    "placement",
     "streamed",
     "suited_virtual_stages",
     "virtual_stages_of",
@@ -122,9 +123,15 @@ def get(name: str, workers: int, chunks: int, virtual_stages: int = 1) -> Schedu
         raise ScheduleError(
             f"{name!r} needs at least {known.fewest_chunks(workers)} micro-batches on {workers} workers, not {chunks}"
         )
-    placement = vshaped.v_placement(workers) if known.shape == "v" else looped.loop_placement(workers, virtual)
     rows = tuple(tuple(row) for row in known.rows(workers, chunks, virtual))
-    return Schedule(name, chunks, placement, rows)
+    return Schedule(name, chunks, placement(name, workers, virtual), rows)
+
+
+def placement(name: str, workers: int, virtual_stages: int) -> tuple[int, ...]:
+    """The worker of every stage under the schedule ``name``."""
+    if _known(name).shape == "v":
+        return vshaped.v_placement(workers)
+    return looped.loop_placement(workers, virtual_stages)
 
 
 def streamed(name: str, workers: int, chunks: int, batches: int) -> Schedule:
