@@ -48,7 +48,9 @@ def layout_of(
             " say how many stages there are with balance=[…]"
         )
     if not 1 <= wanted * replicas <= len(names):
-        raise PartitionError(f"{wanted} stages{copies} need as many workers, the cluster has {len(names)}; launch more")
+        raise PartitionError(
+            f"{wanted} stages{copies} need {wanted * replicas} workers, the cluster has {len(names)}; launch more"
+        )
     return Layout(tuple(names[: wanted * replicas]), replicas)
 
 

@@ -38,6 +38,8 @@ class Holder(Protocol):
 
     def stages_on(self, worker: str) -> Sequence[int]: ...
 
+    def replica_of(self, worker: str) -> int | None: ...
+
 
 class Cluster:
     """Live workers; made by ``rp.launch`` or ``rp.connect``. A context manager that closes them."""
@@ -51,6 +53,7 @@ class Cluster:
         self._beats: dict[str, tuple[int, str, int]] = {}
         self._dead: dict[str, WorkerLost] = {}
         self._holdings: dict[str, tuple[int, ...]] = {}
+        self._replicas: dict[str, tuple[int, ...]] = {}
         self._alive = set(group.members)
         self._gone = threading.Condition()
         self._closed = self._ending = False
@@ -118,8 +121,8 @@ class Cluster:
     def _lost(self, member: Member, how: str) -> None:
         if self._ending or member.name in self._dead:
             return
-        stages = self.stages_on(member.name)
-        who = f"stage {', '.join(map(str, stages))} on {place_of(member)}" if stages else place_of(member)
+        stages, role = self.stages_on(member.name), self._role(member.name)
+        who = f"{role} on {place_of(member)}" if role else place_of(member)
         last = self._group.logs.tail(member.name)
         error = WorkerLost(
             f"{who} {how}.\n"
@@ -143,16 +146,27 @@ class Cluster:
             worker.name: tuple(sorted({stage for pipe in pipelines for stage in pipe.stages_on(worker.name)}))
             for worker in self.workers
         }
+        self._replicas = {
+            worker.name: tuple(
+                sorted({found for pipe in pipelines if (found := pipe.replica_of(worker.name)) is not None})
+            )
+            for worker in self.workers
+        }
 
     def stages_on(self, worker: str) -> tuple[int, ...]:
         """The stages that ``worker`` holds, of all pipelines."""
         return self._holdings.get(worker, ())
 
+    def _role(self, worker: str) -> str:
+        """``stage 0, 2`` or, of several replicas, ``stage 0, 2 of replica 1``; '' for a worker without stages."""
+        stages, replicas = self.stages_on(worker), self._replicas.get(worker, ())
+        of = f" of replica {', '.join(map(str, replicas))}" if replicas else ""
+        return f"stage {', '.join(map(str, stages))}{of}" if stages else ""
+
     def _label(self, worker: str) -> str:
         """The prefix of what a worker prints."""
-        member, stages = self._group.members[worker], self.stages_on(worker)
-        name = f"stage {','.join(map(str, stages))}" if stages else worker
-        return f"[{name} {member.host}:{member.pid}]"
+        member = self._group.members[worker]
+        return f"[{self._role(worker) or worker} {member.host}:{member.pid}]"
 
     # --- for people ---
 

@@ -62,8 +62,8 @@ class Core:
         return [stage.index for stage in self.stages if worker in stage.workers]
 
     def replica_of(self, worker: str) -> int | None:
-        """Which replica the named worker is part of, if there are several."""
-        return self._layout.index(worker)[1] if self._layout.replicas > 1 else None
+        """Which replica the named worker is part of, where there are several."""
+        return self._layout.replica_of(worker)
 
     # --- one thing at a time ---
 

@@ -36,20 +36,21 @@ class StageHandle:
         self._driver = driver
 
     def __repr__(self) -> str:
-        number, _, device, names, parameters, size, _ = self.rows({})[0]
-        return (
-            f"stage {number} on {', '.join(self.workers)} ({device}): layers {names}, {parameters} parameters, {size}"
-        )
+        _, _, device, names, parameters, size, _ = self.rows({})[0]
+        workers = ", ".join(self.workers)
+        return f"stage {self.index} on {workers} ({device}): layers {names}, {parameters} parameters, {size}"
 
     def rows(self, busy: Mapping[str, float]) -> list[list[str]]:
         """The cells below ``HEADER``, a row for each replica; ``busy``: workers' shares of the last step."""
         names = self.layers[0] if len(self.layers) == 1 else f"{self.layers[0]} … {self.layers[-1]}"
+        several = len(self.workers) > 1
         return [
             [
-                str(self.index), worker, info["device"], names, f"{info['parameters']:,}",
-                tables.mebibytes(info["bytes"]), f"{busy[worker]:.1%}" if worker in busy else "-",
+                f"{self.index} of replica {replica}" if several else str(self.index), worker, info["device"], names,
+                f"{info['parameters']:,}", tables.mebibytes(info["bytes"]),
+                f"{busy[worker]:.1%}" if worker in busy else "-",
             ]
-            for worker, info in self._infos.items()
+            for replica, (worker, info) in enumerate(self._infos.items())
         ]  # fmt: skip
 
     @property
@@ -60,8 +61,8 @@ class StageHandle:
     def call(self, function: Callable[[nn.Module], Any]) -> Any:
         """``function(module)`` on the stage's worker; it may change the weights.
 
-        With replicas it runs on all of them, so that they stay alike, with random numbers seeded alike; the result is
-        the first one's.
+        With replicas it runs on all of them, with random numbers seeded alike, so that they stay the same;
+        the result is the first one's.
         """
         data = dumps(function, "the call's function")
         seed = None if len(self.workers) == 1 else int(torch.randint(1 << 62, ()))

@@ -45,6 +45,10 @@ class Layout:
         """(the schedule's worker, replica) that ``name`` is."""
         return divmod(self.names.index(name), self.replicas)
 
+    def replica_of(self, name: str) -> int | None:
+        """The replica that ``name`` is part of, None where there is one or ``name`` is not used."""
+        return self.index(name)[1] if self.replicas > 1 and name in self.names else None
+
     def cut(self, nest: Nest, chunks: int) -> list[list[Nest]]:
         """By replica the micro-batches of its share: ``chunk(replicas)``, and ``chunk(chunks)`` of each.
 
