@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -314,6 +315,35 @@ def test_states_have_both_names_and_load_alike(cluster: rp.Cluster) -> None:
         pipe.load_state_dict(apart)
     assert torch.equal(assert_alike(pipe)["7.weight"], one["0.token.weight"])
     pipe.close()
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({}, {"schedule": "zb-v"}),
+        ({"schedule": "zb-v"}, {}),
+        ({"replicas": 2, "shard_optimizer": True}, {"replicas": 2}),
+        ({"replicas": 2}, {"replicas": 2, "shard_optimizer": True, "schedule": "zb-v"}),
+    ],
+)
+def test_a_run_goes_on_from_a_save_wherever_the_copies_lie(
+    before: dict[str, Any], after: dict[str, Any], tmp_path: Path
+) -> None:
+    """Adam's moments of the weight too, which a sharded optimizer has once."""
+    first, second = (
+        rp.Pipeline(
+            specs(), LocalCluster(4 * how.get("replicas", 1)), loss=cross_entropy, optimizer=adamw, chunks=8, **how
+        )
+        for how in (before, after)
+    )
+    data = list(batches(3, 32))
+    first.train_step(*data[0])
+    first.save(tmp_path)
+    second.load(tmp_path)
+    for batch in data[1:]:
+        assert second.train_step(*batch).loss == pytest.approx(first.train_step(*batch).loss, rel=1e-6)
+    mine, wanted = assert_alike(second), assert_alike(first)
+    assert all((mine[name] - value).norm() <= 1e-6 * value.norm() for name, value in wanted.items())
 
 
 @pytest.mark.parametrize("schedule", versions.POLICIES)

@@ -128,7 +128,7 @@ def test_same_bits_as_one_process_under_every_schedule(schedule: str) -> None:
 def test_same_bits_wherever_the_model_is_cut() -> None:
     oracle = Oracle(rp.Sequential(layers()), adamw, cross_entropy, 3)
     losses = [oracle.train_step(*batch) for batch in batches(2)]
-    for cuts in itertools.combinations(range(1, 9), 3):
+    for cuts in list(itertools.combinations(range(1, 9), 3))[::2]:
         balance = [after - before for before, after in itertools.pairwise((0, *cuts, 9))]
         pipe = rp.Pipeline(
             layers(), LocalCluster(4, sum(cuts)), loss=cross_entropy, optimizer=adamw, schedule="zb-h1", chunks=3,

@@ -21,6 +21,7 @@ from rpcpipe.interrupts import Deferred
 from rpcpipe.manifest import Manifest
 from rpcpipe.shard import Written, some
 from rpcpipe.tensorfile import Reader
+from rpcpipe.ties import Tie
 
 if TYPE_CHECKING:
     from rpcpipe.pipeline import Pipeline
@@ -60,7 +61,7 @@ def save(pipe: Pipeline, directory: str | Path, stateful: Holders, position: Any
         with storage.draft(directory) as folder:
             written = _write_shards(pipe, folder)
             manifest.groups = encode(_merged(written, pipe.optimizer.changes()), "groups", tensors)
-            _fill(manifest, written)
+            _fill(manifest, written, pipe._ties)
             if tensors:
                 manifest.tensors |= tensorfile.write(folder / _DRIVER_FILE, tensors)
             manifest.write_index(folder, sum(shard.weight_bytes for shard in written))
@@ -135,13 +136,17 @@ def _outcomes(pipe: Pipeline, calls: Mapping[str, tuple[Any, ...]], after: str) 
     return found
 
 
-def _fill(manifest: Manifest, written: Sequence[Written]) -> None:
-    """Enter what the workers have written."""
+def _fill(manifest: Manifest, written: Sequence[Written], ties: Sequence[Tie]) -> None:
+    """Enter what the workers have written.
+
+    Where optimizers are sharded, a tied weight's state is with its first layer alone.
+    """
     for shard in written:
         manifest.weights |= shard.weights
         manifest.tensors |= shard.tensors
         manifest.state |= shard.state
         manifest.shared |= shard.shared
+    manifest.shared |= {holder.name: tie.holders[0].name for tie in ties for holder in tie.holders[1:]}
     manifest.seed = written[0].seed
     manifest.optimizer = next((shard.optimizer for shard in written if shard.optimizer), None)
 
