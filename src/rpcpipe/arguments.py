@@ -143,7 +143,8 @@ def check_ties(policy: str | None, ties: Sequence[Tie], layers: Sequence[str], s
 
 
 def check_groups(groups: Sequence[Sequence[Any]]) -> None:
-    """Every worker's optimizer has as many parameter groups as the others'."""
+    """There is an optimizer, and every worker's has as many parameter groups as the others'."""
+    refuse(not groups, "no parameter of the model requires a gradient: there is nothing to train")
     refuse(
         len({len(group) for group in groups}) > 1,
         f"optimizer made {sorted({len(group) for group in groups})} parameter groups on different workers;"

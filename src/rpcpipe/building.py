@@ -52,7 +52,7 @@ def create(pipe: Pipeline, identity: str, layers: OrderedDict[str, Layer], commo
     adopt(pipe, found)
     groups = [info["groups"] for stages in found.values() for info in stages.values() if info["groups"]]
     check_groups(groups)
-    pipe.optimizer = PipelineOptimizer(groups[0] if groups else [], pipe._apply_open, pipe._forget_accumulated)
+    pipe.optimizer = PipelineOptimizer(groups[0], pipe._apply_open, pipe._forget_accumulated)
 
 
 def adopt(pipe: Pipeline, found: Mapping[str, Mapping[int, Any]]) -> None:

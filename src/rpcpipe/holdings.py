@@ -17,7 +17,7 @@ from rpcpipe.accumulation import Kept
 from rpcpipe.errors import CheckpointError
 from rpcpipe.exchange import Exchange, Peers, group_of
 from rpcpipe.manifest import Manifest
-from rpcpipe.optimizer import Factory, LocalOptimizer
+from rpcpipe.optimizer import Factory, LocalOptimizer, Parameters
 from rpcpipe.recompute import Checkpoint, Recompute
 from rpcpipe.stage import Loss, Stage
 from rpcpipe.ties import Tie
@@ -74,7 +74,8 @@ class Holdings:
             self.stages[number] = self._stage(number, named, parts[number][1], links, seen)
             seen.update(self.stages[number].module.parameters())
         self._exchange(tied, links.members)
-        parameters, spec = self.parameters, self._spec
+        spec = self._spec
+        parameters = Parameters(pair for stage in self.stages.values() for pair in stage.named_parameters)
         self._optimizer = LocalOptimizer(spec.optimizer, parameters, self._updated_elsewhere) if parameters else None
 
     def _layer(self, layer: layers.Layer, index: int) -> nn.Module:

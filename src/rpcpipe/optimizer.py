@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -10,7 +10,20 @@ from torch import nn
 
 from rpcpipe.undo import Undo
 
-Factory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+
+class Parameters(list[nn.Parameter]):
+    """What the user's factory gets: a worker's trainable parameters, in the model's order."""
+
+    def __init__(self, named: Iterable[tuple[str, nn.Parameter]]) -> None:
+        self._named = list(named)
+        super().__init__(parameter for _, parameter in self._named)
+
+    def named(self) -> list[tuple[str, nn.Parameter]]:
+        """(name in the unsplit model's ``state_dict``, parameter) for each."""
+        return list(self._named)
+
+
+Factory = Callable[[Parameters], torch.optim.Optimizer]
 
 
 class LocalOptimizer:
@@ -19,13 +32,11 @@ class LocalOptimizer:
     Those ``elsewhere`` are updated on other workers and only taken back here.
     """
 
-    def __init__(
-        self, factory: Factory, parameters: Sequence[nn.Parameter], elsewhere: Set[nn.Parameter] = frozenset()
-    ) -> None:
-        self.parameters = list(parameters)
-        mine = [parameter for parameter in parameters if parameter not in elsewhere]
+    def __init__(self, factory: Factory, parameters: Parameters, elsewhere: Set[nn.Parameter] = frozenset()) -> None:
+        self.parameters = parameters
+        mine = Parameters((name, parameter) for name, parameter in parameters.named() if parameter not in elsewhere)
         # Where nothing is updated here, a stand-in makes the same groups and leaves no state.
-        self.optimizer = factory(mine or [nn.Parameter(torch.empty(0))])
+        self.optimizer = factory(mine or Parameters([("", nn.Parameter(torch.empty(0)))]))
         if not isinstance(self.optimizer, torch.optim.Optimizer):
             raise TypeError(
                 f"optimizer must return a torch.optim.Optimizer, not {type(self.optimizer).__name__};"
@@ -80,8 +91,11 @@ class LocalOptimizer:
 
 
 def hyperparameters(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """``param_groups`` without the parameters."""
-    return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    """``param_groups`` without the parameters and their names."""
+    return [
+        {key: value for key, value in group.items() if key not in ("params", "param_names")}
+        for group in optimizer.param_groups
+    ]
 
 
 class PipelineOptimizer(torch.optim.Optimizer):

@@ -24,7 +24,7 @@ from rpcpipe import layers as model
 from rpcpipe.activations import Memory, Meter
 from rpcpipe.flow import Flow, advance
 from rpcpipe.microbatch import Nest, map_tensors, tensors
-from rpcpipe.optimizer import Factory
+from rpcpipe.optimizer import Factory, Parameters
 from rpcpipe.profiles import LayerProfile
 from rpcpipe.split_backward import backward_input, backward_weight
 from rpcpipe.wires import Wire, inputs, kept
@@ -247,12 +247,14 @@ def _round(module: nn.Module, received: autograd.Received, clock: Timer) -> tupl
 
 def _update(module: nn.Module, factory: Factory) -> float:
     """Seconds of the optimizer, on a copy of the parameters."""
-    parameters = [
-        parameter.detach().clone().requires_grad_() for parameter in module.parameters() if parameter.requires_grad
-    ]
+    parameters = Parameters(
+        (name, nn.Parameter(parameter.detach().clone()))
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad
+    )
     if not parameters:
         return 0.0
-    optimizer = factory(parameters)  # type: ignore[arg-type]
+    optimizer = factory(parameters)
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     clock = Clock(parameters[0].is_cuda)

@@ -96,7 +96,14 @@ class Stage:
     @property
     def parameters(self) -> list[nn.Parameter]:
         """The trainable parameters, in the model's order, but for those counted in an earlier stage here."""
-        return [p for p in self.module.parameters() if p.requires_grad and p not in self._shared]
+        return [parameter for _, parameter in self.named_parameters]
+
+    @property
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """The same with their names in the unsplit model."""
+        return [
+            pair for pair in self.module.named_parameters() if pair[1].requires_grad and pair[1] not in self._shared
+        ]
 
     def forward(
         self, plan: StepPlan, share: Share, chunk: int, parcels: Mapping[str, Received], target: Nest
