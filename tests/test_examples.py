@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -46,3 +47,72 @@ def test_plan() -> None:
     assert measured is not None
     assert "why" in out
     assert 0.1 < float(measured[1]) / float(found[1]) < 100
+
+
+def test_gpt(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 200)
+    sizes = [
+        "--workers",
+        "2",
+        "--steps",
+        "12",
+        "--batch",
+        "8",
+        "--context",
+        "16",
+        "--chunks",
+        "2",
+        "--vocabulary",
+        "300",
+    ]
+    out = run("gpt.py", "--text", str(text), *sizes)
+    losses = [float(loss) for loss in re.findall(r"loss ([0-9.]+)", out)]
+    assert losses[-1] < 0.8 * losses[0]
+    assert "by formula for 2 free cores" in out
+    assert re.search(r"^it writes: A class .", out, re.MULTILINE)
+
+
+def test_gpt_plan_only() -> None:
+    out = run("gpt.py", "--plan-only", "gpt3-175b")
+    assert "GPT of 175.22 billion parameters, 64 sequences of 2048 a step" in out
+    assert re.search(r"^Plan for 8 workers: [0-9.]+ s a step", out, re.MULTILINE)
+    assert re.search(r"^  micro-batches +64 of 1", out, re.MULTILINE)
+    assert "worker 7 |" in out
+
+
+def test_bert() -> None:
+    """The example itself asserts that the loss is the unsplit model's."""
+    out = run("bert.py", "--steps", "5", "--batch", "16", "--length", "24")
+    assert re.search(r"^loss [0-9.]+ through 4 stages, [0-9.]+ in one process$", out, re.MULTILINE)
+    assert re.search(r"^loss [0-9.]+, words [0-9.]+, pairs [0-9.]+ on held-out pairs$", out, re.MULTILINE)
+
+
+def test_image() -> None:
+    out = run("image.py", "--epochs", "2", "--batch", "128")
+    accuracies = re.findall(r"([0-9.]+)%", out)
+    assert len(accuracies) == 3
+    assert accuracies[1] == accuracies[2]  # through three stages, and in one process
+
+
+def test_multi_host() -> None:
+    done = subprocess.run(
+        ["bash", str(EXAMPLES / "multi_host.sh")], capture_output=True, text=True, timeout=110, check=False,
+        env={**os.environ, "PYTHON": sys.executable},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert re.search(r"^loss [0-9.]+$", done.stdout, re.MULTILINE)
+    assert done.stdout.endswith("all three ended with status 0\n")
+
+
+def test_repl(tmp_path: Path) -> None:
+    """Its blocks one after the other, as they are typed."""
+    blocks = re.findall(r"```python\n(.*?)```", (EXAMPLES / "repl.md").read_text(), re.DOTALL)
+    assert len(blocks) == 7
+    session = tmp_path / "session.py"
+    lines = "".join(f"exec(compile({block!r}, '<block>', 'exec'), globals())\n" for block in blocks)
+    session.write_text(lines)
+    done = subprocess.run([sys.executable, str(session)], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "on stage 0" in done.stdout
+    assert re.search(r"^[0-9]+% right$", done.stdout, re.MULTILINE)
