@@ -116,19 +116,20 @@ def test_same_bits_as_one_process_under_every_schedule(schedule: str) -> None:
     """Uneven chunks, several workers and placements, all checkpoint modes, both dispatch modes, shuffled messages."""
     modes = itertools.cycle(["never", "always", "except_last", 0.5])
     for seed, workers in enumerate((1, 2, 3, 4)):
-        for chunks in (2 * workers, 2 * workers + 1):
-            pipe = rp.Pipeline(
-                layers(), LocalCluster(workers, seed), loss=cross_entropy, optimizer=sgd, schedule=schedule,
-                chunks=chunks, virtual_stages=2 if schedule in ("interleaved", "looped-bfs") else 1,
-                dispatch=("rref", "batched")[seed % 2], checkpoint=next(modes),
-            )  # fmt: skip
-            train_both(pipe, Oracle(rp.Sequential(layers()), sgd, cross_entropy, chunks), size=chunks + chunks // 2)
+        chunks = 2 * workers + seed // 2
+        pipe = rp.Pipeline(
+            layers(), LocalCluster(workers, seed), loss=cross_entropy, optimizer=sgd, schedule=schedule,
+            chunks=chunks, virtual_stages=2 if schedule in ("interleaved", "looped-bfs") else 1,
+            dispatch=("rref", "batched")[seed % 2], checkpoint=next(modes),
+        )  # fmt: skip
+        oracle = Oracle(rp.Sequential(layers()), sgd, cross_entropy, chunks)
+        train_both(pipe, oracle, steps=2, size=chunks + chunks // 2)
 
 
 def test_same_bits_wherever_the_model_is_cut() -> None:
     oracle = Oracle(rp.Sequential(layers()), adamw, cross_entropy, 3)
     losses = [oracle.train_step(*batch) for batch in batches(2)]
-    for cuts in list(itertools.combinations(range(1, 9), 3))[::2]:
+    for cuts in list(itertools.combinations(range(1, 9), 3))[::3]:
         balance = [after - before for before, after in itertools.pairwise((0, *cuts, 9))]
         pipe = rp.Pipeline(
             layers(), LocalCluster(4, sum(cuts)), loss=cross_entropy, optimizer=adamw, schedule="zb-h1", chunks=3,
