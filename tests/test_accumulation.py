@@ -71,7 +71,8 @@ def test_with_a_loss_scale_that_overflows_within() -> None:
         return torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=2)
 
     pipe = pipeline(LocalCluster(3), 2, autocast=torch.float16)
-    pipe.scaler = scaler()
+    assert pipe.scaler is not None
+    pipe.scaler.load_state_dict(scaler().state_dict())
     loop = natural(2, autocast=torch.float16, scaler=scaler())
     results = assert_same_run(pipe, loop, batches(16))
     assert pipe.scaler.state_dict() == loop.scaler.state_dict()

@@ -168,7 +168,8 @@ def test_schedulers_unchanged_with_skipped_steps_and_accumulation(name: str, mak
 
     arguments = {"accumulate": 2, "autocast": torch.float16, "clip_grad_norm": 0.5}
     pipe = rp.Pipeline(mlp(), LocalCluster(3), loss=cross_entropy, optimizer=make, chunks=3, **arguments)  # type: ignore[arg-type]
-    pipe.scaler = scaler()
+    assert pipe.scaler is not None
+    pipe.scaler.load_state_dict(scaler().state_dict())
     loop = Natural(mlp(), make, cross_entropy, 3, accumulate=2, autocast=torch.float16, clip=0.5, scaler=scaler())
     mine, other = (SCHEDULERS[name](optimizer) for optimizer in (pipe.optimizer, loop.optimizer))
     rates, applied = set(), set()

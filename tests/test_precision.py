@@ -31,7 +31,7 @@ def pipeline(cluster: Any, dtype: torch.dtype | None, **changed: Any) -> rp.Pipe
     model = arguments.pop("model")
     pipe = rp.Pipeline(model, cluster, autocast=dtype, **arguments)
     if pipe.scaler is not None:
-        pipe.scaler = small_scale()
+        pipe.scaler.load_state_dict(small_scale().state_dict())
     return pipe
 
 
@@ -211,7 +211,8 @@ def test_stop_stops_at_what_no_scale_can_mend() -> None:
     pipe = pipeline(LocalCluster(2), torch.float16, loss=steeper, nonfinite="stop")
     inputs = next(batches(1))[0]
     for scale in (2.0, 1.0):
-        pipe.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        assert pipe.scaler is not None
+        pipe.scaler.load_state_dict(pipe.scaler.state_dict() | {"scale": scale})
         if scale == 1.0:
             with pytest.raises(FloatingPointError):
                 pipe.train_step(inputs, inputs)

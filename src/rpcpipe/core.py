@@ -44,7 +44,7 @@ class Core:
     _program: Program
 
     def __init__(self, cluster: Cluster, progress: Progress, scaler: torch.amp.GradScaler | None) -> None:
-        self.cluster, self.scaler = cluster, scaler
+        self.cluster = cluster
         self.trained = 0
         self.stages: tuple[StageHandle, ...] = ()
         self.callbacks: list[Callback] = []
@@ -55,7 +55,13 @@ class Core:
         self._tracer: Tracer | None = None
         # What else goes on from step to step, by name: save writes it and load brings it back.
         self._parts: dict[str, Stateful] = {} if scaler is None else {"scaler": scaler}
+        self._scaler = scaler
         self._busy: dict[str, float] = {}  # each worker's share of the last step
+
+    @property
+    def scaler(self) -> torch.amp.GradScaler | None:
+        """The loss scale under float16; its settings are changed by its setters or ``load_state_dict``."""
+        return self._scaler
 
     def stages_on(self, worker: str) -> list[int]:
         """The stages that the named worker holds."""
