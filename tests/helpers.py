@@ -100,8 +100,9 @@ class Oracle:
         if count is not None:
             total /= count
             for parameter in self.model.parameters():
-                parameter.grad.div_(count)
-        self.grad_norm = float(nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.requires_grad]))
+                parameter.grad.div_(count)  # type: ignore[union-attr]
+        grads: list[Any] = [p.grad for p in self.model.parameters() if p.requires_grad]
+        self.grad_norm = float(nn.utils.get_total_norm(grads))
         if self.clip is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         self.optimizer.step()
@@ -110,7 +111,7 @@ class Oracle:
         return total
 
     def _added(self, sums: list[torch.Tensor]) -> list[torch.Tensor]:
-        found = [parameter.grad for parameter in self.model.parameters()]
+        found: list[Any] = [parameter.grad for parameter in self.model.parameters()]
         self.optimizer.zero_grad()
         return [a + b for a, b in zip(sums, found, strict=True)] if sums else found
 

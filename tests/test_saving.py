@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import random
+import resource
 import shutil
+import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +27,8 @@ from transformers.trainer_utils import load_sharded_checkpoint
 
 import rpcpipe as rp
 from helpers import OPTIMIZERS, LocalCluster, Oracle, adamw, assert_same_weights, batches, cross_entropy, mlp, sgd
+from kills import Kills
+from rpcpipe import storage
 from rpcpipe.optimizer import hyperparameters
 from versioned import Versioned, train
 
@@ -500,6 +509,33 @@ def test_hyperparameters_that_only_some_workers_have_stay_the_factorys(tmp_path:
         assert other.train_step(*batch).loss == pipe.train_step(*batch).loss
 
 
+def tied_pipeline(workers: int, **arguments: Any) -> rp.Pipeline:
+    """The first and the last layer share their weight."""
+    torch.manual_seed(5)
+    layers = [nn.Linear(12, 12), nn.Sequential(nn.Linear(12, 12), nn.Dropout(0.1)), nn.GELU(), nn.Linear(12, 12)]
+    layers[3].weight = layers[0].weight
+    arguments = {"chunks": 4, "balance": {1: [4], 2: [2, 2], 4: [1, 1, 1, 1]}[workers]} | arguments
+    cluster: Any = LocalCluster(workers * arguments.get("replicas", 1))
+    return rp.Pipeline(layers, cluster, loss=cross_entropy, optimizer=adamw, **arguments)
+
+
+@pytest.mark.parametrize(("one", "other"), [(1, 4), (4, 1), (2, 4)])
+@pytest.mark.parametrize("sharded", [{}, {"replicas": 2, "shard_optimizer": True, "chunks": 2}], ids=["", "sharded"])
+def test_tied_weights_go_on_by_whichever_name(tmp_path: Path, one: int, other: int, sharded: dict[str, Any]) -> None:
+    """There and back: how their gradients are summed depends on the cut, so another cut gives other bits."""
+    data = list(batches(5, 8))
+    straight, between, after = tied_pipeline(one, **sharded), tied_pipeline(other), tied_pipeline(one, **sharded)
+    for batch in data[:3]:
+        straight.train_step(*batch)
+    between.load(straight.save(tmp_path))
+    assert_same_state(between, straight)
+    after.load(between.save(tmp_path))
+    for batch in data[3:]:
+        straight.train_step(*batch)
+        after.train_step(*batch)
+    assert_same_state(after, straight)
+
+
 # --- other readers ---
 
 
@@ -584,3 +620,67 @@ def test_replicas_and_sharded_optimizers_go_on(tmp_path: Path, optimizer: str, s
     found = alone.state_dict()
     for name, value in straight.state_dict().items():
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
+
+
+# --- on real processes ---
+
+
+@pytest.fixture
+def pipe(cluster: rp.Cluster) -> Iterator[rp.Pipeline]:
+    made = rp.Pipeline(mlp(width=64), cluster, loss=cross_entropy, optimizer=adamw, chunks=3)
+    yield made
+    made.close()
+
+
+def limit_files(module: nn.Module, size: int) -> None:
+    """From now on no file of this process may be larger: as if the disk were full."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def test_a_worker_that_cannot_write_is_named_and_the_checkpoint_before_stays(pipe: rp.Pipeline, tmp_path: Path) -> None:
+    data = list(batches(3, width=64))
+    pipe.train_step(*data[0])
+    first, before = pipe.save(tmp_path), pipe.state_dict()
+    pipe.train_step(*data[1])
+    pipe.stages[2].call(partial(limit_files, size=4096))
+    with pytest.raises(rp.CheckpointError, match=r"^worker2 on .*: cannot write .*model-00003-of-00004.*large"):
+        pipe.save(tmp_path)
+    assert list(tmp_path.iterdir()) == [first]
+    pipe.stages[2].call(partial(limit_files, size=resource.RLIM_INFINITY))
+    pipe.load(tmp_path)
+    assert all(torch.equal(value, before[name]) for name, value in pipe.state_dict().items())
+    pipe.train_step(*data[2])
+    pipe.save(tmp_path)
+
+
+def test_ctrl_c_in_a_save_leaves_it_done_or_not_done_and_the_pipeline_usable(pipe: rp.Pipeline, tmp_path: Path) -> None:
+    draw, data, interrupted, done = random.Random(2), list(batches(4, width=64)), 0, 0
+    pipe.save(tmp_path, position=0)
+    for attempt in range(1, 21):
+        pipe.train_step(*data[attempt % 4])
+        before = storage.newest(tmp_path)
+        timer = threading.Timer(draw.uniform(0.0, 0.05), os.kill, (os.getpid(), signal.SIGINT))
+        try:
+            timer.start()
+            pipe.save(tmp_path, position=attempt, keep=1)
+            timer.join()
+            time.sleep(0)  # it comes here at the latest
+        except KeyboardInterrupt:
+            interrupted += 1
+            done += storage.newest(tmp_path) != before
+    assert interrupted == 20
+    assert done < 20, "none came in time"
+    state, trained = pipe.state_dict(), pipe.trained
+    pipe.save(tmp_path, position="end", keep=1)
+    assert len(list(tmp_path.iterdir())) == 1
+    assert pipe.load(tmp_path) == "end"
+    assert pipe.trained == trained
+    assert all(torch.equal(value, state[name]) for name, value in pipe.state_dict().items())
+
+
+@pytest.mark.parametrize("victim", ["driver", "worker"])
+def test_a_run_killed_at_a_random_moment_goes_on(tmp_path: Path, victim: str) -> None:
+    """As in ./scripts/kills, which was run for a hundred of them."""
+    kills = Kills(tmp_path / "run", seed=11)
+    kills.round(victim)
+    assert kills.steps >= 1
