@@ -18,6 +18,7 @@ from torch import nn
 
 import rpcpipe as rp
 from helpers import Oracle, adamw, assert_same_weights, batches, cross_entropy, mlp, sgd
+from rpcpipe.transport import rpc
 
 
 class Boom(nn.Module):
@@ -185,8 +186,13 @@ def test_wrong_launch_arguments(arguments: dict[str, Any], message: str) -> None
         rp.launch(**arguments)
 
 
+def broken_pipe(*_: Any) -> None:
+    """What torch's remote has been seen to do, if the worker died while calls were being made."""
+    raise RuntimeError("EPIPE: broken pipe")
+
+
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGSEGV])
-def test_a_dead_worker_is_named(sign: signal.Signals) -> None:
+def test_a_dead_worker_is_named(sign: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
     with rp.launch(workers=2, threads=1) as cluster:
         pipe = rp.Pipeline(mlp(), cluster, loss=cross_entropy, optimizer=sgd, chunks=2)
         batch = next(batches(1))
@@ -198,6 +204,11 @@ def test_a_dead_worker_is_named(sign: signal.Signals) -> None:
         assert time.perf_counter() - start < 2.0
         with pytest.raises(rp.WorkerLost):
             pipe.train_step(*batch)
+        monkeypatch.setattr(rpc._BINDINGS, "_invoke_remote_python_udf", broken_pipe)
+        with pytest.raises(rp.WorkerLost, match=f"was killed by {sign.name}"):
+            cluster.transport.hold("worker1", "clock")
+        with pytest.raises(RuntimeError, match="EPIPE"):
+            cluster.transport.hold("worker0", "clock")  # which lives
     assert not psutil.pid_exists(cluster.workers[0].pid)
 
 

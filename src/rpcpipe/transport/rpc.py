@@ -354,7 +354,13 @@ class RpcTransport:
 
     def hold(self, to: str, verb: str, *args: Any, later: bool = False) -> object:
         function = _receive_later if later else _receive
-        return _invoke(_BINDINGS._invoke_remote_python_udf, self._wire(to), function, (self._generation, verb, args))
+        call = (self._generation, verb, args)
+        try:
+            return _invoke(_BINDINGS._invoke_remote_python_udf, self._wire(to), function, call)
+        except RuntimeError as broken:
+            # Unlike a call, `remote` raises at once where the connection is known to be broken. What a call
+            # makes of it is the cause: the death, if it is one.
+            raise self.post(to, "clock").exception() or broken from None
 
     def chain(self, to: str, verb: str, *args: Any) -> object:
         return rpc.remote(self._wire(to), _receive_chained, args=(self._generation, verb, args))
