@@ -99,19 +99,6 @@ def _schedule(name: str, workers: int, chunks: int, virtual: int) -> Schedule:
     return schedules.get(name, workers, chunks, virtual)
 
 
-@functools.lru_cache(maxsize=256)
-def _in_flight(name: str, workers: int, chunks: int, virtual: int) -> tuple[int, ...]:
-    schedule = _schedule(name, workers, chunks, virtual)
-    return peak_activation_bytes(schedule, [1] * schedule.stages, [0] * schedule.stages)
-
-
-def in_flight(choice: Choice) -> tuple[float, ...]:
-    """Micro-batches per stage whose activations are alive at once, at most."""
-    if (shorter := choice.shorter()) is not None:
-        return _extrapolated(choice, *shorter, *(in_flight(short) for short in shorter))
-    return _in_flight(choice.schedule, choice.depth, choice.chunks, choice.virtual_stages)
-
-
 def _extrapolated(
     long: Choice, first: Choice, second: Choice, before: Sequence[float], after: Sequence[float]
 ) -> tuple[float, ...]:
@@ -176,6 +163,18 @@ class Estimator:
     def __post_init__(self) -> None:
         self.models = {size: Model(layers, size * self.input_bytes) for size, layers in self.profiles.items()}
         self.layers = next(iter(self.models.values())).layers
+        self._alive: dict[tuple[str, int, int, int], tuple[int, ...]] = {}
+
+    def in_flight(self, choice: Choice) -> tuple[float, ...]:
+        """Micro-batches per stage whose activations are alive at once, at most."""
+        if (shorter := choice.shorter()) is not None:
+            return _extrapolated(choice, *shorter, *(self.in_flight(short) for short in shorter))
+        key = choice.schedule, choice.depth, choice.chunks, choice.virtual_stages
+        if key not in self._alive:
+            schedule = choice.made()
+            self.looked_at += sum(map(len, schedule.actions))
+            self._alive[key] = peak_activation_bytes(schedule, [1] * schedule.stages, [0] * schedule.stages)
+        return self._alive[key]
 
     def memory(self, choice: Choice, ends: Sequence[int]) -> tuple[float, ...]:
         """Bytes by worker: parameters in all their copies, and the activations' peak."""

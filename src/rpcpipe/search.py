@@ -16,7 +16,7 @@ from itertools import accumulate, combinations, pairwise, product
 
 from rpcpipe import schedules
 from rpcpipe.errors import PartitionError
-from rpcpipe.estimates import SIMPLEST, Choice, Estimate, Estimator, in_flight
+from rpcpipe.estimates import SIMPLEST, Choice, Estimate, Estimator
 from rpcpipe.partition import balance as cut
 
 CHECKPOINTS = ("never", "except_last", "always")
@@ -137,7 +137,7 @@ class Search:
         # The least of the largest alive[k] × share[k] where the shares add up to all; in fewer
         # micro-batches not more are alive.
         first, _ = choice.shorter() or (choice, choice)
-        return model.activations[-1] / sum(1 / alive for alive in in_flight(first)) <= limit
+        return model.activations[-1] / sum(1 / alive for alive in self.costs.in_flight(first)) <= limit
 
     def best(self) -> Estimate | None:
         """The fastest that fits, or None. ``exact`` is False if not all could be tried."""
@@ -208,7 +208,7 @@ class Search:
 
     def _fitting(self, choice: Choice) -> Callable[[int, int, int], bool]:
         model, limit = self.costs.models[choice.micro_batch], self.machine.memory / choice.virtual_stages
-        alive, held = in_flight(choice), choice.copies(self.machine.moments)
+        alive, held = self.costs.in_flight(choice), choice.copies(self.machine.moments)
 
         def fits(stage: int, a: int, b: int) -> bool:
             activations: float = model.activations[b] - model.activations[a]
