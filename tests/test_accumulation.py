@@ -189,6 +189,31 @@ def test_one_call_is_no_accumulation_and_refusals() -> None:
         pipe.train_step(*next(batches(1)))
 
 
+@pytest.mark.parametrize("shard", [False, True])
+def test_replicas_exchange_at_the_update_alone(shard: bool) -> None:
+    """Under float16 with an overflow, and a failed call before each."""
+    pipe = rp.Pipeline(
+        mlp(dropout=0.0), LocalCluster(4), loss=cross_entropy, optimizer=sgd, chunks=2, replicas=2,
+        shard_optimizer=shard, accumulate=2, autocast=torch.float16, clip_grad_norm=0.5,
+    )  # fmt: skip
+    loop = Natural(mlp(dropout=0.0), sgd, cross_entropy, 4, accumulate=2, autocast=torch.float16, clip=0.5,
+                   scaler=torch.amp.GradScaler("cpu", init_scale=2.0**20))  # fmt: skip
+    assert pipe.scaler is not None
+    pipe.scaler.load_state_dict(loop.scaler.state_dict())
+    applied = set()
+    for inputs, targets in batches(12, 16):
+        with pytest.raises(rp.StageError):
+            pipe.train_step(inputs, targets + 100)
+        result = pipe.train_step(inputs, targets)
+        assert result.loss == pytest.approx(loop.train_step(inputs, targets), rel=1e-3)
+        assert result.applied == loop.updated
+        applied |= set() if result.accumulated else {result.applied}
+    assert applied == {True, False}
+    assert pipe.scaler.state_dict() == loop.scaler.state_dict()
+    for name, value in loop.model.state_dict().items():
+        torch.testing.assert_close(pipe.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+
+
 def test_frozen_layers_have_nothing_to_keep() -> None:
     def model() -> nn.Sequential:
         made = mlp(6)

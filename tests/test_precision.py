@@ -195,6 +195,19 @@ def test_a_failed_step_does_not_move_the_scale() -> None:
     assert pipe.scaler.state_dict() == loop.scaler.state_dict()
 
 
+def uncounted(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return (output.float() * 0.0).sum(), target.sum() * 0
+
+
+def test_a_batch_in_which_nothing_counts_is_no_overflow() -> None:
+    pipe = pipeline(LocalCluster(2), torch.float16, loss=uncounted)
+    assert pipe.scaler is not None
+    before, state = pipe.scaler.get_scale(), pipe.state_dict()
+    assert not pipe.train_step(*next(batches(1))).applied
+    assert pipe.scaler.get_scale() == before
+    assert all(torch.equal(state[name], value) for name, value in pipe.state_dict().items())
+
+
 def infinite(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return nn.functional.cross_entropy(output, target) / 0.0
 

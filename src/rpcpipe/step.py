@@ -46,6 +46,7 @@ class Step:
         self._result: StepResult | None = None
         self._progress = pipe._progress if pipe._progress.done else Progress(pipe.accumulate)
         self._updated = False
+        self._overflowed = False
         self._context: AbstractContextManager[int] | None = None
 
     def __enter__(self) -> Step:
@@ -77,7 +78,7 @@ class Step:
         pipe.trained += 1
         pipe._progress = self._progress
         if pipe.scaler is not None and not result.accumulated:
-            precision.judge(pipe.scaler, finite=result.applied)
+            precision.judge(pipe.scaler, finite=not self._overflowed)
 
     @property
     def done(self) -> bool:
@@ -140,6 +141,8 @@ class Step:
     def _gate(self, plan: StepPlan, reports: Mapping[str, Report], count: float | None) -> Gate:
         """What the gradients come to: those of the update, or those accumulated so far."""
         pipe, total = self._pipe, self._progress.counted(count)
+        # As GradScaler sees them: that nothing counted, 0/0, is no matter of the scale.
+        self._overflowed = not Gate.of(reports, None).finite
         if plan.updates and total is not None:
             pipe._driver.divide(self._message, total, reports)
         gate = Gate.of(reports, pipe.clip_grad_norm)
