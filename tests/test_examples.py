@@ -116,3 +116,13 @@ def test_repl(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     assert "on stage 0" in done.stdout
     assert re.search(r"^[0-9]+% right$", done.stdout, re.MULTILINE)
+
+
+def test_two_d() -> None:
+    """Who is where, and the pipeline's losses beside one process's."""
+    out = run("two_d.py", "--steps", "3", "--batch", "16", "--dim", "32", "--shard")
+    for stage, replica, worker in ((0, 0, 0), (0, 1, 1), (1, 0, 2), (1, 1, 3)):
+        assert re.search(rf"^ +{stage} of replica {replica} +worker{worker} ", out, re.MULTILINE)
+    rows = re.findall(r"^ +\d +([0-9.]+) +([0-9.]+) +([0-9.e+-]+)$", out, re.MULTILINE)
+    assert len(rows) == 3
+    assert all(float(difference) < 1e-6 for _, _, difference in rows)

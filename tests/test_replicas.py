@@ -330,17 +330,6 @@ def test_lost_gradients_run_into_the_deadline_which_names_them() -> None:
     assert_all_replicas_are(pipe, ours.model)
 
 
-def test_a_dead_worker_is_named_with_its_stage_and_replica(cluster: rp.Cluster) -> None:
-    pipe = make(cluster)
-    pipe.train_step(*next(batches(1)))
-    os.kill(cluster.workers[3].pid, signal.SIGKILL)
-    with pytest.raises(rp.WorkerLost, match=r"^stage 1 of replica 1 on worker3") as caught:  # noqa: PT012
-        for batch in batches(1000):
-            pipe.train_step(*batch)
-    assert caught.value.stages == (1,)
-    cluster.close()
-
-
 # --- what else a pipeline does ---
 
 
@@ -531,3 +520,60 @@ def test_layout() -> None:
     shares = layout.cut({"x": torch.arange(7), "flag": True}, 2)
     assert [[part["x"].tolist() for part in share] for share in shares] == [[[0, 1], [2]], [[3, 4], [5]], [[6]]]
     assert [len(share) for share in layout.cut(torch.arange(1), 2)] == [1, 0, 0]
+
+
+# --- buffers ---
+
+
+def normed() -> nn.Sequential:
+    torch.manual_seed(2)
+    return nn.Sequential(
+        nn.Sequential(nn.Linear(12, 8), nn.BatchNorm1d(8), nn.ReLU()),
+        nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8, momentum=None)),
+        nn.Linear(8, 4),
+    )
+
+
+@pytest.mark.parametrize("shard", [False, True])
+@pytest.mark.parametrize("mode", ["micro_batch", "deferred"])
+def test_running_statistics_are_the_same_in_all_replicas(mode: str, shard: bool) -> None:
+    """Deferred, they are those of the batch; else what the first replica has seen."""
+    chunks = 1 if shard else 2
+    pipe = make(
+        LocalCluster(6, 4), normed(), replicas=3, chunks=chunks, balance=[1, 2], batch_norm=mode, shard_optimizer=shard
+    )
+    for batch in batches(3, 21):
+        poisoned = batch[0].clone(), batch[1] + 9
+        with pytest.raises(rp.StageError):
+            pipe.train_step(*poisoned)  # what it did to statistics is taken back
+        assert pipe.train_step(*batch).applied
+        assert all(map(torch.equal, states(pipe, 0), states(pipe, 1)))
+        assert all(map(torch.equal, states(pipe, 0), states(pipe, 2)))
+    pipe.train_step(*next(batches(1, 4 if chunks == 1 else 12)))  # of 4 the last replica gets nothing
+    assert all(map(torch.equal, states(pipe, 0), states(pipe, 2)))
+
+
+def test_deferred_statistics_are_those_of_one_replica(cluster: rp.Cluster) -> None:
+    # SGD: a bias before a BatchNorm has a gradient of rounding errors, which Adam would make as large as any.
+    given: dict[str, Any] = {"optimizer": sgd, "balance": [1, 2], "batch_norm": "deferred"}
+    two, one = make(cluster, normed(), chunks=2, **given), make(cluster, normed(), chunks=4, replicas=1, **given)
+    for batch in batches(3, 16):
+        assert two.train_step(*batch).loss == pytest.approx(one.train_step(*batch).loss, rel=1e-6)
+    for have, want in zip(states(two, 1), states(one, 0), strict=True):
+        torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-5)
+    two.close()
+    one.close()
+
+
+# --- last, as the shared workers do not survive it ---
+
+
+def test_a_dead_worker_is_named_with_its_stage_and_replica(cluster: rp.Cluster) -> None:
+    pipe = make(cluster)
+    pipe.train_step(*next(batches(1)))
+    os.kill(cluster.workers[3].pid, signal.SIGKILL)
+    with pytest.raises(rp.WorkerLost, match=r"^stage 1 of replica 1 on worker3") as caught:  # noqa: PT012
+        for batch in batches(1000):
+            pipe.train_step(*batch)
+    assert caught.value.stages == (1,)
+    cluster.close()

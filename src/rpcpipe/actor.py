@@ -16,9 +16,9 @@ from typing import Any, Protocol
 import torch
 
 from rpcpipe import gradients
-from rpcpipe.exchange import Push, Tensors
+from rpcpipe.exchange import Push, Tensors, group_of, statistics_from
 from rpcpipe.holdings import ActorSpec, Holdings
-from rpcpipe.messages import Port, Report, Route, Share, StepPlan, Update
+from rpcpipe.messages import Bucket, Port, Report, Route, Share, StepPlan, Update
 from rpcpipe.microbatch import map_tensors, pack
 from rpcpipe.schedules import Action
 from rpcpipe.snapshots import Snapshots
@@ -130,6 +130,31 @@ class Actor(Holdings):
     def gather_weights(self, group: str, bucket: int, *, weights: Tensors) -> None:
         """Take over what another worker has updated."""
         self.exchanges[group].take_weights(bucket, weights)
+
+    def give_statistics(self, number: int) -> None:
+        """Push what the micro-batches here add to running statistics to the first replica."""
+        first, *_ = self._spec.peers.workers
+        port = Port(Bucket(group_of(number), 0), statistics_from(self.name))
+        pending = [tensor for norm in self.stages[number].norms for tensor in norm.give()]
+        self._send(first, self._plan.step, port, [tensor.cpu() for tensor in pending])
+
+    def add_statistics(self, number: int, **parts: Sequence[torch.Tensor]) -> None:
+        """Move the running statistics by what passed in all replicas, and push the buffers to the others."""
+        stage, others = self.stages[number], self._spec.peers.workers[1:]
+        for worker in others:
+            tensors = iter(parts[statistics_from(worker)])
+            for norm in stage.norms:
+                norm.merge(*(next(tensors).to(stage.device) for _ in range(3)))
+        for norm in stage.norms:
+            norm.commit()
+        buffers = [buffer.cpu() for buffer in stage.module.buffers()]
+        self._push((worker, Port(Bucket(group_of(number), 0), "buffers"), buffers) for worker in others)
+
+    @torch.no_grad()
+    def take_buffers(self, number: int, *, buffers: Sequence[torch.Tensor]) -> None:
+        """Take over the first replica's."""
+        for mine, value in zip(self.stages[number].module.buffers(), buffers, strict=True):
+            mine.copy_(value)
 
     def _push(self, pushes: Iterable[Push]) -> None:
         for worker, port, value in pushes:

@@ -45,15 +45,25 @@ class Deferred(_BatchNorm):
         mean, variance = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)  # type: ignore[arg-type]
         # With momentum 1 they become this micro-batch's mean and unbiased variance.
         output = nn.functional.batch_norm(input, mean, variance, self.weight, self.bias, True, 1.0, self.eps)
-        self._merge(input.numel() // input.shape[1], mean.double(), variance.double())
+        count = input.numel() // input.shape[1]
+        self.merge(torch.tensor(float(count), dtype=torch.float64), mean.double(), variance.double() * (count - 1))
         return output
 
+    def give(self) -> list[torch.Tensor]:
+        """What is pending, for ``merge`` on another replica; nothing is pending here then."""
+        pending = [self.pending_count, self.pending_mean, self.pending_squares]
+        self.open()
+        return pending
+
     @torch.no_grad()
-    def _merge(self, count: int, mean: torch.Tensor, variance: torch.Tensor) -> None:
+    def merge(self, count: torch.Tensor, mean: torch.Tensor, squares: torch.Tensor) -> None:
+        """Add ``count`` values with that mean and sum of squared deviations to what is pending."""
+        if not count:
+            return
         total = self.pending_count + count
         delta = mean - self.pending_mean
         self.pending_mean += delta * (count / total)
-        self.pending_squares += variance * (count - 1) + delta.square() * (self.pending_count * count / total)
+        self.pending_squares += squares + delta.square() * (self.pending_count * count / total)
         self.pending_count.copy_(total)
 
     @torch.no_grad()

@@ -31,7 +31,7 @@ BUCKET_BYTES = 4 << 20
 
 Tensors = list[torch.Tensor | None]
 # (worker, port, value) to push
-Push = tuple[str, Port, Tensors]
+Push = tuple[str, Port, Sequence[torch.Tensor | None]]
 
 
 def assign(sizes: Sequence[int], members: int) -> list[int]:
@@ -239,3 +239,16 @@ def gathers(group: str, owners: Sequence[int], index: int, what: str) -> list[Ta
         for bucket, owner in enumerate(owners)
         if owner != index
     ]
+
+
+def statistics_from(worker: str) -> str:
+    """The slot of what a replica's micro-batches add to running statistics."""
+    return f"statistics from {worker}"
+
+
+def follow(stage: int, workers: Sequence[str], index: int) -> list[Task]:
+    """Replica ``index``'s, for a stage with buffers: all take over the first one's, which adds up statistics."""
+    about = Bucket(group_of(stage), 0)
+    if index:
+        return [Task("give_statistics", (stage,)), Task("take_buffers", (stage,), (Port(about, "buffers"),))]
+    return [Task("add_statistics", (stage,), tuple(Port(about, statistics_from(worker)) for worker in workers[1:]))]

@@ -41,7 +41,7 @@ def _members(pipe: Pipeline, stages: tuple[int, ...]) -> tuple[str, ...]:
 def groups(pipe: Pipeline) -> list[Group]:
     """Who sums gradients with whom: the replicas of a stage, and all who have a copy of a tied weight."""
     found = [
-        Group(exchange.group_of(stage.index), stage.workers, (stage.index,), stage.buckets)
+        Group(exchange.group_of(stage.index), stage.workers, (stage.index,), stage.buckets, stage.buffered)
         for stage in pipe.stages
         if len(stage.workers) > 1
     ]

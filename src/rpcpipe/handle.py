@@ -33,6 +33,7 @@ class StageHandle:
         self.sizes: dict[str, int] = self._info["sizes"]
         self.buckets: list[int] = self._info["buckets"]
         self.trainable: list[str] = self._info["trainable"]
+        self.buffered: bool = self._info["buffered"]
         self._driver = driver
 
     def __repr__(self) -> str:

@@ -149,6 +149,7 @@ class Holdings:
                 "trainable": [name for name, p in stage.module.named_parameters() if p in set(stage.parameters)],
                 "parameters": sum(p.numel() for p in stage.module.parameters()),
                 "bytes": sum(p.numel() * p.element_size() for p in stage.module.parameters()),
+                "buffered": any(True for _ in stage.module.buffers()),
                 "device": str(stage.device),
                 "groups": groups,
                 "wired": any(self._spec.wires[name] != Wire() for name, _ in stage.module.named_children()),

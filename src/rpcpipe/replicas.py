@@ -69,13 +69,15 @@ class Batch(NamedTuple):
 class Group(NamedTuple):
     """Workers that sum gradients over their copies of the same parameters.
 
-    ``stages``: those whose backwards make the gradients, ``owners``: of the buckets.
+    ``stages``: those whose backwards make the gradients, ``owners``: of the buckets. ``buffered``: the one
+    stage has buffers, which are to be the same on all members.
     """
 
     name: str
     members: tuple[str, ...]
     stages: tuple[int, ...]
     owners: Sequence[int]
+    buffered: bool = False
 
 
 class Program:
@@ -164,6 +166,8 @@ class Program:
                 end += exchange.reduces(group.name, group.members, group.owners, at, spread=spread)
             for group, at in groups if spread else ():
                 end += exchange.gathers(group.name, group.owners, at, "sums")
+            for group, at in groups:
+                end += exchange.follow(group.stages[0], group.members, at) if group.buffered else []
             if end:
                 ends.append((worker, end))
         return ends
