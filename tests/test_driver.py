@@ -42,10 +42,10 @@ def mse(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("dispatch", ["rref", "batched"])
 @pytest.mark.parametrize("schedule", rp.schedules.names())
 def test_executed_order_is_the_schedules(schedule: str, dispatch: str, executed: dict[str, list[rp.Action]]) -> None:
-    """60 seeds × 11 schedules × 2 dispatch modes: over 1,000 shuffles; what is drawn is what runs."""
+    """46 seeds × 11 schedules × 2 dispatch modes: over 1,000 shuffles; what is drawn is what runs."""
     virtual = rp.schedules.fewest_virtual_stages(schedule)
     planned = rp.schedules.get(schedule, 3, 6, virtual)
-    for seed in range(60):
+    for seed in range(46):
         executed.clear()
         pipe = rp.Pipeline(
             tiny(planned.stages), LocalCluster(3, seed), loss=mse, optimizer=sgd, schedule=schedule, chunks=6,

@@ -20,11 +20,9 @@ import rpcpipe as rp
 from rpcpipe.errors import WorkerLost
 
 FAST = [
-    ("SIGKILL", "forward", 0), ("SIGKILL", "optimizer", 2), ("SIGKILL", "launch", 1),
-    ("SIGSEGV", "backward", 1), ("SIGSEGV", "idle", 0),
+    ("SIGKILL", "forward", 0), ("SIGKILL", "launch", 1), ("SIGSEGV", "backward", 1),
     ("_exit", "optimizer", 1), ("_exit", "idle", 2),
-    ("SIGSTOP", "forward", 2), ("SIGSTOP", "launch", 0), ("SIGSTOP", "close", 1),
-    ("GIL", "backward", 0), ("GIL", "close", 2),
+    ("SIGSTOP", "forward", 2), ("SIGSTOP", "close", 1), ("GIL", "backward", 0),
 ]  # fmt: skip
 
 

@@ -125,7 +125,7 @@ def test_steps_interrupted_at_random_are_done_or_not_done(cluster: rp.Cluster, d
     for _ in range(pipe.trained):
         oracle.train_step(*data[0])
     torn, done = 0, pipe.trained
-    for attempt in range(120):
+    for attempt in range(80):
         batch, before = data[attempt % 4], pipe.trained
         try:
             with interrupted_after(source.uniform(0.0, longest)):

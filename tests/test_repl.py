@@ -155,13 +155,13 @@ def usage() -> tuple[int, int, float]:
     return process.num_fds(), process.num_threads(), process.memory_info().rss / 2**20
 
 
-def test_twelve_launches_leave_no_trace() -> None:
+def test_launches_leave_no_trace() -> None:
     found = []
-    for cycle in range(12):
+    for cycle in range(6):
         cluster = rp.launch(workers=1 + cycle % 2, threads=1)
         pipe = rp.Pipeline(mlp(), cluster, loss=cross_entropy, optimizer=sgd, chunks=2)
         pipe.train_step(*next(batches(1)))
-        if cycle % 5 == 4:  # some end badly
+        if cycle in (2, 3):  # some end badly
             os.kill(cluster.workers[0].pid, signal.SIGKILL)
             with pytest.raises(rp.WorkerLost):
                 pipe.train_step(*next(batches(1)))

@@ -7,6 +7,7 @@ import math
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -14,18 +15,19 @@ from torch import nn
 
 from rpcpipe import planner
 from rpcpipe.arguments import refuse
-from rpcpipe.cluster import Cluster
+from rpcpipe.cluster import Cluster, Worker
 from rpcpipe.estimates import SIMPLEST, Estimator, Machine
 from rpcpipe.layers import Layer, named_layers
 from rpcpipe.microbatch import Nest, batch_size, split, tensors
 from rpcpipe.optimizer import Factory
 from rpcpipe.planner import Plan
 from rpcpipe.profiler import estimate, profile
-from rpcpipe.profiles import LayerProfile
+from rpcpipe.profiles import LayerProfile, mean
 from rpcpipe.search import CHECKPOINTS, Search, layouts
 
-# What a push between two workers takes on one host, without CUDA (DESIGN, section 4).
-_LATENCY, _BANDWIDTH = 3e-4, 3.5e9
+# From the end of an action to the start of its consumer on another worker of one host, without CUDA
+# (docs/internals.md, control cost), and what a byte adds.
+_LATENCY, _BANDWIDTH = 1.2e-3, 3.5e9
 
 
 def plan(
@@ -50,12 +52,12 @@ def plan(
 ) -> Plan:
     """The fastest way to train ``model`` on ``workers`` for batches like ``sample``, within ``memory`` bytes a worker.
 
-    The layers are run, with ``loss(output, targets)`` and the ``optimizer`` where given: on the first worker
-    of a cluster, or for a number of workers in this process on ``device``. With ``flops``, the operations a
-    device does in a second, nothing runs: they are counted on the meta device. ``latency`` in seconds and
-    ``bandwidth`` in bytes a second are those between two workers; ``moments``: the optimizer's state in
-    copies of the parameters (Adam's 2). ``chunks``: the numbers of micro-batches to try, ``replicas``: how
-    many, or None to try all. Raises PartitionError where nothing fits, and says what would.
+    The layers are run, with ``loss(output, targets)`` and the ``optimizer`` where given: on a cluster's
+    workers at once, as in a step, or for a number of workers in this process on ``device``. With ``flops``,
+    the operations a device does in a second, nothing runs: they are counted on the meta device. ``latency``
+    in seconds and ``bandwidth`` in bytes a second are those between two workers; ``moments``: the optimizer's
+    state in copies of the parameters (Adam's 2). ``chunks``: the numbers of micro-batches to try,
+    ``replicas``: how many, or None to try all. Raises PartitionError where nothing fits, and says what would.
     """
     refuse(memory is not None and memory <= 0, f"memory must be positive, not {memory} bytes a worker")
     refuse(flops is not None and flops <= 0, f"flops must be positive, not {flops}")
@@ -99,10 +101,16 @@ def _profiled(
 def _on(workers: int | Cluster, device: torch.device | str, run: Callable[..., Any]) -> Callable[..., Any]:
     if not isinstance(workers, Cluster):
         return functools.partial(run, device=device)
-    first = workers.workers[0]
+    # All at once, as many as have a core: alone, a worker would have the memory's bandwidth to itself.
+    cluster, busy = workers, workers.workers[: _cores(workers, device, None)]
 
-    def there(layers: OrderedDict[str, Layer], part: Nest, target: Nest) -> Any:
-        return workers.call(first, functools.partial(run, device=first.device, target=target), layers, part)
+    def there(layers: OrderedDict[str, Layer], part: Nest, target: Nest) -> list[LayerProfile]:
+        def on(worker: Worker) -> list[LayerProfile]:
+            found = cluster.call(worker, functools.partial(run, device=worker.device, target=target), layers, part)
+            return list(found)
+
+        with ThreadPoolExecutor(len(busy)) as pool:
+            return mean(list(pool.map(on, busy)))
 
     return there
 

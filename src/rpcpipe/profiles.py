@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 def copies(moments: int, shards: int = 1) -> float:
@@ -40,6 +40,17 @@ class LayerProfile:
     def bytes(self) -> int:
         """Of a worker that trains with Adam, and of one micro-batch's activations."""
         return round(copies(moments=2)) * self.parameter_bytes + self.activation_bytes
+
+
+_SECONDS = ("forward", "backward", "input_gradient", "weight_gradient", "update")
+
+
+def mean(found: Sequence[Sequence[LayerProfile]]) -> list[LayerProfile]:
+    """Of several profiles of the same layers, the mean seconds."""
+    return [
+        replace(same[0], **{name: sum(getattr(layer, name) for layer in same) / len(same) for name in _SECONDS})
+        for same in zip(*found, strict=True)
+    ]
 
 
 def costs(profiles: Sequence[LayerProfile], what: str) -> list[float]:
