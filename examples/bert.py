@@ -79,10 +79,8 @@ class Documents:
 
 def adamw(params: list[nn.Parameter]) -> torch.optim.Optimizer:
     """No decay for biases and norms."""
-    groups = [
-        {"params": [p for p in params if p.dim() > 1], "weight_decay": 0.01},
-        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
-    ]
+    weights, others = [p for p in params if p.dim() > 1], [p for p in params if p.dim() < 2]
+    groups: list[dict[str, Any]] = [{"params": weights}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=1e-3)
 
 
@@ -120,12 +118,9 @@ def main() -> None:
     args = parser.parse_args()
     tiny = args.size == "tiny"
     sizes = SIZES[args.size]
-    config = BertConfig(**sizes, intermediate_size=4 * sizes["hidden_size"], hidden_dropout_prob=0.0 if tiny else 0.1)
+    config = BertConfig(**sizes, intermediate_size=4 * sizes["hidden_size"])
     documents = Documents(config.vocab_size)
-    data, held_out = (
-        documents.batches(args.batch, args.length, seed=0),
-        documents.batches(args.batch, args.length, seed=1),
-    )
+    data, held_out = (documents.batches(args.batch, args.length, seed) for seed in (0, 1))
     steps, rss = args.steps or (200 if tiny else 1), psutil.Process().memory_info().rss
     with rp.launch(workers=4) as cluster:
         pipe = rp.from_transformers(

@@ -6,6 +6,7 @@ import copy
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -228,3 +229,27 @@ def test_on_real_workers_the_driver_holds_no_weights(cluster: rp.Cluster) -> Non
     tied = pipe.state_dict()
     assert torch.equal(tied["cls.predictions.decoder.weight"], tied["bert.embeddings.word_embeddings.weight"])
     pipe.close()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_saved_pipeline_is_a_pretrained_model(name: str, tmp_path: Path) -> None:
+    make, configure = MODELS[name]
+    pipe = local(configure())
+    pipe.train_step(*batch(name))
+    folder = pipe.save(tmp_path)
+    configure().save_pretrained(folder)  # the config; the weights are there
+    model, state = make.from_pretrained(folder), pipe.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    fresh: Any = LocalCluster(2)
+    resumed = rp.from_transformers(model, fresh, optimizer=sgd, chunks=4)
+    resumed.load(tmp_path)
+    assert resumed.train_step(*batch(name, 1)).loss == pipe.train_step(*batch(name, 1)).loss
+
+
+def test_two_replicas_count_the_whole_batchs_labels() -> None:
+    losses = []
+    for workers, more in ((2, {}), (4, {"replicas": 2})):
+        cluster: Any = LocalCluster(workers)
+        pipe = rp.from_transformers(bert(), cluster, optimizer=sgd, chunks=4, **more)
+        losses.append([pipe.train_step(*batch("bert", seed)).loss for seed in range(3)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
