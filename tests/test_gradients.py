@@ -90,7 +90,7 @@ def model(frozen: list[int]) -> nn.Sequential:
 
 
 @pytest.mark.parametrize("loss", [cross_entropy, summed])
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [None, torch.float16])
 @pytest.mark.parametrize("frozen", FROZEN)
 def test_clipping_is_torchs_on_the_whole_model(frozen: str, dtype: torch.dtype | None, loss: Any) -> None:
     """Whole stages frozen, split backwards too; the norm is below the limit in some steps and above in others."""

@@ -46,7 +46,7 @@ def natural(dtype: torch.dtype | None, **changed: Any) -> Natural:
 def test_every_schedule_and_mode_of_recomputation(schedule: str, dtype: torch.dtype) -> None:
     """Dropout on, messages shuffled; split backwards among them."""
     virtual = rp.schedules.fewest_virtual_stages(schedule)
-    for seed, checkpoint in enumerate(MODES):
+    for seed, checkpoint in enumerate(MODES if dtype is torch.bfloat16 else MODES[:3:2]):
         pipe = pipeline(LocalCluster(3, seed), dtype, schedule=schedule, virtual_stages=virtual, chunks=6,
                         checkpoint=checkpoint)  # fmt: skip
         assert_same_run(pipe, natural(dtype, chunks=6), batches(3, 16))
