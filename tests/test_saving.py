@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
+from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.trainer_utils import load_sharded_checkpoint
 
 import rpcpipe as rp
@@ -473,9 +474,12 @@ def test_a_pipelines_own_parts_are_saved_and_those_that_fit_loaded(tmp_path: Pat
     pipe._parts |= {"scale": Scale(8.0), "gone": Scale(1.0)}
     mine = {"scale": Scale(2.0), "new": Scale(3.0)}
     other._parts |= mine
-    pipe.save(tmp_path)
-    other.load(tmp_path)
-    assert [mine["scale"].value, mine["new"].value] == [8.0, 3.0]
+    # The caller's names are the caller's: one may be the same.
+    theirs = Scale(5.0)
+    pipe.save(tmp_path, stateful={"scale": theirs})
+    theirs.value = 6.0
+    other.load(tmp_path, stateful={"scale": theirs})
+    assert [mine["scale"].value, mine["new"].value, theirs.value] == [8.0, 3.0, 5.0]
 
 
 def test_inside_a_step_nothing_is_saved_or_loaded(tmp_path: Path) -> None:
@@ -622,6 +626,17 @@ def test_replicas_and_sharded_optimizers_go_on(tmp_path: Path, optimizer: str, s
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
 
 
+def test_a_model_of_transformers_reads_its_pipelines_checkpoint(tmp_path: Path) -> None:
+    config = GPT2Config(vocab_size=32, n_embd=8, n_layer=2, n_head=2, n_positions=16, bos_token_id=0, eos_token_id=0)
+    pipe = rp.from_transformers(config, LocalCluster(3), optimizer=adamw, chunks=2)  # type: ignore[arg-type]
+    ids = torch.randint(0, 32, (4, 6))
+    pipe.train_step({"input_ids": ids}, {"labels": ids})
+    folder = pipe.save(tmp_path)
+    config.save_pretrained(folder)
+    model = GPT2LMHeadModel.from_pretrained(folder).eval()
+    torch.testing.assert_close(model(input_ids=ids).logits, pipe({"input_ids": ids}), rtol=1e-5, atol=1e-5)
+
+
 # --- on real processes ---
 
 
@@ -676,6 +691,29 @@ def test_ctrl_c_in_a_save_leaves_it_done_or_not_done_and_the_pipeline_usable(pip
     assert pipe.load(tmp_path) == "end"
     assert pipe.trained == trained
     assert all(torch.equal(value, state[name]) for name, value in pipe.state_dict().items())
+
+
+def test_ctrl_c_in_a_load_leaves_all_of_one_state(pipe: rp.Pipeline, tmp_path: Path) -> None:
+    draw, data, loaded = random.Random(4), list(batches(4, width=64)), 0
+    pipe.train_step(*data[0])
+    states = {pipe.trained: pipe.state_dict()}
+    pipe.save(tmp_path)
+    for attempt in range(1, 16):
+        pipe.train_step(*data[attempt % 4])
+        before = pipe.trained
+        states[before] = pipe.state_dict()
+        timer = threading.Timer(draw.uniform(0.0, 0.03), os.kill, (os.getpid(), signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):  # noqa: PT012
+            timer.start()
+            pipe.load(tmp_path)
+            timer.join()
+            time.sleep(0)  # it comes here at the latest
+        assert pipe.trained in (1, before)
+        loaded += pipe.trained == 1
+        assert all(torch.equal(value, states[pipe.trained][name]) for name, value in pipe.state_dict().items())
+    assert loaded > 0
+    pipe.load(tmp_path)
+    assert pipe.trained == 1
 
 
 @pytest.mark.parametrize("victim", ["driver", "worker"])

@@ -60,6 +60,20 @@ def test_refusals_of_the_file_system_name_the_folder(tmp_path: Path) -> None:
         raise DeadlineExceeded("a worker")
 
 
+def test_an_old_checkpoint_that_cannot_be_removed_is_no_failed_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2):
+        save(tmp_path, step)
+
+    def refuse(path: Path, target: Path) -> Path:
+        raise PermissionError(f"not {path}")
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(CheckpointError, match="the new checkpoint is saved, but an old one cannot be removed: not"):
+        storage.prune(tmp_path, keep=1)
+
+
 def test_two_that_save_to_one_folder_do_not_replace_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with storage.draft(tmp_path) as folder:
         (folder / storage.MANIFEST).write_text("mine")

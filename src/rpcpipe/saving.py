@@ -90,8 +90,8 @@ def load(pipe: Pipeline, directory: str | Path, stateful: Holders) -> Any:
             _check_complete(folder, manifest, found.values())
             Deferred.check()
             # A part that either side lacks is left as it is: precision, say, may differ.
-            own = {name: part for name, part in pipe._parts.items() if name in parts}
-            _restore({**own, **stateful}, {**parts, **states}, folder)
+            own = [(part, parts[name], f"the pipeline's {name}") for name, part in pipe._parts.items() if name in parts]
+            _restore([*own, *((holder, states[name], repr(name)) for name, holder in stateful.items())], folder)
         except BaseException:
             if pipe.cluster.healthy:
                 for name in names:
@@ -190,26 +190,25 @@ def _check_complete(folder: Path, manifest: Manifest, found: Iterable[Sequence[s
 
 
 def _states(stateful: Holders) -> dict[str, Any]:
-    return {
-        name: holder.get_state() if isinstance(holder, torch.Generator) else holder.state_dict()
-        for name, holder in stateful.items()
-    }
+    return {name: _state(holder) for name, holder in stateful.items()}
 
 
-def _restore(holders: Holders, states: Mapping[str, Any], folder: Path) -> None:
-    """Give every holder its state; if one refuses, none has changed."""
-    before = copy.deepcopy(_states(holders))
-    done: list[str] = []
-    try:
-        for name, holder in holders.items():
-            done.append(name)
-            _set_state(holder, states[name])
-    except Exception as error:
-        for name in done:
-            _set_state(holders[name], before[name])
-        raise CheckpointError(
-            f"{name!r} refuses its state in {folder}: {type(error).__name__}: {error}; nothing has changed"
-        ) from error
+def _state(holder: Stateful) -> Any:
+    return holder.get_state() if isinstance(holder, torch.Generator) else holder.state_dict()
+
+
+def _restore(given: Sequence[tuple[Stateful, Any, str]], folder: Path) -> None:
+    """Give every holder its state; ``given``: with what it is called. If one refuses, none has changed."""
+    before = [copy.deepcopy(_state(holder)) for holder, _, _ in given]
+    for number, (holder, state, name) in enumerate(given, 1):
+        try:
+            _set_state(holder, state)
+        except Exception as error:
+            for (changed, _, _), old in zip(given[:number], before, strict=False):
+                _set_state(changed, old)
+            raise CheckpointError(
+                f"{name} refuses its state in {folder}: {type(error).__name__}: {error}; nothing has changed"
+            ) from error
 
 
 def _set_state(holder: Stateful, state: Any) -> None:

@@ -59,10 +59,13 @@ def publish(path: Path, step: int) -> Path:
 
 
 def prune(directory: Path, keep: int | None) -> None:
-    """Delete all but the newest ``keep`` checkpoints; None keeps them all."""
+    """Delete all but the newest ``keep`` checkpoints; None keeps them all. Raises CheckpointError."""
     found = _published(directory)
-    for number in sorted(found)[: -keep if keep is not None else 0]:
-        found[number].rename(directory / f"{_HIDDEN}{uuid.uuid4().hex}")
+    try:
+        for number in sorted(found)[: -keep if keep is not None else 0]:
+            found[number].rename(directory / f"{_HIDDEN}{uuid.uuid4().hex}")
+    except OSError as error:
+        raise CheckpointError(f"the new checkpoint is saved, but an old one cannot be removed: {error}") from error
     _clean(directory)
 
 
