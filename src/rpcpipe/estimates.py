@@ -21,7 +21,7 @@ from rpcpipe.timeline import Timeline
 
 _TIMES = ("forward", "backward", "input_gradient", "weight_gradient", "update")
 _LONG = 5  # steps of more micro-batches than so many times the depth are extrapolated
-_EQUAL = 1 + 1e-9
+EQUAL = 1 + 1e-9  # up to so much longer is as fast
 
 # The simplest first: what to take where two are equally fast and large.
 SIMPLEST = ("1f1b", "gpipe", "eager-1f1b", "interleaved", "looped-bfs", "zb-h1", "zb-v", "dualpipe-v", "naive")
@@ -118,9 +118,9 @@ class Estimate:
 
     def beats(self, other: Estimate | None) -> bool:
         """Faster; where equally fast, not sharded, then smaller, then simpler."""
-        if other is None or self.seconds * _EQUAL < other.seconds:
+        if other is None or self.seconds * EQUAL < other.seconds:
             return True
-        return self.seconds <= other.seconds * _EQUAL and self._tie() < other._tie()
+        return self.seconds <= other.seconds * EQUAL and self._tie() < other._tie()
 
     def _tie(self) -> tuple[bool, float, int]:
         return self.choice.sharded, max(self.memory), SIMPLEST.index(self.choice.schedule)

@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 from rpcpipe import schedules, tables
@@ -256,7 +256,7 @@ def _refusal(search: Search) -> str:
         would.append(f"{more} workers of {tables.mebibytes(limit)}")
     model = search.costs.models[frugal.micro_batch]
     weights = copies(search.machine.moments) * model.parameters[-1]
-    largest = max(b - a for a, b in zip(model.parameters, model.parameters[1:], strict=False))
+    largest = max(b - a for a, b in pairwise(model.parameters))
     held = copies(search.machine.moments) * largest
     if held > limit:
         would.append(f"smaller layers: the largest alone takes {tables.mebibytes(held)}")

@@ -16,7 +16,7 @@ from itertools import accumulate, combinations, pairwise, product
 
 from rpcpipe import schedules
 from rpcpipe.errors import PartitionError
-from rpcpipe.estimates import SIMPLEST, Choice, Estimate, Estimator
+from rpcpipe.estimates import EQUAL, SIMPLEST, Choice, Estimate, Estimator
 from rpcpipe.partition import balance as cut
 
 CHECKPOINTS = ("never", "except_last", "always")
@@ -26,7 +26,6 @@ _ALL_CUTS = 2_000  # up to so many cuts of one choice are all tried
 _BUDGET = 100_000  # actions looked at, about half a second; then the best so far is it
 _CUT = 15  # actions are looked at in the time that a cut takes per layer
 _SEARCHED = 16  # workers in a row up to which zb-v, which is itself found by a search, is made
-_EQUAL = 1 + 1e-9
 
 
 @dataclass
@@ -147,7 +146,7 @@ class Search:
             if found is not None and self.costs.looked_at > _BUDGET:
                 self.exact = False
                 break
-            if (found is None or self.bound(choice) <= found.seconds * _EQUAL) and self.possible(choice):
+            if (found is None or self.bound(choice) <= found.seconds * EQUAL) and self.possible(choice):
                 found = self._best_cut(choice, found)
         if found is None:
             return None
@@ -171,7 +170,7 @@ class Search:
     def _best_cut(self, choice: Choice, found: Estimate | None) -> Estimate | None:
         for balance in self._cuts(choice):
             ends = [0, *accumulate(balance)]
-            if found is not None and self._bound_of_cut(choice, ends) > found.seconds * _EQUAL:
+            if found is not None and self._bound_of_cut(choice, ends) > found.seconds * EQUAL:
                 continue
             estimate = self.tried(choice, balance)
             if estimate is not None and estimate.beats(found):
