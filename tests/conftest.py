@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import signal
 
 import pytest
@@ -9,6 +10,12 @@ import rpcpipe as rp
 
 # A shell starts what it puts in the background with Ctrl-C ignored, and programs inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish() -> None:
+    """What importing and collecting have made stays: without it a full collection takes 5 ms instead of 0.5 s."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

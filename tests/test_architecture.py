@@ -27,7 +27,7 @@ LAYERS = [
         "planner",
         "transformer",
     }
-    | {"interrupts", "tables", "storage", "logs", "handshake", "place", "pickling"},
+    | {"interrupts", "tables", "storage", "logs", "handshake", "place", "pickling", "spawner", "template"},
     {
         "messages",
         "microbatch",
@@ -57,6 +57,7 @@ LAYERS = [
         "exchange",
         "mailbox",
         "process",
+        "forkserver",
         "channel",
         "watch",
         "door",

@@ -164,6 +164,7 @@ def test_no_driver(start: Start, script: Path) -> None:
     assert "rank 1 found no driver at 127.0.0.1:" in refusal(worker)
 
 
+@pytest.mark.alone
 def test_a_late_rank_is_sent_away(start: Start, script: Path) -> None:
     driver = start(0, str(script), "stay", world=2)
     start(1, world=2)
@@ -177,10 +178,13 @@ def test_a_late_rank_is_sent_away(start: Start, script: Path) -> None:
 
 
 def worker_of(rank: subprocess.Popen[str]) -> psutil.Process:
-    """The worker that the rank's agent has started."""
-    return psutil.Process(rank.pid).children()[0]
+    """The worker that the rank's agent has forked from its template."""
+    [template] = psutil.Process(rank.pid).children()
+    [worker] = template.children()
+    return worker
 
 
+@pytest.mark.alone
 def test_a_killed_driver_ends_all_ranks(start: Start, script: Path) -> None:
     driver = start(0, str(script), "stay")
     ranks = [start(1), start(2)]
@@ -214,6 +218,7 @@ def test_a_remote_death_is_named_with_its_signal(start: Start, script: Path) -> 
 _WHY_NOT = networks.why_not()
 
 
+@pytest.mark.alone
 @pytest.mark.skipif(bool(_WHY_NOT), reason=_WHY_NOT)
 def test_three_hosts_and_a_pulled_cable(script: Path) -> None:
     with networks.hosts(3) as hosts, ExitStack() as stack:

@@ -120,6 +120,7 @@ def garbage(random: random.Random) -> bytes:
     return line[: random.randrange(1, len(line) + 1)]  # truncated anywhere, or whole
 
 
+@pytest.mark.alone
 def test_thousands_of_strangers_neither_crash_nor_block_it() -> None:
     source = random.Random(0)
     watch = Watch()

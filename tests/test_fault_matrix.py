@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
-import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 
 import faults
 import rpcpipe as rp
 from rpcpipe.errors import WorkerLost
+
+pytestmark = pytest.mark.alone
 
 FAST = [
     ("SIGKILL", "forward", 0), ("SIGKILL", "launch", 1), ("SIGSEGV", "backward", 1),
@@ -106,35 +105,6 @@ class Sleep(torch.nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         time.sleep(4)  # what is stuck
         return x
-
-
-DRIVER = textwrap.dedent("""
-    import ctypes, os, signal, sys
-    import rpcpipe as rp
-    from rpcpipe.pickling import dumps
-    cluster = rp.launch(workers=3, threads=1)
-    print(*[worker.pid for worker in cluster.workers], flush=True)
-    def hold():
-        print("holding", file=sys.stderr, flush=True)
-        ctypes.PyDLL(None).sleep(30)
-    os.kill(cluster.workers[0].pid, signal.SIGSTOP)
-    cluster.transport.post("worker1", "run", dumps((hold, ()), ""))
-    sys.stdin.read()
-""")
-
-
-def test_a_killed_drivers_workers_end_even_stopped_or_holding_their_gil(tmp_path: Path) -> None:
-    script = tmp_path / "driver.py"
-    script.write_text(DRIVER)
-    with subprocess.Popen(
-        [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as driver:
-        assert driver.stdout is not None
-        assert driver.stderr is not None
-        workers = [psutil.Process(int(pid)) for pid in driver.stdout.readline().split()]
-        assert "holding" in driver.stderr.readline()
-        driver.kill()
-        faults.wait_for(lambda: all(map(faults.ended, workers)), timeout=1.0)
 
 
 def test_results_of_a_dead_generation_are_dropped(cluster: rp.Cluster) -> None:

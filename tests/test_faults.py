@@ -232,8 +232,6 @@ PROGRAM = textwrap.dedent("""
     print(*[worker.pid for worker in cluster.workers], flush=True)
     model = [Unpack(), Local(4, 4), Local(4, 4)]
     pipe = rp.Pipeline(model, cluster, loss=loss, optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
-    if END == "hang":
-        sys.stdin.read()
     result = pipe.train_step(Batch(torch.randn(4, 4), 'a name'), torch.randn(4, 4))
     if END == "close": cluster.close()
     if END == "exit": sys.exit(3)
@@ -259,18 +257,3 @@ def test_nothing_is_left_behind(end: str, status: int, tmp_path: Path) -> None:
     assert not leftovers(tmp_path)
     if end == "exception":
         assert "on purpose" in done.stderr
-
-
-def test_workers_end_when_the_driver_is_killed(tmp_path: Path) -> None:
-    script = tmp_path / "program.py"
-    script.write_text(PROGRAM)
-    with subprocess.Popen(
-        [sys.executable, str(script), "hang"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        env={**os.environ, "TMPDIR": str(tmp_path)},
-    ) as driver:  # fmt: skip
-        assert driver.stdout is not None
-        workers = [psutil.Process(int(pid)) for pid in driver.stdout.readline().split()]
-        driver.kill()
-        _, alive = psutil.wait_procs(workers, timeout=2.0)
-        assert not alive
-    assert not leftovers(tmp_path)

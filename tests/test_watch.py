@@ -9,6 +9,8 @@ import pytest
 from rpcpipe.channel import Message
 from rpcpipe.watch import Watch, heartbeat_seconds
 
+pytestmark = pytest.mark.alone
+
 
 class Fake:
     """A source whose messages the test writes; one byte in its pipe per message."""

@@ -23,7 +23,8 @@ from rpcpipe.door import knock
 from rpcpipe.errors import RendezvousError
 from rpcpipe.handshake import Refused
 from rpcpipe.place import Interface, Place, choose_interface, resolve, secret
-from rpcpipe.process import Reader, WorkerProcess
+from rpcpipe.process import Reader, WorkerProcess, environment
+from rpcpipe.template import templates
 from rpcpipe.watch import Watch, heartbeat_seconds
 
 _PAUSE = 0.1
@@ -48,6 +49,7 @@ def serve(place: Place, *, timeout: float, bind: str | None = None) -> NoReturn:
     interface = choose_interface(bind or os.environ.get("RPCPIPE_BIND"), place.address)
     until = time.monotonic() + timeout
     channel = _join(place, key, until)
+    templates.prepare(environment(_threads(place)))  # it starts while the other ranks join
     config = _expect_config(channel, until)
     child = WorkerProcess(
         {**config, "path": sys.path, "argv": sys.argv, "interface": interface.name, "threads": _threads(place)}
@@ -59,6 +61,7 @@ def serve(place: Place, *, timeout: float, bind: str | None = None) -> NoReturn:
         child.kill()
         child.close()
         channel.close()
+        templates.close()
     sys.exit(status)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 import weakref
@@ -14,6 +15,8 @@ from rpcpipe.errors import Failure, RpcPipeError, StageError, WorkerLost
 from rpcpipe.group import Group, Member, place_of
 from rpcpipe.pickling import dumps, loads
 from rpcpipe.transport import rpc
+
+log = logging.getLogger("rpcpipe")
 
 _STOP_SECONDS = 1.0
 _KILL_SECONDS = 0.5
@@ -42,10 +45,13 @@ class Holder(Protocol):
 
 
 class Cluster:
-    """Live workers; made by ``rp.launch`` or ``rp.connect``. A context manager that closes them."""
+    """Live workers; made by ``rp.launch`` or ``rp.connect``. A context manager that closes them.
 
-    def __init__(self, group: Group, workers: Sequence[Worker]) -> None:
-        self.workers = tuple(workers)
+    ``workers`` hold the stages of pipelines; ``spares`` are idle.
+    """
+
+    def __init__(self, group: Group, workers: Sequence[Worker], spares: Sequence[Worker] = ()) -> None:
+        self.workers, self.spares = tuple(workers), tuple(spares)
         self.timeout = group.timeout
         self.transport = rpc.RpcTransport(group.generation)
         self.pipelines: weakref.WeakSet[Holder] = weakref.WeakSet()
@@ -69,18 +75,21 @@ class Cluster:
 
     @property
     def healthy(self) -> bool:
-        """Open, and no worker has died."""
-        return not self._closed and not self._dead
+        """Open, and no worker has died; a spare may have."""
+        return not self._closed and not self._lost_workers()
 
     def check(self) -> None:
         """Raise unless the cluster can take work."""
         if self._closed:
             raise RpcPipeError("the cluster is closed; call rp.launch again")
-        for lost in list(self._dead.values()):
+        for lost in self._lost_workers():
             raise lost.again()
 
+    def _lost_workers(self) -> list[WorkerLost]:
+        return [self._dead[worker.name] for worker in self.workers if worker.name in self._dead]
+
     def call(self, worker: str | int | Worker, function: Callable[..., Any], *args: Any) -> Any:
-        """``function(*args)`` on a worker (its name, rank from 1, or entry of ``workers``); the result."""
+        """``function(*args)`` on a worker or spare (its name, rank from 1, or ``Worker``); the result."""
         self.check()
         name = self._name(worker)
         reply = self.transport.post(name, "run", dumps((function, args), "the call's function"))
@@ -93,10 +102,11 @@ class Cluster:
         return loads(outcome)
 
     def _name(self, worker: str | int | Worker) -> str:
-        for known in self.workers:
+        everybody = self.workers + self.spares
+        for known in everybody:
             if worker in (known, known.name, known.rank):
                 return known.name
-        raise ValueError(f"no worker {worker!r}; there are {', '.join(known.name for known in self.workers)}")
+        raise ValueError(f"no worker {worker!r}; there are {', '.join(known.name for known in everybody)}")
 
     # --- what workers say; runs on the watch's thread ---
 
@@ -124,10 +134,11 @@ class Cluster:
         stages, role = self.stages_on(member.name), self._role(member.name)
         who = f"{role} on {place_of(member)}" if role else place_of(member)
         last = self._group.logs.tail(member.name)
+        story = f"{who} {how}.\n" + (f"Its last lines:\n{last}\n" if last else "It has printed nothing.\n")
+        if member.name in (spare.name for spare in self.spares):
+            log.warning("%sIt was idle: training goes on with a spare less", story)
         error = WorkerLost(
-            f"{who} {how}.\n"
-            + (f"Its last lines:\n{last}\n" if last else "It has printed nothing.\n")
-            + "Its layers went with it: launch (or connect) again and make a new Pipeline",
+            story + "Its layers went with it: launch (or connect) again and make a new Pipeline",
             worker=member.name,
             stages=stages,
             host=member.host,
@@ -172,7 +183,7 @@ class Cluster:
 
     def _rows(self) -> list[list[str]]:
         rows = []
-        for worker in self.workers:
+        for worker in self.workers + self.spares:
             finished, doing, memory = self._beats.get(worker.name, (0, "", 0))
             state = "lost" if worker.name in self._dead else doing or "no sign of life yet"
             stages = ", ".join(map(str, self.stages_on(worker.name))) or "-"
@@ -185,7 +196,8 @@ class Cluster:
 
     def _title(self) -> str:
         state = "closed" if self._closed else f"{len(self._dead)} lost" if self._dead else "live"
-        return f"Cluster({len(self.workers)} workers, {state})"
+        spares = f", {len(self.spares)} spare{'s' * (len(self.spares) > 1)}" if self.spares else ""
+        return f"Cluster({len(self.workers)} workers{spares}, {state})"
 
     def __repr__(self) -> str:
         return f"{self._title()}\n{tables.text(self._HEADER, self._rows())}"
@@ -199,7 +211,8 @@ class Cluster:
         """Let what is under way arrive: contexts being released, RRefs being deleted."""
         if self.healthy:
             until = time.monotonic() + _DRAIN_SECONDS
-            for reply in [self.transport.post(worker.name, "progress") for worker in self.workers]:
+            everybody = self.workers + self.spares
+            for reply in [self.transport.post(worker.name, "progress") for worker in everybody]:
                 self.transport.wait([reply], max(0.0, until - time.monotonic()))
 
     def close(self) -> None:

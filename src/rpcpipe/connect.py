@@ -13,7 +13,7 @@ from rpcpipe.cluster import Cluster, Worker
 from rpcpipe.door import Door
 from rpcpipe.errors import RendezvousError
 from rpcpipe.formation import form
-from rpcpipe.group import Group, name_of
+from rpcpipe.group import Group, name_of, names_of
 from rpcpipe.handshake import version_complaint
 from rpcpipe.launch import adopt, live
 from rpcpipe.logs import Logs
@@ -47,7 +47,7 @@ def connect(
 def _gather(place: Place, timeout: float, bind: str | None, directory: Path | None) -> Cluster:
     key = secret(os.environ)
     interface = agent.listen_interface(place, bind)
-    group = Group(Watch(), Logs(directory), timeout, place.world_size)
+    group = Group(Watch(), Logs(directory), timeout, names_of(place.world_size - 1))
     try:
         port = 0 if place.agent_store else place.port
         group.door = Door(group.watch, key, interface.address, port)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -55,13 +55,13 @@ class Group:
     watch: Watch
     logs: Logs
     timeout: float
-    world_size: int
+    names: Sequence[str]
     members: dict[str, Member] = field(default_factory=dict)
     door: Door | None = None
     generation: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def __post_init__(self) -> None:
-        self.numbers = rpc.fresh_numbers([name_of(rank) for rank in range(1, self.world_size)])
+        self.numbers = rpc.fresh_numbers(self.names)
 
     def config(self, name: str, device: str) -> dict[str, Any]:
         """What every worker is told, wherever it is."""
@@ -118,3 +118,8 @@ class Group:
 def name_of(rank: int) -> str:
     """The worker's name; rank 0 is the driver."""
     return f"worker{rank - 1}"
+
+
+def names_of(workers: int) -> list[str]:
+    """The names of that many workers, by rank from 1."""
+    return [name_of(rank) for rank in range(1, workers + 1)]

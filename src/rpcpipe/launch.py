@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import importlib
 import os
 import sys
+import threading
 import weakref
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,10 @@ import torch
 
 from rpcpipe.cluster import Cluster, Worker
 from rpcpipe.formation import form
-from rpcpipe.group import Group, name_of
+from rpcpipe.group import Group, names_of
 from rpcpipe.logs import Logs
-from rpcpipe.process import WorkerProcess
+from rpcpipe.process import WorkerProcess, environment
+from rpcpipe.template import PRELOADED, templates
 from rpcpipe.transport import rpc
 from rpcpipe.watch import Watch
 
@@ -31,6 +34,7 @@ def _close_live() -> None:
     if _live is not None:
         _live.close()
     rpc.shutdown()
+    templates.close()
 
 
 def adopt(cluster: Cluster, shape: Any) -> Cluster:
@@ -56,28 +60,53 @@ def launch(
     threads: int | None = None,
     timeout: float = 60.0,
     log_dir: str | os.PathLike[str] | None = None,
+    spares: int = 0,
 ) -> Cluster:
     """Spawn ``workers`` processes on this host; this process is the driver.
 
     ``device``: "cpu", "cuda" (worker i on GPU i modulo their number), "cuda:1", or "auto".
     ``threads``: torch's threads per worker, default cores // workers. ``timeout``: seconds without
     any progress after which a wait raises DeadlineExceeded. ``log_dir`` gets a file per worker with
-    what it prints; all of it arrives on this process's stdout and stderr as well. A live cluster that
+    what it prints; all of it arrives on this process's stdout and stderr as well. ``spares``: further
+    workers, which stay idle (``cluster.spares``). A live cluster that
     fits is returned again; one that does not is closed first. Raises ValueError for arguments that
     cannot work and RendezvousError when workers do not start.
     """
-    devices = _devices(device, workers)
+    if workers < 1 or spares < 0:
+        raise ValueError(f"workers must be at least 1 and spares 0, not {workers} and {spares}")
     count = max(1, (os.cpu_count() or 1) // workers) if threads is None else threads
     if count < 1 or timeout <= 0:
         raise ValueError(f"threads and timeout must be positive, not {threads} and {timeout}")
+    templates.prepare(environment(count))
+    preloading = _preload()
+    devices = _devices(device, workers + spares)
     directory = None if log_dir is None else Path(log_dir).absolute()
-    shape = (devices, count, timeout, directory)
-    return live(shape) or adopt(_spawn(devices, count, timeout, directory), shape)
+    names = [*names_of(workers), *(f"spare{index}" for index in range(spares))]
+    shape = (names, devices, count, timeout, directory)
+    cluster = live(shape)
+    if cluster is None:
+        placed = dict(zip(names, devices, strict=True))
+        cluster = adopt(_start(workers, placed, count, timeout, directory), shape)
+    preloading.join()  # bounded by the imports; it takes no longer than the first workers do
+    return cluster
+
+
+def _preload() -> threading.Thread:
+    """Import what this process's optimizers need, too, while the template does so.
+
+    In a thread of its own: a Ctrl-C in the midst of an import would leave half-imported modules behind, for ever.
+    """
+
+    def load() -> None:
+        for name in PRELOADED:
+            importlib.import_module(name)
+
+    thread = threading.Thread(target=load, name="rpcpipe-preload")
+    thread.start()
+    return thread
 
 
 def _devices(device: str, workers: int) -> list[str]:
-    if workers < 1:
-        raise ValueError(f"workers must be at least 1, not {workers}")
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     kind = ("cuda" if gpus else "cpu") if device == "auto" else device
     wanted = torch.device(kind)
@@ -90,18 +119,19 @@ def _devices(device: str, workers: int) -> list[str]:
     return [kind if wanted.index is not None else f"cuda:{index % gpus}" for index in range(workers)]
 
 
-def _spawn(devices: list[str], threads: int, timeout: float, directory: Path | None) -> Cluster:
-    group = Group(Watch(), Logs(directory), timeout, len(devices) + 1)
+def _start(workers: int, devices: dict[str, str], threads: int, timeout: float, directory: Path | None) -> Cluster:
+    group = Group(Watch(), Logs(directory), timeout, list(devices))
     here = {"threads": threads, "interface": _INTERFACE, "path": sys.path, "argv": sys.argv}
     try:
-        for rank, device in enumerate(devices, 1):
-            member = WorkerProcess({**group.config(name_of(rank), device), **here})
-            group.members[member.name] = member
+        for name, device in devices.items():
+            group.members[name] = member = WorkerProcess({**group.config(name, device), **here})
             group.watch.add(member)
     except BaseException as error:
         group.abandon(str(error))
         raise
     form(group, _INTERFACE)
-    members = zip(group.members.values(), devices, strict=True)
-    workers = [Worker(m.name, rank, m.host, m.pid, device) for rank, (m, device) in enumerate(members, 1)]
-    return Cluster(group, workers)
+    found = [
+        Worker(member.name, rank, member.host, member.pid, devices[member.name])
+        for rank, member in enumerate(group.members.values(), 1)
+    ]
+    return Cluster(group, found[:workers], found[workers:])

@@ -6,25 +6,21 @@ here: messages ``(kind, payload)``, as they also come from workers of other host
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import os
-import queue
 import signal
 import socket
-import subprocess
 import sys
-import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from io import FileIO
 from typing import Any
 
 import psutil
 
 from rpcpipe.channel import Channel, Message
 from rpcpipe.logs import Lines
-
-# The environment variable that names the inherited control socket.
-CONTROL_FD = "RPCPIPE_CONTROL_FD"
+from rpcpipe.spawner import exit_words
+from rpcpipe.template import Stdio, Surroundings, templates
 
 # glibc returns freed blocks to the system and faults them in again at every step; a worker keeps
 # them: 160 page faults instead of 18,000 a step (bench, single process, d = 512). The user's values win.
@@ -36,44 +32,37 @@ _INIT = 1
 Reader = Callable[[], "list[Message] | None"]
 
 
+def environment(threads: int) -> dict[str, str]:
+    """What a worker's environment is when it starts: this process's, and what makes it compute well."""
+    paths = dict.fromkeys(os.path.abspath(path) for path in sys.path)  # '' is the working directory
+    return {
+        **_ALLOCATOR,
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "FATAL"),
+        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
 class WorkerProcess:
-    """One spawned worker and the control channel to it. ``config`` is what ``rpcpipe.worker`` reads."""
+    """One worker process and the control channel to it. ``config`` is what ``rpcpipe.worker`` reads."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.name: str = config["name"]
         self.host = socket.gethostname()
         self._oom_kills = _oom_kills()
+        surroundings = Surroundings.now(environment(config["threads"]))
         ours, theirs = socket.socketpair()
-        env = {
-            **_ALLOCATOR,
-            **os.environ,
-            CONTROL_FD: str(theirs.fileno()),
-            "OMP_NUM_THREADS": str(config["threads"]),
-            "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "FATAL"),
-            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-            "PYTHONUNBUFFERED": "1",
-        }
-        with theirs:
-            # A session of its own: Ctrl-C at the terminal is the driver's alone.
-            self.popen = _spawner.call(
-                lambda: subprocess.Popen(
-                    [sys.executable, "-W", "ignore:Failed to initialize NumPy", "-m", "rpcpipe.worker"],
-                    env=env,
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    pass_fds=[theirs.fileno()],
-                    start_new_session=True,
-                )
-            )
+        self._pipes = [_Pipe("out"), _Pipe("err")]
+        stdio = Stdio(theirs, *(pipe.writing for pipe in self._pipes))
+        self._child = templates.start(stdio, surroundings, config["timeout"])
         self.channel = Channel(ours, patient=False)
-        self._pidfd = os.pidfd_open(self.popen.pid)
-        self._pipes = [_Pipe(self.popen.stdout, "out"), _Pipe(self.popen.stderr, "err")]
         self.channel.send("config", dict(config))
 
     @property
     def pid(self) -> int:
-        return int(self.popen.pid)
+        return self._child.pid
 
     def send(self, kind: str, payload: Any = None) -> None:
         """Say something to the worker; a dead one does not hear it."""
@@ -82,7 +71,7 @@ class WorkerProcess:
     def sources(self) -> dict[int, Reader]:
         """What to watch: by file descriptor, a reader of what is there; it gives None at the end."""
         return {
-            self._pidfd: self._read_death,
+            self._child.pidfd.fileno(): self._read_death,
             self.channel.fileno(): self._read_channel,
             **{pipe.fd: pipe.read for pipe in self._pipes},
         }
@@ -94,16 +83,13 @@ class WorkerProcess:
             return None  # that it died is for the pidfd to say
 
     def _read_death(self) -> list[Message]:
-        self.popen.wait()
         last = [message for pipe in self._pipes for message in pipe.rest()]
         return [*last, ("died", self._death())]
 
     def _death(self) -> str:
         """How the process ended, in words."""
-        code = self.popen.returncode
-        if code >= 0:
-            return f"exited with status {code}"
-        words = f"was killed by {signal.Signals(-code).name}"
+        code, more = self._child.wait()
+        words = exit_words(code) + more
         if -code == signal.SIGKILL and _oom_kills() > self._oom_kills:
             free = psutil.virtual_memory().available / 2**30
             words += f" (the kernel has just killed a process for want of memory; {free:.1f} GiB are free now)"
@@ -130,27 +116,27 @@ class WorkerProcess:
 
     def kill(self) -> None:
         """SIGKILL; harmless if it is dead."""
-        self.popen.kill()
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._child.pidfd.fileno(), signal.SIGKILL)
 
     def close(self) -> None:
         """Reap the (dying) process and let go of everything."""
-        self.popen.wait()
+        self._child.close()
         for pipe in self._pipes:
             pipe.file.close()
-        os.close(self._pidfd)
         self.channel.close()
 
 
 class _Pipe:
-    """A worker's stdout or stderr."""
+    """A worker's stdout or stderr, and until it has started the end that it writes to."""
 
-    def __init__(self, file: Any, stream: str) -> None:
-        self.file = file
-        self.fd: int = file.fileno()
+    def __init__(self, stream: str) -> None:
+        self.fd, writing = os.pipe()
+        self.file, self.writing = FileIO(self.fd), FileIO(writing, "w")
         self._stream = stream
         self._lines = Lines()
         # Children of the worker may hold its end open: a read must never wait for it.
-        fcntl.fcntl(self.fd, fcntl.F_SETFL, fcntl.fcntl(self.fd, fcntl.F_GETFL) | os.O_NONBLOCK)
+        os.set_blocking(self.fd, False)
 
     def read(self) -> list[Message] | None:
         try:
@@ -170,38 +156,6 @@ class _Pipe:
 
     def _messages(self, lines: list[str]) -> list[Message]:
         return [("log", [self._stream, line]) for line in lines]
-
-
-class _Spawner:
-    """Starts processes from one thread that lives as long as this process.
-
-    Workers ask the kernel to be killed with the thread that started them (PR_SET_PDEATHSIG): only
-    the kernel can end one that is stopped or holds its GIL when the driver dies.
-    """
-
-    def __init__(self) -> None:
-        self._jobs: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = queue.SimpleQueue()
-        self._owner: tuple[int, threading.Thread] | None = None
-
-    def call(self, job: Callable[[], Any]) -> Any:
-        if self._owner is None or self._owner[0] != os.getpid():  # a fork has no threads but its own
-            thread = threading.Thread(target=self._run, daemon=True, name="rpcpipe-spawner")
-            self._owner = os.getpid(), thread
-            thread.start()
-        done: Future[Any] = Future()
-        self._jobs.put((done, job))
-        return done.result()
-
-    def _run(self) -> None:
-        while True:
-            done, job = self._jobs.get()
-            try:
-                done.set_result(job())
-            except BaseException as error:
-                done.set_exception(error)
-
-
-_spawner = _Spawner()
 
 
 def _oom_kills() -> int:

@@ -1,45 +1,58 @@
 """A worker process: joins the group, then runs tasks until the driver closes or dies.
 
 ``python -m rpcpipe.worker`` runs ``main`` of the importable module, not of a second copy called
-``__main__``. Started by a driver or an agent it inherits a control channel; started by hand (or by
-torchrun or Slurm) it is an agent: it serves as a rank of ``rp.connect``.
+``__main__``. Started by a driver or an agent it is the template that workers are forked from, or inherits a
+control channel as a worker itself; started by hand (or by torchrun or Slurm) it is an agent: it serves as a rank
+of ``rp.connect``.
 """
 
 from __future__ import annotations
 
-import ctypes
+import gc
 import logging
 import os
 import queue
-import signal
 import socket
 import sys
 import threading
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 import torch
 
+from rpcpipe import forkserver
 from rpcpipe.agent import serve_rank
 from rpcpipe.channel import Channel
 from rpcpipe.executor import Executor
-from rpcpipe.process import CONTROL_FD
+from rpcpipe.spawner import end_with_parent
+from rpcpipe.template import CONTROL_FD, TEMPLATE_FD
 from rpcpipe.transport import rpc
 from rpcpipe.transport.store import ExchangeStore
 from rpcpipe.watch import BEAT_SECONDS
 
-_PR_SET_PDEATHSIG = 1
-
 
 def main() -> None:
     """Serve whoever started this process."""
-    inherited = os.environ.pop(CONTROL_FD, None)
-    if inherited is None:
-        serve_rank()
-    control = Control(Channel(socket.socket(fileno=int(inherited))))
-    # The kernel ends this process with its driver even if it is stopped or holds its GIL. A driver
-    # that died before this line has closed the channel, which the first read tells.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if (told := os.environ.pop(TEMPLATE_FD, None)) is not None:
+        forkserver.serve(_inherit(told), work)
+    if (told := os.environ.pop(CONTROL_FD, None)) is not None:
+        work(_inherit(told))
+    serve_rank()
+
+
+def _inherit(told: str) -> socket.socket:
+    """The socket that this process's parent has left it; both end together from now on."""
+    fd, parent = map(int, told.split())
+    # The kernel ends this process with its driver even if it is stopped or holds its GIL.
+    end_with_parent(parent)
+    os.set_inheritable(fd, False)
+    return socket.socket(fileno=fd)
+
+
+def work(connection: socket.socket) -> NoReturn:
+    """Be a worker of whoever is at the other end of the control socket ``connection``."""
+    gc.enable()
+    control = Control(Channel(connection))
     _serve(control.expect("config"), control)
 
 
@@ -98,7 +111,7 @@ class Control:
             pause.wait(BEAT_SECONDS)
 
 
-def _serve(config: dict[str, Any], control: Control) -> None:
+def _serve(config: dict[str, Any], control: Control) -> NoReturn:
     sys.path[:] = config["path"]
     sys.argv = config["argv"]
     logging.basicConfig(level=config["log_level"])
@@ -125,7 +138,7 @@ def _serve(config: dict[str, Any], control: Control) -> None:
     exit_now(0)
 
 
-def exit_now(status: int) -> Any:
+def exit_now(status: int) -> NoReturn:
     """End this process. Not sys.exit: with RPC threads about, interpreter shutdown may abort."""
     try:
         sys.stdout.flush()

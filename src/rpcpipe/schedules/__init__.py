@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -28,6 +29,8 @@ __all__ = [
     "suited_virtual_stages",
     "virtual_stages_of",
 ]
+
+_LARGEST_KEPT = 1 << 10  # workers × micro-batches × virtual stages of a schedule that is kept
 
 _Rows = Callable[[int, int, int], Sequence[Iterable[Action]]]  # (workers, chunks, virtual stages)
 
@@ -123,7 +126,13 @@ def get(name: str, workers: int, chunks: int, virtual_stages: int = 1) -> Schedu
         raise ScheduleError(
             f"{name!r} needs at least {known.fewest_chunks(workers)} micro-batches on {workers} workers, not {chunks}"
         )
-    rows = tuple(tuple(row) for row in known.rows(workers, chunks, virtual))
+    make = _made if workers * chunks * virtual <= _LARGEST_KEPT else _made.__wrapped__
+    return make(name, workers, chunks, virtual)
+
+
+@functools.lru_cache(maxsize=256)  # a search asks for the same ones again and again
+def _made(name: str, workers: int, chunks: int, virtual: int) -> Schedule:
+    rows = tuple(tuple(row) for row in _known(name).rows(workers, chunks, virtual))
     return Schedule(name, chunks, placement(name, workers, virtual), rows)
 
 
