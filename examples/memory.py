@@ -13,9 +13,9 @@ from gpt import adamw, batches, read
 from gpt_model import gpt, next_token_loss
 
 import rpcpipe as rp
-from rpcpipe.layers import named_layers
-from rpcpipe.memory import peak_activation_bytes
-from rpcpipe.profiler import profile
+from rpcpipe.model.layers import named_layers
+from rpcpipe.planning.activation_peaks import peak_activation_bytes
+from rpcpipe.stage.profiler import profile
 
 MIB = 2**20
 

@@ -15,7 +15,7 @@ from gpt import adamw, batches, read
 from gpt_model import gpt, next_token_loss
 
 import rpcpipe as rp
-from rpcpipe.estimates import SIMPLEST
+from rpcpipe.planning.cost_model import SIMPLEST
 
 
 def run(cluster: rp.Cluster, model: list[rp.LayerSpec], plan: rp.Plan, data: list[Any], rounds: int) -> float:

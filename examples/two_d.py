@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import rpcpipe as rp
-from rpcpipe import rng
+from rpcpipe.model import rng
 
 STAGES, REPLICAS = 2, 2
 

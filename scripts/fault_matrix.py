@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 import faults
-from rpcpipe import tables
+from rpcpipe import _tables
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 good &= passed
                 rows.append(row)
                 print("  ".join(row), file=sys.stderr)
-    print(tables.text(("fault", "phase", "stage", "noticed, s", "close, s", "left", "error", ""), rows))
+    print(_tables.text(("fault", "phase", "stage", "noticed, s", "close, s", "left", "error", ""), rows))
     return int(not good)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import psutil
 
 import rpcpipe as rp
-from rpcpipe import tables
+from rpcpipe import _tables
 
 
 def own_memory() -> float:
@@ -59,7 +59,7 @@ def many(count: int) -> int:
             time.sleep(1.0)  # torch's agent closes its connections to the dead in its own time
             rows.append([str(cycle), *[f"{value:.0f}" for value in usage().values()]])
             print("  ".join(rows[-1]), file=sys.stderr)
-    print(tables.text(("launches", *usage()), rows))
+    print(_tables.text(("launches", *usage()), rows))
     first, last = ([float(cell) for cell in row[1:]] for row in (rows[0], rows[-1]))
     grown = any(b > a + (20 if index == 2 else 2) for index, (a, b) in enumerate(zip(first, last, strict=True)))
     return int(grown)
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows.append(
             ["later", str(workers), *[f"{statistics.median(column):.3f}" for column in zip(*found, strict=True)]]
         )
-    print(tables.text(("", "workers", "launch, s", "close, s", "idle worker, MiB"), rows))
+    print(_tables.text(("", "workers", "launch, s", "close, s", "idle worker, MiB"), rows))
     return 0
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import rpcpipe as rp
-from rpcpipe.process import WorkerProcess
+from rpcpipe.cluster.process import WorkerProcess
 
 FAULTS = ("SIGKILL", "SIGSEGV", "_exit", "SIGSTOP", "GIL")
 PHASES = ("forward", "backward", "optimizer", "idle", "launch", "close")
@@ -120,7 +120,7 @@ def _from_outside(cluster: rp.Cluster, stage: int, fault: str, stamp: Path) -> N
         stamp.write_text(repr(time.monotonic()))
         os.kill(worker.pid, _SIGNALS[fault])
     else:
-        from rpcpipe.pickling import dumps
+        from rpcpipe.transport.pickling import dumps
 
         cluster.transport.post(worker.name, "run", dumps((strike, (fault, str(stamp))), "strike"))
         wait_for(lambda: stamp.exists() and stamp.read_text() != "")

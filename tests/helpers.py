@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 import rpcpipe as rp
-from rpcpipe import rng
-from rpcpipe.executor import Executor
-from rpcpipe.microbatch import split
+from rpcpipe.model import rng
+from rpcpipe.model.microbatch import split
+from rpcpipe.model.wiring import Wire
 from rpcpipe.transport.local import LocalTransport
-from rpcpipe.wires import Wire
+from rpcpipe.worker.executor import Executor
 
 
 def mlp(layers: int = 8, width: int = 12, dropout: float = 0.1) -> nn.Sequential:

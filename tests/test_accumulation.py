@@ -11,8 +11,8 @@ from torch import nn
 import rpcpipe as rp
 from helpers import LocalCluster, adamw, assert_same_weights, batches, cross_entropy, mlp, sgd, summed
 from natural import Natural, assert_same_run
-from rpcpipe.accumulation import Progress
-from rpcpipe.optimizer import LocalOptimizer
+from rpcpipe.stage.accumulation import Progress
+from rpcpipe.stage.optimizer import LocalOptimizer
 
 
 def pipeline(cluster: Any, calls: int, **changed: Any) -> rp.Pipeline:

@@ -3,15 +3,15 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from rpcpipe import backward
-from rpcpipe.backward import Received, Saved
+from rpcpipe.stage import autograd
+from rpcpipe.stage.autograd import Received, Saved
 
 
 def test_gradients_of_inputs_land_in_the_box() -> None:
     linear, x = nn.Linear(3, 3), torch.randn(2, 3)
-    nest, entered = backward.enter(Received({"x": x, "ids": torch.arange(3), "n": 5}, [True, False]))
+    nest, entered = autograd.enter(Received({"x": x, "ids": torch.arange(3), "n": 5}, [True, False]))
     out = linear(nest["x"].mul_(2))  # in place on what came from the stage before: no leaf is touched
-    grads = backward.backward(Saved(backward.differentiable(out), entered), [torch.ones(2, 3)])
+    grads = autograd.backward(Saved(autograd.differentiable(out), entered), [torch.ones(2, 3)])
     torch.testing.assert_close(grads[0], 2 * torch.ones(2, 3) @ linear.weight)
     assert linear.weight.grad is not None
     assert not x.requires_grad
@@ -19,9 +19,9 @@ def test_gradients_of_inputs_land_in_the_box() -> None:
 
 def test_an_unused_input_and_an_unused_output_have_no_gradient() -> None:
     linear = nn.Linear(3, 3)
-    nest, entered = backward.enter(Received((torch.randn(2, 3), torch.randn(2, 3)), [True, True]))
+    nest, entered = autograd.enter(Received((torch.randn(2, 3), torch.randn(2, 3)), [True, True]))
     outputs = (linear(nest[0]), linear(nest[0]) * 2)
-    grads = backward.backward(Saved(backward.differentiable(outputs), entered), [torch.ones(2, 3), None])
+    grads = autograd.backward(Saved(autograd.differentiable(outputs), entered), [torch.ones(2, 3), None])
     assert grads[0] is not None
     assert grads[1] is None
     torch.testing.assert_close(linear.bias.grad, torch.full((3,), 2.0))
@@ -30,10 +30,10 @@ def test_an_unused_input_and_an_unused_output_have_no_gradient() -> None:
 def test_nothing_is_recorded_without_gradients() -> None:
     x = torch.randn(2)
     with torch.no_grad():
-        nest, entered = backward.enter(Received(x, [True]))
+        nest, entered = autograd.enter(Received(x, [True]))
     assert nest is x
     assert entered.box == [None]
     assert entered.edges == []
-    left = backward.leave((torch.ones(2, requires_grad=True) * 2, torch.arange(2)))
+    left = autograd.leave((torch.ones(2, requires_grad=True) * 2, torch.arange(2)))
     assert left.wants_grad == [True, False]
     assert not left.nest[0].requires_grad

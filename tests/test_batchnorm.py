@@ -14,8 +14,8 @@ from torch import nn
 import rpcpipe as rp
 from helpers import LocalCluster, adamw, assert_same_weights, batches, cross_entropy, sgd
 from natural import Natural, assert_same_run
-from rpcpipe import batchnorm
-from rpcpipe.optimizer import LocalOptimizer
+from rpcpipe.model import batchnorm
+from rpcpipe.stage.optimizer import LocalOptimizer
 
 NORMS: list[tuple[Callable[..., nn.Module], tuple[int, ...]]] = [
     (nn.BatchNorm1d, ()),

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from rpcpipe.channel import Channel
+from rpcpipe.cluster.control_channel import Channel
 
 
 def pair() -> tuple[Channel, socket.socket]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import rpcpipe as rp
-from rpcpipe.cli import main
+from rpcpipe.__main__ import main
 
 
 def test_a_schedule_is_drawn_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

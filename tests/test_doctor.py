@@ -7,12 +7,13 @@ import sys
 
 import pytest
 
-from rpcpipe import cli, doctor
+from rpcpipe.__main__ import main
+from rpcpipe.cluster import doctor
 
 
 def test_this_machine_is_well(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "leftovers", list)  # other tests' killed drivers may just be leaving theirs
-    assert cli.main(["doctor"]) == 0
+    assert main(["doctor"]) == 0
     out = capsys.readouterr().out
     for what in ("versions", "loopback", "interfaces", "host name", "CUDA", "shared memory", "leftover", "a worker"):
         assert what in out
@@ -23,7 +24,7 @@ def test_this_machine_is_well(capsys: pytest.CaptureFixture[str], monkeypatch: p
 def test_what_is_bad_gives_status_1(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_launch", lambda: doctor.Finding("a worker", None, ""))
     monkeypatch.setenv("RANK", "0")
-    assert cli.main(["doctor"]) == 1
+    assert main(["doctor"]) == 1
     assert "BAD  WORLD_SIZE, MASTER_ADDR, MASTER_PORT not set" in capsys.readouterr().out
 
 
@@ -45,7 +46,7 @@ def test_the_join_port_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_leftover_worker_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process with a worker's command line; its parent stands in for the system's first process."""
     with subprocess.Popen([sys.executable, "-c", "input()", "-m", "rpcpipe.worker"], stdin=subprocess.PIPE) as child:
-        monkeypatch.setattr("rpcpipe.process._INIT", os.getpid())
+        monkeypatch.setattr("rpcpipe.cluster.process._INIT", os.getpid())
         found = doctor._leftovers()
         child.communicate(b"\n")
     assert found.good is False

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from faults import wait_for
-from rpcpipe import handshake
-from rpcpipe.door import Door, knock
+from rpcpipe.cluster import authentication
+from rpcpipe.cluster.authentication import Refused
+from rpcpipe.cluster.join_listener import Door, knock
+from rpcpipe.cluster.monitor import Watch
 from rpcpipe.errors import RendezvousError
-from rpcpipe.handshake import Refused
-from rpcpipe.watch import Watch
 
 SECRET = b"a secret of enough characters"
 HELLO = {"rank": 1, "world_size": 3, "host": "h", "pid": 7, "gpus": 0, "versions": {}}
@@ -85,7 +85,7 @@ def test_an_impostor_driver_is_not_believed() -> None:
         def impostor() -> None:
             connection, _ = server.accept()
             with connection:
-                connection.sendall(json.dumps(["challenge", handshake.nonce()]).encode() + b"\n")
+                connection.sendall(json.dumps(["challenge", authentication.nonce()]).encode() + b"\n")
                 connection.recv(4096)
                 connection.sendall(b'["welcome", "0000"]\n')
                 connection.recv(4096)
@@ -110,7 +110,7 @@ def garbage(random: random.Random) -> bytes:
     if kind == 2:
         return b"[" * random.randrange(1, 5000) + b"\n"
     if kind == 3:
-        return b"x" * random.randrange(handshake.LONGEST, 3 * handshake.LONGEST)
+        return b"x" * random.randrange(authentication.LONGEST, 3 * authentication.LONGEST)
     payload: Any = {"nonce": "n" * random.randrange(99), "hello": HELLO, "proof": "p" * 64}
     if kind == 4:
         payload.pop(random.choice(sorted(payload)))
@@ -146,7 +146,7 @@ def test_thousands_of_strangers_neither_crash_nor_block_it() -> None:
 
 
 def test_the_slow_are_shown_out(door: Open, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(handshake, "SECONDS", 0.3)
+    monkeypatch.setattr(authentication, "SECONDS", 0.3)
     with socket.create_connection(door.address, timeout=5) as connection:
         start = time.monotonic()
         while connection.recv(4096):  # the challenge, then the end

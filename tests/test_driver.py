@@ -12,9 +12,9 @@ from torch import nn
 
 import rpcpipe as rp
 from helpers import LocalCluster, batches, cross_entropy, mlp, sgd
-from rpcpipe.actor import Actor
-from rpcpipe.messages import Route
-from rpcpipe.optimizer import LocalOptimizer
+from rpcpipe.stage.optimizer import LocalOptimizer
+from rpcpipe.worker.actor import Actor
+from rpcpipe.worker.messages import Route
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.optim import lr_scheduler
 
-from rpcpipe.encoding import decode, encode
+from rpcpipe.checkpoint.plain_state import decode, encode
 from rpcpipe.errors import CheckpointError
 
 

@@ -21,7 +21,7 @@ from helpers import (
     sgd,
     summed,
 )
-from rpcpipe import versions
+from rpcpipe.schedules import weight_versions
 
 SIZES = {1: [8], 2: [3, 5], 3: [3, 2, 3], 4: [2, 2, 2, 2]}
 
@@ -64,7 +64,7 @@ def test_same_bits_of_the_other_schedules_through_rpc(cluster: rp.Cluster, sched
 LOOPED = ("interleaved", "looped-bfs")
 
 
-@pytest.mark.parametrize("schedule", [name for name in rp.schedules.names() if name not in versions.POLICIES])
+@pytest.mark.parametrize("schedule", [name for name in rp.schedules.names() if name not in weight_versions.POLICIES])
 def test_same_bits_in_any_order_of_messages(schedule: str) -> None:
     """K × v ≤ 8 stages, M from 1 to 3K, every message shuffled, both dispatch modes by turns."""
     seed = 0

@@ -7,10 +7,10 @@ import random
 from itertools import accumulate
 
 import pytest
-
 import rpcpipe.estimates
+
 from rpcpipe import schedules
-from rpcpipe.estimates import SIMPLEST, Choice, Estimator, Machine
+from rpcpipe.planning.cost_model import SIMPLEST, Choice, Estimator, Machine
 from test_search import layer
 
 

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from rpcpipe import exchange
-from rpcpipe.exchange import Exchange, Push, assign
-from rpcpipe.messages import Port, Task
+from rpcpipe.worker import gradient_exchange
+from rpcpipe.worker.gradient_exchange import Exchange, Push, assign
+from rpcpipe.worker.messages import Port, Task
 
 SHAPES = [(3, 4), (4,), (7, 2), (1,), (5,), (6, 6)]
 
@@ -69,8 +69,11 @@ class Wire:
 
 def step_tasks(member: Exchange, what: str) -> list[Task]:
     owners = member.owners
-    tasks = [exchange.scatter("g"), *exchange.reduces("g", member.workers, owners, member.index, spread=bool(what))]
-    return tasks + (exchange.gathers("g", owners, member.index, what) if what else [])
+    tasks = [
+        gradient_exchange.scatter("g"),
+        *gradient_exchange.reduces("g", member.workers, owners, member.index, spread=bool(what)),
+    ]
+    return tasks + (gradient_exchange.gathers("g", owners, member.index, what) if what else [])
 
 
 @pytest.mark.parametrize("limit", [1, 64, 1 << 20])
@@ -114,7 +117,7 @@ def test_sharded_sums_stay_with_their_owners_and_weights_are_spread() -> None:
         assert all(parameter.grad is None for parameter in elsewhere)
     for member in group:
         wire.push(member.weights())
-    wire.run({m.workers[m.index]: exchange.gathers("g", m.owners, m.index, "weights") for m in group})
+    wire.run({m.workers[m.index]: gradient_exchange.gathers("g", m.owners, m.index, "weights") for m in group})
     for at in range(len(SHAPES)):
         copies = [parameters_of(member)[at] for member in group]
         assert all(torch.equal(copies[0], copy) for copy in copies)

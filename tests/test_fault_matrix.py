@@ -114,8 +114,8 @@ def test_results_of_a_dead_generation_are_dropped(cluster: rp.Cluster) -> None:
     expected = pipe.train_step(x, x).loss
     stranger = rp.cluster.rpc.RpcTransport(cluster.transport._generation[:8] + ", a dead one")
     identity = pipe._driver._pipeline
-    from rpcpipe.messages import Port
     from rpcpipe.schedules import Action
+    from rpcpipe.worker.messages import Port
 
     for worker in cluster.workers:
         for chunk in range(4):

@@ -12,9 +12,9 @@ from torch import nn
 
 import rpcpipe as rp
 from helpers import LocalCluster, sgd
-from rpcpipe import rng
-from rpcpipe.generation import Sampling
-from rpcpipe.layers import build
+from rpcpipe.model import rng
+from rpcpipe.model.layers import build
+from rpcpipe.pipeline.generation import Sampling
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from gpt_model import gpt, next_token_loss

@@ -9,7 +9,7 @@ from torch import nn
 import rpcpipe as rp
 from helpers import LocalCluster, adamw, batches, cross_entropy, mlp, summed
 from natural import Natural, assert_same_run
-from rpcpipe import gradients
+from rpcpipe.stage import gradients
 
 
 def parameters(grads: bool = True) -> list[nn.Parameter]:

@@ -4,44 +4,44 @@ import json
 
 import pytest
 
-from rpcpipe import handshake
-from rpcpipe.handshake import Refused
+from rpcpipe.cluster import authentication
+from rpcpipe.cluster.authentication import Refused
 
 SECRET = b"a secret of enough characters"
 HELLO = {"rank": 1, "world_size": 3, "host": "h", "pid": 7, "gpus": 0, "versions": {"python": "3.11"}}
 
 
 def test_both_sides_are_convinced() -> None:
-    challenge = handshake.nonce()
-    sent = handshake.answer(SECRET, challenge, HELLO)
-    hello, proof = handshake.check_answer(SECRET, challenge, json.loads(json.dumps(sent)))
+    challenge = authentication.nonce()
+    sent = authentication.answer(SECRET, challenge, HELLO)
+    hello, proof = authentication.check_answer(SECRET, challenge, json.loads(json.dumps(sent)))
     assert hello == HELLO
-    handshake.check_welcome(SECRET, challenge, sent, proof)
+    authentication.check_welcome(SECRET, challenge, sent, proof)
 
 
 def test_another_secret_convinces_neither() -> None:
-    challenge = handshake.nonce()
-    sent = handshake.answer(b"another", challenge, HELLO)
+    challenge = authentication.nonce()
+    sent = authentication.answer(b"another", challenge, HELLO)
     with pytest.raises(Refused, match="the secrets differ"):
-        handshake.check_answer(SECRET, challenge, sent)
-    sent = handshake.answer(SECRET, challenge, HELLO)
-    _, proof = handshake.check_answer(SECRET, challenge, sent)
+        authentication.check_answer(SECRET, challenge, sent)
+    sent = authentication.answer(SECRET, challenge, HELLO)
+    _, proof = authentication.check_answer(SECRET, challenge, sent)
     with pytest.raises(Refused, match="does not know the secret"):
-        handshake.check_welcome(b"another", challenge, sent, proof)
+        authentication.check_welcome(b"another", challenge, sent, proof)
 
 
 def test_nothing_can_be_replayed_reflected_or_altered() -> None:
-    challenge = handshake.nonce()
-    sent = handshake.answer(SECRET, challenge, HELLO)
-    _, proof = handshake.check_answer(SECRET, challenge, sent)
+    challenge = authentication.nonce()
+    sent = authentication.answer(SECRET, challenge, HELLO)
+    _, proof = authentication.check_answer(SECRET, challenge, sent)
     with pytest.raises(Refused):  # replayed at another challenge
-        handshake.check_answer(SECRET, handshake.nonce(), sent)
+        authentication.check_answer(SECRET, authentication.nonce(), sent)
     with pytest.raises(Refused):  # the worker's own proof sent back to it
-        handshake.check_welcome(SECRET, challenge, sent, sent["proof"])
+        authentication.check_welcome(SECRET, challenge, sent, sent["proof"])
     with pytest.raises(Refused):  # an old welcome for a new hello
-        handshake.check_welcome(SECRET, challenge, handshake.answer(SECRET, challenge, HELLO), proof)
+        authentication.check_welcome(SECRET, challenge, authentication.answer(SECRET, challenge, HELLO), proof)
     with pytest.raises(Refused):  # another rank under the same proof
-        handshake.check_answer(SECRET, challenge, {**sent, "hello": {**HELLO, "rank": 2}})
+        authentication.check_answer(SECRET, challenge, {**sent, "hello": {**HELLO, "rank": 2}})
 
 
 @pytest.mark.parametrize(
@@ -50,25 +50,25 @@ def test_nothing_can_be_replayed_reflected_or_altered() -> None:
 )
 def test_whatever_else_is_refused(payload: object) -> None:
     with pytest.raises(Refused):
-        handshake.check_answer(SECRET, handshake.nonce(), payload)
+        authentication.check_answer(SECRET, authentication.nonce(), payload)
 
 
 def test_a_hello_that_lacks_something_is_refused_though_its_proof_is_right() -> None:
-    challenge = handshake.nonce()
+    challenge = authentication.nonce()
     for hello in ({}, {**HELLO, "rank": "1"}, {**HELLO, "rank": True}):
         with pytest.raises(Refused, match="another version of rpcpipe"):
-            handshake.check_answer(SECRET, challenge, handshake.answer(SECRET, challenge, hello))
+            authentication.check_answer(SECRET, challenge, authentication.answer(SECRET, challenge, hello))
 
 
 def test_what_listens_must_be_a_driver() -> None:
     for challenge in (None, "short", 64, ["x" * 64]):
         with pytest.raises(Refused, match="no rpcpipe driver"):
-            handshake.answer(SECRET, challenge, HELLO)
+            authentication.answer(SECRET, challenge, HELLO)
 
 
 def test_versions_are_compared() -> None:
-    mine = handshake.versions()
-    assert handshake.version_complaint(mine, "there") is None
-    complaint = handshake.version_complaint({**mine, "torch": "1.0"}, "hostb:5")
+    mine = authentication.versions()
+    assert authentication.version_complaint(mine, "there") is None
+    complaint = authentication.version_complaint({**mine, "torch": "1.0"}, "hostb:5")
     assert complaint is not None
     assert complaint.startswith("hostb:5 has other versions: torch 1.0 there, 2.")

@@ -11,8 +11,8 @@ from torch import nn
 
 import rpcpipe as rp
 from helpers import LocalCluster, Oracle, batches, cross_entropy, mlp, sgd, summed
-from rpcpipe.actor import Actor
-from rpcpipe.messages import Route
+from rpcpipe.worker.actor import Actor
+from rpcpipe.worker.messages import Route
 
 
 def correct(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, int]:

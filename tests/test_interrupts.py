@@ -19,7 +19,7 @@ import torch
 
 import rpcpipe as rp
 from helpers import Oracle, adamw, assert_same_weights, batches, cross_entropy, mlp
-from rpcpipe.interrupts import Deferred, Interruptible
+from rpcpipe.transport.interrupts import Deferred, Interruptible
 from versioned import Versioned, train
 
 pytestmark = pytest.mark.alone

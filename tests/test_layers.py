@@ -10,7 +10,7 @@ from torch import nn
 
 import rpcpipe as rp
 from helpers import LocalCluster, Oracle, adamw, assert_same_weights, batches, cross_entropy, mlp, sgd
-from rpcpipe import layers
+from rpcpipe.model import layers
 
 
 def test_names_are_the_unsplit_models() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import rpcpipe as rp
-from rpcpipe.logs import Lines, Logs
+from rpcpipe.cluster.worker_logs import Lines, Logs
 
 
 def test_lines_come_whole_whatever_the_pieces() -> None:

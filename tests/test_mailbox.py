@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rpcpipe.errors import Failure
-from rpcpipe.mailbox import Entry, Mailbox
-from rpcpipe.messages import Port, Task
 from rpcpipe.schedules import Action
+from rpcpipe.worker.mailbox import Entry, Mailbox
+from rpcpipe.worker.messages import Port, Task
 
 
 def port(chunk: int, slot: str = "input") -> Port:

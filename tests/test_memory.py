@@ -10,9 +10,9 @@ import torch
 
 import rpcpipe as rp
 from helpers import LocalCluster, batches, cross_entropy, mlp, sgd
-from rpcpipe.layers import named_layers
-from rpcpipe.memory import peak_activation_bytes, peak_worker_bytes
-from rpcpipe.profiler import profile
+from rpcpipe.model.layers import named_layers
+from rpcpipe.planning.activation_peaks import peak_activation_bytes, peak_worker_bytes
+from rpcpipe.stage.profiler import profile
 
 MODES: dict[str, tuple[Any, Any]] = {
     "never": ("never", lambda stage, chunk: False),

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rpcpipe.metrics import means, measure
+from rpcpipe.stage.metrics import means, measure
 
 
 def test_sums_and_counts_by_name() -> None:

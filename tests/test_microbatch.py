@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from rpcpipe import microbatch
+from rpcpipe.model import microbatch
 
 
 @pytest.mark.parametrize(("size", "chunks"), [(8, 4), (10, 4), (3, 8), (1, 1), (7, 3)])

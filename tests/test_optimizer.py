@@ -10,7 +10,7 @@ from torch.optim import lr_scheduler
 import rpcpipe as rp
 from helpers import LocalCluster, adamw, assert_same_weights, batches, cross_entropy, mlp, sgd
 from natural import Natural, assert_same_run
-from rpcpipe.optimizer import LocalOptimizer, Parameters, PipelineOptimizer
+from rpcpipe.stage.optimizer import LocalOptimizer, Parameters, PipelineOptimizer
 
 
 def local(factory: object = adamw) -> LocalOptimizer:

@@ -7,7 +7,7 @@ import time
 import pytest
 
 import rpcpipe as rp
-from rpcpipe.partition import balance, check_balance
+from rpcpipe.planning.partition import balance, check_balance
 
 
 def largest(costs: list[float], sizes: list[int]) -> float:

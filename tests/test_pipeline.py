@@ -241,7 +241,7 @@ class Pointers:
         self.context_id = context_id
 
     def __call__(self, module: nn.Module) -> bool:
-        from rpcpipe import gradients
+        from rpcpipe.stage import gradients
 
         parameters = [p for p in module.parameters() if p.requires_grad]
         for parameter in parameters:

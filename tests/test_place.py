@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from rpcpipe.cluster.environment import Place, choose_interface, first_host, resolve, secret
 from rpcpipe.errors import RendezvousError
-from rpcpipe.place import Place, choose_interface, first_host, resolve, secret
 
 FOUR = {"RANK": "1", "WORLD_SIZE": "3", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
 

@@ -7,11 +7,11 @@ import time
 import pytest
 
 from rpcpipe.errors import PartitionError
-from rpcpipe.estimates import Estimator, Machine
-from rpcpipe.planner import Plan, decide
+from rpcpipe.planning.cost_model import Estimator, Machine
+from rpcpipe.planning.gpt import GPT
+from rpcpipe.planning.plan import Plan, decide
+from rpcpipe.planning.search import Search, layouts
 from rpcpipe.schedules import optimal_microbatches
-from rpcpipe.search import Search, layouts
-from rpcpipe.transformer import GPT
 
 GIB = 2**30
 GPT3 = GPT(96, 12288, 96, 50257, 2048)

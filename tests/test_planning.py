@@ -8,8 +8,8 @@ from torch import nn
 
 import rpcpipe as rp
 from helpers import LocalCluster, Oracle, adamw, assert_same_weights, batches, cross_entropy, mlp, sgd
-from rpcpipe.layers import named_layers
-from rpcpipe.profiler import estimate
+from rpcpipe.model.layers import named_layers
+from rpcpipe.stage.profiler import estimate
 
 
 def test_a_plan_is_what_the_pipeline_runs() -> None:

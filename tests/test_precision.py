@@ -13,11 +13,12 @@ from torch import nn
 import rpcpipe as rp
 from helpers import LocalCluster, adamw, assert_same_weights, batches, cross_entropy, mlp, sgd, summed
 from natural import Natural, assert_same_run
-from rpcpipe import precision, versions
+from rpcpipe.schedules import weight_versions
+from rpcpipe.stage import precision
 from test_stream import SIZES
 from versioned import Versioned, train
 
-SCHEDULES = [name for name in rp.schedules.names() if name not in versions.POLICIES]
+SCHEDULES = [name for name in rp.schedules.names() if name not in weight_versions.POLICIES]
 MODES: list[Any] = ["never", "except_last", "always", 0.5, lambda stage, chunk: (stage + chunk) % 2 == 0]
 
 

@@ -12,9 +12,9 @@ from torch import nn
 
 import rpcpipe as rp
 from helpers import cross_entropy, mlp, sgd
-from rpcpipe.layers import named_layers
-from rpcpipe.partition import Fits, balance
-from rpcpipe.profiler import profile
+from rpcpipe.model.layers import named_layers
+from rpcpipe.planning.partition import Fits, balance
+from rpcpipe.stage.profiler import profile
 
 
 class Slow(nn.Module):

@@ -13,9 +13,9 @@ from torch import nn
 
 import rpcpipe as rp
 from helpers import LocalCluster, Oracle, adamw, assert_same_weights, batches, cross_entropy, mlp, sgd
-from rpcpipe.activations import Meter, forgetting
-from rpcpipe.actor import Actor
-from rpcpipe.recompute import Recompute, Run, merge, select
+from rpcpipe.stage.activation_memory import Meter, forgetting
+from rpcpipe.stage.recompute import Recompute, Run, merge, select
+from rpcpipe.worker.actor import Actor
 from versioned import Versioned, train
 
 MODES: list[Any] = ["except_last", "always", 0.5, lambda stage, chunk: (stage + chunk) % 2 == 0]
@@ -176,7 +176,7 @@ def test_recomputation_comes_while_waiting_for_the_gradient() -> None:
             return busy
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rpcpipe.executor.Actor", Watched)
+        patch.setattr("rpcpipe.worker.executor.Actor", Watched)
         pipe = pipeline(2, mlp(), "except_last", schedule="gpipe", balance=[4, 4])
         cluster: Any = pipe.cluster
         first = cluster.transport.endpoints["worker0"]

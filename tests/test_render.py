@@ -11,7 +11,7 @@ import pytest
 
 import rpcpipe as rp
 from rpcpipe import Costs
-from rpcpipe.render import to_chrome
+from rpcpipe.schedules.render import to_chrome
 
 
 def planned(name: str = "zb-v", latency: float = 0.3) -> rp.Timeline:

@@ -13,12 +13,12 @@ from torch.distributed.optim import DistributedOptimizer
 
 import rpcpipe as rp
 from helpers import OPTIMIZERS, LocalCluster, Oracle, adamw, batches, cross_entropy, mlp, sgd, summed
-from rpcpipe import versions
-from rpcpipe.optimizer import LocalOptimizer
-from rpcpipe.replicas import Layout
+from rpcpipe.driver.program import Layout
+from rpcpipe.schedules import weight_versions
+from rpcpipe.stage.optimizer import LocalOptimizer
 
 LOOPED = ("interleaved", "looped-bfs")
-SYNCHRONOUS = [name for name in rp.schedules.names() if name not in versions.POLICIES]
+SYNCHRONOUS = [name for name in rp.schedules.names() if name not in weight_versions.POLICIES]
 
 
 def make(cluster: Any, model: nn.Module | None = None, **arguments: Any) -> rp.Pipeline:
@@ -495,7 +495,7 @@ def test_one_replica_may_be_sharded_too() -> None:
 
 
 def test_what_does_not_fit_is_refused(cluster: rp.Cluster) -> None:
-    for name in versions.POLICIES:
+    for name in weight_versions.POLICIES:
         with pytest.raises(rp.ScheduleError, match=f"{name!r} updates each replica's weights at its own times"):
             make(cluster, schedule=name)
     with pytest.raises(rp.PartitionError, match="4 workers do not divide into 3 replicas"):

@@ -4,7 +4,7 @@ import itertools
 
 import torch
 
-from rpcpipe import rng
+from rpcpipe.model import rng
 
 
 def test_seeds_are_a_function_of_all_four() -> None:

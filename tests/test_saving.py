@@ -29,8 +29,8 @@ from transformers.trainer_utils import load_sharded_checkpoint
 import rpcpipe as rp
 from helpers import OPTIMIZERS, LocalCluster, Oracle, adamw, assert_same_weights, batches, cross_entropy, mlp, sgd
 from kills import Kills
-from rpcpipe import storage
-from rpcpipe.optimizer import hyperparameters
+from rpcpipe.checkpoint import directory as checkpoints
+from rpcpipe.stage.optimizer import hyperparameters
 from versioned import Versioned, train
 
 STEPS = 6
@@ -673,7 +673,7 @@ def test_ctrl_c_in_a_save_leaves_it_done_or_not_done_and_the_pipeline_usable(pip
     pipe.save(tmp_path, position=0)
     for attempt in range(1, 21):
         pipe.train_step(*data[attempt % 4])
-        before = storage.newest(tmp_path)
+        before = checkpoints.newest(tmp_path)
         timer = threading.Timer(draw.uniform(0.0, 0.05), os.kill, (os.getpid(), signal.SIGINT))
         try:
             timer.start()
@@ -682,7 +682,7 @@ def test_ctrl_c_in_a_save_leaves_it_done_or_not_done_and_the_pipeline_usable(pip
             time.sleep(0)  # it comes here at the latest
         except KeyboardInterrupt:
             interrupted += 1
-            done += storage.newest(tmp_path) != before
+            done += checkpoints.newest(tmp_path) != before
     assert interrupted == 20
     assert done < 20, "none came in time"
     state, trained = pipe.state_dict(), pipe.trained

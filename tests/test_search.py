@@ -10,9 +10,9 @@ from collections.abc import Iterator
 import pytest
 
 from rpcpipe import schedules
-from rpcpipe.estimates import SIMPLEST, Choice, Estimate, Estimator, Machine
-from rpcpipe.profiles import LayerProfile
-from rpcpipe.search import CHECKPOINTS, VIRTUAL, Search
+from rpcpipe.planning.cost_model import SIMPLEST, Choice, Estimate, Estimator, Machine
+from rpcpipe.planning.layer_cost import LayerProfile
+from rpcpipe.planning.search import CHECKPOINTS, VIRTUAL, Search
 
 
 def layer(source: random.Random, name: str) -> LayerProfile:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import rpcpipe as rp
 from rpcpipe import Action, Costs, Span
-from rpcpipe.sharing import share
+from rpcpipe.schedules.shared_cores import share
 
 
 def test_transfers_take_latency_and_bandwidth_between_workers_only() -> None:

@@ -4,15 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from rpcpipe import storage
+from rpcpipe.checkpoint import directory as checkpoints
 from rpcpipe.errors import CheckpointError, DeadlineExceeded
 
 
 def save(directory: Path, step: int, keep: int | None = 2) -> Path:
-    with storage.draft(directory) as folder:
-        (folder / storage.MANIFEST).write_text(str(step))
-        final = storage.publish(folder, step)
-    storage.prune(directory, keep)
+    with checkpoints.draft(directory) as folder:
+        (folder / checkpoints.MANIFEST).write_text(str(step))
+        final = checkpoints.publish(folder, step)
+    checkpoints.prune(directory, keep)
     return final
 
 
@@ -21,11 +21,11 @@ def names(directory: Path) -> list[str]:
 
 
 def test_saves_are_numbered_whatever_their_steps(tmp_path: Path) -> None:
-    assert save(tmp_path / "new" / "run", 20) == storage.newest(tmp_path / "new" / "run")
+    assert save(tmp_path / "new" / "run", 20) == checkpoints.newest(tmp_path / "new" / "run")
     for step in (40, 30, 30):  # an older one was loaded in between
         final = save(tmp_path, step, keep=None)
-        assert storage.newest(tmp_path) == final
-    assert storage.newest(tmp_path / "00001-step-000040").name == "00001-step-000040"
+        assert checkpoints.newest(tmp_path) == final
+    assert checkpoints.newest(tmp_path / "00001-step-000040").name == "00001-step-000040"
     assert names(tmp_path) == ["00001-step-000040", "00002-step-000030", "00003-step-000030", "new"]
 
 
@@ -43,7 +43,7 @@ def test_what_does_not_end_leaves_nothing_and_what_was_killed_is_cleaned_up(tmp_
     first = save(tmp_path, 1)
     killed = tmp_path / ".rpcpipe-0123"
     (killed / "sub").mkdir(parents=True)
-    with pytest.raises(KeyboardInterrupt), storage.draft(tmp_path) as folder:  # noqa: PT012
+    with pytest.raises(KeyboardInterrupt), checkpoints.draft(tmp_path) as folder:  # noqa: PT012
         (folder / "model").write_text("half")
         assert not killed.exists()
         raise KeyboardInterrupt
@@ -53,10 +53,10 @@ def test_what_does_not_end_leaves_nothing_and_what_was_killed_is_cleaned_up(tmp_
 def test_refusals_of_the_file_system_name_the_folder(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("")
-    with pytest.raises(CheckpointError, match=f"cannot save to {file}"), storage.draft(file):
+    with pytest.raises(CheckpointError, match=f"cannot save to {file}"), checkpoints.draft(file):
         pass
     # An error of ours that is an OSError as well stays what it is.
-    with pytest.raises(DeadlineExceeded), storage.draft(tmp_path):
+    with pytest.raises(DeadlineExceeded), checkpoints.draft(tmp_path):
         raise DeadlineExceeded("a worker")
 
 
@@ -71,23 +71,23 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_no_failed_save(
 
     monkeypatch.setattr(Path, "rename", refuse)
     with pytest.raises(CheckpointError, match="the new checkpoint is saved, but an old one cannot be removed: not"):
-        storage.prune(tmp_path, keep=1)
+        checkpoints.prune(tmp_path, keep=1)
 
 
 def test_two_that_save_to_one_folder_do_not_replace_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with storage.draft(tmp_path) as folder:
-        (folder / storage.MANIFEST).write_text("mine")
+    with checkpoints.draft(tmp_path) as folder:
+        (folder / checkpoints.MANIFEST).write_text("mine")
         other = tmp_path / "00001-step-000005"
         other.mkdir()
-        (other / storage.MANIFEST).write_text("the other's")
-        monkeypatch.setattr(storage, "_published", lambda directory: {})  # as it was a moment ago
+        (other / checkpoints.MANIFEST).write_text("the other's")
+        monkeypatch.setattr(checkpoints, "_published", lambda directory: {})  # as it was a moment ago
         with pytest.raises(OSError, match="not empty"):
-            storage.publish(folder, 5)
-    assert (other / storage.MANIFEST).read_text() == "the other's"
+            checkpoints.publish(folder, 5)
+    assert (other / checkpoints.MANIFEST).read_text() == "the other's"
 
 
 def test_without_a_checkpoint_the_error_says_what_was_looked_for(tmp_path: Path) -> None:
     (tmp_path / ".rpcpipe-0123").mkdir()
     for folder in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(CheckpointError, match=f"no checkpoint in {folder}: neither checkpoint.json nor a folder"):
-            storage.newest(folder)
+            checkpoints.newest(folder)

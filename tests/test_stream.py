@@ -15,9 +15,9 @@ from torch import nn
 
 import rpcpipe as rp
 from helpers import OPTIMIZERS, LocalCluster, adamw, assert_same_weights, batches, cross_entropy, mlp, sgd, summed
-from rpcpipe import snapshots
-from rpcpipe.actor import Actor
-from rpcpipe.optimizer import LocalOptimizer
+from rpcpipe.stage import stream_rollback
+from rpcpipe.stage.optimizer import LocalOptimizer
+from rpcpipe.worker.actor import Actor
 from versioned import Versioned, train
 
 SIZES = {1: [8], 2: [3, 5], 3: [3, 2, 3], 4: [2, 2, 2, 2]}
@@ -388,7 +388,7 @@ def test_a_failure_leaves_every_stage_at_the_same_minibatch(policy: str, phase: 
         list(pipe.train(batches(50)))
     # No stage has applied what failed in a forward, or in a backward of the last stage. Else all go
     # back to the last common copy.
-    kept = where if phase == "forward" or layer > 5 else snapshots.newest(where)
+    kept = where if phase == "forward" or layer > 5 else stream_rollback.newest(where)
     assert pipe.trained == kept
     assert f"before number {kept} (pipe.trained) are in the weights" in str(caught.value)
     oracle = Versioned(failing(phase, layer, -1), sgd, cross_entropy, SIZES[3])

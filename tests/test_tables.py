@@ -1,22 +1,22 @@
 from __future__ import annotations
 
 import rpcpipe as rp
-from rpcpipe import tables
+from rpcpipe import _tables
 
 
 def test_columns_line_up() -> None:
-    assert tables.text(("a", "bb"), [("ccc", "d"), ("e", "")]) == "  a    bb\n  ccc  d\n  e"
+    assert _tables.text(("a", "bb"), [("ccc", "d"), ("e", "")]) == "  a    bb\n  ccc  d\n  e"
 
 
 def test_markup_is_escaped() -> None:
-    assert tables.markup("<t>", ("a",), [("<b>",)]) == (
+    assert _tables.markup("<t>", ("a",), [("<b>",)]) == (
         "<b>&lt;t&gt;</b><table><tr><th>a</th></tr><tr><td>&lt;b&gt;</td></tr></table>"
     )
 
 
 def test_sizes() -> None:
-    assert tables.mebibytes(1 << 20) == "1.0 MiB"
-    assert tables.mebibytes(9 << 30) == "9.0 GiB"
+    assert _tables.mebibytes(1 << 20) == "1.0 MiB"
+    assert _tables.mebibytes(9 << 30) == "9.0 GiB"
 
 
 def test_a_schedules_table() -> None:

@@ -19,8 +19,8 @@ import torch
 
 import rpcpipe as rp
 from faults import ended, wait_for
-from rpcpipe import template as module
-from rpcpipe.template import templates
+from rpcpipe.cluster import template as module
+from rpcpipe.cluster.template import templates
 
 
 def launch(workers: int = 1, **options: object) -> rp.Cluster:

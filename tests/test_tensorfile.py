@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from rpcpipe import tensorfile
+from rpcpipe.checkpoint import tensor_file
+from rpcpipe.checkpoint.tensor_file import Reader, Stored
 from rpcpipe.errors import CheckpointError
-from rpcpipe.tensorfile import Reader, Stored
 
 FILE = "some.safetensors"
 WEIGHT = torch.arange(12.0).reshape(3, 4)
@@ -33,7 +33,7 @@ TENSORS = {
 
 
 def test_every_kind_of_tensor_comes_back_to_the_bit(tmp_path: Path) -> None:
-    stored = tensorfile.write(tmp_path / FILE, TENSORS)
+    stored = tensor_file.write(tmp_path / FILE, TENSORS)
     with Reader(tmp_path, stored) as reader:
         for name, tensor in TENSORS.items():
             found = reader.get(name)
@@ -43,7 +43,7 @@ def test_every_kind_of_tensor_comes_back_to_the_bit(tmp_path: Path) -> None:
 
 
 def test_a_copy_outlives_its_file(tmp_path: Path) -> None:
-    stored = tensorfile.write(tmp_path / FILE, TENSORS)
+    stored = tensor_file.write(tmp_path / FILE, TENSORS)
     with Reader(tmp_path, stored) as reader:
         found = reader.get("its base")
     with (tmp_path / FILE).open("r+b") as file:
@@ -63,7 +63,7 @@ def error_of(folder: Path, stored: dict[str, Stored]) -> str | None:
 
 def test_every_flipped_bit_and_every_truncation_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / FILE
-    stored = tensorfile.write(path, {"weight": torch.randn(5), "bias": torch.randn(3).bfloat16()})
+    stored = tensor_file.write(path, {"weight": torch.randn(5), "bias": torch.randn(3).bfloat16()})
     whole = path.read_bytes()
     damaged = [whole[:length] for length in range(len(whole))]
     damaged += [
@@ -81,12 +81,12 @@ def test_every_flipped_bit_and_every_truncation_is_noticed(tmp_path: Path) -> No
 
 def test_what_cannot_be_written_is_an_error_with_the_path(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"cannot write .*/missing/some.safetensors"):
-        tensorfile.write(tmp_path / "missing" / FILE, TENSORS)
+        tensor_file.write(tmp_path / "missing" / FILE, TENSORS)
     with pytest.raises(CheckpointError, match=r"odd is a torch.sparse_coo tensor"):
-        tensorfile.write(tmp_path / FILE, {"odd": torch.eye(2).to_sparse()})
+        tensor_file.write(tmp_path / FILE, {"odd": torch.eye(2).to_sparse()})
 
 
 def test_without_safetensors_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "safetensors", None)
     with pytest.raises(ImportError, match=r"pip install 'rpcpipe\[hf\]'"):
-        tensorfile.require()
+        tensor_file.require()

@@ -13,7 +13,8 @@ from torch import nn
 
 import rpcpipe as rp
 from helpers import LocalCluster, Oracle, adamw, assert_same_weights, cross_entropy, sgd, summed
-from rpcpipe import layers, ties, versions
+from rpcpipe.model import layers, tied_weights
+from rpcpipe.schedules import weight_versions
 
 WIDTH, VOCABULARY = 6, 9
 
@@ -154,7 +155,7 @@ def test_a_module_that_comes_again_shares_all_its_parameters() -> None:
 
 # --- training ---
 
-SCHEDULES = [name for name in rp.schedules.names() if name not in versions.POLICIES]
+SCHEDULES = [name for name in rp.schedules.names() if name not in weight_versions.POLICIES]
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -346,7 +347,7 @@ def test_a_run_goes_on_from_a_save_wherever_the_copies_lie(
     assert all((mine[name] - value).norm() <= 1e-6 * value.norm() for name, value in wanted.items())
 
 
-@pytest.mark.parametrize("schedule", versions.POLICIES)
+@pytest.mark.parametrize("schedule", weight_versions.POLICIES)
 def test_asynchronous_schedules_refuse_weights_tied_across_stages(schedule: str) -> None:
     with pytest.raises(rp.ScheduleError, match=r"0.token.weight and 7.weight .* stages 0 and 3"):
         rp.Pipeline(specs(), LocalCluster(4), loss=cross_entropy, optimizer=sgd, schedule=schedule)
@@ -366,4 +367,4 @@ def test_cuts_count_the_weight_where_it_lies() -> None:
     assert counts[0] == (VOCABULARY + 4) * WIDTH
     assert counts[7] == VOCABULARY * WIDTH
     assert layers.parameter_counts(layers.named_layers(modules())) == counts
-    assert ties.completed((), {}) == {}
+    assert tied_weights.completed((), {}) == {}

@@ -8,8 +8,8 @@ import pytest
 
 import rpcpipe as rp
 from helpers import LocalCluster, adamw, batches, cross_entropy, mlp, sgd
-from rpcpipe import trace
-from rpcpipe.messages import Report
+from rpcpipe.driver import tracing
+from rpcpipe.worker.messages import Report
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zb-v"])
@@ -58,7 +58,7 @@ def test_remote_clocks_are_brought_to_the_drivers(cluster: rp.Cluster) -> None:
     assert abs(pipe._driver.clock_offset("worker1")) < 5e6  # one host, one clock: ns of error
     pipe.close()
     report = Report("w", spans=[("F", 0, 0, 5_000_000_100, 5_000_000_200, -1)])
-    span = trace.spans({"w": report}, {"w": 5_000_000_000}, 3)[0]
+    span = tracing.spans({"w": report}, {"w": 5_000_000_000}, 3)[0]
     assert (span.start, span.end, span.step) == (pytest.approx(1e-7), pytest.approx(2e-7), 3)
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from rpcpipe.layers import named_layers
-from rpcpipe.profiler import estimate
-from rpcpipe.transformer import GPT
+from rpcpipe.model.layers import named_layers
+from rpcpipe.planning.gpt import GPT
+from rpcpipe.stage.profiler import estimate
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from gpt_model import gpt, next_token_loss

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 
 import pytest
 
-from rpcpipe.channel import Message
-from rpcpipe.watch import Watch, heartbeat_seconds
+from rpcpipe.cluster.control_channel import Message
+from rpcpipe.cluster.monitor import Watch, heartbeat_seconds
 
 pytestmark = pytest.mark.alone
 

@@ -13,10 +13,10 @@ from torch import nn
 
 import rpcpipe as rp
 from helpers import LocalCluster, Oracle, adamw, assert_same_weights, cross_entropy, sgd
-from rpcpipe import versions
-from rpcpipe.microbatch import split
-from rpcpipe.profiler import profile
-from rpcpipe.wires import DRIVER, Hop, Wire, exits, hops, inputs, kept
+from rpcpipe.model.microbatch import split
+from rpcpipe.model.wiring import DRIVER, Hop, Wire, exits, hops, inputs, kept
+from rpcpipe.schedules import weight_versions
+from rpcpipe.stage.profiler import profile
 from versioned import Versioned, train
 
 WIDTH = 12
@@ -108,7 +108,7 @@ def test_only_what_is_still_needed_is_kept() -> None:
 
 # --- the bits ---
 
-SCHEDULES = [name for name in rp.schedules.names() if name not in versions.POLICIES]
+SCHEDULES = [name for name in rp.schedules.names() if name not in weight_versions.POLICIES]
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

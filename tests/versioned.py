@@ -13,8 +13,8 @@ from torch import nn
 from torch.func import functional_call
 
 from helpers import chained
-from rpcpipe import rng
-from rpcpipe.microbatch import split
+from rpcpipe.model import rng
+from rpcpipe.model.microbatch import split
 
 DEFINITIONS = {
     "stash": lambda k, r, stages, m: max(0, k - (stages - 1 - r) - 1),

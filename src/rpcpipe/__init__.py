@@ -3,9 +3,11 @@
 import logging
 
 from rpcpipe import schedules
-from rpcpipe.balance import balance_by_memory, balance_by_parameters, balance_by_time
-from rpcpipe.cluster import Cluster
-from rpcpipe.connect import connect
+from rpcpipe.cluster.cluster import Cluster
+from rpcpipe.cluster.connect import connect
+from rpcpipe.cluster.launch import launch
+from rpcpipe.driver.callbacks import JsonLines, TensorBoard
+from rpcpipe.driver.result import StepResult
 from rpcpipe.errors import (
     CheckpointError,
     DeadlineExceeded,
@@ -16,18 +18,16 @@ from rpcpipe.errors import (
     StageError,
     WorkerLost,
 )
-from rpcpipe.generation import generate
-from rpcpipe.hf import from_transformers
-from rpcpipe.launch import launch
-from rpcpipe.layers import LayerSpec, Sequential, Wired
-from rpcpipe.pipeline import Pipeline
-from rpcpipe.planner import Plan
-from rpcpipe.planning import plan
-from rpcpipe.result import StepResult
+from rpcpipe.model.layers import LayerSpec, Sequential, Wired
+from rpcpipe.pipeline.balance import balance_by_memory, balance_by_parameters, balance_by_time
+from rpcpipe.pipeline.from_transformers import from_transformers
+from rpcpipe.pipeline.generation import generate
+from rpcpipe.pipeline.pipeline import Pipeline
+from rpcpipe.pipeline.planning import plan
+from rpcpipe.planning.plan import Plan
 from rpcpipe.schedules import Action, Schedule, bubble_fraction, optimal_microbatches
-from rpcpipe.simulate import Costs, critical_path
-from rpcpipe.timeline import Span, Timeline, Transfer, compare
-from rpcpipe.tracking import JsonLines, TensorBoard
+from rpcpipe.schedules.simulate import Costs, critical_path
+from rpcpipe.schedules.timeline import Span, Timeline, Transfer, compare
 
 # Silent unless the user configures logging.
 logging.getLogger("rpcpipe").addHandler(logging.NullHandler())

@@ -1,6 +1,145 @@
-"""``python -m rpcpipe``."""
+"""The command ``rpcpipe``: look at schedules, plan a training, examine this machine, serve as a worker."""
 
-from rpcpipe.cli import main
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rpcpipe import _tables, schedules
+from rpcpipe.cluster import doctor
+from rpcpipe.cluster.host_agent import serve_rank
+from rpcpipe.errors import RpcPipeError
+from rpcpipe.planning.cost_model import Estimator, Machine
+from rpcpipe.planning.gpt import GPT
+from rpcpipe.planning.plan import decide
+from rpcpipe.planning.search import Search, layouts
+from rpcpipe.schedules import Schedule
+from rpcpipe.schedules.simulate import Costs
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; the exit status (2 for wrong arguments)."""
+    args = _parser().parse_args(arguments)
+    try:
+        if args.command == "doctor":
+            return doctor.report()
+        if args.command == "worker":
+            serve_rank()
+        _plan(args) if args.command == "plan" else _schedule(args)
+    except (RpcPipeError, ValueError, ImportError, OSError) as error:
+        print(f"rpcpipe: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="rpcpipe", description="Pipeline parallelism from one Python process.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("doctor", help="examine this machine; exit status 1 if a cluster would not form")
+    commands.add_parser("worker", help="serve as the rank that the environment says, for a driver's rp.connect()")
+    _plan_parser(commands.add_parser("plan", help="the fastest way to train a model, computed without building it"))
+    show = commands.add_parser("schedule", help="draw a schedule: its timeline, bubble and peaks")
+    show.add_argument("name", nargs="?", help="a schedule's name, or a .csv file of actions")
+    show.add_argument("--list", action="store_true", help="a table of all schedules for these sizes")
+    show.add_argument("--workers", type=int, default=4)
+    show.add_argument("--chunks", type=int, default=8, help="micro-batches")
+    show.add_argument("--virtual", type=int, default=None, help="stages per worker, for looped schedules")
+    show.add_argument("--costs", type=float, nargs=3, default=(1, 1, 1), metavar=("F", "I", "W"))
+    show.add_argument("--latency", type=float, default=0.0, help="time a value takes between workers")
+    show.add_argument("--width", type=int, default=100, help="columns of the text")
+    for suffix in ("csv", "svg", "png", "html", "json"):
+        show.add_argument(f"--{suffix}", type=Path, metavar="FILE")
+    return parser
+
+
+def _plan_parser(plan: argparse.ArgumentParser) -> None:
+    plan.add_argument("model", choices=["gpt"])
+    for size in ("layers", "hidden", "heads", "vocab", "seq"):
+        plan.add_argument(f"--{size}", type=int, required=True)
+    plan.add_argument("--workers", type=int, required=True)
+    plan.add_argument("--memory", type=_tables.parse_bytes, required=True, help="of each worker, such as 80GiB")
+    plan.add_argument("--flops", type=float, required=True, help="a worker's peak operations a second, such as 312e12")
+    plan.add_argument("--efficiency", type=float, default=0.5, help="the share of the peak that kernels reach")
+    plan.add_argument("--bandwidth", type=float, required=True, help="bytes a second between workers, such as 300e9")
+    plan.add_argument("--latency", type=float, default=1e-5, help="seconds from one worker to another")
+    plan.add_argument("--batch", type=int, default=1536, help="sequences a step")
+    plan.add_argument("--chunks", type=int, default=None, help="micro-batches, instead of trying several numbers")
+    plan.add_argument("--replicas", type=int, default=None, help="instead of trying all numbers")
+    plan.add_argument("--draw", action="store_true", help="the step's timeline, too; of a long step its beginning")
+
+
+def _plan(args: argparse.Namespace) -> None:
+    model = GPT(args.layers, args.hidden, args.heads, args.vocab, args.seq)
+    sizes = [1, 2, 4, 8] if args.chunks is None else [-(-args.batch // args.chunks)]
+    profiles = {size: model.profiles(size, args.flops * args.efficiency) for size in sizes}
+    machine = Machine(args.workers, args.memory, args.latency, args.bandwidth)
+    rows = layouts(args.workers, args.layers + 2, args.replicas)
+    plan = decide(Search(Estimator(profiles, machine, 16 * args.seq), args.batch, layouts=rows))
+    print(f"GPT of {model.parameters / 1e9:,.2f} billion parameters, {args.batch} sequences of {args.seq} a step")
+    print(plan)
+    if args.draw:
+        print(plan.timeline.to_text())
+
+
+def _schedule(args: argparse.Namespace) -> None:
+    forward, input_gradient, weight_gradient = args.costs
+    costs = Costs(forward, input_gradient, weight_gradient, latency=args.latency)
+    if args.list or args.name is None:
+        print(_table(args, costs))
+        return
+    schedule = _get(args.name, args)
+    timeline = schedule.simulate(costs)
+    print(f"{schedule.name}: {schedule.workers} workers, {schedule.stages} stages, {schedule.chunks} micro-batches")
+    print(timeline.to_text(args.width))
+    if args.csv:
+        args.csv.write_text(schedule.to_csv())
+    for path in filter(None, (args.svg, args.png, args.html, args.json)):
+        timeline.save(path)
+
+
+def _get(name: str, args: argparse.Namespace) -> Schedule:
+    if name.endswith(".csv"):
+        return Schedule.from_csv(Path(name).read_text(), name=Path(name).stem)
+    return schedules.get(name, args.workers, args.chunks, _virtual(name, args.virtual)).validate()
+
+
+def _virtual(name: str, asked: int | None) -> int:
+    return schedules.fewest_virtual_stages(name) if asked is None else asked
+
+
+def _table(args: argparse.Namespace, costs: Costs) -> str:
+    lines = [f"{'schedule':<12} {'stages':>6} {'makespan':>9} {'bubble':>7} {'peak in flight':>15}  remark"]
+    for name in schedules.names():
+        try:
+            schedule = schedules.get(name, args.workers, args.chunks, _virtual(name, None))
+        except RpcPipeError as error:
+            lines.append(f"{name:<12} {error}")
+            continue
+        timeline = schedule.simulate(_per_worker(costs, schedule))
+        peaks = timeline.peak_in_flight
+        alive = f"{min(peaks)} to {max(peaks)}" if min(peaks) != max(peaks) else str(peaks[0])
+        lines.append(
+            f"{name:<12} {schedule.stages:>6} {timeline.makespan:>9.4g} {timeline.bubble:>7.1%} {alive:>15}"
+            f"  {schedules.describe(name)}"
+        )
+    lines.append(
+        f"{args.workers} workers, {args.chunks} micro-batches; the same model cut into more stages has smaller ones:"
+        " makespans compare, and a peak counts (stage, micro-batch) pairs"
+    )
+    return "\n".join(lines)
+
+
+def _per_worker(costs: Costs, schedule: Schedule) -> Costs:
+    """The costs of one stage where a worker's share of the model is cut into several."""
+    share = schedule.workers / schedule.stages
+    forward, input_gradient, weight_gradient = (
+        float(cost) * share  # type: ignore[arg-type]
+        for cost in (costs.forward, costs.input_gradient, costs.weight_gradient)
+    )
+    return Costs(forward, input_gradient, weight_gradient, latency=costs.latency)
+
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from rpcpipe.errors import ScheduleError
-from rpcpipe.schedules import asynchronous, looped, synchronous, vshaped
+from rpcpipe.schedules import asynchronous, linear, looped, vshaped
 from rpcpipe.schedules.action import Action
 from rpcpipe.schedules.formulas import bubble_fraction, optimal_microbatches
 from rpcpipe.schedules.schedule import Schedule
-from rpcpipe.versions import POLICIES
+from rpcpipe.schedules.weight_versions import POLICIES
 
 __all__ = [
     "Action",
@@ -53,13 +53,13 @@ def _loop(generator: Callable[[int, int, int, int], Iterable[Action]]) -> _Rows:
 
 
 _FAMILY: dict[str, _Known] = {
-    "naive": _Known(_line(synchronous.naive), "line", "one micro-batch at a time"),
-    "gpipe": _Known(_line(synchronous.gpipe), "line", "all forwards, then all backwards"),
-    "1f1b": _Known(_line(synchronous.one_f_one_b), "line", "gpipe's bubble, K micro-batches in memory; the default"),
-    "eager-1f1b": _Known(_line(synchronous.eager_one_f_one_b), "line", "1f1b with transfers hidden, more memory"),
+    "naive": _Known(_line(linear.naive), "line", "one micro-batch at a time"),
+    "gpipe": _Known(_line(linear.gpipe), "line", "all forwards, then all backwards"),
+    "1f1b": _Known(_line(linear.one_f_one_b), "line", "gpipe's bubble, K micro-batches in memory; the default"),
+    "eager-1f1b": _Known(_line(linear.eager_one_f_one_b), "line", "1f1b with transfers hidden, more memory"),
     "interleaved": _Known(_loop(looped.interleaved), "loop", "1f1b's bubble divided by v, more transfers"),
     "looped-bfs": _Known(_loop(looped.looped_bfs), "loop", "breadth first; fewest switches between stages"),
-    "zb-h1": _Known(_line(synchronous.zb_h1), "line", "weight gradients fill the drain; K in memory everywhere"),
+    "zb-h1": _Known(_line(linear.zb_h1), "line", "weight gradients fill the drain; K in memory everywhere"),
     "zb-v": _Known(
         lambda workers, chunks, _: vshaped.zb_v(workers, chunks), "v", "split backward in a V; half of zb-h1's bubble"
     ),

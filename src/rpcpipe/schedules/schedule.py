@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from rpcpipe import tables
+from rpcpipe import _tables
 from rpcpipe.errors import ScheduleError
 from rpcpipe.schedules.action import Action
 
 if TYPE_CHECKING:
-    from rpcpipe.simulate import Costs
-    from rpcpipe.timeline import Timeline
+    from rpcpipe.schedules.simulate import Costs
+    from rpcpipe.schedules.timeline import Timeline
 
 
 _HEADER = ("worker", "stages", "actions", "first")
@@ -41,10 +41,10 @@ class Schedule:
 
     def __repr__(self) -> str:
         sizes = f"{self.workers} workers, {self.stages} stages, {self.chunks} micro-batches"
-        return f"Schedule({self.name}: {sizes})\n{tables.text(_HEADER, self._rows())}"
+        return f"Schedule({self.name}: {sizes})\n{_tables.text(_HEADER, self._rows())}"
 
     def _repr_html_(self) -> str:
-        return tables.markup(f"Schedule {self.name}, {self.chunks} micro-batches", _HEADER, self._rows())
+        return _tables.markup(f"Schedule {self.name}, {self.chunks} micro-batches", _HEADER, self._rows())
 
     def _rows(self) -> list[list[str]]:
         rows = []
@@ -174,7 +174,7 @@ class Schedule:
 
     def simulate(self, costs: Costs | None = None) -> Timeline:
         """Predict the step's timeline; ``costs`` defaults to F = I = W = 1, free communication."""
-        from rpcpipe.simulate import simulate
+        from rpcpipe.schedules.simulate import simulate
 
         return simulate(self, costs)
 

@@ -34,9 +34,9 @@ from torch.distributed.rpc import api, internal
 from torch.utils import _pytree as pytree
 
 from rpcpipe.errors import Failure, RpcPipeError, StageError, WorkerLost
-from rpcpipe.interrupts import Deferred, Interruptible
-from rpcpipe.transport.quiet import hush
-from rpcpipe.transport.store import ExchangeStore
+from rpcpipe.transport.interrupts import Deferred, Interruptible
+from rpcpipe.transport.rpc_store import ExchangeStore
+from rpcpipe.transport.torch_log import hush
 
 # uv: the default shm transport keeps a core busy per process even when idle. basic: through the socket.
 _TRANSPORTS, _CHANNELS = ["uv"], ["basic"]

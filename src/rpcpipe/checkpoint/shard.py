@@ -1,0 +1,178 @@
+"""One worker's part of a checkpoint: written by it, and read by whichever worker needs it.
+
+Reading has two phases, so that no worker changes anything before all have read all they need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rpcpipe.checkpoint import tensor_file
+from rpcpipe.checkpoint.manifest import Manifest
+from rpcpipe.checkpoint.plain_state import decode, encode
+from rpcpipe.checkpoint.tensor_file import Reader, Stored
+from rpcpipe.errors import CheckpointError
+from rpcpipe.model.microbatch import map_tensors
+from rpcpipe.stage.optimizer import LocalOptimizer
+
+# How many of many names an error shows.
+_SHOWN = 5
+
+
+@dataclass
+class Written:
+    """What a worker has written. ``sizes``: of its files; ``weight_bytes``: of the tensors in its weights' file."""
+
+    sizes: dict[str, int]
+    weights: dict[str, Stored]
+    weight_bytes: int
+    tensors: dict[str, Stored]
+    state: dict[str, dict[str, Any]]
+    shared: dict[str, str]
+    optimizer: str | None
+    groups: list[dict[str, Any]]
+    seed: int
+
+
+def write(
+    modules: Sequence[nn.Module],
+    optimizer: LocalOptimizer | None,
+    seed: int,
+    folder: Path,
+    label: str,
+    *,
+    with_weights: bool,
+) -> Written:
+    """Write the optimizer's state, and on demand the modules', into files of ``folder`` called ``label``."""
+    kept = _state_dict(modules) if with_weights else {}
+    groups = {} if optimizer is None else optimizer.group_of
+    names, shared = _names(modules, groups)
+    tensors: dict[str, torch.Tensor] = {}
+    state = {
+        name: encode(dict(optimizer.optimizer.state.get(parameter, {})), name, tensors)
+        for parameter, name in names.items()
+        if optimizer is not None
+    }
+    sizes: dict[str, int] = {}
+
+    def stored(kind: str, content: Mapping[str, torch.Tensor]) -> dict[str, Stored]:
+        path = folder / f"{kind}-{label}.safetensors"
+        found = tensor_file.write(path, content) if content else {}
+        sizes.update({path.name: path.stat().st_size} if content else {})
+        return found
+
+    return Written(
+        sizes=sizes,
+        weights=stored("model", kept),
+        weight_bytes=sum(tensor.nbytes for tensor in kept.values()),
+        tensors=stored("optimizer", tensors),
+        state=state,
+        shared=shared,
+        optimizer=None if optimizer is None else optimizer.kind,
+        groups=[] if optimizer is None else optimizer.groups(),
+        seed=seed,
+    )
+
+
+@dataclass
+class Loaded:
+    """What a worker has read and checked, and nothing uses yet."""
+
+    modules: list[nn.Module]
+    weights: list[dict[str, torch.Tensor]]
+    optimizer: LocalOptimizer | None
+    groups: list[dict[str, Any]]
+    state: dict[nn.Parameter, dict[str, Any]]
+
+    def apply(self) -> None:
+        """Replace the live state."""
+        for module, weights in zip(self.modules, self.weights, strict=True):
+            module.load_state_dict(weights)
+        if self.optimizer is not None:
+            self.optimizer.adopt(self.groups, self.state)
+
+
+def read(modules: Sequence[nn.Module], optimizer: LocalOptimizer | None, folder: Path, manifest: Manifest) -> Loaded:
+    """Read what ``modules`` and ``optimizer`` need; raises CheckpointError and changes nothing."""
+    live = _state_dict(modules)
+    _check_names(folder, live, manifest)
+    with Reader(folder, manifest.weights) as reader:
+        weights = [{name: reader.get(name) for name in module.state_dict()} for module in modules]
+    if optimizer is None:
+        return Loaded(list(modules), weights, None, [], {})
+    if optimizer.kind != manifest.optimizer:
+        raise CheckpointError(
+            f"{folder} holds the state of {manifest.optimizer}, this pipeline's optimizer is {optimizer.kind}"
+        )
+    group_of = optimizer.group_of
+    with Reader(folder, manifest.tensors) as reader:
+        groups = decode(manifest.groups, reader.get)
+        state = {
+            parameter: _placed(_saved_state(folder, manifest, name, reader), parameter.device, group_of[parameter])
+            for parameter, name in _names(modules, group_of)[0].items()
+        }
+    return Loaded(list(modules), weights, optimizer, groups, state)
+
+
+def _saved_state(folder: Path, manifest: Manifest, name: str, reader: Reader) -> dict[str, Any]:
+    found = manifest.state_of(name)
+    if found is None:
+        raise CheckpointError(f"{folder} holds no optimizer state for {name!r}, which was frozen when it was saved")
+    return dict(decode(found, reader.get))
+
+
+def _placed(state: dict[str, Any], device: torch.device, group: Mapping[str, Any]) -> dict[str, Any]:
+    """``state`` where torch's ``Optimizer.load_state_dict`` puts it: beside its parameter, counters on the CPU."""
+    counts_on_device = group.get("capturable") or group.get("fused")
+    return {
+        key: value if key == "step" and not counts_on_device else map_tensors(lambda t: t.to(device), value)
+        for key, value in state.items()
+    }
+
+
+def _check_names(folder: Path, live: Mapping[str, torch.Tensor], manifest: Manifest) -> None:
+    missing = [name for name in live if name not in manifest.weights]
+    if missing:
+        raise CheckpointError(f"{folder} is of another model: it lacks {some(missing)}")
+    for name, tensor in live.items():
+        saved = manifest.weights[name]
+        if (saved.dtype, saved.shape) != (str(tensor.dtype), tuple(tensor.shape)):
+            raise CheckpointError(
+                f"{folder / saved.file}: tensor {name!r} is {saved.dtype} of shape {saved.shape},"
+                f" the model's is {tensor.dtype} of {tuple(tensor.shape)}"
+            )
+
+
+def some(names: Sequence[str]) -> str:
+    """The first of ``names``, for an error."""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(map(repr, names[:_SHOWN])) + more
+
+
+def _state_dict(modules: Sequence[nn.Module]) -> dict[str, torch.Tensor]:
+    state = {name: value for module in modules for name, value in module.state_dict().items()}
+    for name, value in state.items():
+        if not isinstance(value, torch.Tensor):
+            raise CheckpointError(f"{name} is a {type(value).__name__}, not a tensor: keep it out of state_dict()")
+        if any(stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape, strict=True)):
+            raise CheckpointError(f"{name} is expanded, so torch could not load it: register it .contiguous()")
+    return state
+
+
+def _names(
+    modules: Sequence[nn.Module], wanted: Container[nn.Parameter]
+) -> tuple[dict[nn.Parameter, str], dict[str, str]]:
+    """The first name of every ``wanted`` parameter; its further names, with the first."""
+    names: dict[nn.Parameter, str] = {}
+    shared: dict[str, str] = {}
+    for module in modules:
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            if parameter in wanted and (first := names.setdefault(parameter, name)) != name:
+                shared[name] = first
+    return names, shared

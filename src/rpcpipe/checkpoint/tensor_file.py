@@ -1,0 +1,109 @@
+"""Tensors in safetensors files, each with its checksum, which that format has not."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch
+
+from rpcpipe.checkpoint.directory import sync
+from rpcpipe.errors import CheckpointError
+
+
+class Stored(NamedTuple):
+    """Where a tensor is, and what it must be."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    crc32: int
+
+
+def require() -> None:
+    """Raise ImportError unless safetensors is installed."""
+    try:
+        import safetensors  # noqa: F401
+    except ImportError as error:
+        raise ImportError("pipe.save and pipe.load need safetensors: pip install 'rpcpipe[hf]'") from error
+
+
+def write(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, Stored]:
+    """Write ``tensors`` and return when they are on the disk; raises CheckpointError with the path."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    dense = _dense(tensors)
+    try:
+        save_file(dense, path, {"format": "pt"})  # the key that transformers asks for
+        sync(path)
+    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"cannot write {path}: {type(error).__name__}: {error}") from error
+    return {name: Stored(path.name, str(t.dtype), tuple(t.shape), crc32(t)) for name, t in dense.items()}
+
+
+def _dense(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """On the CPU, contiguous, and no two in one storage; copies only what is not so."""
+    dense: dict[str, torch.Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided:
+            raise CheckpointError(f"{name} is a {tensor.layout} tensor; a checkpoint holds dense ones only")
+        tensor = tensor.detach().cpu().contiguous()
+        pointer = tensor.untyped_storage().data_ptr()
+        dense[name] = tensor.clone() if pointer in storages else tensor
+        storages.add(pointer)
+    return dense
+
+
+def crc32(tensor: torch.Tensor) -> int:
+    """Of a contiguous tensor's bytes."""
+    return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data)
+
+
+class Reader:
+    """Reads single tensors out of the files in ``folder``, each as ``stored`` says it must be."""
+
+    def __init__(self, folder: Path, stored: Mapping[str, Stored]) -> None:
+        self._folder = folder
+        self._stored = stored
+        self._files: dict[str, Any] = {}
+        self._open = ExitStack()
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open.close()
+
+    def get(self, name: str) -> torch.Tensor:
+        """A copy in memory of tensor ``name``; raises CheckpointError with file and tensor."""
+        from safetensors import SafetensorError
+
+        wanted = self._stored[name]
+        where = f"{self._folder / wanted.file}: tensor {name!r}"
+        try:
+            found: torch.Tensor = self._file(wanted.file).get_tensor(name).clone()
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{where} cannot be read: {type(error).__name__}: {error}") from error
+        if (str(found.dtype), tuple(found.shape)) != (wanted.dtype, wanted.shape):
+            raise CheckpointError(
+                f"{where} is {found.dtype} of shape {tuple(found.shape)}"
+                f" and was saved as {wanted.dtype} of {wanted.shape}"
+            )
+        if crc32(found) != wanted.crc32:
+            raise CheckpointError(f"{where} is damaged: its checksum is not the one that was saved")
+        return found
+
+    def _file(self, name: str) -> Any:
+        from safetensors import safe_open
+
+        if name not in self._files:
+            self._files[name] = self._open.enter_context(safe_open(self._folder / name, framework="pt"))
+        return self._files[name]

@@ -1,0 +1,255 @@
+"""A live group of workers: what they say, who is lost, and how it ends."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from rpcpipe import _tables
+from rpcpipe.cluster.group import Group, Member, place_of
+from rpcpipe.errors import Failure, RpcPipeError, StageError, WorkerLost
+from rpcpipe.transport import rpc
+from rpcpipe.transport.pickling import dumps, loads
+
+log = logging.getLogger("rpcpipe")
+
+_STOP_SECONDS = 1.0
+_KILL_SECONDS = 0.5
+_DRAIN_SECONDS = 0.3
+
+
+@dataclass(frozen=True)
+class Worker:
+    """Where a worker is."""
+
+    name: str
+    rank: int
+    host: str
+    pid: int
+    device: str
+
+
+class Holder(Protocol):
+    """What lives on a cluster: a pipeline."""
+
+    def close(self) -> None: ...
+
+    def stages_on(self, worker: str) -> Sequence[int]: ...
+
+    def replica_of(self, worker: str) -> int | None: ...
+
+
+class Cluster:
+    """Live workers; made by ``rp.launch`` or ``rp.connect``. A context manager that closes them.
+
+    ``workers`` hold the stages of pipelines; ``spares`` are idle.
+    """
+
+    def __init__(self, group: Group, workers: Sequence[Worker], spares: Sequence[Worker] = ()) -> None:
+        self.workers, self.spares = tuple(workers), tuple(spares)
+        self.timeout = group.timeout
+        self.transport = rpc.RpcTransport(group.generation)
+        self.pipelines: weakref.WeakSet[Holder] = weakref.WeakSet()
+        self._group = group
+        self._beats: dict[str, tuple[int, str, int]] = {}
+        self._dead: dict[str, WorkerLost] = {}
+        self._holdings: dict[str, tuple[int, ...]] = {}
+        self._replicas: dict[str, tuple[int, ...]] = {}
+        self._alive = set(group.members)
+        self._gone = threading.Condition()
+        self._closed = self._ending = False
+        group.logs.label = self._label
+        self._thread = threading.Thread(target=self._listen, daemon=True, name="rpcpipe-watch")
+        self._thread.start()
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def healthy(self) -> bool:
+        """Open, and no worker has died; a spare may have."""
+        return not self._closed and not self._lost_workers()
+
+    def check(self) -> None:
+        """Raise unless the cluster can take work."""
+        if self._closed:
+            raise RpcPipeError("the cluster is closed; call rp.launch again")
+        for lost in self._lost_workers():
+            raise lost.again()
+
+    def _lost_workers(self) -> list[WorkerLost]:
+        return [self._dead[worker.name] for worker in self.workers if worker.name in self._dead]
+
+    def call(self, worker: str | int | Worker, function: Callable[..., Any], *args: Any) -> Any:
+        """``function(*args)`` on a worker or spare (its name, rank from 1, or ``Worker``); the result."""
+        self.check()
+        name = self._name(worker)
+        reply = self.transport.post(name, "run", dumps((function, args), "the call's function"))
+        done, _ = self.transport.wait([reply], self.timeout)
+        if not done:
+            raise TimeoutError(f"{name} did not answer within {self.timeout:g} s")
+        outcome = reply.result()
+        if isinstance(outcome, Failure):
+            raise StageError.of(outcome)
+        return loads(outcome)
+
+    def _name(self, worker: str | int | Worker) -> str:
+        everybody = self.workers + self.spares
+        for known in everybody:
+            if worker in (known, known.name, known.rank):
+                return known.name
+        raise ValueError(f"no worker {worker!r}; there are {', '.join(known.name for known in everybody)}")
+
+    # --- what workers say; runs on the watch's thread ---
+
+    def _listen(self) -> None:
+        while self._alive or not self._ending:
+            for source, kind, payload in self._group.watch.poll():
+                if not self._group.heard(source, kind, payload):
+                    self._hear(source, kind, payload)
+            self._group.rest()
+
+    def _hear(self, source: Any, kind: str, payload: Any) -> None:
+        if kind == "beat":
+            self._beats[source.name] = tuple(payload)
+        elif kind == "died":
+            self._lost(source, payload)
+            with self._gone:
+                self._alive.discard(source.name)
+                self._gone.notify_all()
+        elif kind == "silent":
+            self._lost(source, f"has given no sign of life for {payload:.1f} s ({source.state()})")
+
+    def _lost(self, member: Member, how: str) -> None:
+        if self._ending or member.name in self._dead:
+            return
+        stages, role = self.stages_on(member.name), self._role(member.name)
+        who = f"{role} on {place_of(member)}" if role else place_of(member)
+        last = self._group.logs.tail(member.name)
+        story = f"{who} {how}.\n" + (f"Its last lines:\n{last}\n" if last else "It has printed nothing.\n")
+        if member.name in (spare.name for spare in self.spares):
+            log.warning("%sIt was idle: training goes on with a spare less", story)
+        error = WorkerLost(
+            story + "Its layers went with it: launch (or connect) again and make a new Pipeline",
+            worker=member.name,
+            stages=stages,
+            host=member.host,
+            pid=member.pid,
+        )
+        self._dead[member.name] = error
+        self.transport.lose(member.name, error)
+
+    def relabel(self) -> None:
+        """A pipeline's stages have come, moved or gone: for labels and messages."""
+        if self._ending:
+            return
+        pipelines = list(self.pipelines)
+        # Replaced as a whole, because the watch's thread reads it.
+        self._holdings = {
+            worker.name: tuple(sorted({stage for pipe in pipelines for stage in pipe.stages_on(worker.name)}))
+            for worker in self.workers
+        }
+        self._replicas = {
+            worker.name: tuple(
+                sorted({found for pipe in pipelines if (found := pipe.replica_of(worker.name)) is not None})
+            )
+            for worker in self.workers
+        }
+
+    def stages_on(self, worker: str) -> tuple[int, ...]:
+        """The stages that ``worker`` holds, of all pipelines."""
+        return self._holdings.get(worker, ())
+
+    def _role(self, worker: str) -> str:
+        """``stage 0, 2`` or, of several replicas, ``stage 0, 2 of replica 1``; '' for a worker without stages."""
+        stages, replicas = self.stages_on(worker), self._replicas.get(worker, ())
+        of = f" of replica {', '.join(map(str, replicas))}" if replicas else ""
+        return f"stage {', '.join(map(str, stages))}{of}" if stages else ""
+
+    def _label(self, worker: str) -> str:
+        """The prefix of what a worker prints."""
+        member = self._group.members[worker]
+        return f"[{self._role(worker) or worker} {member.host}:{member.pid}]"
+
+    # --- for people ---
+
+    def _rows(self) -> list[list[str]]:
+        rows = []
+        for worker in self.workers + self.spares:
+            finished, doing, memory = self._beats.get(worker.name, (0, "", 0))
+            state = "lost" if worker.name in self._dead else doing or "no sign of life yet"
+            stages = ", ".join(map(str, self.stages_on(worker.name))) or "-"
+            place = f"{worker.host}:{worker.pid}"
+            size = _tables.mebibytes(memory) if memory else "?"
+            rows.append([worker.name, place, worker.device, stages, size, str(finished), state])
+        return rows
+
+    _HEADER = ("worker", "host:pid", "device", "stages", "memory", "tasks done", "now")
+
+    def _title(self) -> str:
+        state = "closed" if self._closed else f"{len(self._dead)} lost" if self._dead else "live"
+        spares = f", {len(self.spares)} spare{'s' * (len(self.spares) > 1)}" if self.spares else ""
+        return f"Cluster({len(self.workers)} workers{spares}, {state})"
+
+    def __repr__(self) -> str:
+        return f"{self._title()}\n{_tables.text(self._HEADER, self._rows())}"
+
+    def _repr_html_(self) -> str:
+        return _tables.markup(self._title(), self._HEADER, self._rows())
+
+    # --- the end ---
+
+    def _drain(self) -> None:
+        """Let what is under way arrive: contexts being released, RRefs being deleted."""
+        if self.healthy:
+            until = time.monotonic() + _DRAIN_SECONDS
+            everybody = self.workers + self.spares
+            for reply in [self.transport.post(worker.name, "progress") for worker in everybody]:
+                self.transport.wait([reply], max(0.0, until - time.monotonic()))
+
+    def close(self) -> None:
+        """End the workers; returns within 2 s whatever their state. Closing twice is allowed."""
+        if self._closed:
+            return
+        try:
+            self._drain()
+            self._ending = True  # from here on a death is no news, and labels stay
+            for pipeline in list(self.pipelines):
+                pipeline.close()
+        finally:
+            self._ending = self._closed = True
+            self._end()
+
+    def _end(self) -> None:
+        members = list(self._group.members.values())
+        for member in members:
+            closed = WorkerLost(f"{member.name}: the cluster was closed", worker=member.name)
+            self.transport.lose(member.name, closed)
+        try:
+            for member in members:
+                # Who is lost would not hear "stop": it is dead, stopped or stuck.
+                member.kill() if member.name in self._dead else member.send("stop")
+            self._wait_for_deaths(_STOP_SECONDS)
+        finally:  # a second Ctrl-C ends the waiting, not the ending
+            for member in members:
+                if member.name in self._alive:
+                    member.kill()
+            self._wait_for_deaths(_KILL_SECONDS)
+            rpc.leave()
+            with self._gone:
+                self._alive.clear()
+            self._group.watch.wake()
+            self._thread.join()
+            self._group.close()
+
+    def _wait_for_deaths(self, timeout: float) -> None:
+        with self._gone:
+            self._gone.wait_for(lambda: not self._alive, timeout)

@@ -1,0 +1,151 @@
+"""``rpcpipe doctor``: what of this machine would keep a cluster from forming, and what to do about it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from rpcpipe import _tables
+from rpcpipe.cluster import authentication
+from rpcpipe.cluster.environment import Place, choose_interface, interfaces, resolve, secret
+from rpcpipe.cluster.launch import launch
+from rpcpipe.cluster.process import leftovers
+from rpcpipe.errors import RendezvousError, RpcPipeError
+
+_SHM_LEAST = 64 << 20
+_MARKS = {True: "ok", False: "BAD", None: "-"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """``good`` is None for what is only reported."""
+
+    what: str
+    good: bool | None
+    words: str
+
+
+def examine() -> Iterator[Finding]:
+    """All checks, cheap ones first; the last one launches a worker."""
+    for check in (_versions, _cpu, _loopback, _interfaces, _name, _cuda, _shared_memory, _leftovers, _job, _launch):
+        found = check()
+        yield from [found] if isinstance(found, Finding) else found
+
+
+def report(say: Callable[[str], None] = print) -> int:
+    """Print all findings; the exit status: 1 if anything is bad."""
+    found = list(examine())
+    say(_tables.text(("check", "", ""), [(one.what, _MARKS[one.good], one.words) for one in found]))
+    return int(any(one.good is False for one in found))
+
+
+def _versions() -> Finding:
+    versions = authentication.versions()
+    words = ", ".join(f"{name} {version}" for name, version in versions.items())
+    good = platform.system() == "Linux" and torch.distributed.is_available()
+    return Finding(
+        "versions", good, f"{words}; {platform.system()} {platform.release()}; the same on all hosts, please"
+    )
+
+
+def _cpu() -> Finding:
+    memory = psutil.virtual_memory()
+    cores = len(os.sched_getaffinity(0))
+    return Finding("machine", None, f"{cores} cores, {_tables.mebibytes(memory.available)} of memory free")
+
+
+def _loopback() -> Finding:
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname(), 1):
+            return Finding("loopback", True, "connects to itself")
+    except OSError as error:
+        return Finding("loopback", False, f"{error}: rp.launch needs the interface lo to be up (ip link set lo up)")
+
+
+def _interfaces() -> Finding:
+    words = ", ".join(f"{one.name} {one.address}" for one in interfaces())
+    return Finding("interfaces", None, words or "none")
+
+
+def _name() -> Finding:
+    name = socket.gethostname()
+    try:
+        start = time.monotonic()
+        address, seconds = resolve(name), time.monotonic() - start
+    except RendezvousError:
+        return Finding("host name", None, f"{name} has no address here; use addresses for MASTER_ADDR")
+    slow = " (slowly: this delays every connection)" if seconds > 1 else ""
+    return Finding("host name", seconds <= 1, f"{name} is {address}{slow}")
+
+
+def _cuda() -> Finding:
+    if not torch.cuda.is_available():
+        return Finding("CUDA", None, "none; workers use the CPU")
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return Finding("CUDA", None, f"{len(names)} devices: {', '.join(names)}")
+
+
+def _shared_memory() -> Finding:
+    try:
+        free = shutil.disk_usage("/dev/shm").free
+    except OSError as error:
+        return Finding("shared memory", None, f"{error}; rpcpipe does not need it, DataLoader workers do")
+    few = " — too few for DataLoader workers (docker: --shm-size=1g)" if free < _SHM_LEAST else ""
+    return Finding("shared memory", not few, f"{_tables.mebibytes(free)} free in /dev/shm{few}")
+
+
+def _leftovers() -> Finding:
+    pids = [process.pid for process in leftovers()]
+    if not pids:
+        return Finding("leftover workers", True, "none")
+    return Finding("leftover workers", False, f"their driver is gone: kill {' '.join(map(str, pids))}")
+
+
+def _job() -> Iterator[Finding]:
+    """The variables of rp.connect, where any is set."""
+    if not {"RANK", "SLURM_PROCID", "MASTER_ADDR"} & os.environ.keys():
+        yield Finding(
+            "multi-host", None, "RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT are not set; rp.launch needs none"
+        )
+        return
+    try:
+        place = Place.of(os.environ)
+        interface = choose_interface(os.environ.get("RPCPIPE_BIND"), place.address)
+        secret(os.environ)
+    except RendezvousError as error:
+        yield Finding("multi-host", False, str(error))
+        return
+    yield Finding(
+        "multi-host", True, f"rank {place.rank} of {place.world_size} on {interface.name} {interface.address}"
+    )
+    yield _port(place, interface.address)
+
+
+def _port(place: Place, address: str) -> Finding:
+    where = f"{place.address}:{place.port}"
+    try:
+        if place.rank == 0 and not place.agent_store:
+            socket.create_server((address, place.port)).close()
+            return Finding("join port", True, f"{where} is free for the driver")
+        socket.create_connection((resolve(place.address), place.port), 2).close()
+        return Finding("join port", True, f"{where} answers")
+    except (OSError, RendezvousError) as error:
+        return Finding("join port", False, f"{where}: {error}")
+
+
+def _launch() -> Finding:
+    start = time.monotonic()
+    try:
+        with launch(workers=1, device="cpu", threads=1, timeout=30.0) as cluster:
+            cluster.call(1, os.getpid)
+    except RpcPipeError as error:
+        return Finding("a worker", False, str(error))
+    return Finding("a worker", True, f"launched, called and closed in {time.monotonic() - start:.1f} s")

@@ -1,0 +1,127 @@
+"""Where the figures of every step go: callbacks that take a StepResult."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rpcpipe.driver.result import StepResult
+
+Callback = Callable[[StepResult], Any]
+_LEFT_OUT = ("timeline", "idle")
+
+
+def record(result: StepResult) -> dict[str, Any]:
+    """The figures by name, fit for JSON: None for NaN and infinity, lists for tuples."""
+    found = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
+    kept = {name: value for name, value in found.items() if name not in _LEFT_OUT}
+    return {name: _plain(value) for name, value in {**kept, "bubble": result.bubble}.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class JsonLines:
+    """Appends one JSON object per step to ``path``: StepResult's figures and ``time``, seconds since 1970.
+
+    Every line is written by one call as soon as its step is done, so a kill loses at most the line under
+    way; what is left of such a line is cut off when the file is opened again. Lines are never taken
+    back: after a resume a step number may appear twice, and the later line is the one that counts.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._file = self.path.open("ab", buffering=0)
+        _cut_torn_line(self.path)
+
+    def __call__(self, result: StepResult) -> None:
+        self._file.write(json.dumps({**record(result), "time": time.time()}).encode() + b"\n")
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def __repr__(self) -> str:
+        return f"JsonLines({str(self.path)!r})"
+
+
+def _cut_torn_line(path: Path) -> None:
+    size, block = path.stat().st_size, 1 << 16
+    with path.open("r+b") as file:
+        end = size
+        while end > 0:
+            start = max(0, end - block)
+            file.seek(start)
+            if (found := file.read(end - start).rfind(b"\n")) >= 0:
+                end = start + found + 1
+                break
+            end = start
+        if end < size:
+            file.truncate(end)
+
+
+class TensorBoard:
+    """Writes every step's figures as scalars for TensorBoard to read from ``directory``.
+
+    Figures of several stages or parameter groups are named by number: ``peak_in_flight/0``. After a
+    resume TensorBoard hides what was written before from the first step on that is written again.
+    Raises ImportError where the extra ``track`` is not installed.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ImportError("rp.TensorBoard needs tensorboard: pip install 'rpcpipe[track]'") from error
+        self.directory = Path(directory)
+        self._make: Any = SummaryWriter
+        self._writer: Any = None
+
+    def __call__(self, result: StepResult) -> None:
+        if self._writer is None:
+            self._writer = self._make(str(self.directory), purge_step=result.step)
+        for name, value in record(result).items():
+            if name != "step":
+                self._write(name, value, result.step)
+
+    def _write(self, name: str, value: Any, step: int) -> None:
+        if isinstance(value, Sequence):
+            for index, part in enumerate(value):
+                self._write(f"{name}/{index}", part, step)
+        elif value is not None:
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Write what is left and close the file."""
+        if self._writer is not None:
+            self._writer.close()
+
+    def __repr__(self) -> str:
+        return f"TensorBoard({str(self.directory)!r})"
+
+
+def tell(callbacks: Sequence[Callback], result: StepResult) -> None:
+    """Call all of them; then the first exception is raised, with a note that the step is done."""
+    first: Exception | None = None
+    for callback in callbacks:
+        try:
+            callback(result)
+        except Exception as error:
+            error.add_note(
+                f"raised by the callback {callback!r} after step {result.step}, which is done and counted;"
+                " the pipeline is usable, `pipe.callbacks` holds its callbacks"
+            )
+            if first is not None:
+                first.add_note(f"and {callback!r} raised {error!r}")
+            first = first or error
+    if first is not None:
+        raise first

@@ -1,0 +1,295 @@
+"""Asynchronous training: minibatches follow each other through the stages without a flush.
+
+The driver feeds ahead of what it collects, so the workers never wait for it. A stream is one step
+without end for the mailboxes; its unit of success and failure is the group, all that goes into one
+update. The segment from where it last stood empty is what versions are counted in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections import deque
+from collections.abc import Generator, Iterable, Mapping
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
+
+from rpcpipe.driver.callbacks import tell
+from rpcpipe.driver.feeding import hops
+from rpcpipe.driver.result import StepResult, of_stream
+from rpcpipe.driver.routes import entering, route
+from rpcpipe.driver.tracing import spans
+from rpcpipe.errors import Failure, RpcPipeError, ScheduleError, StageError, WorkerLost
+from rpcpipe.model.layers import check_inputs
+from rpcpipe.model.microbatch import Nest
+from rpcpipe.schedules import Action
+from rpcpipe.schedules.asynchronous import Stream as Order
+from rpcpipe.stage import stream_rollback
+from rpcpipe.transport.interrupts import Deferred
+from rpcpipe.worker.messages import Port, Report, Share, StepPlan, Task, Update
+
+if TYPE_CHECKING:
+    from rpcpipe.pipeline.pipeline import Pipeline
+
+log = logging.getLogger("rpcpipe")
+
+
+@dataclasses.dataclass
+class _Batch:
+    """A batch on its way: its groups and, by micro-batch, its share of the batch."""
+
+    groups: range
+    shares: dict[int, float]
+    held: list[object]
+    lr: tuple[float, ...]
+
+
+class Stream:
+    """Batches on their way through ``pipe``; ``results`` are those that came back and nobody has taken."""
+
+    def __init__(self, pipe: Pipeline) -> None:
+        self.results: deque[StepResult] = deque()
+        self._pipe = pipe
+        self._is_open = False
+        # So many batches are fed before the oldest is awaited: their micro-batches fill the pipeline,
+        # and two more hide the driver's own time.
+        self._ahead = -(-(len(pipe._names) + 2) // pipe.chunks)
+
+    def run(self, batches: Iterable[tuple[Nest, Nest]], flush_every: int | None) -> Generator[StepResult, None, None]:
+        """Feed all ``batches``; the results in their order, some batches later."""
+        try:
+            for count, (inputs, targets) in enumerate(batches, 1):
+                self.feed(inputs, targets)
+                if flush_every is not None and count % flush_every == 0:
+                    self.flush()
+                while self.results or (self._is_open and len(self._batches) > self._ahead):
+                    yield self.take()
+        except KeyboardInterrupt:
+            with Deferred():
+                self._drain()  # what was fed will be done; the next call waits for it
+            raise
+        except BaseException:  # the caller leaves the loop, or has no more batches
+            self.flush()
+            while self.results:
+                self.take()
+            raise
+        self.flush()
+        while self.results:
+            yield self.take()
+
+    def take(self) -> StepResult:
+        """The oldest result, which the callbacks are told."""
+        result = self.results.popleft() if self.results else self._collect()
+        tell(self._pipe.callbacks, result)
+        return result
+
+    # --- feeding ---
+
+    def feed(self, inputs: Nest, targets: Nest) -> None:
+        """Issue all that one more batch lets the workers do."""
+        pipe = self._pipe
+        parts, shares, _ = pipe._program.cut(inputs)
+        answers = pipe._program.cut_targets(pipe._prepare(targets))
+        if len(parts) != len(answers):
+            raise ValueError(f"inputs make {len(parts)} micro-batches and targets {len(answers)}: their sizes differ")
+        check_inputs(parts[0], pipe._wires)
+        with Deferred():
+            if not self._is_open:
+                pipe._check()
+                self._open()
+            pipe._enter(self)
+            try:
+                pipe.optimizer.step()  # for learning-rate schedulers, which count the calls; leads to apply
+            finally:
+                pipe._leave(self)
+            double = pipe._policy == "2bw"
+            first = len(self._changes)
+            groups = range(first, first + (1 if double else len(parts)))
+            batch = _Batch(groups, {}, [], pipe.optimizer.lr)
+            self._changes += [self._now] * len(batch.groups)
+            self._batches.append(batch)
+            for index, part in enumerate(parts):
+                last = not double or index == len(parts) - 1
+                chunk, group = self._order.fed, first if double else first + index
+                self._groups.append(group)
+                batch.shares[chunk] = shares[index]
+                share = Share(self._base + group, index, shares[index], group, last, len(parts) == 1)
+                if not double:
+                    share = Share(self._base + group, 0, 1.0, group, last=True, alone=True)
+                self._issue(self._order.feed(last=last), share, part, answers[index], batch.held)
+        if double and len(parts) < len(pipe._names):
+            self.flush()  # the next batch's version would not be there in time
+
+    def apply(self) -> None:
+        """Called through ``pipe.optimizer.step()``: the hyperparameters that hold for the batch being fed."""
+        self._now = self._pipe.optimizer.changes()
+
+    def abandon(self) -> None:
+        """The pipeline is closed: nothing of the stream matters any more."""
+        self._is_open = False
+
+    def _open(self) -> None:
+        pipe = self._pipe
+        if pipe._policy is None:
+            raise ScheduleError(
+                f"the schedule has become {pipe.schedule.name!r}, which does not stream; leave the loop over"
+                " pipe.train first and begin another"
+            )
+        pipe._check_policy(pipe._policy)
+        self._step, self._first = pipe._driver.new_step(), pipe._driver.places()
+        self._base, self._committed = pipe.trained, 0
+        self._order, self._hops = Order(len(pipe._names)), hops(pipe)
+        self._drained = False
+        self._groups: list[int] = []  # by micro-batch
+        self._changes: list[list[dict[str, Any]]] = []  # by group
+        self._batches: deque[_Batch] = deque()
+        self._replies: dict[tuple[str, int], Future[Any]] = {}
+        self._ended: dict[str, int] = {}
+        self._since = time.perf_counter()
+        plan = StepPlan(
+            self._step, self._base, True, (), trace=pipe._tracer is not None, policy=pipe._policy,
+            stop=pipe.nonfinite == "stop",
+        )  # fmt: skip
+        for name in pipe._names:
+            pipe._driver.send(name, self._step, Task("begin", (plan,)))
+        self._watches = pipe._driver.watch(self._step)
+        self._is_open, pipe._stream = True, self
+
+    def _issue(
+        self, actions: list[tuple[int, Action]], share: Share | None, part: Nest, answer: Nest, held: list[object]
+    ) -> None:
+        pipe, calls = self._pipe, []
+        last = len(pipe._names) - 1
+        for worker, action in actions:
+            group = self._groups[action.chunk]
+            way = route(pipe.schedule, action, pipe._names, targets=True, hops=self._hops)
+            values: list[tuple[Port, Any]] = []
+            told: Share | Update | None = None
+            if action.kind == "F":
+                told = share
+                given = entering(part, action.chunk, self._hops)
+                values += [(port, given[port]) for port in way.awaits if port in given]
+                values += [(Port(action, "target"), answer)] if worker == last else []
+            elif action.kind == "U":
+                told = Update(group, self._changes[group], pipe.clip_grad_norm, self._committed)
+            calls.append((pipe._names[worker], Task("act", (way, told), way.awaits, group), values))
+        handles, replies = pipe._driver.feed(self._step, calls)
+        held += handles
+        self._replies |= replies
+
+    def _drain(self) -> None:
+        """Let all that was fed come to its end."""
+        if self._is_open and not self._drained:
+            self._drained = True
+            self._issue(self._order.drain(), None, None, None, self._batches[-1].held if self._batches else [])
+
+    # --- collecting ---
+
+    def flush(self) -> None:
+        """Drain the pipeline: afterwards all stages have the same updates, and one version of the weights."""
+        if not self._is_open:
+            return
+        with Deferred():
+            self._drain()
+            while self._batches:
+                self.results.append(self._collect())
+            self._close(None)
+
+    def _collect(self) -> StepResult:
+        """The oldest batch's result."""
+        pipe, batch = self._pipe, self._batches[0]
+        wanted = {(name, group): self._replies[name, group] for group in batch.groups for name in pipe._names}
+        with Deferred():
+            try:
+                reports = pipe._driver.collect(wanted, self._watches)
+            except StageError as error:
+                raise self._stop(error) from None
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:
+                self._abort(error)
+                raise
+            self._batches.popleft()
+            for key in wanted:
+                del self._replies[key]
+            self._committed = batch.groups.stop
+            pipe.trained = self._base + self._committed
+            return self._result(batch, reports)
+
+    def _result(self, batch: _Batch, reports: Mapping[tuple[str, int], Report]) -> StepResult:
+        pipe, number = self._pipe, self._base + batch.groups.start
+        since, self._since = self._since, time.perf_counter()
+        by_worker = {name: Report.joined([reports[name, group] for group in batch.groups]) for name in pipe._names}
+        result = of_stream(
+            by_worker,
+            [[reports[name, group] for name in pipe._names] for group in batch.groups],
+            number=number, base=self._base, groups=batch.groups, shares=batch.shares, lr=batch.lr,
+            seconds=self._since - since, ended=self._ended, name=pipe.schedule.name,
+            spans=spans(by_worker, pipe._offsets, number),
+        )  # fmt: skip
+        if not result.applied:
+            log.warning("step %d: loss or gradient is not finite; %d updates skipped", number, result.skipped)
+        if pipe._tracer is not None:
+            pipe._tracer.step(by_worker, number)
+        pipe._note(result.timeline)
+        return result
+
+    # --- ending ---
+
+    def _close(self, updates: int | None) -> None:
+        """Workers forget the stream; ``updates``: and go back to so many first."""
+        pipe = self._pipe
+        self._is_open, pipe._stream = False, None
+        pipe._driver.cancel(self._step, pipe._driver.places())
+        pipe._driver.collect({name: pipe._driver.post(name, "end_stream", updates) for name in pipe._names})
+
+    def _stop(self, error: StageError) -> RpcPipeError:
+        """Do what was fed before the failed group, on all stages; the error to raise."""
+        pipe, driver = self._pipe, self._pipe._driver
+        group = self._committed if error.chunk is None else self._groups[error.chunk]
+        try:
+            with Deferred():
+                driver.abandon(self._step, group)
+                self._drain()
+                outcomes = driver.outcomes(self._replies)
+                done = {self._leading(name, outcomes) for name in pipe._names}
+                kept = done.pop() if len(done) == 1 else None
+                updates = stream_rollback.newest(self._committed) if kept is None else kept
+                self._close(updates if kept is None else None)
+        except BaseException as worse:
+            self._abort(worse)
+            raise
+        return StageError.of(dataclasses.replace(error.failure, after=self._account(updates)))
+
+    def _leading(self, name: str, outcomes: Mapping[tuple[str, int], Any]) -> int:
+        """How many groups the worker has done without a gap."""
+        group = self._committed
+        while not isinstance(outcomes.get((name, group), Failure.cancel(name, "")), Failure):
+            group += 1
+        return group
+
+    def _abort(self, error: BaseException) -> None:
+        """Something does not move or is gone: drop all, go back to what all stages surely have."""
+        pipe = self._pipe
+        self._is_open, pipe._stream = False, None
+        if isinstance(error, WorkerLost) or not pipe.cluster.healthy:
+            return
+        with Deferred():
+            updates = stream_rollback.newest(self._committed)
+            pipe._driver.cancel(self._step, self._first)
+            for name in pipe._names:
+                pipe._driver.post(name, "end_stream", updates)
+            error.add_note(self._account(updates))
+
+    def _account(self, updates: int) -> str:
+        """Which minibatches are in the weights and which are not; sets ``trained``."""
+        pipe = self._pipe
+        pipe.trained = self._base + updates
+        unit = "batches" if pipe._policy == "2bw" else "minibatches"
+        fed = self._base + len(self._changes)
+        return (
+            f"On every stage the {unit} before number {pipe.trained} (pipe.trained) are in the weights and"
+            f" numbers {pipe.trained} to {fed - 1} are not; the stream has ended and the pipeline is usable."
+            " Mend the cause and feed those again."
+        )

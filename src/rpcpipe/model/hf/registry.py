@@ -1,0 +1,37 @@
+"""Which models there are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from rpcpipe.model.hf import bert, gpt2, llama
+from rpcpipe.model.layers import Layer
+from rpcpipe.stage.stage import Loss
+
+Family = Callable[[Any], tuple[dict[str, Layer], Loss]]
+_FAMILIES: dict[str, Family] = {
+    "GPT2LMHeadModel": gpt2.lm_head,
+    "BertForPreTraining": bert.pre_training,
+    "BertForMaskedLM": bert.masked_lm,
+    "LlamaForCausalLM": llama.causal_lm,
+}
+_DEFAULTS = {"gpt2": "GPT2LMHeadModel", "bert": "BertForPreTraining", "llama": "LlamaForCausalLM"}
+
+
+def family_of(source: Any) -> Family:
+    """What cuts ``source``, a config or a model; ValueError if nothing does."""
+    if isinstance(source, PreTrainedModel):
+        name = type(source).__name__
+    else:
+        default = _DEFAULTS.get(getattr(source, "model_type", ""), "")
+        named = getattr(source, "architectures", None) or [default]
+        name = named[0] if default and named[0] in _FAMILIES else default
+    if name not in _FAMILIES:
+        raise ValueError(
+            f"from_transformers takes {', '.join(_FAMILIES)}, or their configs, not {type(source).__name__};"
+            " any other model is a pipeline once it is written as a list of layers (docs/models.md)"
+        )
+    return _FAMILIES[name]

@@ -1,0 +1,149 @@
+"""One weight that several layers share, wherever they are.
+
+On a worker the layers share the parameter itself. Workers have a copy each, drawn alike; their
+gradients are summed before the update (``exchange``), and the same update keeps them alike to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import nn
+
+from rpcpipe.errors import CheckpointError, PartitionError
+from rpcpipe.model import rng
+
+
+class Holder(NamedTuple):
+    """A layer that shares a weight, and what it calls the parameter."""
+
+    layer: str
+    parameter: str
+
+    @property
+    def name(self) -> str:
+        """The parameter's name in the unsplit model."""
+        return f"{self.layer}.{self.parameter}"
+
+
+class Spec(Protocol):
+    """What is used of a LayerSpec here; ``tied``: parameters' names by the key under which others share them."""
+
+    @property
+    def tied(self) -> Mapping[str, str]: ...
+
+    def build(self) -> nn.Module: ...
+
+
+@dataclass(frozen=True)
+class Tie:
+    """``holders``: in the model's order. ``spec``: the first one's, if it is one, and ``index`` its place."""
+
+    holders: tuple[Holder, ...]
+    spec: Spec | None
+    index: int
+
+    @property
+    def group(self) -> str:
+        """What messages call it."""
+        return f"the weight {self.holders[0].name}"
+
+
+def find(layers: Mapping[str, nn.Module | Spec]) -> tuple[Tie, ...]:
+    """Specs' keys, and the parameters that several modules have in common.
+
+    Raises PartitionError for a key that only one layer has.
+    """
+    found: dict[str | nn.Parameter, list[tuple[int, Holder]]] = {}
+    specs = dict[int, Spec]()
+    for index, (name, layer) in enumerate(layers.items()):
+        if isinstance(layer, nn.Module):
+            for path, parameter in layer.named_parameters():
+                found.setdefault(parameter, []).append((index, Holder(name, path)))
+        else:
+            specs[index] = layer
+            for key, path in layer.tied.items():
+                found.setdefault(key, []).append((index, Holder(name, path)))
+    for shared, holders in found.items():
+        if isinstance(shared, str) and len(holders) == 1:
+            alone = holders[0][1].layer
+            raise PartitionError(f"tied={shared!r} is said of layer {alone} alone; say it of another one too")
+    return tuple(
+        Tie(tuple(holder for _, holder in holders), specs.get(holders[0][0]), holders[0][0])
+        for holders in found.values()
+        if len(holders) > 1
+    )
+
+
+def join(
+    modules: Mapping[str, nn.Module], ties: Sequence[Tie], drawn: Collection[str], seed: int
+) -> dict[str, nn.Parameter]:
+    """Let those of ``modules`` that are tied share the parameter itself; the parameters by group.
+
+    Those of ``drawn`` were just built from a spec: where the first holder is elsewhere, their values
+    become its, from its spec. Raises PartitionError where the parameters are not alike.
+    """
+    found = {}
+    for tie in ties:
+        here = [holder for holder in tie.holders if holder.layer in modules]
+        if not here:
+            continue
+        weight = _parameter(modules[here[0].layer], here[0])
+        if here[0] != tie.holders[0] and here[0].layer in drawn and tie.spec is not None:
+            rng.seed_init(seed, tie.index)
+            original = _parameter(tie.spec.build(), tie.holders[0])
+            _check_alike(tie.holders[0], original, here[0], weight)
+            weight.data.copy_(original.data)
+        for holder in here[1:]:
+            own = _parameter(modules[holder.layer], holder)
+            _check_alike(here[0], weight, holder, own)
+            _replace(modules[holder.layer], own, weight)
+        found[tie.group] = weight
+    return found
+
+
+def _parameter(module: nn.Module, holder: Holder) -> nn.Parameter:
+    try:
+        return module.get_parameter(holder.parameter)
+    except AttributeError as error:
+        raise PartitionError(
+            f"layer {holder.layer}, a {type(module).__name__}, has no parameter {holder.parameter!r} to tie; say which"
+            ' by tied={"key": "name of the parameter in the layer"}'
+        ) from error
+
+
+def _check_alike(first: Holder, a: nn.Parameter, second: Holder, b: nn.Parameter) -> None:
+    if (a.shape, a.dtype, a.requires_grad) != (b.shape, b.dtype, b.requires_grad):
+        raise PartitionError(f"{first.name} and {second.name} cannot be one weight: {_words(a)} and {_words(b)}")
+
+
+def _words(parameter: nn.Parameter) -> str:
+    return f"{tuple(parameter.shape)} of {parameter.dtype}{'' if parameter.requires_grad else ', frozen'}"
+
+
+def _replace(module: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False, remove_duplicate=False):
+            if parameter is old:
+                setattr(part, name, new)
+
+
+def completed(ties: Sequence[Tie], state: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """``state`` with each tied weight under all its names, if it has it under one.
+
+    Raises CheckpointError where two names have different values.
+    """
+    whole = dict(state)
+    for tie in ties:
+        names = [holder.name for holder in tie.holders]
+        present = [name for name in names if name in state]
+        for other in present[1:]:
+            if not torch.equal(state[present[0]], state[other]):
+                raise CheckpointError(
+                    f"{present[0]} and {other} are one weight of the model and differ in the state; give one of them"
+                )
+        whole |= {name: state[present[0]] for name in names if present}
+    return whole

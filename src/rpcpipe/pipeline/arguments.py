@@ -1,0 +1,181 @@
+"""Pipeline's arguments, checked before anything starts; every refusal says the values and what to do."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from rpcpipe import schedules
+from rpcpipe.driver.program import Layout
+from rpcpipe.errors import CheckpointError, PartitionError, ScheduleError
+from rpcpipe.model.batchnorm import MODES
+from rpcpipe.model.layers import Layer, parameter_counts
+from rpcpipe.model.tied_weights import Tie
+from rpcpipe.planning.layer_cost import costs
+from rpcpipe.planning.partition import balance as cut
+from rpcpipe.planning.partition import check_balance
+from rpcpipe.schedules import Schedule
+from rpcpipe.schedules.weight_versions import POLICIES
+from rpcpipe.stage import precision
+
+_BALANCES = ("parameters", "time", "memory")
+_DISPATCH = ("rref", "batched")
+
+
+def refuse(condition: bool, message: str) -> None:
+    """ValueError with ``message`` if ``condition`` holds."""
+    if condition:
+        raise ValueError(message)
+
+
+def layout_of(
+    cluster: Any, schedule: str | Schedule, balance: str | Sequence[int], virtual: int, replicas: int
+) -> Layout:
+    """The workers that the pipeline uses."""
+    refuse(replicas < 1, f"replicas must be at least 1, not {replicas}")
+    names = [worker.name for worker in cluster.workers]
+    wanted, rest = divmod(len(names), replicas)
+    if isinstance(schedule, Schedule):
+        wanted, rest = schedule.workers, 0
+    elif not isinstance(balance, str):
+        wanted, rest = len(balance) // schedules.virtual_stages_of(schedule, virtual), 0
+    copies = f" in {replicas} replicas" if replicas > 1 else ""
+    if rest:
+        raise PartitionError(
+            f"{len(names)} workers do not divide into {replicas} replicas; launch a multiple of {replicas}, or"
+            " say how many stages there are with balance=[…]"
+        )
+    if not 1 <= wanted * replicas <= len(names):
+        raise PartitionError(
+            f"{wanted} stages{copies} need {wanted * replicas} workers, the cluster has {len(names)}; launch more"
+        )
+    return Layout(tuple(names[: wanted * replicas]), replicas)
+
+
+def make_schedule(schedule: str | Schedule, workers: int, chunks: int, virtual: int, replicas: int) -> Schedule:
+    """The schedule by name for these sizes, or the given one; valid."""
+    if isinstance(schedule, str):
+        schedule = schedules.get(schedule, workers, chunks, virtual)
+    if replicas > 1 and schedule.name in POLICIES:
+        raise ScheduleError(
+            f"{schedule.name!r} updates each replica's weights at its own times, so {replicas} replicas would part;"
+            " use a synchronous schedule, for instance '1f1b', or replicas=1"
+        )
+    return schedule.validate()
+
+
+def cut_layers(
+    layers: OrderedDict[str, Layer], balance: str | Sequence[int], stages: int, measure: Callable[[], Any]
+) -> list[int]:
+    """Layers per stage, by hand or as equal as can be; raises PartitionError.
+
+    ``measure``: profiles the layers, for "time" and "memory".
+    """
+    if len(layers) < stages:
+        raise PartitionError(
+            f"the model has {len(layers)} layers and the schedule {stages} stages; use fewer workers or split layers"
+        )
+    if isinstance(balance, str):
+        refuse(balance not in _BALANCES, f"balance must be layers per stage or one of {_BALANCES}, not {balance!r}")
+        if balance == "parameters":
+            sizes = cut(parameter_counts(layers), stages)
+        else:
+            measured = measure()
+            sizes = cut(costs(measured, balance), stages, [layer.output_bytes for layer in measured])
+    else:
+        sizes = check_balance(balance, len(layers), stages)
+    return sizes
+
+
+def check_functions(loss: Any, optimizer: Any, dispatch: str, chunks: int) -> None:
+    """Refuse what can be seen to be wrong without running it."""
+    refuse(not callable(loss), f"loss must be callable as loss(output, target), not {loss!r}")
+    refuse(not callable(optimizer), f"optimizer must be a function of the parameters, not {optimizer!r}")
+    refuse(dispatch not in _DISPATCH, f"dispatch must be one of {_DISPATCH}, not {dispatch!r}")
+    refuse(chunks < 1, f"chunks must be at least 1, not {chunks}")
+
+
+def check_training(
+    nonfinite: str, flush_every: int | None, accumulate: int, autocast: torch.dtype | None, batch_norm: str
+) -> None:
+    """How a step ends and in what it computes."""
+    refuse(nonfinite not in ("skip", "stop"), f"nonfinite must be 'skip' or 'stop', not {nonfinite!r}")
+    refuse(flush_every is not None and flush_every < 1, f"flush_every must be at least 1, not {flush_every}")
+    refuse(accumulate < 1, f"accumulate must be at least 1, not {accumulate}")
+    precision.check(autocast)
+    refuse(batch_norm not in MODES, f"batch_norm must be one of {MODES}, not {batch_norm!r}")
+
+
+def check_asynchronous(policy: str | None, accumulate: int, batch_norm: str, *, scaled: bool) -> None:
+    """ScheduleError for what cannot be where every stage updates on its own."""
+    if policy is None:
+        return
+    if scaled:
+        raise ScheduleError(
+            "autocast=torch.float16 scales the loss, and whether a gradient overflowed is to be known on all stages"
+            " before any of them updates: use torch.bfloat16, or a synchronous schedule"
+        )
+    if accumulate > 1:
+        raise ScheduleError(
+            f"accumulate={accumulate} does not fit an asynchronous schedule; pipedream-2bw makes one update of"
+            " all micro-batches of a batch: pass it larger batches and more chunks"
+        )
+    if batch_norm == "deferred":
+        raise ScheduleError(
+            "batch_norm='deferred' waits for the end of a batch, and an asynchronous schedule has begun the next by"
+            " then: use batch_norm='micro_batch', or a synchronous schedule"
+        )
+
+
+def check_ties(policy: str | None, ties: Sequence[Tie], layers: Sequence[str], sizes: Sequence[int]) -> None:
+    """ScheduleError for weights tied across stages where every stage updates on its own."""
+    stage_of = {name: stage for stage, (names, _) in stage_parts(layers, sizes).items() for name in names}
+    for tie in ties if policy is not None else ():
+        stages = sorted({stage_of[holder.layer] for holder in tie.holders})
+        if len(stages) > 1:
+            raise ScheduleError(
+                f"{' and '.join(holder.name for holder in tie.holders)} are one weight, on stages"
+                f" {' and '.join(map(str, stages))}, which an asynchronous schedule lets update at their own times;"
+                " use a synchronous one, for instance '1f1b', or keep these layers on one stage with balance=[…]"
+            )
+
+
+def check_groups(groups: Sequence[Sequence[Any]]) -> None:
+    """There is an optimizer, and every worker's has as many parameter groups as the others'."""
+    refuse(not groups, "no parameter of the model requires a gradient: there is nothing to train")
+    refuse(
+        len({len(group) for group in groups}) > 1,
+        f"optimizer made {sorted({len(group) for group in groups})} parameter groups on different workers;"
+        " return the same number of groups everywhere, empty ones too",
+    )
+
+
+def check_state(live: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> None:
+    """CheckpointError unless ``state`` has the names and shapes of ``live``."""
+    missing, extra = sorted(live.keys() - state.keys()), sorted(state.keys() - live.keys())
+    wrong = [key for key in live.keys() & state.keys() if live[key].shape != state[key].shape]
+    if missing or extra or wrong:
+        raise CheckpointError(
+            f"the state does not fit the model: missing {missing[:5]}, unexpected {extra[:5]}, wrong shape {wrong[:5]}"
+        )
+
+
+def stage_parts(layers: Sequence[str], sizes: Sequence[int]) -> dict[int, tuple[list[str], int]]:
+    """By stage: its layers' names and the index of the first."""
+    parts, first = {}, 0
+    for stage, size in enumerate(sizes):
+        parts[stage] = (list(layers[first : first + size]), first)
+        first += size
+    return parts
+
+
+def owners(layers: Sequence[str], sizes: Sequence[int], schedule: Schedule, workers: Sequence[str]) -> dict[str, str]:
+    """The worker of every layer."""
+    return {
+        name: workers[schedule.placement[stage]]
+        for stage, (names, _) in stage_parts(layers, sizes).items()
+        for name in names
+    }

@@ -1,0 +1,54 @@
+"""Models of transformers as pipelines: GPT-2, BERT and Llama, cut between their own layers.
+
+The layers are transformers' own classes; what its models do between layers (embeddings, masks, rotary
+angles, losses) is done at the stage that needs it. A layer's name is its path in the unsplit model, so
+``state_dict`` and saved weights have transformers' names. One file per family; adding one is a function
+from its config, or a model, to a dict of layers.
+
+Needs the extra ``hf``; transformers is imported on the first use.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+from rpcpipe.pipeline.arguments import refuse
+from rpcpipe.pipeline.balance import balance_by_parameters
+from rpcpipe.pipeline.pipeline import Pipeline
+
+if TYPE_CHECKING:
+    from rpcpipe.cluster.cluster import Cluster
+
+
+def from_transformers(
+    config_or_model: Any, cluster: Cluster, *, stages: int | None = None, **pipeline_arguments: Any
+) -> Pipeline:
+    """A Pipeline of a transformers model on ``cluster``.
+
+    ``config_or_model``: a GPT2Config, BertConfig or LlamaConfig, of which every layer is built, with
+    transformers' initial weights, on its worker and never here; or a GPT2LMHeadModel,
+    BertForPreTraining, BertForMaskedLM or LlamaForCausalLM, whose weights are kept and which is left
+    as it is. A BertConfig means BertForPreTraining unless its ``architectures`` names BertForMaskedLM.
+    ``stages``: cut into so many by parameters, on as many workers; all of the cluster's by default.
+    ``pipeline_arguments`` are Pipeline's; ``loss`` is the model's own unless given.
+
+    Inputs are a dict as the model's forward takes it: input_ids (batch, time), and where wanted
+    attention_mask, token_type_ids, position_ids, all (batch, time). Targets are a dict of its label
+    arguments: labels (batch, time), and for BertForPreTraining next_sentence_label (batch). Outputs are
+    the logits, (batch, time, vocabulary); for BertForPreTraining a dict of prediction_logits and
+    seq_relationship_logits.
+
+    Raises ImportError without the extra ``hf``, ValueError for another model or an option that a
+    pipeline cannot carry, and what Pipeline raises.
+    """
+    try:
+        from rpcpipe.model.hf.registry import family_of
+    except ImportError as error:
+        raise ImportError(f"rp.from_transformers needs transformers: pip install 'rpcpipe[hf]' ({error})") from error
+    source = config_or_model if hasattr(config_or_model, "config") else copy.deepcopy(config_or_model)
+    layers, loss = family_of(source)(source)
+    if stages is not None:
+        refuse("balance" in pipeline_arguments, "stages=… and balance=… say the same; pass one of them")
+        pipeline_arguments["balance"] = balance_by_parameters(layers, stages)
+    return Pipeline(layers, cluster, **{"loss": loss, **pipeline_arguments})

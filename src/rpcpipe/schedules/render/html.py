@@ -1,0 +1,39 @@
+"""A timeline as one HTML file without any dependency; hovering a box tells what it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+from rpcpipe.schedules.render.plot import COLOURS
+from rpcpipe.schedules.timeline import Timeline
+
+_PAGE = """<!doctype html><meta charset="utf-8"><title>{title}</title>
+<style>body{{font:13px sans-serif;margin:2em}}.row{{position:relative;height:24px;background:#f2f2f2;
+margin:2px 0 2px 80px}}
+.row b{{position:absolute;left:-80px;font-weight:normal;line-height:24px}}
+.row i{{position:absolute;top:1px;bottom:1px;color:#fff;font:10px/22px sans-serif;text-align:center;
+overflow:hidden}}</style>
+{body}
+"""
+
+
+def to_html(timelines: Sequence[Timeline]) -> str:
+    """The page; all timelines share one scale of time."""
+    longest = max(timeline.makespan for timeline in timelines) or 1.0
+    parts = []
+    for timeline in timelines:
+        figures = f"{timeline.name}: makespan {timeline.makespan:.4g}, bubble {timeline.bubble:.1%}"
+        parts.append(f"<h3>{escape(figures)}</h3>")
+        rows: list[list[str]] = [[] for _ in range(timeline.workers)]
+        start = timeline.start
+        for span in timeline.spans:
+            left, width = (span.start - start) / longest, (span.end - span.start) / longest
+            what = f"{span.stage}{span.kind}{span.chunk}" if span.stage >= 0 else "update"
+            tip = f"{what}: {span.start - start:.6g} to {span.end - start:.6g} ({span.end - span.start:.4g})"
+            rows[span.worker].append(
+                f'<i style="left:{left:.4%};width:{width:.4%};background:{COLOURS[span.kind]}" title="{tip}">'
+                f"{span.chunk if span.chunk >= 0 else ''}</i>"
+            )
+        parts += [f'<div class="row"><b>worker {worker}</b>{"".join(row)}</div>' for worker, row in enumerate(rows)]
+    return _PAGE.format(title=escape(" and ".join(t.name for t in timelines)), body="\n".join(parts))

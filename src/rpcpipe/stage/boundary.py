@@ -1,0 +1,71 @@
+"""What flows through a stage: the running value and the named values beside it, as one nest.
+
+So all that holds for a nest (gradients by tensor, recomputation, split backwards) holds for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+from rpcpipe.model.microbatch import Nest, tensors
+from rpcpipe.model.wiring import Wire
+from rpcpipe.stage.autograd import Gradients, Received
+
+# (the running value, named values)
+Flow = tuple[Nest, dict[str, Nest]]
+
+
+def advance(layer: Callable[..., Any], wire: Wire, flow: Flow, kept: Collection[str]) -> Flow:
+    """What flows on behind ``layer``; of the named values those that are ``kept``."""
+    x, values = flow
+    result = layer(x, *(values[name] for name in wire.takes))
+    if not (wire.takes or wire.gives):
+        return result, values
+    if wire.gives:
+        if not isinstance(result, (tuple, list)) or len(result) != 1 + len(wire.gives):
+            raise TypeError(
+                f"a layer that gives {', '.join(map(repr, wire.gives))} returns (x, {', '.join(wire.gives)}),"
+                f" a tuple of {1 + len(wire.gives)}, not {_shape(result)}"
+            )
+        result, *given = result
+        values = values | dict(zip(wire.gives, given, strict=True))
+    return result, {name: value for name, value in values.items() if name in kept}
+
+
+def _shape(result: Any) -> str:
+    kind = type(result).__name__
+    return f"a {kind} of {len(result)}" if isinstance(result, (tuple, list)) else f"a {kind}"
+
+
+def join(parcels: Mapping[str, Received]) -> tuple[Received, dict[str, int]]:
+    """One Received of a Flow from what came by each link, and how many gradients go back by each."""
+    x = None
+    values: dict[str, Nest] = {}
+    for link, parcel in parcels.items():
+        x = parcel.nest[0] if link == "input" else x
+        values |= parcel.nest[1]
+    flags = [flag for parcel in parcels.values() for flag in parcel.wants_grad]
+    return Received((x, values), flags), {link: sum(parcel.wants_grad) for link, parcel in parcels.items()}
+
+
+def part(flow: Received, exits: Mapping[str, Sequence[str]]) -> dict[str, Received]:
+    """Inverse of ``join``: what leaves by each link. The values in ``flow`` have the order of ``exits``."""
+    x, values = flow.nest
+    flags = iter(flow.wants_grad)
+    parcels = {}
+    for link, names in exits.items():
+        nest = (x if link == "input" else None, {name: values[name] for name in names})
+        parcels[link] = Received(nest, [next(flags) for _ in tensors(nest)])
+    return parcels
+
+
+def leaving(flow: Flow, exits: Mapping[str, Sequence[str]]) -> Flow:
+    """``flow`` with its values in the order in which ``exits`` has them."""
+    return flow[0], {name: flow[1][name] for names in exits.values() for name in names}
+
+
+def cut(grads: Gradients, counts: Mapping[str, int]) -> dict[str, Gradients]:
+    """``grads`` by the links by which they go back."""
+    rest = iter(grads)
+    return {link: [next(rest) for _ in range(count)] for link, count in counts.items()}

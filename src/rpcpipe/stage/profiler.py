@@ -1,0 +1,310 @@
+"""What every layer costs, measured layer by layer: the numbers that a cut of the model is made of.
+
+Where nothing may run (the model fits no machine here), the operations are counted on the meta device
+instead and divided by what a device does in a second.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from rpcpipe.model import layers as model
+from rpcpipe.model.microbatch import Nest, map_tensors, tensors
+from rpcpipe.model.wiring import Wire, inputs, kept
+from rpcpipe.planning.layer_cost import LayerProfile
+from rpcpipe.stage import autograd
+from rpcpipe.stage.activation_memory import Memory, Meter
+from rpcpipe.stage.boundary import Flow, advance
+from rpcpipe.stage.optimizer import Factory, Parameters
+from rpcpipe.stage.split_backward import backward_input, backward_weight
+
+_ROUNDS = 5
+
+
+def profile(
+    layers: Mapping[str, model.Layer],
+    sample: Nest,
+    *,
+    loss: Callable[[Any, Any], Any] | None = None,
+    target: Nest = None,
+    optimizer: Factory | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> list[LayerProfile]:
+    """Run every layer on what the layer before gives for ``sample``, one micro-batch of inputs.
+
+    With ``loss`` and ``target`` the last layer's figures include the loss; ``optimizer`` is timed too. One
+    layer is in memory at a time if they are LayerSpecs. What two layers save of the same memory counts
+    once, in the first.
+    """
+    rounds = _ROUNDS + 1
+
+    def build(index: int, layer: model.Layer) -> nn.Module:
+        return model.build(layer, seed=seed, index=index).to(device)
+
+    return _walk(layers, sample, device, _Closing(loss, target), build, _Measure(Clock, rounds, optimizer))
+
+
+def estimate(
+    layers: Mapping[str, model.Layer],
+    sample: Nest,
+    *,
+    flops: float,
+    loss: Callable[[Any, Any], Any] | None = None,
+    target: Nest = None,
+) -> list[LayerProfile]:
+    """``profile`` without running or holding anything: operations counted on the meta device ÷ ``flops`` a second.
+
+    Products and convolutions count, as in torch's FlopCounterMode; what is bound by memory does not, so
+    these are lower bounds. Equal LayerSpecs are counted once.
+    """
+    counter = FlopCounterMode(display=False)
+    with counter:
+        measure = _Measure(lambda cuda: _Count(counter, flops), 1, repeats=True)
+        return _walk(layers, sample, "meta", _Closing(loss, target), lambda _, layer: _on_meta(layer), measure)
+
+
+def _on_meta(layer: model.Layer) -> nn.Module:
+    """The layer without memory; a module itself stays where it is."""
+    layer = model.unwired(layer)
+    if isinstance(layer, model.LayerSpec):
+        with torch.device("meta"):
+            return layer.build()
+    held = [*layer.parameters(), *layer.buffers()]
+    memo = {id(tensor): tensor.data.to("meta") for tensor in held}
+    for tensor in layer.parameters():
+        memo[id(tensor)] = nn.Parameter(memo[id(tensor)], requires_grad=tensor.requires_grad)
+    return copy.deepcopy(layer, memo)
+
+
+def _walk(
+    layers: Mapping[str, model.Layer],
+    sample: Nest,
+    device: torch.device | str,
+    closing: _Closing,
+    build: Callable[[int, model.Layer], nn.Module],
+    measure: _Measure,
+) -> list[LayerProfile]:
+    wires = {name: model.wire_of(layer) for name, layer in layers.items()}
+    model.check_inputs(sample, wires)
+    sample = map_tensors(lambda leaf: leaf.to(device), sample)
+    direct = {name: sample[name] for name in inputs(wires)}
+    received = autograd.Received.constant((sample, {}))
+    found: list[LayerProfile] = []
+    known: dict[Any, tuple[LayerProfile, autograd.Received, _Run]] = {}
+    before: _Run = _Run(None, Memory())
+    previous: Any = None
+    needed = kept(list(wires.values()))
+    for index, (name, layer) in enumerate(layers.items()):
+        last = index == len(layers) - 1
+        # What a layer costs depends on what comes in, and on what the layer before has saved of it.
+        mine = _kind(layer), wires[name], needed[index], last
+        shapes = tuple((leaf.shape, leaf.dtype) for leaf in tensors(received.nest))
+        key = (mine, previous, shapes) if measure.repeats else index
+        if key not in known:
+            module = closing.around(_Flowing(build(index, layer).train(), wires[name], needed[index], direct), last)
+            known[key] = measure(name, module, received, before)
+        result, received, before = known[key] if measure.repeats else known.pop(key)
+        found.append(dataclasses.replace(result, name=name))
+        previous = mine
+    return found
+
+
+def _kind(layer: model.Layer) -> Any:
+    """Equal for layers that cost the same."""
+    layer = model.unwired(layer)
+    if isinstance(layer, model.LayerSpec):
+        try:
+            kind = layer.cls, layer.args, tuple(sorted(layer.kwargs.items()))
+            hash(kind)
+            return kind
+        except TypeError:
+            pass
+    return id(layer)
+
+
+@dataclass
+class _Closing:
+    """Puts the loss behind the last layer."""
+
+    loss: Callable[[Any, Any], Any] | None
+    target: Nest
+
+    def around(self, module: _Flowing, last: bool) -> nn.Module:
+        if not last or self.loss is None:
+            return module
+        device = next((leaf.device for leaf in module.parameters()), None)
+        return _WithLoss(module, self.loss, map_tensors(lambda leaf: leaf.to(device), self.target))
+
+
+class _Flowing(nn.Module):
+    """A layer as a function of what flows into it; what the driver gives ``direct`` flows through no layer."""
+
+    def __init__(self, module: nn.Module, wire: Wire, needed: Collection[str], direct: Mapping[str, Nest]) -> None:
+        super().__init__()
+        self.module, self.wire, self.needed, self.direct = module, wire, needed, direct
+
+    def forward(self, flow: Flow) -> Flow:
+        x, values = advance(self.module, self.wire, (flow[0], {**self.direct, **flow[1]}), self.needed)
+        return x, {name: value for name, value in values.items() if value is not self.direct.get(name, self)}
+
+
+class _WithLoss(nn.Module):
+    def __init__(self, module: nn.Module, loss: Callable[[Any, Any], Any], target: Nest) -> None:
+        super().__init__()
+        self.module, self.loss, self.target = module, loss, target
+
+    def forward(self, flow: Flow) -> Flow:
+        value = self.loss(self.module(flow)[0], self.target)
+        return value[0] if isinstance(value, tuple) else value, {}
+
+
+@dataclass
+class _Run:
+    """A layer's outputs, whose graph keeps what is in ``saved`` alive and its addresses valid."""
+
+    outputs: Nest
+    saved: Memory
+
+
+@dataclass
+class _Measure:
+    """Runs a layer ``rounds`` times; the first is a warm-up where there are several.
+
+    ``repeats``: equal layers give equal figures.
+    """
+
+    clock: Callable[[bool], Timer]
+    rounds: int
+    optimizer: Factory | None = None
+    repeats: bool = False
+
+    def __call__(
+        self, name: str, module: nn.Module, received: autograd.Received, before: _Run
+    ) -> tuple[LayerProfile, autograd.Received, _Run]:
+        buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+        cuda = any(leaf.is_cuda for leaf in tensors(received.nest))
+        # A layer that changes its input in place must find it whole every time.
+        times = [_round(module, autograd.copied(received), self.clock(cuda)) for _ in range(self.rounds)]
+        update = _update(module, self.optimizer) if self.optimizer is not None else 0.0
+        for parameter in module.parameters():
+            parameter.grad = None
+        with Meter([*module.parameters(), *module.buffers()]) as meter:
+            outputs, _ = _forward(module, received)
+        for buffer, value in buffers:
+            buffer.data.copy_(value)
+        warm = times[len(times) > 1 :]
+        forward, backward, inputs, weights = (statistics.median(column) for column in zip(*warm, strict=True))
+        leaving = autograd.leave(outputs)
+        result = LayerProfile(
+            name,
+            forward,
+            backward,
+            inputs,
+            weights,
+            activation_bytes=meter.beside(before.saved),
+            parameter_bytes=sum(parameter.nbytes for parameter in module.parameters()),
+            output_bytes=Memory(tensors(leaving.nest)).without(),
+            update=update,
+        )
+        return result, leaving, _Run(outputs, meter.saved)
+
+
+def _forward(module: nn.Module, received: autograd.Received) -> tuple[Nest, autograd.Entered]:
+    nest, entered = autograd.enter(received)
+    return module(nest), entered
+
+
+def _round(module: nn.Module, received: autograd.Received, clock: Timer) -> tuple[float, float, float, float]:
+    """Seconds of forward, backward, and of the backward's halves: input gradient, weight gradient."""
+    clock.tick()
+    outputs, entered = _forward(module, autograd.copied(received))
+    clock.tick()
+    saved = autograd.Saved(autograd.differentiable(outputs), entered)
+    autograd.backward(saved, [torch.ones_like(out) for out in saved.outputs])
+    clock.tick()
+    outputs, entered = _forward(module, received)
+    saved = autograd.Saved(autograd.differentiable(outputs), entered)
+    clock.tick()
+    _, deferred = backward_input(saved, [torch.ones_like(out) for out in saved.outputs])
+    clock.tick()
+    backward_weight(deferred)
+    clock.tick()
+    forward, backward, _, inputs, weights = clock.seconds()
+    return forward, backward, inputs, weights
+
+
+def _update(module: nn.Module, factory: Factory) -> float:
+    """Seconds of the optimizer, on a copy of the parameters."""
+    parameters = Parameters(
+        (name, nn.Parameter(parameter.detach().clone()))
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad
+    )
+    if not parameters:
+        return 0.0
+    optimizer = factory(parameters)
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    clock = Clock(parameters[0].is_cuda)
+    optimizer.step()
+    clock.tick()
+    for _ in range(_ROUNDS):
+        optimizer.step()
+        clock.tick()
+    return statistics.median(clock.seconds())
+
+
+class Timer(Protocol):
+    """Seconds between ticks."""
+
+    def tick(self) -> None: ...
+
+    def seconds(self) -> list[float]: ...
+
+
+class _Count:
+    """What the operations between ticks take at ``flops`` a second."""
+
+    def __init__(self, counter: FlopCounterMode, flops: float) -> None:
+        self._counter, self._flops = counter, flops
+        self._ticks: list[int] = []
+
+    def tick(self) -> None:
+        self._ticks.append(self._counter.get_total_flops())
+
+    def seconds(self) -> list[float]:
+        return [(after - before) / self._flops for before, after in pairwise(self._ticks)]
+
+
+class Clock:
+    """Seconds between ticks: of the device's stream where that is CUDA, else of this thread."""
+
+    def __init__(self, cuda: bool) -> None:
+        self._cuda = cuda
+        self._ticks: list[Any] = []
+
+    def tick(self) -> None:
+        if self._cuda:
+            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            event.record()
+            self._ticks.append(event)
+        else:
+            self._ticks.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        if not self._cuda:
+            return [after - before for before, after in pairwise(self._ticks)]
+        torch.cuda.synchronize()
+        return [before.elapsed_time(after) / 1e3 for before, after in pairwise(self._ticks)]

@@ -1,0 +1,308 @@
+"""One stage of the model: its layers, and what it remembers of the micro-batches in flight.
+
+Knows no transport, no schedule and no other stage.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.graph import get_gradient_edge
+
+from rpcpipe.model import batchnorm, rng
+from rpcpipe.model.layers import Named
+from rpcpipe.model.microbatch import Nest, map_tensors
+from rpcpipe.model.wiring import Wire, kept
+from rpcpipe.stage import autograd, gradients, precision
+from rpcpipe.stage.autograd import Gradients, Received
+from rpcpipe.stage.boundary import Flow, advance, cut, join, leaving, part
+from rpcpipe.stage.chain import Chain, Keeper
+from rpcpipe.stage.metrics import Metric, Sums, measure
+from rpcpipe.stage.recompute import Recompute
+from rpcpipe.stage.split_backward import Deferred, backward_weight
+from rpcpipe.stage.weight_stash import Versions
+from rpcpipe.worker.messages import Share, StepPlan
+
+Loss = Callable[[Any, Any], Any]
+# Sent instead of gradients: skip this micro-batch's whole group.
+POISON = "not finite"
+
+
+class Stage:
+    """Layers ``first_layer`` … of the model, on one device.
+
+    ``loss`` is set on the last stage alone. ``wires``: what its layers take and give beside the running
+    value; ``exits``: the names that leave by each link to a later stage; ``shared``: tied parameters that
+    an earlier stage on the same worker has as well.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        layers: OrderedDict[str, nn.Module],
+        *,
+        first_layer: int,
+        seed: int,
+        device: torch.device,
+        loss: Loss | None = None,
+        recompute: Recompute | None = None,
+        autocast: torch.dtype | None = None,
+        wires: Sequence[Wire] | None = None,
+        exits: Mapping[str, Sequence[str]] | None = None,
+        shared: Collection[nn.Parameter] = (),
+    ) -> None:
+        self.index = index
+        # A new container says it trains whatever its children do; from here on all of them agree.
+        self.module = Named(layers).to(device).train()
+        self.norms = batchnorm.deferred(self.module)
+        self.first_layer = first_layer
+        self.seed = seed
+        self.device = device
+        self.loss = loss
+        self._shared = set(shared)
+        self._autocast = autocast
+        self._scale = 1.0
+        self._wires = wires or [Wire()] * len(layers)
+        self._exits = exits or {}
+        self._kept = kept(self._wires, (name for names in self._exits.values() for name in names))
+        # By micro-batch, how many gradients go back by each link.
+        self._returns: dict[int, dict[str, int]] = {}
+        self.losses: dict[int, tuple[torch.Tensor, Any]] = {}
+        self.outputs: dict[int, Nest] = {}
+        self.metrics: Mapping[str, Metric] = {}
+        self.select: Callable[[Nest, Nest], Nest] | None = None
+        self.measured: dict[int, Sums] = {}
+        self.peak_in_flight = 0
+        self.peak_bytes = 0
+        self.keeper = Keeper(
+            self.module, recompute or Recompute("never", index, index, len(self.module)), self._measure
+        )
+        self.versions: Versions | None = None
+        self.shares: dict[int, Share] = {}
+        self._poisoned: set[int] = set()
+        self._saved: dict[int, Chain] = {}
+        self._deferred: dict[int, tuple[list[Deferred], int]] = {}
+
+    @property
+    def in_flight(self) -> int:
+        """Micro-batches whose activations are alive."""
+        return len(self._saved) + len(self._deferred)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The trainable parameters, in the model's order, but for those counted in an earlier stage here."""
+        return [parameter for _, parameter in self.named_parameters]
+
+    @property
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """The same with their names in the unsplit model."""
+        return [
+            pair for pair in self.module.named_parameters() if pair[1].requires_grad and pair[1] not in self._shared
+        ]
+
+    def forward(
+        self, plan: StepPlan, share: Share, chunk: int, parcels: Mapping[str, Received], target: Nest
+    ) -> dict[str, Received]:
+        """Run the layers on what came by each link; returns what leaves by each."""
+        if self.module.training != plan.training:
+            self.module.train(plan.training)
+        received, returns = join(parcels)
+        received = self._to_device(received)
+        if not plan.training:
+            return self._infer(plan, share, chunk, received, target)
+        self.shares[chunk], self._returns[chunk], self._scale = share, returns, plan.scale
+        recomputing = False
+
+        def layers(start: int, stop: int, flow: Flow, entered: autograd.Entered) -> Nest:
+            with precision.autocast(self.device, self._autocast):
+                flow = self._run_layers(share, flow, entered, start, stop)
+                if stop < len(self.module):
+                    return flow
+                if self.loss is None:
+                    return leaving(flow, self._exits)
+                return self._take_loss(chunk, flow[0], target, again=recomputing)
+
+        self._saved[chunk], outputs = self.keeper.run(chunk, received, layers)
+        recomputing = True
+        self.peak_in_flight = max(self.peak_in_flight, self.in_flight)
+        self._measure()
+        return {} if self.loss is not None else self._leave(outputs)
+
+    def _leave(self, flow: Flow) -> dict[str, Received]:
+        return part(autograd.leave(map_tensors(_to_host, flow)), self._exits)
+
+    def _infer(self, plan: StepPlan, share: Share, chunk: int, received: Received, target: Nest) -> dict[str, Received]:
+        with torch.no_grad(), precision.autocast(self.device, self._autocast):
+            flow = self._run_layers(share, received.nest, autograd.Entered(), 0, len(self.module))
+            if self.loss is None:
+                return self._leave(leaving(flow, self._exits))
+            output, target = flow[0], map_tensors(lambda leaf: leaf.to(self.device), target)
+            if plan.keep_outputs:
+                self.outputs[chunk] = output if target is None or self.select is None else self.select(output, target)
+            else:
+                self._take_loss(chunk, output, target)
+                self.measured[chunk] = measure(self.metrics, output, target)
+        return {}
+
+    def _run_layers(self, share: Share, flow: Flow, entered: autograd.Entered, start: int, stop: int) -> Flow:
+        number = self.version(share)
+        for at in range(start, stop):
+            layer = self.module[at]
+            rng.seed_layer(self.seed, share.draw, share.position, self.first_layer + at)
+            call = layer if self.versions is None else partial(self.versions.call, layer, number)
+            flow = advance(call, self._wires[at], flow, self._kept[at])
+            if at == start and not entered.edges:
+                # One output only: of several, one may lead to another and be counted twice.
+                leaves = autograd.differentiable(flow)
+                entered.inner = [get_gradient_edge(leaf) for leaf in leaves] if len(leaves) == 1 else []
+        return flow
+
+    def _measure(self) -> None:
+        alive = sum(chain.bytes for chain in self._saved.values()) + sum(size for _, size in self._deferred.values())
+        self.peak_bytes = max(self.peak_bytes, alive)
+
+    def prepare(self, chunk: int) -> bool:
+        """Recompute what ``chunk``'s backward needs first, while its gradient is under way; False if nothing."""
+        return chunk in self._saved and self._saved[chunk].prepare()
+
+    def _take_loss(self, chunk: int, outputs: Nest, target: Nest, *, again: bool = False) -> torch.Tensor:
+        assert self.loss is not None
+        value = self.loss(outputs, map_tensors(lambda leaf: leaf.to(self.device), target))
+        value, count = value if isinstance(value, tuple) else (value, None)
+        if not isinstance(value, torch.Tensor) or value.dim():
+            shape = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
+            raise TypeError(
+                f"loss must return a scalar tensor (the mean), or (sum, count), not {shape};"
+                " reduce it, for instance by .mean()"
+            )
+        if not again:
+            self.losses[chunk] = (value.detach(), count)
+        return value
+
+    def version(self, share: Share) -> int:
+        """Of the weights that ``share`` is computed with; -1 where they have only one."""
+        return -1 if self.versions is None or share.group is None else self.versions.of(share.group)
+
+    def backward(self, chunk: int, grads: Mapping[str, Gradients]) -> dict[str, Gradients]:
+        """The whole backward: parameters' ``.grad`` grow; returns the inputs' gradients by link, as it takes them."""
+        found = self._saved[chunk].backward(self._output_grads(chunk, grads))
+        del self._saved[chunk]
+        return self._send_back(chunk, found)
+
+    def _send_back(self, chunk: int, grads: Gradients) -> dict[str, Gradients]:
+        return cut([None if grad is None else _to_host(grad) for grad in grads], self._returns.pop(chunk))
+
+    def backward_of_stream(
+        self, plan: StepPlan, chunk: int, grads: Mapping[str, Gradients | str]
+    ) -> Mapping[str, Gradients | str]:
+        """``backward``; the whole group is poisoned on all stages where the loss or its gradient is not finite.
+
+        Only the last stage can judge that, as no other has used the update yet. After a group's
+        last micro-batch the gradients are in ``.grad``.
+        """
+        share = self.shares[chunk]
+        assert self.versions is not None
+        assert share.group is not None
+        found: Mapping[str, Gradients | str] = dict.fromkeys(self._returns[chunk], POISON)
+        if POISON in grads.values() or (self.loss is not None and not self._counts(chunk)):
+            del self._saved[chunk], self._returns[chunk]
+            self._poison(plan, share.group, f"its loss is {self.losses[chunk][0]}" if self.loss else "")
+        else:
+            found = self.backward(chunk, grads)  # type: ignore[arg-type]
+        if share.last:
+            self.versions.collect(self.versions.of(share.group))
+            if self.loss is not None and not gradients.finite(self.parameters):
+                self._poison(plan, share.group, "a gradient of the last stage is not finite")
+                found = dict.fromkeys(found, POISON)
+        del self.shares[chunk]
+        return found
+
+    def _counts(self, chunk: int) -> bool:
+        value, count = self.losses[chunk]
+        return bool(value.isfinite()) and (count is None or float(count) > 0)
+
+    def _poison(self, plan: StepPlan, group: int, why: str) -> None:
+        if plan.stop and why:
+            raise FloatingPointError(f"{why} (nonfinite='stop'); nonfinite='skip' leaves such a minibatch out")
+        self._poisoned.add(group)
+
+    def take_poison(self, group: int) -> bool:
+        """Is ``group`` to be skipped? Asked once, at its update."""
+        poisoned = group in self._poisoned
+        self._poisoned.discard(group)
+        return poisoned
+
+    def backward_input(self, chunk: int, grads: Mapping[str, Gradients]) -> dict[str, Gradients]:
+        """The half of the backward that earlier stages wait for."""
+        found, rest, size = self._saved[chunk].backward_input(self._output_grads(chunk, grads))
+        del self._saved[chunk]
+        self._deferred[chunk] = rest, size
+        return self._send_back(chunk, found)
+
+    def backward_weight(self, chunk: int) -> None:
+        """The other half: parameters' ``.grad`` grow."""
+        for deferred in self._deferred.pop(chunk)[0]:
+            backward_weight(deferred)
+
+    def _output_grads(self, chunk: int, grads: Mapping[str, Gradients]) -> Gradients:
+        if self.loss is None:
+            return [None if grad is None else grad.to(self.device) for link in self._exits for grad in grads[link]]
+        weight = _weight(self.shares[chunk], self.losses[chunk][1])
+        # In this order, as autograd has it for scaler.scale(loss * weight).backward().
+        return [torch.full_like(loss, self._scale).mul_(weight) for loss in self._saved[chunk].outputs]
+
+    def _to_device(self, received: Received) -> Received:
+        if self.device.type == "cpu":
+            return received
+        return Received(map_tensors(lambda leaf: leaf.to(self.device), received.nest), received.wants_grad)
+
+    def loss_values(self) -> dict[int, tuple[float, float | None]]:
+        """(value, count) per micro-batch so far; waits for the device."""
+        return {
+            chunk: (float(value), None if count is None else float(count))
+            for chunk, (value, count) in self.losses.items()
+        }
+
+    def take_losses(self) -> dict[int, tuple[float, float | None]]:
+        """``loss_values`` of the micro-batches whose backward is done, which are then forgotten."""
+        done = {chunk: loss for chunk, loss in self.losses.items() if chunk not in self._saved}
+        self.losses = {chunk: loss for chunk, loss in self.losses.items() if chunk in self._saved}
+        return {
+            chunk: (float(value), None if count is None else float(count)) for chunk, (value, count) in done.items()
+        }
+
+    def reset(self) -> None:
+        """Forget the step before, all that a failed one left included."""
+        self.losses, self.outputs, self.measured, self.peak_in_flight, self.peak_bytes = {}, {}, {}, 0, 0
+        self.keeper.recomputed = 0
+        self.shares, self._returns, self._poisoned = {}, {}, set()
+        self._saved.clear()
+        self._deferred.clear()
+        for norm in self.norms:
+            norm.clear()
+        for parameter in self.module.parameters():
+            parameter.grad = None
+
+
+def _weight(share: Share, count: Any) -> float:
+    """A loss that is a mean counts by the micro-batch's share of the batch; sums are divided at the end."""
+    if count is None:
+        return share.weight
+    if share.group is None:
+        return 1.0
+    if not share.alone:
+        raise TypeError(
+            "under pipedream-2bw the loss must return the mean, not (sum, count): a batch's count is not known"
+            " when its first micro-batch is backpropagated; schedule='pipedream' takes both"
+        )
+    return 1.0 / float(count)
+
+
+def _to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """Tensors travel through host memory; on the CPU this is the tensor itself."""
+    return tensor.cpu()

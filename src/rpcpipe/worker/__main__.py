@@ -1,0 +1,5 @@
+"""``python -m rpcpipe.worker``."""
+
+from rpcpipe.worker.main import main
+
+main()

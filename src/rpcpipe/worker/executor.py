@@ -1,0 +1,295 @@
+"""The one executor: a compute thread per worker that runs tasks in strict sequence.
+
+Handlers (``submit``, ``deliver``, ``cancel``) are called by the transport's threads, file what
+they were given and return. The compute thread takes the next task that is complete, from whichever
+pipeline has one, and runs it.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import cloudpickle
+import torch
+
+from rpcpipe.errors import Failure
+from rpcpipe.schedules.action import NAMES, Action
+from rpcpipe.transport.base import Transport
+from rpcpipe.worker.actor import Actor
+from rpcpipe.worker.mailbox import Entry, Mailbox
+from rpcpipe.worker.messages import Port, Task
+from rpcpipe.worker.stage_set import ActorSpec
+
+_SWITCH_SECONDS = 2e-4
+
+log = logging.getLogger("rpcpipe.worker")
+
+
+class Executor:
+    """All pipelines' actors on one worker.
+
+    The transport's verbs end here: the handlers below.
+    """
+
+    def __init__(self, name: str, transport: Transport, *, device: torch.device, threads: int) -> None:
+        self.name = name
+        self.actors: dict[str, Actor] = {}
+        self.finished = 0
+        self._transport = transport
+        self._device = device
+        self._threads = threads
+        self._mailboxes: dict[str, Mailbox] = {}
+        self._changed = threading.Condition()
+        self._closed = False
+        self._running: tuple[str, Entry] | None = None
+        self._general = Mailbox()
+        self._general_next = 0
+        self._chores_left = False
+
+    # --- handlers: called by any thread, never block ---
+
+    def create(self, pipeline: str, spec: bytes) -> Future[Any]:
+        """Build an actor from a cloudpickled ActorSpec; replies with its description."""
+        with self._changed:
+            self._mailboxes[pipeline] = Mailbox()
+            return self._enqueue("create", pipeline, spec)
+
+    def run(self, call: bytes) -> Future[Any]:
+        """A cloudpickled ``(function, args)`` on the compute thread, outside of any pipeline."""
+        with self._changed:
+            return self._enqueue("run", call)
+
+    def forward(self, pipeline: str, number: int, nest: Any) -> Future[Any]:
+        """Stage ``number``'s module applied to ``nest``, with its graph: for distributed autograd by hand."""
+        with self._changed:
+            return self._enqueue("forward", pipeline, number, nest)
+
+    def submit(
+        self, pipeline: str, step: int, sequence: int, tasks: Sequence[Task], values: Sequence[tuple[Port, Any]] = ()
+    ) -> Future[Any]:
+        """File ``tasks`` at ``sequence`` … and values for them; replies with the last one's outcome."""
+        reply: Future[Any] = Future()
+        entries = [Entry(step, task) for task in tasks]
+        entries[-1].reply = reply
+        with self._changed:
+            mailbox = self._mailboxes.get(pipeline)
+            if mailbox is None:
+                reply.set_result(Failure.cancel(self.name, "a closed pipeline's call"))
+                return reply
+            for port, value in values:
+                mailbox.put(step, port, value)
+            late = mailbox.submit(sequence, entries)
+            self._changed.notify()
+        self._refuse(late)
+        return reply
+
+    def accept(
+        self, pipeline: str, step: int, sequence: int, tasks: Sequence[Task], values: Sequence[tuple[Port, Any]] = ()
+    ) -> str:
+        """Like ``submit`` for calls whose outcome ``settle`` reports: answers as soon as they are filed.
+
+        An answer at the end of every action would cost the compute thread a message each.
+        """
+        self.submit(pipeline, step, sequence, tasks, values)
+        return "accepted"
+
+    def deliver(self, pipeline: str, step: int, port: Port, value: Any) -> None:
+        """File a value that another worker has pushed."""
+        if isinstance(port.action, Action) and (actor := self.actors.get(pipeline)) is not None:
+            # Before the value is filed: with the last one the step may end at once.
+            actor.arrived(step, port)
+        self._put(pipeline, step, port, value)
+
+    def clock(self) -> int:
+        """This process's monotonic clock, in nanoseconds."""
+        return time.monotonic_ns()
+
+    def cancel(self, pipeline: str, step: int, first: int, resume: int) -> None:
+        """Drop what is left of ``step``, whose tasks have the places from ``first`` up to ``resume``.
+
+        A task of it that is running ends without effect.
+        """
+        with self._changed:
+            mailbox = self._mailboxes.get(pipeline)
+            if mailbox is None:
+                return
+            late = mailbox.cancel(step, first, resume)
+            self._enqueue("reset", pipeline, step)
+        self._refuse(late)
+
+    def watch(self, pipeline: str, step: int) -> Future[Any]:
+        """Replies with the first failure in ``step`` at once, whatever waits before it; None when it is over."""
+        with self._changed:
+            if (mailbox := self._mailboxes.get(pipeline)) is not None:
+                return mailbox.watch(step)
+        closed: Future[Any] = Future()
+        closed.set_result(None)
+        return closed
+
+    def abandon(self, pipeline: str, step: int, group: int) -> None:
+        """Do no more of the stream ``step`` from ``group`` on; what was fed before goes on to its end."""
+        with self._changed:
+            if (mailbox := self._mailboxes.get(pipeline)) is not None:
+                mailbox.fail(step, Failure.cancel(self.name, "a stream"), group)
+                self._changed.notify()
+
+    def drop(self, pipeline: str) -> None:
+        """Free a pipeline's stages."""
+        with self._changed:
+            mailbox = self._mailboxes.pop(pipeline, None)
+            late = mailbox.cancel(1 << 62, 0, 1 << 62) if mailbox is not None else []
+            self._enqueue("drop", pipeline)
+        self._refuse(late)
+
+    def progress(self) -> tuple[int, str]:
+        """(tasks finished so far, what is being done or waited for now)."""
+        with self._changed:
+            if self._running is not None:
+                return self.finished, f"runs {_where(self._running[1].task)}"
+            waits = [words for box in self._mailboxes.values() if (words := box.waiting_for())]
+            return self.finished, "; ".join(waits) or "idle"
+
+    def close(self) -> None:
+        """End the compute thread once it is between two tasks."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+
+    def _put(self, pipeline: str, step: int, port: Port, value: Any) -> None:
+        with self._changed:
+            if (mailbox := self._mailboxes.get(pipeline)) is not None:
+                mailbox.put(step, port, value)
+                self._changed.notify()
+
+    def _enqueue(self, op: str, *args: Any) -> Future[Any]:
+        """Queue one of the ``_do_`` operations; the caller holds the lock."""
+        reply: Future[Any] = Future()
+        self._general.submit(self._general_next, [Entry(-1, Task(op, args), reply)])
+        self._general_next += 1
+        self._changed.notify()
+        return reply
+
+    # --- the compute thread ---
+
+    def serve(self) -> None:
+        """Run tasks until ``close``."""
+        # A thread's OpenMP pool has its own size; set in the thread that computes.
+        torch.set_num_threads(self._threads)
+        # A handler that holds the GIL keeps this thread from starting its next kernel.
+        sys.setswitchinterval(_SWITCH_SECONDS)
+        while (taken := self._next()) is not None:
+            self._finish(*taken)
+
+    def run_one(self) -> bool:
+        """Run one task if one is ready (the deterministic in-process transport's way)."""
+        with self._changed:
+            taken = self._take()
+        if taken is not None:
+            self._finish(*taken)
+        return taken is not None
+
+    def _next(self) -> tuple[str, Entry] | None:
+        """Wait for a complete task; do the actors' chores meanwhile."""
+        while True:
+            with self._changed:
+                if self._closed:
+                    return None
+                if (taken := self._take()) is not None:
+                    return taken
+                if not self._chores_left:
+                    # Bounded by nothing: every change of what is looked at above notifies.
+                    self._changed.wait()
+                    continue
+                awaited = {pipeline: box.awaited() for pipeline, box in self._mailboxes.items()}
+            try:
+                self._chores_left = any(
+                    actor.chore(awaited.get(pipeline)) for pipeline, actor in list(self.actors.items())
+                )
+            except Exception:
+                # Left undone; the optimizer needs it done, tries again and reports the failure.
+                log.debug("a chore failed", exc_info=True)
+                self._chores_left = False
+
+    def _take(self) -> tuple[str, Entry] | None:
+        if (entry := self._general.take()) is not None:
+            self._running = "", entry
+            return self._running
+        for pipeline, mailbox in self._mailboxes.items():
+            if (entry := mailbox.take()) is not None:
+                self._running = pipeline, entry
+                return self._running
+        return None
+
+    def _finish(self, pipeline: str, entry: Entry) -> None:
+        outcome = entry.failure or self._outcome(pipeline, entry)
+        with self._changed:
+            self._running = None
+            self.finished += 1
+            self._chores_left = True
+            mailbox = self._mailboxes.get(pipeline)
+            if mailbox is not None and isinstance(outcome, Failure) and entry.step >= 0:
+                # Tasks between steps have step -1: their failure is theirs alone.
+                mailbox.fail(entry.step, outcome, entry.task.group)
+        if entry.reply is not None:
+            entry.reply.set_result(outcome)
+
+    def _outcome(self, pipeline: str, entry: Entry) -> Any:
+        task = entry.task
+        try:
+            if not pipeline:
+                return getattr(self, "_do_" + task.op)(*task.args)
+            return getattr(self.actors[pipeline], task.op)(*task.args, **entry.values)
+        except BaseException as error:
+            stage, chunk = (task.args[0].action.stage, task.args[0].action.chunk) if task.op == "act" else (None, None)
+            log.debug("%s failed", _title(task), exc_info=True)
+            return Failure.of(
+                error, worker=self.name, action=_title(task), stage=stage, chunk=chunk, in_step=entry.step >= 0
+            )
+
+    def _do_run(self, call: bytes) -> bytes:
+        function, args = cloudpickle.loads(call)
+        return bytes(cloudpickle.dumps(function(*args)))
+
+    def _do_create(self, pipeline: str, spec: bytes) -> Any:
+        def send(worker: str, step: int, port: Port, value: Any) -> None:
+            if worker == self.name:
+                self._put(pipeline, step, port, value)
+            else:
+                self._transport.tell(worker, "deliver", pipeline, step, port, value)
+
+        built: ActorSpec = cloudpickle.loads(spec)
+        actor = Actor(self.name, built, device=self._device, send=send, ledger=self._transport)
+        self.actors[pipeline] = actor
+        return actor.describe()
+
+    def _do_forward(self, pipeline: str, number: int, nest: Any) -> Any:
+        return self.actors[pipeline].module(number)(nest)
+
+    def _do_reset(self, pipeline: str, step: int) -> None:
+        if (actor := self.actors.get(pipeline)) is not None:
+            actor.reset(step)
+
+    def _do_drop(self, pipeline: str) -> None:
+        self.actors.pop(pipeline, None)
+
+    def _refuse(self, entries: Sequence[Entry]) -> None:
+        """Answer tasks that were cancelled before they ran."""
+        for entry in entries:
+            if entry.reply is not None:
+                entry.reply.set_result(Failure.cancel(self.name, _title(entry.task)))
+
+
+def _where(task: Task) -> str:
+    return task.args[0].action.words() if task.op == "act" else _title(task)
+
+
+def _title(task: Task) -> str:
+    if task.op == "act":
+        return NAMES[task.args[0].action.kind]
+    return {"optimize": "optimizer", "create": "building the stage"}.get(task.op, task.op.replace("_", " "))

@@ -1,0 +1,166 @@
+"""What travels between the driver and the workers: plain named tuples, cheap to pickle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from rpcpipe.model.microbatch import Packed
+from rpcpipe.schedules.action import Action
+from rpcpipe.stage.metrics import Sums
+
+
+class Bucket(NamedTuple):
+    """Some parameters of a group whose members exchange gradients or weights."""
+
+    group: str
+    number: int
+
+    def words(self) -> str:
+        """For a message: ``bucket 1 of stage 0``."""
+        return f"bucket {self.number} of {self.group}"
+
+
+class Port(NamedTuple):
+    """One of the values an action waits for, or a task of ``exchange``.
+
+    ``slot`` is "input", "target", "inputs" (named ones, from the driver) or "value of stage …"; of a bucket
+    "gradients from …", "sums" or "weights".
+    """
+
+    action: Action | Bucket
+    slot: str
+
+
+class Send(NamedTuple):
+    """Where a stage's result for ``link``, its connection with another stage, goes."""
+
+    link: str
+    worker: str
+    port: Port
+
+
+class Route(NamedTuple):
+    """An action, what it waits for from elsewhere, and where its results go."""
+
+    action: Action
+    awaits: tuple[Port, ...]
+    sends: tuple[Send, ...]
+
+
+class Task(NamedTuple):
+    """One entry of a worker's strict sequence: operation ``op`` of its actor.
+
+    In a stream a failure ends the tasks of its ``group`` and of later ones; elsewhere all have 0.
+    """
+
+    op: str
+    args: tuple[Any, ...] = ()
+    awaits: tuple[Port, ...] = ()
+    group: int = 0
+
+
+# A worker, and tasks that go to it in one call.
+Call = tuple[str, list[Task]]
+
+
+class Share(NamedTuple):
+    """What a stage is told of one micro-batch.
+
+    ``draw`` and ``position`` seed its random numbers, its loss counts ``weight``. In a stream ``group``
+    numbers the update that it belongs to, ``last`` is set on the group's last micro-batch, and
+    ``alone`` where it is the only one.
+    """
+
+    draw: int
+    position: int
+    weight: float
+    group: int | None = None
+    last: bool = False
+    alone: bool = False
+
+
+class StepPlan(NamedTuple):
+    """What a worker knows about the step it executes.
+
+    ``step`` names it in every message and is never used again. ``draw`` seeds its random numbers:
+    the number of training steps done so far, so that neither a failed step nor an evaluation in
+    between changes what is drawn. ``weights[chunk]`` is the micro-batch's share of the batch: its
+    loss counts that much. A stream is one step without end; ``policy`` says which version of the
+    weights its minibatches use, ``stop`` that a loss or gradient that is not finite ends it.
+
+    Gradients add to those after step ``after``, if any; ``updates`` says that an update follows. The loss
+    is multiplied by ``scale`` for the backward, and before the update the gradients are divided by it.
+    """
+
+    step: int
+    draw: int
+    training: bool
+    weights: tuple[float, ...]
+    keep_outputs: bool = False
+    trace: bool = False
+    policy: str | None = None
+    stop: bool = False
+    scale: float = 1.0
+    after: int | None = None
+    updates: bool = True
+
+    def share(self, chunk: int) -> Share:
+        """What a stage is told of micro-batch ``chunk`` of a synchronous step."""
+        return Share(self.draw, chunk, self.weights[chunk] if self.weights else 1.0)
+
+
+class Update(NamedTuple):
+    """An update in a stream: the hyperparameters set on the driver, and what to clip to.
+
+    All stages have done the updates before ``committed``.
+    """
+
+    group: int
+    changes: Sequence[Mapping[str, Any]]
+    clip: float | None
+    committed: int
+
+
+@dataclass
+class Report:
+    """One worker's account of a step, or in a stream of what it did since its last update.
+
+    ``losses`` holds (value, count) per micro-batch on the last stage, count None for a mean, and
+    ``metrics`` what ``evaluate`` measures there beside it;
+    ``norms`` the 2-norm of every gradient summed here, by stage and the parameter's place in it;
+    ``spans`` holds (kind, stage, chunk, start, end, version) in nanoseconds of the worker's monotonic
+    clock, version -1 where weights have only one.
+    Where the step is traced, ``sends`` holds (producer, port, time) and ``arrivals`` (port, time) of the
+    values that other workers got from or gave to this one.
+    """
+
+    worker: str
+    losses: dict[int, tuple[float, float | None]] = field(default_factory=dict)
+    outputs: dict[int, Packed] = field(default_factory=dict)
+    metrics: dict[int, Sums] = field(default_factory=dict)
+    norms: dict[int, dict[int, float]] = field(default_factory=dict)
+    spans: list[tuple[str, int, int, int, int, int]] = field(default_factory=list)
+    sends: list[tuple[Action, Port, int]] = field(default_factory=list)
+    arrivals: list[tuple[Port, int]] = field(default_factory=list)
+    peak_in_flight: dict[int, int] = field(default_factory=dict)
+    peak_bytes: dict[int, int] = field(default_factory=dict)
+    recomputed: dict[int, int] = field(default_factory=dict)
+    versions: dict[int, tuple[int, int]] = field(default_factory=dict)  # most at once, bytes of one
+    skipped: bool = False
+
+    @classmethod
+    def joined(cls, reports: Sequence[Report]) -> Report:
+        """What one worker did in all of ``reports``; peaks are those of the last."""
+        last = reports[-1]
+        joined = cls(
+            last.worker, peak_in_flight=last.peak_in_flight, versions=last.versions, peak_bytes=last.peak_bytes,
+            recomputed=last.recomputed,
+        )  # fmt: skip
+        for report in reports:
+            joined.losses |= report.losses
+            joined.spans += report.spans
+            joined.sends += report.sends
+            joined.arrivals += report.arrivals
+        return joined

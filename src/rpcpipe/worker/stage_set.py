@@ -1,0 +1,289 @@
+"""What a worker holds of one pipeline: its stages and their optimizer, and what may be asked of them between steps."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import torch
+from torch import nn
+
+from rpcpipe.checkpoint import shard
+from rpcpipe.checkpoint.manifest import Manifest
+from rpcpipe.errors import CheckpointError
+from rpcpipe.model import batchnorm, layers, tied_weights
+from rpcpipe.model.tied_weights import Tie
+from rpcpipe.model.wiring import Links, Wire, exits
+from rpcpipe.stage.accumulation import Kept
+from rpcpipe.stage.optimizer import Factory, LocalOptimizer, Parameters
+from rpcpipe.stage.recompute import Checkpoint, Recompute
+from rpcpipe.stage.stage import Loss, Stage
+from rpcpipe.worker.gradient_exchange import Exchange, Peers, group_of
+
+# By stage: its named layers, and the first one's index in the model.
+Parts = dict[int, tuple[OrderedDict[str, layers.Layer], int]]
+
+
+@dataclass
+class ActorSpec:
+    """What a worker needs to build its stages; travels by cloudpickle."""
+
+    stages: Parts
+    last_stage: int
+    loss: Loss
+    optimizer: Factory
+    seed: int
+    checkpoint: Checkpoint = "never"
+    autocast: torch.dtype | None = None
+    batch_norm: str = "micro_batch"
+    # Of all the model's layers.
+    wires: Mapping[str, Wire] = field(default_factory=dict)
+    ties: tuple[Tie, ...] = ()
+    links: Links = field(default_factory=Links)
+    peers: Peers = field(default_factory=Peers)
+
+
+class Holdings:
+    """Stages of one pipeline, and an optimizer over all their parameters."""
+
+    def __init__(self, spec: ActorSpec, device: torch.device) -> None:
+        self.stages: dict[int, Stage] = {}
+        self.exchanges: dict[str, Exchange] = {}
+        self._device = device
+        self._spec = replace(spec, stages={})
+        self._optimizer: LocalOptimizer | None = None
+        self._kept = Kept()
+        self._loaded: shard.Loaded | None = None
+        self._build(spec.stages, spec.last_stage, spec.links)
+
+    def _build(self, parts: Parts, last_stage: int, links: Links) -> None:
+        """Make the stages, and an optimizer over all their parameters."""
+        self._last_stage = last_stage
+        built = {
+            number: OrderedDict((key, self._layer(layer, at)) for at, (key, layer) in enumerate(named.items(), first))
+            for number, (named, first) in sorted(parts.items())
+        }
+        drawn = {key for named, _ in parts.values() for key, layer in named.items() if not isinstance(layer, nn.Module)}
+        modules = {key: module for named in built.values() for key, module in named.items()}
+        tied = tied_weights.join(modules, self._spec.ties, drawn, self._spec.seed)
+        self.stages, seen = {}, set[nn.Parameter]()
+        for number, named in built.items():
+            self.stages[number] = self._stage(number, named, parts[number][1], links, seen)
+            seen.update(self.stages[number].module.parameters())
+        self._exchange(tied, links.members)
+        spec = self._spec
+        parameters = Parameters(pair for stage in self.stages.values() for pair in stage.named_parameters)
+        self._optimizer = LocalOptimizer(spec.optimizer, parameters, self._updated_elsewhere) if parameters else None
+
+    def _layer(self, layer: layers.Layer, index: int) -> nn.Module:
+        module = layers.build(layer, seed=self._spec.seed, index=index)
+        return batchnorm.defer(module) if self._spec.batch_norm == "deferred" else module
+
+    def _stage(
+        self, number: int, named: OrderedDict[str, nn.Module], first: int, links: Links, seen: Collection[nn.Parameter]
+    ) -> Stage:
+        spec, last_stage = self._spec, self._last_stage
+        return Stage(
+            number,
+            named,
+            first_layer=first,
+            seed=spec.seed,
+            device=self._device,
+            loss=spec.loss if number == last_stage else None,
+            recompute=Recompute(spec.checkpoint, number, last_stage, len(named)),
+            autocast=spec.autocast,
+            wires=[spec.wires[name] for name in named],
+            exits=exits(links.hops, number, last_stage),
+            shared=seen,
+        )
+
+    def _exchange(self, tied: Mapping[str, nn.Parameter], members: Mapping[str, tuple[str, ...]]) -> None:
+        """Whom gradients are summed with: every parameter is in one group, a tied one in its own."""
+        peers, apart = self._spec.peers, set(tied.values())
+        self.exchanges = peers.exchanges(
+            {number: [p for p in stage.parameters if p not in apart] for number, stage in self.stages.items()}
+        )
+        for group, parameter in tied.items():
+            if len(members[group]) > 1:
+                mine = [parameter] if parameter.requires_grad else []
+                at = members[group].index(peers.name)
+                self.exchanges[group] = Exchange(group, members[group], at, mine, [0] * len(mine))
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The trainable parameters of all stages here, in the model's order."""
+        return [parameter for stage in self.stages.values() for parameter in stage.parameters]
+
+    @property
+    def owned_elsewhere(self) -> set[nn.Parameter]:
+        """The parameters here whose gradients another worker sums."""
+        return {parameter for exchange in self.exchanges.values() for parameter in exchange.owned_elsewhere}
+
+    @property
+    def _tied_elsewhere(self) -> set[nn.Parameter]:
+        """Tied parameters whose first layer is on another worker, which keeps their sums."""
+        here = self._modules()
+        return {
+            here[holder.layer].get_parameter(holder.parameter)
+            for tie in self._spec.ties
+            for holder in tie.holders
+            if tie.holders[0].layer not in here and holder.layer in here
+        }
+
+    @property
+    def _updated_elsewhere(self) -> set[nn.Parameter]:
+        return self.owned_elsewhere if self._spec.peers.shard else set()
+
+    def describe(self) -> dict[int, dict[str, Any]]:
+        """Per stage: layers, parameters, bytes, device, and the optimizer's groups."""
+        groups = self._optimizer.groups() if self._optimizer is not None else []
+        return {
+            number: {
+                "layers": [name for name, _ in stage.module.named_children()],
+                "sizes": {
+                    name: sum(p.numel() for p in layer.parameters()) for name, layer in stage.module.named_children()
+                },
+                "trainable": [name for name, p in stage.module.named_parameters() if p in set(stage.parameters)],
+                "parameters": sum(p.numel() for p in stage.module.parameters()),
+                "bytes": sum(p.numel() * p.element_size() for p in stage.module.parameters()),
+                "buffered": any(True for _ in stage.module.buffers()),
+                "device": str(stage.device),
+                "groups": groups,
+                "wired": any(self._spec.wires[name] != Wire() for name, _ in stage.module.named_children()),
+                "sharded": self._spec.peers.shard,
+                "buckets": self.exchanges[group_of(number)].owners if group_of(number) in self.exchanges else [],
+            }
+            for number, stage in self.stages.items()
+        }
+
+    def call(self, number: int, function: bytes, seed: int | None) -> Any:
+        """``function(module)`` of stage ``number``, which may change weights; the result cloudpickled."""
+        if seed is not None:
+            torch.manual_seed(seed)
+        try:
+            return cloudpickle.dumps(cloudpickle.loads(function)(self.stages[number].module))
+        finally:
+            self._weights_changed()
+
+    def measure(self, metrics: bytes) -> None:
+        """What the last stage measures beside the loss from now on: cloudpickled functions by name."""
+        self.stages[self._last_stage].metrics = cloudpickle.loads(metrics)
+
+    def select(self, function: bytes) -> None:
+        """What the last stage keeps of an output that comes with a target: a cloudpickled (output, target) -> nest."""
+        self.stages[self._last_stage].select = cloudpickle.loads(function)
+
+    def module(self, number: int) -> nn.Module:
+        """The stage's module itself, for an RRef to it."""
+        return self.stages[number].module
+
+    def parameter(self, number: int, name: str) -> nn.Parameter:
+        """The parameter itself, for an RRef to it."""
+        return self.stages[number].module.get_parameter(name)
+
+    def state_dict(self) -> dict[int, dict[str, torch.Tensor]]:
+        """Per stage its state under the unsplit model's names, on the CPU."""
+        return {
+            number: {key: value.detach().cpu() for key, value in stage.module.state_dict().items()}
+            for number, stage in self.stages.items()
+        }
+
+    def load_state_dict(self, states: Mapping[int, Mapping[str, torch.Tensor]]) -> None:
+        """Inverse of ``state_dict``; every shape is checked before anything changes."""
+        for number, state in states.items():
+            live = self.stages[number].module.state_dict()
+            for key, value in state.items():
+                if live[key].shape != value.shape:
+                    raise CheckpointError(f"{key} has shape {tuple(value.shape)}, the model's {tuple(live[key].shape)}")
+        for number, state in states.items():
+            self.stages[number].module.load_state_dict(dict(state))
+        self._weights_changed()
+
+    def save(self, folder: Path, label: str) -> shard.Written:
+        """Write optimizer state, and the first replica weights, to files of ``folder`` called ``label``."""
+        first = self._spec.peers.index == 0
+        return shard.write(self._stage_modules, self._optimizer, self._spec.seed, folder, label, with_weights=first)
+
+    def read_checkpoint(self, folder: Path, manifest: Manifest) -> list[str]:
+        """Read what these stages need of a checkpoint, for ``apply_checkpoint``; the names of their weights."""
+        self._loaded = None  # what an interrupted load may have left
+        self._loaded = shard.read(self._stage_modules, self._optimizer, folder, manifest)
+        return [name for weights in self._loaded.weights for name in weights]
+
+    def apply_checkpoint(self, seed: int) -> None:
+        """Go on from what ``read_checkpoint`` has read, with random numbers from ``seed``."""
+        assert self._loaded is not None
+        self._loaded.apply()
+        self._loaded = None
+        self._spec = replace(self._spec, seed=seed)
+        for stage in self.stages.values():
+            stage.seed = seed
+        self._weights_changed()
+
+    def drop_checkpoint(self) -> None:
+        """Another worker could not read its part."""
+        self._loaded = None
+
+    def give(self, names: Sequence[str]) -> bytes:
+        """The named layers with their optimizer state and kept gradients, for ``arrange`` of another worker."""
+        modules = [(name, module) for name, module in self._modules().items() if name in names]
+        return bytes(cloudpickle.dumps([(name, m, self._states_of(m), self._kept.of(m)) for name, m in modules]))
+
+    def optimizer_state(self) -> dict[str, dict[str, Any]]:
+        """By layer and parameter."""
+        return {name: self._states_of(module) for name, module in self._modules().items()}
+
+    def arrange(
+        self,
+        parts: Mapping[int, tuple[Sequence[str], int]],
+        last_stage: int,
+        links: Links,
+        given: Sequence[bytes],
+        others: Mapping[str, Mapping[str, Any]],
+    ) -> Any:
+        """Hold the stages ``parts`` from now on: of the layers that are here and those ``given``.
+
+        ``others``: by layer, the optimizer's state that replicas have had.
+        """
+        modules, states = self._modules(), self.optimizer_state()
+        for name, module, state, kept in (entry for blob in given for entry in cloudpickle.loads(blob)):
+            modules[name], states[name] = module, state
+            self._kept.take(module, kept)
+        for name, state in others.items():
+            states[name] = {**states[name], **state}
+        self._build(
+            {
+                number: (OrderedDict((name, modules[name]) for name in names), first)
+                for number, (names, first) in parts.items()
+            },
+            last_stage,
+            links,
+        )
+        self._kept.forget(self._tied_elsewhere)
+        elsewhere = self._updated_elsewhere
+        for name in (name for names, _ in parts.values() for name in names):
+            for key, state in states[name].items():
+                if (parameter := modules[name].get_parameter(key)) not in elsewhere:
+                    assert self._optimizer is not None
+                    self._optimizer.optimizer.state[parameter] = state
+        self._weights_changed()
+        return self.describe()
+
+    @property
+    def _stage_modules(self) -> list[nn.Module]:
+        return [stage.module for stage in self.stages.values()]
+
+    def _modules(self) -> dict[str, nn.Module]:
+        return {name: layer for stage in self.stages.values() for name, layer in stage.module.named_children()}
+
+    def _states_of(self, module: nn.Module) -> dict[str, dict[str, Any]]:
+        state = {} if self._optimizer is None else self._optimizer.optimizer.state
+        return {key: state[parameter] for key, parameter in module.named_parameters() if parameter in state}
+
+    def _weights_changed(self) -> None:
+        if self._optimizer is not None:
+            self._optimizer.undo.outdate()
