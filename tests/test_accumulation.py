@@ -11,7 +11,7 @@ from torch import nn
 import rpcpipe as rp
 from helpers import LocalCluster, adamw, assert_same_weights, batches, cross_entropy, mlp, sgd, summed
 from natural import Natural, assert_same_run
-from rpcpipe.stage.accumulation import Progress
+from rpcpipe.driver.accumulation import Progress
 from rpcpipe.stage.optimizer import LocalOptimizer
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from rpcpipe.worker import gradient_exchange
+from rpcpipe.driver import program
 from rpcpipe.worker.gradient_exchange import Exchange, Push, assign
 from rpcpipe.worker.messages import Port, Task
 
@@ -70,10 +70,10 @@ class Wire:
 def step_tasks(member: Exchange, what: str) -> list[Task]:
     owners = member.owners
     tasks = [
-        gradient_exchange.scatter("g"),
-        *gradient_exchange.reduces("g", member.workers, owners, member.index, spread=bool(what)),
+        program.scatter("g"),
+        *program.reduces("g", member.workers, owners, member.index, spread=bool(what)),
     ]
-    return tasks + (gradient_exchange.gathers("g", owners, member.index, what) if what else [])
+    return tasks + (program.gathers("g", owners, member.index, what) if what else [])
 
 
 @pytest.mark.parametrize("limit", [1, 64, 1 << 20])
@@ -117,7 +117,7 @@ def test_sharded_sums_stay_with_their_owners_and_weights_are_spread() -> None:
         assert all(parameter.grad is None for parameter in elsewhere)
     for member in group:
         wire.push(member.weights())
-    wire.run({m.workers[m.index]: gradient_exchange.gathers("g", m.owners, m.index, "weights") for m in group})
+    wire.run({m.workers[m.index]: program.gathers("g", m.owners, m.index, "weights") for m in group})
     for at in range(len(SHAPES)):
         copies = [parameters_of(member)[at] for member in group]
         assert all(torch.equal(copies[0], copy) for copy in copies)

@@ -15,6 +15,7 @@ import torch
 import faults
 import rpcpipe as rp
 from rpcpipe.errors import WorkerLost
+from rpcpipe.transport.rpc import RpcTransport
 
 pytestmark = pytest.mark.alone
 
@@ -91,7 +92,7 @@ def test_a_stuck_action_is_named_by_the_deadline() -> None:
             [torch.nn.Linear(8, 8), Sleep()], cluster, loss=torch.nn.functional.mse_loss, chunks=2,
             optimizer=lambda params: torch.optim.SGD(params, lr=0.1),
         )  # fmt: skip
-        pipe._driver._timeout = 0.6
+        pipe.runtime.driver._timeout = 0.6
         start = time.monotonic()
         with pytest.raises(rp.DeadlineExceeded, match="worker1 runs forward of stage 1, micro-batch 0"):
             pipe.train_step(torch.randn(4, 8), torch.randn(4, 8))
@@ -112,8 +113,8 @@ def test_results_of_a_dead_generation_are_dropped(cluster: rp.Cluster) -> None:
     pipe = faults.make_pipe(cluster)
     x = torch.randn(8, 8)
     expected = pipe.train_step(x, x).loss
-    stranger = rp.cluster.rpc.RpcTransport(cluster.transport._generation[:8] + ", a dead one")
-    identity = pipe._driver._pipeline
+    stranger = RpcTransport(cluster.transport._generation[:8] + ", a dead one")
+    identity = pipe.runtime.driver._pipeline
     from rpcpipe.schedules import Action
     from rpcpipe.worker.messages import Port
 

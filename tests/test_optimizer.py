@@ -10,7 +10,8 @@ from torch.optim import lr_scheduler
 import rpcpipe as rp
 from helpers import LocalCluster, adamw, assert_same_weights, batches, cross_entropy, mlp, sgd
 from natural import Natural, assert_same_run
-from rpcpipe.stage.optimizer import LocalOptimizer, Parameters, PipelineOptimizer
+from rpcpipe.driver.optimizer import PipelineOptimizer
+from rpcpipe.stage.optimizer import LocalOptimizer, Parameters
 
 
 def local(factory: object = adamw) -> LocalOptimizer:

@@ -13,7 +13,7 @@ from torch.distributed.optim import DistributedOptimizer
 
 import rpcpipe as rp
 from helpers import OPTIMIZERS, LocalCluster, Oracle, adamw, batches, cross_entropy, mlp, sgd, summed
-from rpcpipe.driver.program import Layout
+from rpcpipe.driver.layout import Layout
 from rpcpipe.schedules import weight_versions
 from rpcpipe.stage.optimizer import LocalOptimizer
 
@@ -28,15 +28,15 @@ def make(cluster: Any, model: nn.Module | None = None, **arguments: Any) -> rp.P
 
 def states(pipe: rp.Pipeline, replica: int) -> list[torch.Tensor]:
     """All weights of one replica, by way of its workers."""
-    driver = pipe._driver
-    found = driver.collect({name: driver.post(name, "state_dict") for name in pipe._layout.row(replica)})
+    driver = pipe.runtime.driver
+    found = driver.collect({name: driver.post(name, "state_dict") for name in pipe.runtime.layout.row(replica)})
     by_stage = {stage: state for stages in found.values() for stage, state in stages.items()}
     return [value for stage in sorted(by_stage) for value in by_stage[stage].values()]
 
 
 def assert_all_replicas_are(pipe: rp.Pipeline, model: nn.Module) -> None:
     wanted = list(model.state_dict().values())
-    for replica in range(pipe._layout.replicas):
+    for replica in range(pipe.runtime.layout.replicas):
         for have, want in zip(states(pipe, replica), wanted, strict=True):
             assert torch.equal(have, want), f"replica {replica} differs by {(have - want).abs().max()}"
 
@@ -110,7 +110,7 @@ def test_batches_of_any_size(size: int, counts: tuple[int, ...], shard: bool) ->
     """A replica without a micro-batch takes part in the sums and the update."""
     pipe = make(LocalCluster(6, size), chunks=2, replicas=3, shard_optimizer=shard)
     ours = Oracle(mlp(), adamw, cross_entropy, 2, replicas=3)
-    assert pipe._program.cut(torch.empty(size, 1)).counts == counts
+    assert pipe.runtime.program.cut(torch.empty(size, 1)).counts == counts
     for batch in batches(3, size):
         assert pipe.train_step(*batch).loss == pytest.approx(ours.train_step(*batch), rel=1e-6)
     assert_all_replicas_are(pipe, ours.model)

@@ -471,9 +471,9 @@ class Scale:
 
 def test_a_pipelines_own_parts_are_saved_and_those_that_fit_loaded(tmp_path: Path) -> None:
     pipe, other = make(2), make(1)
-    pipe._parts |= {"scale": Scale(8.0), "gone": Scale(1.0)}
+    pipe.runtime.parts |= {"scale": Scale(8.0), "gone": Scale(1.0)}
     mine = {"scale": Scale(2.0), "new": Scale(3.0)}
-    other._parts |= mine
+    other.runtime.parts |= mine
     # The caller's names are the caller's: one may be the same.
     theirs = Scale(5.0)
     pipe.save(tmp_path, stateful={"scale": theirs})

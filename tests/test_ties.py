@@ -191,8 +191,8 @@ def test_with_replicas(schedule: str, shard: bool) -> None:
 
 
 def states_of(pipe: rp.Pipeline, replica: int) -> dict[str, torch.Tensor]:
-    driver = pipe._driver
-    found = driver.collect({name: driver.post(name, "state_dict") for name in pipe._layout.row(replica)})
+    driver = pipe.runtime.driver
+    found = driver.collect({name: driver.post(name, "state_dict") for name in pipe.runtime.layout.row(replica)})
     return {name: value for stages in found.values() for state in stages.values() for name, value in state.items()}
 
 
@@ -216,14 +216,14 @@ def test_the_sums_go_from_worker_to_worker(cluster: rp.Cluster) -> None:
     """The driver's messages of a step do not grow with the tied weight."""
     sent: list[int] = []
     pipe = rp.Pipeline(specs(), cluster, loss=cross_entropy, optimizer=sgd, chunks=2)
-    collect = pipe._driver.collect
+    collect = pipe.runtime.driver.collect
 
     def counting(replies: Any, *rest: Any) -> Any:
         found = collect(replies, *rest)
         sent.append(sum(isinstance(part, torch.Tensor) for value in found.values() for part in _leaves(value)))
         return found
 
-    pipe._driver.collect = counting  # type: ignore[method-assign]
+    pipe.runtime.driver.collect = counting  # type: ignore[method-assign]
     pipe.train_step(*next(batches(1)))
     assert sent
     assert sum(sent) == 0

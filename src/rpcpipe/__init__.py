@@ -19,11 +19,10 @@ from rpcpipe.errors import (
     WorkerLost,
 )
 from rpcpipe.model.layers import LayerSpec, Sequential, Wired
-from rpcpipe.pipeline.balance import balance_by_memory, balance_by_parameters, balance_by_time
 from rpcpipe.pipeline.from_transformers import from_transformers
 from rpcpipe.pipeline.generation import generate
 from rpcpipe.pipeline.pipeline import Pipeline
-from rpcpipe.pipeline.planning import plan
+from rpcpipe.pipeline.planning import balance_by_memory, balance_by_parameters, balance_by_time, plan
 from rpcpipe.planning.plan import Plan
 from rpcpipe.schedules import Action, Schedule, bubble_fraction, optimal_microbatches
 from rpcpipe.schedules.simulate import Costs, critical_path

@@ -223,3 +223,9 @@ def _known_type(failure: Failure) -> type[Exception] | None:
 @functools.cache
 def _mixed(kind: type[Exception]) -> type[StageError]:
     return type("StageError", (StageError, kind), {"__module__": __name__, "__doc__": StageError.__doc__})
+
+
+def refuse(condition: bool, message: str) -> None:
+    """ValueError with ``message`` if ``condition`` holds."""
+    if condition:
+        raise ValueError(message)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter, OrderedDict
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import torch
 
@@ -60,3 +60,15 @@ def decode(value: Any, tensor: Callable[[str], torch.Tensor]) -> Any:
         pairs = {decode(key, tensor): decode(item, tensor) for key, item in content}
         return pairs if tag == "$dict" else Counter(pairs)
     return {key: decode(item, tensor) for key, item in value.items()}
+
+
+class HasState(Protocol):
+    """What torch's schedulers, optimizers, modules and stateful data loaders are."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any], /) -> Any: ...
+
+
+Stateful = HasState | torch.Generator
+Holders = Mapping[str, Stateful]

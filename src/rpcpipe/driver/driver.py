@@ -16,9 +16,10 @@ from typing import Any, TypeVar
 
 from rpcpipe.errors import DeadlineExceeded, Failure, StageError
 from rpcpipe.stage import gradients
+from rpcpipe.stage.context import StepPlan
 from rpcpipe.transport.base import Transport
 from rpcpipe.transport.interrupts import Deferred
-from rpcpipe.worker.messages import Call, Port, Report, StepPlan, Task
+from rpcpipe.worker.messages import Call, Port, Report, Task
 
 # How often a silent wait asks the workers whether anything still moves, in seconds.
 _POLL = 1.0

@@ -8,20 +8,17 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from rpcpipe.driver.feeding import given
 from rpcpipe.driver.result import mean_loss
-from rpcpipe.errors import RpcPipeError
+from rpcpipe.driver.runtime import Runtime
+from rpcpipe.errors import RpcPipeError, refuse
 from rpcpipe.model.microbatch import Nest, batch_size, merge, unpack
-from rpcpipe.pipeline.arguments import refuse
+from rpcpipe.stage.context import StepPlan
 from rpcpipe.stage.metrics import Metric, Sums, means
 from rpcpipe.transport.interrupts import Deferred
 from rpcpipe.transport.pickling import dumps
-from rpcpipe.worker.messages import Report, StepPlan
-
-if TYPE_CHECKING:
-    from rpcpipe.pipeline.pipeline import Pipeline
+from rpcpipe.worker.messages import Report
 
 
 class Passed(NamedTuple):
@@ -45,16 +42,16 @@ class Passes:
     failure, and where the caller stops early, what is under way is dropped.
     """
 
-    def __init__(self, pipe: Pipeline) -> None:
-        self._pipe = pipe
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
         # Their micro-batches fill the pipeline, and two more hide the driver's own time.
-        self.ahead = -(-(pipe._layout.width + 2) // pipe.chunks)
+        self.ahead = -(-(runtime.layout.width + 2) // runtime.chunks)
 
     def run(self, batches: Iterable[tuple[Nest, Nest | None]], *, keep_outputs: bool = False) -> Iterator[Passed]:
         """Each (inputs, targets) in their order; targets may be None where outputs are wanted."""
-        pipe, waiting = self._pipe, deque[tuple[Passed, dict[str, Future[Any]]]]()
-        pipe._enter(self)
-        first = pipe._driver.places()
+        runtime, waiting = self._runtime, deque[tuple[Passed, dict[str, Future[Any]]]]()
+        runtime.enter(self)
+        first = runtime.driver.places()
         try:
             for inputs, targets in batches:
                 waiting.append(self._feed(inputs, targets, keep_outputs))
@@ -64,50 +61,53 @@ class Passes:
                 yield self._collect(*waiting.popleft())
         except BaseException:
             with Deferred():
-                pipe._driver.cancel(pipe._driver.new_step(), first)
+                runtime.driver.cancel(runtime.driver.new_step(), first)
             raise
         finally:
-            pipe._leave(self)
+            runtime.leave(self)
 
     def apply(self) -> None:
         """An optimizer's step in between."""
         raise RpcPipeError("batches run forward only now, there is nothing to apply; finish the iterator first")
 
+    def forget(self) -> None:
+        """Passes forward accumulate nothing."""
+
     def _feed(self, inputs: Nest, targets: Nest | None, keep_outputs: bool) -> tuple[Passed, dict[str, Future[Any]]]:
-        pipe = self._pipe
-        parts, weights, counts = pipe._program.cut(inputs)
+        runtime = self._runtime
+        parts, weights, counts = runtime.program.cut(inputs)
         answers = None
         if targets is not None:
-            answers = pipe._program.cut_targets(targets if keep_outputs else pipe._prepare(targets))
-        plan = StepPlan(pipe._driver.new_step(), pipe.trained, False, weights, keep_outputs=keep_outputs)
-        calls = pipe._program.forward(counts, targets=targets is not None)
-        replies = pipe._driver.issue(calls, plan, given(pipe, parts, answers))
+            answers = runtime.program.cut_targets(targets if keep_outputs else runtime.prepare(targets))
+        plan = StepPlan(runtime.driver.new_step(), runtime.trained, False, weights, keep_outputs=keep_outputs)
+        calls = runtime.program.forward(counts, targets=targets is not None)
+        replies = runtime.driver.issue(calls, plan, runtime.given(parts, answers))
         return Passed(batch_size(inputs), weights, {}), replies
 
     def _collect(self, passed: Passed, replies: Mapping[str, Future[Any]]) -> Passed:
-        return passed._replace(reports=self._pipe._driver.collect(replies))
+        return passed._replace(reports=self._runtime.driver.collect(replies))
 
 
-def outputs(pipe: Pipeline, batches: Iterable[Nest]) -> Iterator[Nest]:
+def outputs(runtime: Runtime, batches: Iterable[Nest]) -> Iterator[Nest]:
     """The model's output for every batch of inputs."""
-    for passed in Passes(pipe).run(((inputs, None) for inputs in batches), keep_outputs=True):
+    for passed in Passes(runtime).run(((inputs, None) for inputs in batches), keep_outputs=True):
         yield passed.output
 
 
-def last_stage(pipe: Pipeline, op: str, functions: Any) -> None:
+def last_stage(runtime: Runtime, op: str, functions: Any) -> None:
     """Tell it, in all replicas, what to do with the outputs of the passes that follow."""
-    driver, data = pipe._driver, dumps(functions, f"what to {op}")
-    driver.collect({worker: driver.post(worker, op, data) for worker in pipe.stages[-1].workers})
+    driver, data = runtime.driver, dumps(functions, f"what to {op}")
+    driver.collect({worker: driver.post(worker, op, data) for worker in runtime.stages[-1].workers})
 
 
 def evaluate(
-    pipe: Pipeline, batches: Iterable[tuple[Nest, Nest]], metrics: Mapping[str, Metric]
+    runtime: Runtime, batches: Iterable[tuple[Nest, Nest]], metrics: Mapping[str, Metric]
 ) -> tuple[float, dict[str, float]]:
     """(mean loss over all samples, or over all that a loss of (sum, count) counts; each metric's mean)."""
     refuse("loss" in metrics, "a metric cannot be named 'loss': the loss is reported beside the metrics")
-    last_stage(pipe, "measure", dict(metrics))
+    last_stage(runtime, "measure", dict(metrics))
     total, samples, sums = 0.0, 0.0, list[Sums]()
-    for size, weights, reports in Passes(pipe).run(batches):
+    for size, weights, reports in Passes(runtime).run(batches):
         found = {chunk: value for report in reports.values() for chunk, value in report.metrics.items()}
         sums += [found[chunk] for chunk in sorted(found)]
         loss, count = mean_loss(reports, weights)

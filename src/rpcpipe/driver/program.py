@@ -1,61 +1,26 @@
-"""2D: every worker of the schedule in R copies, each with its share of the batch.
+"""A step's calls: every action of the schedule addressed to its worker, and the exchange of gradients behind it.
 
-Nothing else of rpcpipe knows more of it than names: a replica executes the same schedule on workers of its
-own, and its micro-batches have the numbers that they have in the whole batch. So ports, random
-numbers, losses, spans and messages need no second index, and the oracle is a plain loop over all
-micro-batches.
+Derived from ``Schedule.upstream`` and its inverse, so the rule of what waits for what stays in one
+place. Named values add ports and no dependency: their routes lead from stage to later stage, and there
+the running value's forward, and back the gradient's backward, has gone before them stage by stage.
+
+A replica executes the same schedule on workers of its own. Micro-batches are numbered across the whole batch, so
+no message, random number, loss or span needs a replica index, and the oracle is a plain loop over all micro-batches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import chain, zip_longest
 from typing import Any, NamedTuple
 
-from rpcpipe.driver.routes import compile_routes
-from rpcpipe.model.microbatch import Nest, batch_size, split
-from rpcpipe.model.wiring import Hop
-from rpcpipe.schedules import Schedule, forward_only
-from rpcpipe.worker import gradient_exchange
-from rpcpipe.worker.messages import Call, Task
-
-
-@dataclass(frozen=True)
-class Layout:
-    """The workers ``names`` of a pipeline with ``replicas``: the schedule's worker w is names w·R … w·R + R - 1."""
-
-    names: tuple[str, ...]
-    replicas: int = 1
-
-    @property
-    def width(self) -> int:
-        """The schedule's workers."""
-        return len(self.names) // self.replicas
-
-    def column(self, worker: int) -> tuple[str, ...]:
-        """The copies of the schedule's ``worker``."""
-        return self.names[worker * self.replicas : (worker + 1) * self.replicas]
-
-    def row(self, replica: int) -> tuple[str, ...]:
-        """The schedule's workers in one replica."""
-        return self.names[replica :: self.replicas]
-
-    def index(self, name: str) -> tuple[int, int]:
-        """(the schedule's worker, replica) that ``name`` is."""
-        return divmod(self.names.index(name), self.replicas)
-
-    def replica_of(self, name: str) -> int | None:
-        """The replica that ``name`` is part of, None where there is one or ``name`` is not used."""
-        return self.index(name)[1] if self.replicas > 1 and name in self.names else None
-
-    def cut(self, nest: Nest, chunks: int) -> list[list[Nest]]:
-        """By replica the micro-batches of its share: ``chunk(replicas)``, and ``chunk(chunks)`` of each.
-
-        A batch smaller than that makes fewer, for the last replicas none.
-        """
-        shares = [split(share, chunks) for share in split(nest, self.replicas)]
-        return [*shares, *([] for _ in range(self.replicas - len(shares)))]
+from rpcpipe.driver.layout import Layout
+from rpcpipe.model.microbatch import Nest, batch_size
+from rpcpipe.model.wiring import DRIVER, Hop, link
+from rpcpipe.schedules import Action, Schedule, forward_only
+from rpcpipe.stage.autograd import Received
+from rpcpipe.worker.gradient_exchange import gradients_from, group_of, statistics_from
+from rpcpipe.worker.messages import Bucket, Call, Port, Route, Send, Task
 
 
 class Batch(NamedTuple):
@@ -110,6 +75,22 @@ class Program:
         """Their targets."""
         return list(chain.from_iterable(self._layout.cut(targets, self._schedule.chunks)))
 
+    def given(self, inputs: list[Nest], targets: list[Nest] | None) -> dict[Port, Any]:
+        """The driver's inputs and targets by the port that awaits them; ValueError if their sizes differ."""
+        values = {
+            port: value
+            for chunk, part in enumerate(inputs)
+            for port, value in entering(part, chunk, self._hops).items()
+        }
+        if targets is not None:
+            if len(targets) != len(inputs):
+                raise ValueError(
+                    f"inputs make {len(inputs)} micro-batches and targets {len(targets)}: their batch sizes differ"
+                )
+            last = self._schedule.stages - 1
+            values |= {Port(Action("F", last, chunk), "target"): part for chunk, part in enumerate(targets)}
+        return values
+
     def train(self, counts: tuple[int, ...], *, updates: bool) -> list[Call]:
         """Forward and backward where replica r has ``counts[r]`` micro-batches, and the sums over the replicas.
 
@@ -136,7 +117,7 @@ class Program:
         found: dict[str, list[Task]] = {}
         for group in self._groups if self._shard else ():
             for at, worker in enumerate(group.members):
-                found.setdefault(worker, []).extend(gradient_exchange.gathers(group.name, group.owners, at, "weights"))
+                found.setdefault(worker, []).extend(gathers(group.name, group.owners, at, "weights"))
         return {worker: [*tasks, Task("updated")] for worker, tasks in found.items()}
 
     def _rows(self, schedule: Schedule, counts: Sequence[int], *, targets: bool) -> list[list[Call]]:
@@ -161,13 +142,13 @@ class Program:
             groups = [(group, group.members.index(worker)) for group in self._groups if worker in group.members]
             for group, _ in groups:
                 complete = [last[stage] for stage in group.stages if stage in last and calls[last[stage]][0] == worker]
-                (calls[max(complete)][1] if complete else end).append(gradient_exchange.scatter(group.name))
+                (calls[max(complete)][1] if complete else end).append(scatter(group.name))
             for group, at in groups:
-                end += gradient_exchange.reduces(group.name, group.members, group.owners, at, spread=spread)
+                end += reduces(group.name, group.members, group.owners, at, spread=spread)
             for group, at in groups if spread else ():
-                end += gradient_exchange.gathers(group.name, group.owners, at, "sums")
+                end += gathers(group.name, group.owners, at, "sums")
             for group, at in groups:
-                end += gradient_exchange.follow(group.stages[0], group.members, at) if group.buffered else []
+                end += follow(group.stages[0], group.members, at) if group.buffered else []
             if end:
                 ends.append((worker, end))
         return ends
@@ -176,3 +157,88 @@ class Program:
 def _in_turns(rows: Sequence[list[Call]]) -> list[Call]:
     """One call of each row after the other, so that all replicas begin at once."""
     return [call for turn in zip_longest(*rows) for call in turn if call is not None]
+
+
+def compile_routes(
+    schedule: Schedule, workers: Sequence[str], *, targets: bool, hops: Sequence[Hop] = ()
+) -> list[tuple[str, Route]]:
+    """(worker, route) for every action, in an order in which everything could run one by one.
+
+    ``targets``: the last stage awaits the targets as well. ``hops``: the ways of named values.
+    """
+    return [(workers[at], route(schedule, action, workers, targets, hops)) for at, action, _ in schedule.walk()]
+
+
+def route(schedule: Schedule, action: Action, workers: Sequence[str], targets: bool, hops: Sequence[Hop] = ()) -> Route:
+    """What ``action`` awaits and where its results go."""
+    kind, stage, chunk = action
+    before = {hop.source for hop in hops if hop.target == stage and hop.source != stage - 1}
+    behind = {hop.target for hop in hops if hop.source == stage and hop.target != stage + 1}
+    awaits: list[str] = []
+    ends: list[Action] = []
+    if schedule.upstream(action) is not None or (kind == "F" and stage == 0):
+        awaits.append("input")
+    if (consumer := schedule.consumer(action)) is not None:
+        ends.append(consumer)
+    if kind == "F":
+        awaits += [link(stage, other) for other in sorted(before)]
+        ends += [Action("F", other, chunk) for other in sorted(behind)]
+    elif kind in "BI":
+        awaits += [link(stage, other) for other in sorted(behind)]
+        ends += [schedule.input_gradient(other, chunk) for other in sorted(before - {DRIVER})]
+    if targets and kind == "F" and stage == schedule.stages - 1:
+        awaits.append("target")
+    sends = [
+        Send(link(stage, end.stage), workers[schedule.placement[end.stage]], Port(end, link(end.stage, stage)))
+        for end in ends
+    ]
+    return Route(action, tuple(Port(action, slot) for slot in awaits), tuple(sends))
+
+
+def entering(part: Nest, chunk: int, hops: Sequence[Hop]) -> dict[Port, Received]:
+    """What each stage gets from the driver of micro-batch ``chunk``'s inputs ``part``."""
+    names: dict[int, list[str]] = {0: []}
+    for hop in hops:
+        if hop.source == DRIVER:
+            names.setdefault(hop.target, []).append(hop.name)
+    return {
+        Port(Action("F", stage, chunk), link(stage, DRIVER)): Received.constant(
+            (None if stage else part, {name: part[name] for name in wanted})
+        )
+        for stage, wanted in names.items()
+    }
+
+
+# --- the exchange of gradients: a group member's tasks ---
+
+
+def scatter(group: str) -> Task:
+    """Every member's, once its gradients are complete."""
+    return Task("scatter", (group,))
+
+
+def reduces(group: str, workers: Sequence[str], owners: Sequence[int], index: int, *, spread: bool) -> list[Task]:
+    """Member ``index``'s, for the buckets it owns; ``owners``: of all. ``spread``: ``gathers`` of sums follow."""
+    slots = [gradients_from(worker) for at, worker in enumerate(workers) if at != index]
+    return [
+        Task("reduce", (group, bucket, spread), tuple(Port(Bucket(group, bucket), slot) for slot in slots))
+        for bucket, owner in enumerate(owners)
+        if owner == index
+    ]
+
+
+def gathers(group: str, owners: Sequence[int], index: int, what: str) -> list[Task]:
+    """Member ``index``'s, for the buckets it does not own; ``what``: "sums" or "weights"."""
+    return [
+        Task(f"gather_{what}", (group, bucket), (Port(Bucket(group, bucket), what),))
+        for bucket, owner in enumerate(owners)
+        if owner != index
+    ]
+
+
+def follow(stage: int, workers: Sequence[str], index: int) -> list[Task]:
+    """Replica ``index``'s, for a stage with buffers: all take over the first one's, which adds up statistics."""
+    about = Bucket(group_of(stage), 0)
+    if index:
+        return [Task("give_statistics", (stage,)), Task("take_buffers", (stage,), (Port(about, "buffers"),))]
+    return [Task("add_statistics", (stage,), tuple(Port(about, statistics_from(worker)) for worker in workers[1:]))]

@@ -1,67 +1,154 @@
-"""What the parts of a pipeline share: its state, and the rules by which they take turns."""
+"""What a pipeline's steps, streams and inference passes share."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 
-from rpcpipe import _tables
+from rpcpipe.checkpoint.plain_state import Stateful
 from rpcpipe.cluster.cluster import Cluster
+from rpcpipe.driver.accumulation import Progress
 from rpcpipe.driver.callbacks import Callback
+from rpcpipe.driver.deployment import Deployment
 from rpcpipe.driver.driver import Driver
-from rpcpipe.driver.program import Layout, Program
-from rpcpipe.driver.stage_handle import HEADER, StageHandle
-from rpcpipe.driver.step import Step
+from rpcpipe.driver.layout import Layout
+from rpcpipe.driver.optimizer import PipelineOptimizer
+from rpcpipe.driver.stage_handle import StageHandle
 from rpcpipe.driver.tracing import Tracer
-from rpcpipe.errors import RpcPipeError
-from rpcpipe.pipeline.arguments import check_asynchronous
-from rpcpipe.pipeline.state import Stateful
+from rpcpipe.errors import RpcPipeError, ScheduleError
+from rpcpipe.model.layers import check_inputs
+from rpcpipe.model.microbatch import Nest
 from rpcpipe.schedules import Schedule
 from rpcpipe.schedules.timeline import Timeline
-from rpcpipe.stage.accumulation import Progress
-from rpcpipe.stage.optimizer import PipelineOptimizer
-
-if TYPE_CHECKING:
-    from rpcpipe.driver.inference import Passes
-    from rpcpipe.driver.stream import Stream
+from rpcpipe.worker.messages import Port
 
 
-class Core:
-    """A pipeline without its verbs.
+class Active(Protocol):
+    """What is open on a pipeline: a step, a stream that is being fed, or passes forward."""
 
-    One step, stream or pass is open at a time; ``trained`` counts the training steps done.
+    def apply(self) -> None:
+        """Do what ``pipe.optimizer.step()`` means now."""
+        ...
+
+    def forget(self) -> None:
+        """Let no further call add to the gradients accumulated so far."""
+        ...
+
+
+class OpenStream(Protocol):
+    """A stream with batches under way."""
+
+    def flush(self) -> None: ...
+
+    def abandon(self) -> None: ...
+
+
+@dataclass
+class Settings:
+    """How a pipeline trains. ``clip_grad_norm`` and ``nonfinite`` may be changed between steps."""
+
+    accumulate: int = 1
+    batch_norm: str = "micro_batch"
+    clip_grad_norm: float | None = None
+    flush_every: int | None = None
+    nonfinite: str = "skip"
+    weights: str | None = None
+    virtual_stages: int = 1
+
+    def check(self, policy: str | None, *, scaled: bool) -> None:
+        """ScheduleError for what does not fit a schedule under which every stage updates on its own."""
+        if policy is None:
+            return
+        if scaled:
+            raise ScheduleError(
+                "autocast=torch.float16 scales the loss, and whether a gradient overflowed is to be known on all stages"
+                " before any of them updates: use torch.bfloat16, or a synchronous schedule"
+            )
+        if self.accumulate > 1:
+            raise ScheduleError(
+                f"accumulate={self.accumulate} does not fit an asynchronous schedule; pipedream-2bw makes one update of"
+                " all micro-batches of a batch: pass it larger batches and more chunks"
+            )
+        if self.batch_norm == "deferred":
+            raise ScheduleError(
+                "batch_norm='deferred' waits for the end of a batch, and an asynchronous schedule has begun the next by"
+                " then: use batch_norm='micro_batch', or a synchronous schedule"
+            )
+
+
+class Runtime:
+    """A pipeline's state. One step, stream or pass is active at a time.
+
+    ``trained`` counts the training steps done and seeds the next one's random numbers. ``prepare`` makes what is cut
+    into micro-batches of a batch's targets. ``parts``: what else goes on from step to step, by name: save writes it and
+    load brings it back. ``busy``: each worker's share of the last step. ``offsets``: by worker, the nanoseconds by
+    which its clock is ahead.
     """
 
-    optimizer: PipelineOptimizer
-    chunks: int
-    accumulate: int
-    _batch_norm: str
-    _driver: Driver
-    _names: tuple[str, ...]
-    _layout: Layout
-    _schedule: Schedule
-    _program: Program
-
-    def __init__(self, cluster: Cluster, progress: Progress, scaler: torch.amp.GradScaler | None) -> None:
-        self.cluster = cluster
+    def __init__(
+        self,
+        cluster: Cluster,
+        driver: Driver,
+        deployment: Deployment,
+        settings: Settings,
+        *,
+        policy: str | None,
+        prepare: Callable[[Nest], Nest],
+        scaler: torch.amp.GradScaler | None,
+    ) -> None:
+        self.cluster, self.driver, self.settings = cluster, driver, settings
+        self.policy, self.prepare, self.scaler = policy, prepare, scaler
+        self.parts: dict[str, Stateful] = {} if scaler is None else {"scaler": scaler}
         self.trained = 0
-        self.stages: tuple[StageHandle, ...] = ()
+        self.progress = Progress(settings.accumulate)
         self.callbacks: list[Callback] = []
-        self._progress = progress
-        self._closed = False
-        self._open: Step | Stream | Passes | None = None
-        self._stream: Stream | None = None
-        self._tracer: Tracer | None = None
-        # What else goes on from step to step, by name: save writes it and load brings it back.
-        self._parts: dict[str, Stateful] = {} if scaler is None else {"scaler": scaler}
-        self._scaler = scaler
-        self._busy: dict[str, float] = {}  # each worker's share of the last step
+        self.active: Active | None = None
+        self.stream: OpenStream | None = None
+        self.tracer: Tracer | None = None
+        self.busy: dict[str, float] = {}
+        self.closed = False
+        self.names = deployment.layout.names
+        # Processes of one host share their monotonic clock.
+        self.offsets = dict.fromkeys(self.names, 0)
+        self.deployment = deployment
+        self.stages: tuple[StageHandle, ...] = ()
+        self.program = deployment.program(self.stages)
+        self.make_optimizer([{}])  # of nothing, until the workers say what theirs have
 
     @property
-    def scaler(self) -> torch.amp.GradScaler | None:
-        """The loss scale under float16; its settings are changed by its setters or ``load_state_dict``."""
-        return self._scaler
+    def layout(self) -> Layout:
+        """The workers, and their replicas."""
+        return self.deployment.layout
+
+    @property
+    def schedule(self) -> Schedule:
+        """The schedule of a full batch."""
+        return self.deployment.schedule
+
+    @property
+    def chunks(self) -> int:
+        """Micro-batches of a full batch."""
+        return self.schedule.chunks
+
+    def install(self, deployment: Deployment, infos: Mapping[str, Mapping[int, Any]] | None = None) -> None:
+        """The workers now hold ``deployment``; ``infos``: what each says of its stages, if they have changed."""
+        self.deployment = deployment
+        if infos is not None:
+            self.stages = tuple(
+                StageHandle(self.driver, stage, {name: infos[name][stage] for name in deployment.layout.column(holder)})
+                for stage, holder in enumerate(deployment.schedule.placement)
+            )
+        self.program = deployment.program(self.stages)
+        self.cluster.relabel()
+
+    def make_optimizer(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Stand in front of workers' optimizers that have these parameter groups."""
+        self.optimizer = PipelineOptimizer(groups, self.apply_active, self.forget_accumulated)
 
     def stages_on(self, worker: str) -> list[int]:
         """The stages that the named worker holds."""
@@ -69,79 +156,97 @@ class Core:
 
     def replica_of(self, worker: str) -> int | None:
         """Which replica the named worker is part of, where there are several."""
-        return self._layout.replica_of(worker)
+        return self.layout.replica_of(worker)
 
-    # --- one thing at a time ---
+    def given(self, parts: list[Nest], targets: list[Nest] | None) -> dict[Port, Any]:
+        """The micro-batches' inputs and targets by the port that awaits them; ValueError if a name is missing."""
+        check_inputs(parts[0], self.deployment.wires)
+        return self.program.given(parts, targets)
 
-    def _enter(self, step: Step | Stream | Passes) -> None:
-        if self._open is not None:
-            raise RpcPipeError(
-                "a step of this pipeline is open already; first leave its with-block, or finish the iterator of predict"
-            )
-        self._open = step
-
-    def _note(self, timeline: Timeline) -> None:
-        """What a step measured, for the table."""
-        shares = (busy / (timeline.makespan or 1.0) for busy in timeline.busy)
-        self._busy = dict(zip(self._names, shares, strict=True))
-
-    def _leave(self, step: Step | Stream | Passes) -> None:
-        self._open = None if self._open is step else self._open
-
-    def _forget_accumulated(self) -> None:
-        self._progress = Progress(self.accumulate)
-        if isinstance(self._open, Step):
-            self._open.forget()
-
-    def _apply_open(self) -> None:
-        if self._open is None:
-            raise RpcPipeError("no step is open; call train_step, or optimize inside `with pipe.step() as s:`")
-        self._open.apply()
-
-    # --- life ---
-
-    def close(self) -> None:
-        """Free the stages on the workers; closing twice is allowed."""
-        if self._closed:
-            return
-        self._closed = True
-        if self._stream is not None:
-            self._stream.abandon()
-        self.cluster.pipelines.discard(self)
-        self.stages = ()
-        self.cluster.relabel()
-        release(self.cluster, self._driver)
-        for callback in self.callbacks:
-            getattr(callback, "close", lambda: None)()
-
-    def __repr__(self) -> str:
-        if self._closed:
-            return "Pipeline(closed)"
-        return f"{self._title()}\n{_tables.text(HEADER, self._rows())}"
-
-    def _repr_html_(self) -> str:
-        return _tables.markup(self._title(), HEADER, self._rows())
-
-    def _title(self) -> str:
-        replicas = self._layout.replicas
-        copies = f" in {replicas} replicas" if replicas > 1 else ""
+    def title(self) -> str:
+        """Describe the pipeline in a line."""
+        copies = f" in {self.layout.replicas} replicas" if self.layout.replicas > 1 else ""
         return (
-            f"Pipeline({self._schedule.name}, {len(self.stages)} stages{copies}, {self.chunks} micro-batches,"
+            f"Pipeline({self.schedule.name}, {len(self.stages)} stages{copies}, {self.chunks} micro-batches,"
             f" {self.trained} steps trained)"
         )
 
-    def _rows(self) -> list[list[str]]:
-        return [row for stage in self.stages for row in stage.rows(self._busy)]
+    def rows(self) -> list[list[str]]:
+        """A table's rows: each stage on each of its workers."""
+        return [row for stage in self.stages for row in stage.rows(self.busy)]
 
-    def _check(self) -> None:
-        if self._closed:
+    @contextmanager
+    def traced(self) -> Iterator[Timeline]:
+        """Fill a timeline with what workers do inside of the block, on the driver's clock."""
+        here = socket.gethostname()
+        remote = {worker.name for worker in self.cluster.workers if worker.host != here}
+        self.offsets = {name: self.driver.clock_offset(name) if name in remote else 0 for name in self.names}
+        self.tracer = Tracer(self.names, self.offsets, f"{self.schedule.name}, measured")
+        try:
+            yield self.tracer.timeline
+        finally:
+            if self.stream is not None:
+                self.stream.flush()
+            self.tracer = None
+
+    # --- one thing at a time ---
+
+    def enter(self, active: Active) -> None:
+        """``active`` is open from now on; RpcPipeError if something else is."""
+        if self.active is not None:
+            raise RpcPipeError(
+                "a step of this pipeline is open already; first leave its with-block, or finish the iterator of predict"
+            )
+        self.active = active
+
+    def leave(self, active: Active) -> None:
+        """``active`` is no longer open; nothing if it was not."""
+        self.active = None if self.active is active else self.active
+
+    def note(self, timeline: Timeline) -> None:
+        """Keep what a step measured, for the table."""
+        shares = (busy / (timeline.makespan or 1.0) for busy in timeline.busy)
+        self.busy = dict(zip(self.names, shares, strict=True))
+
+    def forget_accumulated(self) -> None:
+        """Drop the gradients that calls of ``train_step`` have accumulated since the last update."""
+        self.progress = Progress(self.settings.accumulate)
+        if self.active is not None:
+            self.active.forget()
+
+    def apply_active(self) -> None:
+        """Do what ``pipe.optimizer.step()`` means; RpcPipeError where nothing is open."""
+        if self.active is None:
+            raise RpcPipeError("no step is open; call train_step, or optimize inside `with pipe.step() as s:`")
+        self.active.apply()
+
+    # --- life ---
+
+    def check(self) -> None:
+        """Raise unless the pipeline can take work; what streams is drained first."""
+        if self.closed:
             raise RpcPipeError("the pipeline is closed; make a new one")
         self.cluster.check()
-        if self._stream is not None:
-            self._stream.flush()
+        if self.stream is not None:
+            self.stream.flush()
 
-    def _check_policy(self, policy: str | None) -> None:
-        check_asynchronous(policy, self.accumulate, self._batch_norm, scaled=self.scaler is not None)
+    def check_policy(self, policy: str | None) -> None:
+        """ScheduleError where the settings do not fit a schedule with this policy of weights."""
+        self.settings.check(policy, scaled=self.scaler is not None)
+
+    def close(self) -> None:
+        """Free the stages on the workers; closing twice is allowed."""
+        if self.closed:
+            return
+        self.closed = True
+        if self.stream is not None:
+            self.stream.abandon()
+        self.cluster.pipelines.discard(self)
+        self.stages = ()
+        self.cluster.relabel()
+        release(self.cluster, self.driver)
+        for callback in self.callbacks:
+            getattr(callback, "close", lambda: None)()
 
 
 def release(cluster: Cluster, driver: Driver) -> None:

@@ -9,22 +9,20 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from rpcpipe.driver.accumulation import Progress
 from rpcpipe.driver.driver import Gate
-from rpcpipe.driver.feeding import given
 from rpcpipe.driver.result import StepResult, by_stage, mean_loss
+from rpcpipe.driver.runtime import Runtime
 from rpcpipe.driver.tracing import spans
 from rpcpipe.errors import Failure, RpcPipeError, StageError
 from rpcpipe.model.microbatch import Nest
 from rpcpipe.schedules.timeline import Timeline
 from rpcpipe.stage import precision
-from rpcpipe.stage.accumulation import Progress
+from rpcpipe.stage.context import StepPlan
 from rpcpipe.transport.interrupts import Deferred
-from rpcpipe.worker.messages import Report, StepPlan
-
-if TYPE_CHECKING:
-    from rpcpipe.pipeline.pipeline import Pipeline
+from rpcpipe.worker.messages import Report
 
 log = logging.getLogger("rpcpipe")
 
@@ -38,13 +36,13 @@ class Step:
 
     context_id: int
 
-    def __init__(self, pipe: Pipeline, number: int) -> None:
-        self._pipe = pipe
+    def __init__(self, runtime: Runtime, number: int) -> None:
+        self._runtime = runtime
         self._number = number
-        self._message = pipe._driver.new_step()
+        self._message = runtime.driver.new_step()
         self._started = time.perf_counter()
         self._result: StepResult | None = None
-        self._progress = pipe._progress if pipe._progress.done else Progress(pipe.accumulate)
+        self._progress = runtime.progress if runtime.progress.done else Progress(runtime.settings.accumulate)
         self._updated = False
         self._overflowed = False
         self._context: AbstractContextManager[int] | None = None
@@ -52,8 +50,8 @@ class Step:
     def __enter__(self) -> Step:
         try:
             with Deferred():
-                self._pipe._enter(self)
-                self._context = self._pipe.cluster.transport.context()
+                self._runtime.enter(self)
+                self._context = self._runtime.cluster.transport.context()
                 self.context_id = self._context.__enter__()
         except BaseException as error:
             self.__exit__(type(error), error, None)
@@ -62,23 +60,23 @@ class Step:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         with Deferred():
-            self._pipe._leave(self)
+            self._runtime.leave(self)
             if self._context is not None:
                 context, self._context = self._context, None
                 context.__exit__(None, None, None)
             if kind is not None and (isinstance(error, KeyboardInterrupt) or not self._updated):
                 # An interrupt may come after the last worker has updated, before the caller can know of it.
-                self._pipe._driver.take_back(self._message, updating=self._updated)
+                self._runtime.driver.take_back(self._message, updating=self._updated)
             elif kind is None and self.done:
                 self._advance()
 
     def _advance(self) -> None:
         """The step has ended well."""
-        pipe, result = self._pipe, self.result()
-        pipe.trained += 1
-        pipe._progress = self._progress
-        if pipe.scaler is not None and not result.accumulated:
-            precision.judge(pipe.scaler, finite=not self._overflowed)
+        runtime, result = self._runtime, self.result()
+        runtime.trained += 1
+        runtime.progress = self._progress
+        if runtime.scaler is not None and not result.accumulated:
+            precision.judge(runtime.scaler, finite=not self._overflowed)
 
     @property
     def done(self) -> bool:
@@ -87,20 +85,20 @@ class Step:
 
     def forward_backward(self, inputs: Nest, targets: Nest) -> float:
         """Run the batch; the gradients of its mean loss are then in the context. Returns the loss."""
-        self._pipe._driver.settle(self._message, self.run(inputs, targets))
+        self._runtime.driver.settle(self._message, self.run(inputs, targets))
         return self.result().loss
 
     def run(self, inputs: Nest, targets: Nest) -> dict[str, Future[Any]]:
         """``forward_backward`` that does not wait until the gradients are in the context."""
         if self.done:
             raise RpcPipeError("forward_backward was called in this step already; open another step")
-        pipe, driver = self._pipe, self._pipe._driver
-        parts, weights, counts = pipe._program.cut(inputs)
-        values = given(pipe, parts, pipe._program.cut_targets(pipe._prepare(targets)))
+        runtime, driver = self._runtime, self._runtime.driver
+        parts, weights, counts = runtime.program.cut(inputs)
+        values = runtime.given(parts, runtime.program.cut_targets(runtime.prepare(targets)))
         plan = self._plan(weights)
-        reports = driver.run(pipe._program.train(counts, updates=plan.updates), plan, values)
-        if pipe._tracer is not None:
-            pipe._tracer.step(reports, self._number)
+        reports = driver.run(runtime.program.train(counts, updates=plan.updates), plan, values)
+        if runtime.tracer is not None:
+            runtime.tracer.step(reports, self._number)
         loss, count = mean_loss(reports, weights)
         gate = self._gate(plan, reports, count)
         if not gate.finite:
@@ -116,36 +114,36 @@ class Step:
             time.perf_counter() - self._started,
             by_stage(reports, "peak_in_flight"),
             plan.updates and gate.finite,
-            Timeline(spans(reports, pipe._offsets, self._number), workers=len(reports), name=pipe.schedule.name),
+            Timeline(spans(reports, runtime.offsets, self._number), workers=len(reports), name=runtime.schedule.name),
             peak_activation_bytes=by_stage(reports, "peak_bytes"),
             recomputed=by_stage(reports, "recomputed", sum),
             accumulated=self._progress.done,
             loss_scale=plan.scale,
         )
-        pipe._note(self._result.timeline)
+        runtime.note(self._result.timeline)
         return driver.hand_over(self._message, self.context_id, gate) if self._result.applied else {}
 
     def _plan(self, weights: Sequence[float]) -> StepPlan:
-        pipe, progress = self._pipe, self._progress
+        runtime, progress = self._runtime, self._progress
         return StepPlan(
             self._message,
             self._number,
             True,
             tuple(weight / progress.calls for weight in weights),
-            trace=pipe._tracer is not None,
-            scale=1.0 if pipe.scaler is None else pipe.scaler.get_scale(),
+            trace=runtime.tracer is not None,
+            scale=1.0 if runtime.scaler is None else runtime.scaler.get_scale(),
             after=progress.after,
             updates=progress.is_last,
         )
 
     def _gate(self, plan: StepPlan, reports: Mapping[str, Report], count: float | None) -> Gate:
         """What the gradients come to: those of the update, or those accumulated so far."""
-        pipe, total = self._pipe, self._progress.counted(count)
+        runtime, total = self._runtime, self._progress.counted(count)
         # As GradScaler sees them: that nothing counted, 0/0, is no matter of the scale.
         self._overflowed = not Gate.of(reports, None).finite
         if plan.updates and total is not None:
-            pipe._driver.divide(self._message, total, reports)
-        gate = Gate.of(reports, pipe.clip_grad_norm)
+            runtime.driver.divide(self._message, total, reports)
+        gate = Gate.of(reports, runtime.settings.clip_grad_norm)
         if plan.updates:
             return gate
         return dataclasses.replace(gate, grad_norm=gate.grad_norm / plan.scale / (total or 1.0))
@@ -155,7 +153,7 @@ class Step:
 
         A smaller loss scale mends the overflow of a finite loss.
         """
-        if self._pipe.nonfinite == "skip" or (plan.scale > 1.0 and math.isfinite(loss)):
+        if self._runtime.settings.nonfinite == "skip" or (plan.scale > 1.0 and math.isfinite(loss)):
             return
         norms = [(stage, name, norms) for name, report in reports.items() for stage, norms in report.norms.items()]
         for stage, name, found in sorted(norms, reverse=True):
@@ -167,7 +165,7 @@ class Step:
         """Apply the gradients on all workers, or on none; nothing where they are to accumulate further."""
         if self.done and self.result().accumulated:
             return
-        self._pipe.optimizer.step()
+        self._runtime.optimizer.step()
 
     def forget(self) -> None:
         """Let no further call add to the gradients accumulated so far."""
@@ -178,16 +176,16 @@ class Step:
         if not self.result().applied:
             return
         self._updated = True  # before it is true: taking back what was not done does no harm
-        times = self._pipe._driver.optimize(
-            self._message, self.context_id, self._pipe.optimizer.changes(), self._pipe._program.after_update()
+        times = self._runtime.driver.optimize(
+            self._message, self.context_id, self._runtime.optimizer.changes(), self._runtime.program.after_update()
         )
-        if self._pipe._tracer is not None:
-            self._pipe._tracer.update(times, self._number)
+        if self._runtime.tracer is not None:
+            self._runtime.tracer.update(times, self._number)
 
     def result(self) -> StepResult:
         """The figures so far; raises RpcPipeError before ``forward_backward``."""
         if self._result is None:
             raise RpcPipeError("call s.forward_backward(inputs, targets) first")
         return dataclasses.replace(
-            self._result, seconds=time.perf_counter() - self._started, lr=self._pipe.optimizer.lr
+            self._result, seconds=time.perf_counter() - self._started, lr=self._runtime.optimizer.lr
         )

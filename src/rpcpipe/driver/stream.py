@@ -13,12 +13,12 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterable, Mapping
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rpcpipe.driver.callbacks import tell
-from rpcpipe.driver.feeding import hops
+from rpcpipe.driver.program import entering, route
 from rpcpipe.driver.result import StepResult, of_stream
-from rpcpipe.driver.routes import entering, route
+from rpcpipe.driver.runtime import Runtime
 from rpcpipe.driver.tracing import spans
 from rpcpipe.errors import Failure, RpcPipeError, ScheduleError, StageError, WorkerLost
 from rpcpipe.model.layers import check_inputs
@@ -26,11 +26,9 @@ from rpcpipe.model.microbatch import Nest
 from rpcpipe.schedules import Action
 from rpcpipe.schedules.asynchronous import Stream as Order
 from rpcpipe.stage import stream_rollback
+from rpcpipe.stage.context import Share, StepPlan
 from rpcpipe.transport.interrupts import Deferred
-from rpcpipe.worker.messages import Port, Report, Share, StepPlan, Task, Update
-
-if TYPE_CHECKING:
-    from rpcpipe.pipeline.pipeline import Pipeline
+from rpcpipe.worker.messages import Port, Report, Task, Update
 
 log = logging.getLogger("rpcpipe")
 
@@ -48,13 +46,13 @@ class _Batch:
 class Stream:
     """Batches on their way through ``pipe``; ``results`` are those that came back and nobody has taken."""
 
-    def __init__(self, pipe: Pipeline) -> None:
+    def __init__(self, runtime: Runtime) -> None:
         self.results: deque[StepResult] = deque()
-        self._pipe = pipe
+        self._runtime = runtime
         self._is_open = False
         # So many batches are fed before the oldest is awaited: their micro-batches fill the pipeline,
         # and two more hide the driver's own time.
-        self._ahead = -(-(len(pipe._names) + 2) // pipe.chunks)
+        self._ahead = -(-(len(runtime.names) + 2) // runtime.chunks)
 
     def run(self, batches: Iterable[tuple[Nest, Nest]], flush_every: int | None) -> Generator[StepResult, None, None]:
         """Feed all ``batches``; the results in their order, some batches later."""
@@ -81,32 +79,32 @@ class Stream:
     def take(self) -> StepResult:
         """The oldest result, which the callbacks are told."""
         result = self.results.popleft() if self.results else self._collect()
-        tell(self._pipe.callbacks, result)
+        tell(self._runtime.callbacks, result)
         return result
 
     # --- feeding ---
 
     def feed(self, inputs: Nest, targets: Nest) -> None:
         """Issue all that one more batch lets the workers do."""
-        pipe = self._pipe
-        parts, shares, _ = pipe._program.cut(inputs)
-        answers = pipe._program.cut_targets(pipe._prepare(targets))
+        runtime = self._runtime
+        parts, shares, _ = runtime.program.cut(inputs)
+        answers = runtime.program.cut_targets(runtime.prepare(targets))
         if len(parts) != len(answers):
             raise ValueError(f"inputs make {len(parts)} micro-batches and targets {len(answers)}: their sizes differ")
-        check_inputs(parts[0], pipe._wires)
+        check_inputs(parts[0], runtime.deployment.wires)
         with Deferred():
             if not self._is_open:
-                pipe._check()
+                runtime.check()
                 self._open()
-            pipe._enter(self)
+            runtime.enter(self)
             try:
-                pipe.optimizer.step()  # for learning-rate schedulers, which count the calls; leads to apply
+                runtime.optimizer.step()  # for learning-rate schedulers, which count the calls; leads to apply
             finally:
-                pipe._leave(self)
-            double = pipe._policy == "2bw"
+                runtime.leave(self)
+            double = runtime.policy == "2bw"
             first = len(self._changes)
             groups = range(first, first + (1 if double else len(parts)))
-            batch = _Batch(groups, {}, [], pipe.optimizer.lr)
+            batch = _Batch(groups, {}, [], runtime.optimizer.lr)
             self._changes += [self._now] * len(batch.groups)
             self._batches.append(batch)
             for index, part in enumerate(parts):
@@ -118,28 +116,31 @@ class Stream:
                 if not double:
                     share = Share(self._base + group, 0, 1.0, group, last=True, alone=True)
                 self._issue(self._order.feed(last=last), share, part, answers[index], batch.held)
-        if double and len(parts) < len(pipe._names):
+        if double and len(parts) < len(runtime.names):
             self.flush()  # the next batch's version would not be there in time
 
     def apply(self) -> None:
         """Called through ``pipe.optimizer.step()``: the hyperparameters that hold for the batch being fed."""
-        self._now = self._pipe.optimizer.changes()
+        self._now = self._runtime.optimizer.changes()
+
+    def forget(self) -> None:
+        """A stream accumulates nothing."""
 
     def abandon(self) -> None:
         """The pipeline is closed: nothing of the stream matters any more."""
         self._is_open = False
 
     def _open(self) -> None:
-        pipe = self._pipe
-        if pipe._policy is None:
+        runtime = self._runtime
+        if runtime.policy is None:
             raise ScheduleError(
-                f"the schedule has become {pipe.schedule.name!r}, which does not stream; leave the loop over"
+                f"the schedule has become {runtime.schedule.name!r}, which does not stream; leave the loop over"
                 " pipe.train first and begin another"
             )
-        pipe._check_policy(pipe._policy)
-        self._step, self._first = pipe._driver.new_step(), pipe._driver.places()
-        self._base, self._committed = pipe.trained, 0
-        self._order, self._hops = Order(len(pipe._names)), hops(pipe)
+        runtime.check_policy(runtime.policy)
+        self._step, self._first = runtime.driver.new_step(), runtime.driver.places()
+        self._base, self._committed = runtime.trained, 0
+        self._order, self._hops = Order(len(runtime.names)), runtime.deployment.hops
         self._drained = False
         self._groups: list[int] = []  # by micro-batch
         self._changes: list[list[dict[str, Any]]] = []  # by group
@@ -148,22 +149,22 @@ class Stream:
         self._ended: dict[str, int] = {}
         self._since = time.perf_counter()
         plan = StepPlan(
-            self._step, self._base, True, (), trace=pipe._tracer is not None, policy=pipe._policy,
-            stop=pipe.nonfinite == "stop",
+            self._step, self._base, True, (), trace=runtime.tracer is not None, policy=runtime.policy,
+            stop=runtime.settings.nonfinite == "stop",
         )  # fmt: skip
-        for name in pipe._names:
-            pipe._driver.send(name, self._step, Task("begin", (plan,)))
-        self._watches = pipe._driver.watch(self._step)
-        self._is_open, pipe._stream = True, self
+        for name in runtime.names:
+            runtime.driver.send(name, self._step, Task("begin", (plan,)))
+        self._watches = runtime.driver.watch(self._step)
+        self._is_open, runtime.stream = True, self
 
     def _issue(
         self, actions: list[tuple[int, Action]], share: Share | None, part: Nest, answer: Nest, held: list[object]
     ) -> None:
-        pipe, calls = self._pipe, []
-        last = len(pipe._names) - 1
+        runtime, calls = self._runtime, []
+        last = len(runtime.names) - 1
         for worker, action in actions:
             group = self._groups[action.chunk]
-            way = route(pipe.schedule, action, pipe._names, targets=True, hops=self._hops)
+            way = route(runtime.schedule, action, runtime.names, targets=True, hops=self._hops)
             values: list[tuple[Port, Any]] = []
             told: Share | Update | None = None
             if action.kind == "F":
@@ -172,9 +173,9 @@ class Stream:
                 values += [(port, given[port]) for port in way.awaits if port in given]
                 values += [(Port(action, "target"), answer)] if worker == last else []
             elif action.kind == "U":
-                told = Update(group, self._changes[group], pipe.clip_grad_norm, self._committed)
-            calls.append((pipe._names[worker], Task("act", (way, told), way.awaits, group), values))
-        handles, replies = pipe._driver.feed(self._step, calls)
+                told = Update(group, self._changes[group], runtime.settings.clip_grad_norm, self._committed)
+            calls.append((runtime.names[worker], Task("act", (way, told), way.awaits, group), values))
+        handles, replies = runtime.driver.feed(self._step, calls)
         held += handles
         self._replies |= replies
 
@@ -198,11 +199,11 @@ class Stream:
 
     def _collect(self) -> StepResult:
         """The oldest batch's result."""
-        pipe, batch = self._pipe, self._batches[0]
-        wanted = {(name, group): self._replies[name, group] for group in batch.groups for name in pipe._names}
+        runtime, batch = self._runtime, self._batches[0]
+        wanted = {(name, group): self._replies[name, group] for group in batch.groups for name in runtime.names}
         with Deferred():
             try:
-                reports = pipe._driver.collect(wanted, self._watches)
+                reports = runtime.driver.collect(wanted, self._watches)
             except StageError as error:
                 raise self._stop(error) from None
             except KeyboardInterrupt:
@@ -214,46 +215,46 @@ class Stream:
             for key in wanted:
                 del self._replies[key]
             self._committed = batch.groups.stop
-            pipe.trained = self._base + self._committed
+            runtime.trained = self._base + self._committed
             return self._result(batch, reports)
 
     def _result(self, batch: _Batch, reports: Mapping[tuple[str, int], Report]) -> StepResult:
-        pipe, number = self._pipe, self._base + batch.groups.start
+        runtime, number = self._runtime, self._base + batch.groups.start
         since, self._since = self._since, time.perf_counter()
-        by_worker = {name: Report.joined([reports[name, group] for group in batch.groups]) for name in pipe._names}
+        by_worker = {name: Report.joined([reports[name, group] for group in batch.groups]) for name in runtime.names}
         result = of_stream(
             by_worker,
-            [[reports[name, group] for name in pipe._names] for group in batch.groups],
+            [[reports[name, group] for name in runtime.names] for group in batch.groups],
             number=number, base=self._base, groups=batch.groups, shares=batch.shares, lr=batch.lr,
-            seconds=self._since - since, ended=self._ended, name=pipe.schedule.name,
-            spans=spans(by_worker, pipe._offsets, number),
+            seconds=self._since - since, ended=self._ended, name=runtime.schedule.name,
+            spans=spans(by_worker, runtime.offsets, number),
         )  # fmt: skip
         if not result.applied:
             log.warning("step %d: loss or gradient is not finite; %d updates skipped", number, result.skipped)
-        if pipe._tracer is not None:
-            pipe._tracer.step(by_worker, number)
-        pipe._note(result.timeline)
+        if runtime.tracer is not None:
+            runtime.tracer.step(by_worker, number)
+        runtime.note(result.timeline)
         return result
 
     # --- ending ---
 
     def _close(self, updates: int | None) -> None:
         """Workers forget the stream; ``updates``: and go back to so many first."""
-        pipe = self._pipe
-        self._is_open, pipe._stream = False, None
-        pipe._driver.cancel(self._step, pipe._driver.places())
-        pipe._driver.collect({name: pipe._driver.post(name, "end_stream", updates) for name in pipe._names})
+        runtime = self._runtime
+        self._is_open, runtime.stream = False, None
+        runtime.driver.cancel(self._step, runtime.driver.places())
+        runtime.driver.collect({name: runtime.driver.post(name, "end_stream", updates) for name in runtime.names})
 
     def _stop(self, error: StageError) -> RpcPipeError:
         """Do what was fed before the failed group, on all stages; the error to raise."""
-        pipe, driver = self._pipe, self._pipe._driver
+        runtime, driver = self._runtime, self._runtime.driver
         group = self._committed if error.chunk is None else self._groups[error.chunk]
         try:
             with Deferred():
                 driver.abandon(self._step, group)
                 self._drain()
                 outcomes = driver.outcomes(self._replies)
-                done = {self._leading(name, outcomes) for name in pipe._names}
+                done = {self._leading(name, outcomes) for name in runtime.names}
                 kept = done.pop() if len(done) == 1 else None
                 updates = stream_rollback.newest(self._committed) if kept is None else kept
                 self._close(updates if kept is None else None)
@@ -271,25 +272,25 @@ class Stream:
 
     def _abort(self, error: BaseException) -> None:
         """Something does not move or is gone: drop all, go back to what all stages surely have."""
-        pipe = self._pipe
-        self._is_open, pipe._stream = False, None
-        if isinstance(error, WorkerLost) or not pipe.cluster.healthy:
+        runtime = self._runtime
+        self._is_open, runtime.stream = False, None
+        if isinstance(error, WorkerLost) or not runtime.cluster.healthy:
             return
         with Deferred():
             updates = stream_rollback.newest(self._committed)
-            pipe._driver.cancel(self._step, self._first)
-            for name in pipe._names:
-                pipe._driver.post(name, "end_stream", updates)
+            runtime.driver.cancel(self._step, self._first)
+            for name in runtime.names:
+                runtime.driver.post(name, "end_stream", updates)
             error.add_note(self._account(updates))
 
     def _account(self, updates: int) -> str:
         """Which minibatches are in the weights and which are not; sets ``trained``."""
-        pipe = self._pipe
-        pipe.trained = self._base + updates
-        unit = "batches" if pipe._policy == "2bw" else "minibatches"
+        runtime = self._runtime
+        runtime.trained = self._base + updates
+        unit = "batches" if runtime.policy == "2bw" else "minibatches"
         fed = self._base + len(self._changes)
         return (
-            f"On every stage the {unit} before number {pipe.trained} (pipe.trained) are in the weights and"
-            f" numbers {pipe.trained} to {fed - 1} are not; the stream has ended and the pipeline is usable."
+            f"On every stage the {unit} before number {runtime.trained} (pipe.trained) are in the weights and"
+            f" numbers {runtime.trained} to {fed - 1} are not; the stream has ended and the pipeline is usable."
             " Mend the cause and feed those again."
         )

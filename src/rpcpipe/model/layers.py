@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +14,10 @@ from torch.nn.modules.module import _IncompatibleKeys
 from rpcpipe.errors import PartitionError
 from rpcpipe.model import rng, tied_weights
 from rpcpipe.model.microbatch import Nest
-from rpcpipe.model.wiring import Wire, inputs, kept
-from rpcpipe.stage.boundary import advance
+from rpcpipe.model.wiring import Wire, advance, inputs, kept
+
+# loss(output, target): the mean as a scalar tensor, or (sum, count).
+Loss = Callable[[Any, Any], Any]
 
 
 class LayerSpec:

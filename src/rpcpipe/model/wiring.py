@@ -10,9 +10,11 @@ for that: its forward follows the forwards of the takers before it in any case.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from rpcpipe.model.microbatch import Nest
 
 # In place of a stage: the driver, whose inputs go straight to every stage that takes them.
 DRIVER = -1
@@ -89,3 +91,29 @@ def kept(wires: Sequence[Wire], leaving: Iterable[str] = ()) -> list[frozenset[s
         found.append(needed)
         needed = needed - set(wire.gives) | set(wire.takes)
     return found[::-1]
+
+
+# (the running value, named values)
+Flow = tuple[Nest, dict[str, Nest]]
+
+
+def advance(layer: Callable[..., Any], wire: Wire, flow: Flow, kept: Collection[str]) -> Flow:
+    """What flows on behind ``layer``; of the named values those that are ``kept``."""
+    x, values = flow
+    result = layer(x, *(values[name] for name in wire.takes))
+    if not (wire.takes or wire.gives):
+        return result, values
+    if wire.gives:
+        if not isinstance(result, (tuple, list)) or len(result) != 1 + len(wire.gives):
+            raise TypeError(
+                f"a layer that gives {', '.join(map(repr, wire.gives))} returns (x, {', '.join(wire.gives)}),"
+                f" a tuple of {1 + len(wire.gives)}, not {_shape(result)}"
+            )
+        result, *given = result
+        values = values | dict(zip(wire.gives, given, strict=True))
+    return result, {name: value for name, value in values.items() if name in kept}
+
+
+def _shape(result: Any) -> str:
+    kind = type(result).__name__
+    return f"a {kind} of {len(result)}" if isinstance(result, (tuple, list)) else f"a {kind}"

@@ -4,31 +4,81 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from rpcpipe import schedules
-from rpcpipe.driver.program import Layout
-from rpcpipe.errors import CheckpointError, PartitionError, ScheduleError
+from rpcpipe.driver.layout import Layout, stage_parts
+from rpcpipe.driver.runtime import Settings
+from rpcpipe.errors import CheckpointError, PartitionError, ScheduleError, refuse
 from rpcpipe.model.batchnorm import MODES
-from rpcpipe.model.layers import Layer, parameter_counts
+from rpcpipe.model.layers import Layer, Loss, parameter_counts
+from rpcpipe.model.microbatch import Nest
 from rpcpipe.model.tied_weights import Tie
 from rpcpipe.planning.layer_cost import costs
 from rpcpipe.planning.partition import balance as cut
 from rpcpipe.planning.partition import check_balance
+from rpcpipe.planning.plan import Plan
 from rpcpipe.schedules import Schedule
 from rpcpipe.schedules.weight_versions import POLICIES
 from rpcpipe.stage import precision
+from rpcpipe.stage.optimizer import Factory
+from rpcpipe.stage.recompute import Checkpoint
+from rpcpipe.stage.recompute import check as check_checkpoint
 
 _BALANCES = ("parameters", "time", "memory")
 _DISPATCH = ("rref", "batched")
 
 
-def refuse(condition: bool, message: str) -> None:
-    """ValueError with ``message`` if ``condition`` holds."""
-    if condition:
-        raise ValueError(message)
+@dataclass(frozen=True)
+class Options:
+    """``Pipeline``'s arguments but for the model and the cluster; it documents them."""
+
+    loss: Loss
+    optimizer: Factory
+    schedule: str | Schedule = "1f1b"
+    chunks: int = 8
+    balance: str | Sequence[int] = "parameters"
+    checkpoint: Checkpoint = "never"
+    virtual_stages: int = 1
+    replicas: int = 1
+    shard_optimizer: bool = False
+    weights: str | None = None
+    flush_every: int | None = None
+    clip_grad_norm: float | None = None
+    nonfinite: str = "skip"
+    seed: int = 0
+    dispatch: str = "rref"
+    autocast: torch.dtype | None = None
+    accumulate: int = 1
+    batch_norm: str = "micro_batch"
+    sample: Nest = None
+
+    def planned(self, plan: Plan | None) -> Options:
+        """Return the options with what ``plan`` has decided in their place."""
+        if plan is None:
+            return self
+        return replace(
+            self, schedule=plan.schedule, chunks=plan.chunks, balance=plan.balance, checkpoint=plan.checkpoint,
+            virtual_stages=plan.virtual_stages, replicas=plan.replicas, shard_optimizer=plan.shard_optimizer,
+        )  # fmt: skip
+
+    def checked(self) -> Options:
+        """Return the options; raises ValueError for what can be seen to be wrong without model and cluster."""
+        check_functions(self.loss, self.optimizer, self.dispatch, self.chunks)
+        check_checkpoint(self.checkpoint)
+        check_training(self.nonfinite, self.flush_every, self.accumulate, self.autocast, self.batch_norm)
+        return self
+
+    @property
+    def settings(self) -> Settings:
+        """What may change, or is asked for, while training runs."""
+        return Settings(
+            self.accumulate, self.batch_norm, self.clip_grad_norm, self.flush_every, self.nonfinite, self.weights,
+            self.virtual_stages,
+        )  # fmt: skip
 
 
 def layout_of(
@@ -109,27 +159,6 @@ def check_training(
     refuse(batch_norm not in MODES, f"batch_norm must be one of {MODES}, not {batch_norm!r}")
 
 
-def check_asynchronous(policy: str | None, accumulate: int, batch_norm: str, *, scaled: bool) -> None:
-    """ScheduleError for what cannot be where every stage updates on its own."""
-    if policy is None:
-        return
-    if scaled:
-        raise ScheduleError(
-            "autocast=torch.float16 scales the loss, and whether a gradient overflowed is to be known on all stages"
-            " before any of them updates: use torch.bfloat16, or a synchronous schedule"
-        )
-    if accumulate > 1:
-        raise ScheduleError(
-            f"accumulate={accumulate} does not fit an asynchronous schedule; pipedream-2bw makes one update of"
-            " all micro-batches of a batch: pass it larger batches and more chunks"
-        )
-    if batch_norm == "deferred":
-        raise ScheduleError(
-            "batch_norm='deferred' waits for the end of a batch, and an asynchronous schedule has begun the next by"
-            " then: use batch_norm='micro_batch', or a synchronous schedule"
-        )
-
-
 def check_ties(policy: str | None, ties: Sequence[Tie], layers: Sequence[str], sizes: Sequence[int]) -> None:
     """ScheduleError for weights tied across stages where every stage updates on its own."""
     stage_of = {name: stage for stage, (names, _) in stage_parts(layers, sizes).items() for name in names}
@@ -161,21 +190,3 @@ def check_state(live: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tens
         raise CheckpointError(
             f"the state does not fit the model: missing {missing[:5]}, unexpected {extra[:5]}, wrong shape {wrong[:5]}"
         )
-
-
-def stage_parts(layers: Sequence[str], sizes: Sequence[int]) -> dict[int, tuple[list[str], int]]:
-    """By stage: its layers' names and the index of the first."""
-    parts, first = {}, 0
-    for stage, size in enumerate(sizes):
-        parts[stage] = (list(layers[first : first + size]), first)
-        first += size
-    return parts
-
-
-def owners(layers: Sequence[str], sizes: Sequence[int], schedule: Schedule, workers: Sequence[str]) -> dict[str, str]:
-    """The worker of every layer."""
-    return {
-        name: workers[schedule.placement[stage]]
-        for stage, (names, _) in stage_parts(layers, sizes).items()
-        for name in names
-    }

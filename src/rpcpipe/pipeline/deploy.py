@@ -1,70 +1,155 @@
-"""Brings a pipeline's layers to its workers."""
+"""Brings a pipeline's layers to its workers, and to others when its schedule changes in a live run."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import uuid
+import weakref
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import cloudpickle
 
-from rpcpipe.driver.feeding import groups, hops
-from rpcpipe.driver.program import Program
-from rpcpipe.driver.stage_handle import StageHandle
-from rpcpipe.model.layers import Layer
+from rpcpipe import schedules
+from rpcpipe.cluster.cluster import Cluster
+from rpcpipe.driver.deployment import Deployment
+from rpcpipe.driver.driver import Driver
+from rpcpipe.driver.runtime import Runtime, release
+from rpcpipe.errors import refuse
+from rpcpipe.model.layers import Layer, Model, find_ties, named_layers, wire_of
 from rpcpipe.model.microbatch import Nest
-from rpcpipe.pipeline.arguments import check_groups, refuse, stage_parts
+from rpcpipe.pipeline.arguments import Options, check_groups, check_ties, cut_layers, layout_of, make_schedule
 from rpcpipe.planning.layer_cost import LayerProfile
-from rpcpipe.stage.optimizer import PipelineOptimizer
+from rpcpipe.planning.partition import balance as cut
+from rpcpipe.schedules import Schedule, weight_versions
+from rpcpipe.stage import precision
 from rpcpipe.stage.profiler import profile
 from rpcpipe.transport.pickling import dumps
 from rpcpipe.worker.gradient_exchange import Peers
 from rpcpipe.worker.stage_set import ActorSpec
 
-if TYPE_CHECKING:
-    from rpcpipe.pipeline.pipeline import Pipeline
+
+def start(model: Model, cluster: Cluster, options: Options) -> Runtime:
+    """Cut ``model``, bring its stages to their workers, and return what runs it."""
+    cluster.check()
+    layout = layout_of(cluster, options.schedule, options.balance, options.virtual_stages, options.replicas)
+    schedule = make_schedule(options.schedule, layout.width, options.chunks, options.virtual_stages, options.replicas)
+    policy = weight_versions.choose(schedule.name, options.weights)
+    scaler = precision.loss_scaler(options.autocast)
+    options.settings.check(policy, scaled=scaler is not None)
+    layers, seed = named_layers(model), options.seed
+    ties, wires = find_ties(layers), {name: wire_of(layer) for name, layer in layers.items()}
+    sizes = cut_layers(layers, options.balance, schedule.stages, lambda: measure(cluster, layers, options.sample, seed))
+    check_ties(policy, ties, list(layers), sizes)
+    deployment = Deployment(layout, schedule, sizes, wires, ties, options.shard_optimizer)
+    identity = uuid.uuid4().hex
+    batched = options.dispatch == "batched"
+    driver = Driver(cluster.transport, identity, layout.names, timeout=cluster.timeout, batched=batched)
+    prepare = getattr(options.loss, "prepare", lambda targets: targets)
+    runtime = Runtime(cluster, driver, deployment, options.settings, policy=policy, prepare=prepare, scaler=scaler)
+    cluster.pipelines.add(runtime)
+    # In a REPL a pipeline is often just replaced: its stages go with it.
+    weakref.finalize(runtime, release, cluster, driver).atexit = False
+    common = ActorSpec(
+        {}, schedule.stages - 1, options.loss, options.optimizer, seed, options.checkpoint, options.autocast,
+        options.batch_norm, wires, ties, deployment.links,
+    )  # fmt: skip
+    try:
+        _create(runtime, identity, layers, common)
+    except BaseException:
+        runtime.close()
+        raise
+    return runtime
 
 
-def measure(pipe: Pipeline, layers: OrderedDict[str, Layer], sample: Nest, seed: int) -> list[LayerProfile]:
-    """Every layer's costs on the first worker for ``sample``, one micro-batch of inputs."""
+def measure(cluster: Cluster, layers: OrderedDict[str, Layer], sample: Nest, seed: int) -> list[LayerProfile]:
+    """Return every layer's costs on the first worker for ``sample``, one micro-batch of inputs."""
     refuse(sample is None, "balance='time' or 'memory' needs sample=…: one micro-batch of inputs to run the layers on")
-    first = pipe.cluster.workers[0]
-    return list(pipe.cluster.call(first, functools.partial(profile, seed=seed, device=first.device), layers, sample))
+    first = cluster.workers[0]
+    return list(cluster.call(first, functools.partial(profile, seed=seed, device=first.device), layers, sample))
 
 
-def create(pipe: Pipeline, identity: str, layers: OrderedDict[str, Layer], common: ActorSpec) -> None:
+def _create(runtime: Runtime, identity: str, layers: OrderedDict[str, Layer], common: ActorSpec) -> None:
     """Build every worker's stages; one worker's layers are pickled at a time."""
     dumps((common.loss, common.optimizer), "loss and optimizer")  # for its warning alone: they go with the layers
-    replies = {}
-    for name in pipe._names:
-        worker, replica = pipe._layout.index(name)
+    deployment, replies = runtime.deployment, {}
+    for name in runtime.names:
+        worker, replica = deployment.layout.index(name)
         mine = {
             stage: (OrderedDict((key, layers[key]) for key in keys), first)
-            for stage, (keys, first) in stage_parts(pipe._layers, pipe.balance).items()
-            if pipe.schedule.placement[stage] == worker
+            for stage, (keys, first) in deployment.parts_on(name).items()
         }
-        peers = Peers(pipe._layout.column(worker), replica, pipe._shard)
+        peers = Peers(deployment.layout.column(worker), replica, deployment.shard)
         spec = cloudpickle.dumps(dataclasses.replace(common, stages=mine, peers=peers))
-        replies[name] = pipe.cluster.transport.post(name, "create", identity, spec)
-    found = pipe._driver.collect(replies)
-    adopt(pipe, found)
-    groups = [info["groups"] for stages in found.values() for info in stages.values() if info["groups"]]
+        replies[name] = runtime.cluster.transport.post(name, "create", identity, spec)
+    infos = runtime.driver.collect(replies)
+    runtime.install(deployment, infos)
+    groups = [info["groups"] for stages in infos.values() for info in stages.values() if info["groups"]]
     check_groups(groups)
-    pipe.optimizer = PipelineOptimizer(groups[0], pipe._apply_open, pipe._forget_accumulated)
+    runtime.make_optimizer(groups[0])
 
 
-def adopt(pipe: Pipeline, found: Mapping[str, Mapping[int, Any]]) -> None:
-    """Take note of what the workers say they hold."""
-    pipe.stages = tuple(
-        StageHandle(pipe._driver, stage, {name: found[name][stage] for name in pipe._layout.column(holder)})
-        for stage, holder in enumerate(pipe.schedule.placement)
-    )
-    renew(pipe)
-    pipe.cluster.relabel()
+def change_schedule(runtime: Runtime, wanted: str | Schedule) -> None:
+    """Go on under another schedule; refusals leave everything as it was."""
+    refuse(runtime.active is not None, "the schedule cannot change inside a step")
+    before, settings = runtime.deployment, runtime.settings
+    virtual = settings.virtual_stages
+    if isinstance(wanted, str):
+        virtual = schedules.suited_virtual_stages(wanted, virtual)
+    workers = before.layout.width
+    new = make_schedule(wanted, workers, runtime.chunks, virtual, before.layout.replicas)
+    refuse(new.workers != workers, f"{new.name!r} is for {new.workers} workers, not {workers}")
+    policy = weight_versions.choose(new.name, settings.weights if new.name == before.schedule.name else None)
+    runtime.check_policy(policy)
+    balance = before.balance
+    if new.stages != before.schedule.stages:
+        sizes = {layer: count for stage in runtime.stages for layer, count in stage.sizes.items()}
+        balance = cut([sizes[layer] for layer in before.layers], new.stages)
+    check_ties(policy, before.ties, before.layers, balance)
+    after = dataclasses.replace(before, schedule=new, balance=balance)
+    if new.placement == before.schedule.placement:
+        runtime.install(after)
+    else:
+        _move(runtime, after)
+    runtime.policy = policy
 
 
-def renew(pipe: Pipeline) -> None:
-    """The calls of its steps, for the schedule that it has now."""
-    pipe._program = Program(pipe.schedule, pipe._layout, hops(pipe), groups(pipe), shard=pipe._shard)
+def _move(runtime: Runtime, after: Deployment) -> None:
+    """Bring every layer, with its optimizer state, to the worker that ``after`` gives it.
+
+    What raises here closes the pipeline, as some layers may be on neither worker's stages.
+    """
+    driver = runtime.driver
+    moves: dict[tuple[str, str], list[str]] = {}
+    for old, new in zip(runtime.deployment.owners(), after.owners(), strict=True):
+        for layer in after.layers:
+            if old[layer] != new[layer]:
+                moves.setdefault((old[layer], new[layer]), []).append(layer)
+    try:
+        states = _sharded_states(runtime)
+        given: dict[str, list[bytes]] = {name: [] for name in runtime.names}
+        for (source, target), moving in moves.items():
+            given[target].append(driver.control(source, "give", moving))
+        replies = {}
+        for name in runtime.names:
+            mine = after.parts_on(name)
+            others = {layer: states[layer] for layers, _ in mine.values() for layer in layers if layer in states}
+            last = after.schedule.stages - 1
+            replies[name] = driver.post(name, "arrange", mine, last, after.links, given[name], others)
+        runtime.install(after, driver.collect(replies))
+    except BaseException:
+        runtime.close()
+        raise
+
+
+def _sharded_states(runtime: Runtime) -> Mapping[str, dict[str, Any]]:
+    """Where replicas share the optimizer's state, all of it by layer: who owns what changes with the stages."""
+    if not runtime.deployment.shard:
+        return {}
+    driver, whole = runtime.driver, dict[str, dict[str, Any]]()
+    for part in driver.collect({name: driver.post(name, "optimizer_state") for name in runtime.names}).values():
+        for layer, state in part.items():
+            whole.setdefault(layer, {}).update(state)
+    return whole

@@ -13,9 +13,9 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
-from rpcpipe.pipeline.arguments import refuse
-from rpcpipe.pipeline.balance import balance_by_parameters
+from rpcpipe.errors import refuse
 from rpcpipe.pipeline.pipeline import Pipeline
+from rpcpipe.pipeline.planning import balance_by_parameters
 
 if TYPE_CHECKING:
     from rpcpipe.cluster.cluster import Cluster

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rpcpipe.driver.inference import Passes, last_stage
+from rpcpipe.errors import refuse
 from rpcpipe.model import rng
 from rpcpipe.model.microbatch import Nest
-from rpcpipe.pipeline.arguments import refuse
 
 if TYPE_CHECKING:
     from rpcpipe.pipeline.pipeline import Pipeline
@@ -84,10 +84,10 @@ def generate(
     refuse(top_k is not None and top_k < 1, f"top_k must be at least 1, not {top_k}")
     refuse(context is not None and context < 1, f"context must be at least 1, not {context}")
     refuse(any(row.dim() != 1 or not len(row) for row in prompts), "every prompt must be a row of at least one token")
-    pipe._check()
-    last_stage(pipe, "select", _LastLogits(logits))
+    pipe.runtime.check()
+    last_stage(pipe.runtime, "select", _LastLogits(logits))
     rows = [_row(prompt, new_tokens, rng.derive(seed, index)) for index, prompt in enumerate(prompts)]
-    passes, sampling = Passes(pipe), Sampling(temperature, top_k)
+    passes, sampling = Passes(pipe.runtime), Sampling(temperature, top_k)
     groups = passes.ahead + 1
     known = deque(group for group in (rows[start::groups] for start in range(groups)) if group and new_tokens)
     under_way = deque[list[_Row]]()

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-import socket
-import uuid
-import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, overload
@@ -15,64 +12,75 @@ from typing import Any, overload
 import torch
 from tqdm import tqdm
 
+from rpcpipe import _tables
+from rpcpipe.checkpoint.plain_state import Holders
 from rpcpipe.cluster.cluster import Cluster
-from rpcpipe.driver import feeding, inference
+from rpcpipe.driver import inference
 from rpcpipe.driver.callbacks import Callback, JsonLines, tell
-from rpcpipe.driver.driver import Driver
+from rpcpipe.driver.optimizer import PipelineOptimizer
 from rpcpipe.driver.result import StepResult
-from rpcpipe.driver.runtime import Core, release
+from rpcpipe.driver.runtime import Runtime
+from rpcpipe.driver.stage_handle import HEADER, StageHandle
 from rpcpipe.driver.step import Step
 from rpcpipe.driver.stream import Stream
-from rpcpipe.driver.tracing import Tracer
 from rpcpipe.errors import ScheduleError
-from rpcpipe.model.layers import Layer, Model, find_ties, named_layers, wire_of
+from rpcpipe.model.layers import Loss, Model
 from rpcpipe.model.microbatch import Nest
-from rpcpipe.pipeline import deploy, moving, snapshot, state
-from rpcpipe.pipeline.arguments import check_functions, check_ties, check_training, cut_layers, layout_of, make_schedule
+from rpcpipe.pipeline import deploy, state
+from rpcpipe.pipeline.arguments import (
+    Options,
+)
 from rpcpipe.planning.plan import Plan
-from rpcpipe.schedules import Schedule, weight_versions
+from rpcpipe.schedules import Schedule
 from rpcpipe.schedules.timeline import Timeline
-from rpcpipe.stage import precision
-from rpcpipe.stage.accumulation import Progress
 from rpcpipe.stage.metrics import Metric
 from rpcpipe.stage.optimizer import Factory
 from rpcpipe.stage.recompute import Checkpoint
-from rpcpipe.stage.recompute import check as check_checkpoint
-from rpcpipe.stage.stage import Loss
 from rpcpipe.transport.interrupts import Deferred
-from rpcpipe.worker.stage_set import ActorSpec
 
 
-class Pipeline(Core):
+class Pipeline:
     """A model cut into stages on a cluster's workers, trained from this process.
 
-    ``model``: an ``nn.Sequential``, or a list of ``nn.Module``, ``LayerSpec`` and ``Wired``, or a dict of
-    them by their names in the unsplit model's ``state_dict`` (``encoder.layer.0``). ``loss(output, target)``
-    gives the mean as a scalar tensor, or (sum, count), which is normalised over the whole batch; if it
-    has a method ``prepare``, the driver cuts ``loss.prepare(targets)`` into micro-batches instead of the targets.
-    ``optimizer(params)`` makes a torch optimizer, once per worker. ``balance``: layers per
-    stage, or "parameters", "time" or "memory", the last two measured on the first worker with
-    ``sample``, one micro-batch of inputs; a list shorter than the cluster, or a Schedule for fewer workers, uses
-    the first workers and leaves the others to further pipelines. ``checkpoint``: which activations are
-    dropped and recomputed: "never", "except_last" (every stage but the last), "always", a ratio (the
-    layers that save most bytes per second of recomputation, up to that share of a stage's bytes), or a
-    function of (stage, chunk). ``virtual_stages``: stages per
-    worker, for the looped schedules. ``chunks``: micro-batches per batch, fewer where the batch is
-    too small; a Schedule brings its own. ``replicas``: copies of every stage, each with its share of the
-    batch (``tensor.chunk(replicas)``) and ``chunks`` micro-batches of that; the schedule's worker w is
-    workers w·R … w·R + R - 1. ``shard_optimizer``: each replica's optimizer has only its part of the
-    parameters. ``dispatch``: "rref" issues one
-    asynchronous call per action and keeps its RRef, "batched" one message per worker and step; the
-    results are the same. ``autocast``: torch.bfloat16 or torch.float16, in which layers and loss run
-    under ``torch.autocast``; for float16 ``scaler``, a ``torch.amp.GradScaler``, scales the loss.
-    ``accumulate``: so many calls of ``train_step`` make one update. ``batch_norm``: BatchNorm's running
-    statistics move with every "micro_batch", or "deferred", once a batch as the unsplit batch's would. A
-    ``plan`` of ``rp.plan`` takes the place of all that it has decided: schedule, chunks, balance, virtual
-    stages, checkpoint, replicas, sharding.
+    Args:
+        model: An ``nn.Sequential``, or a list of ``nn.Module``, ``LayerSpec`` and ``Wired``, or a dict of them by
+            their names in the unsplit model's ``state_dict`` (``encoder.layer.0``).
+        cluster: The workers, of ``rp.launch`` or ``rp.connect``.
+        loss: ``loss(output, target)`` returns the mean as a scalar tensor, or (sum, count), which is normalized over
+            the whole batch. If it has a method ``prepare``, the driver cuts ``loss.prepare(targets)`` into
+            micro-batches instead of the targets.
+        optimizer: ``optimizer(params)`` makes a torch optimizer, once per worker.
+        schedule: A name of ``rp.schedules.names()``, or a ``Schedule``.
+        chunks: Micro-batches per batch, fewer where the batch is too small; a ``Schedule`` brings its own.
+        balance: Layers per stage, or "parameters", "time" or "memory", the last two measured on the first worker with
+            ``sample``. A list shorter than the cluster, or a ``Schedule`` for fewer workers, uses the first workers
+            and leaves the others to further pipelines.
+        checkpoint: Which activations are dropped and recomputed: "never", "except_last" (every stage but the last),
+            "always", a ratio (the layers that save most bytes per second of recomputation, up to that share of a
+            stage's bytes), or a function of (stage, chunk).
+        virtual_stages: Stages per worker, for the looped schedules.
+        replicas: Copies of every stage, each with its share of the batch (``tensor.chunk(replicas)``) and ``chunks``
+            micro-batches of that; the schedule's worker w is workers w·R … w·R + R - 1.
+        shard_optimizer: Each replica's optimizer has only its part of the parameters (ZeRO-1).
+        weights: Which version of its weights a stage uses under an asynchronous schedule: "stash", "vertical_sync" or
+            "latest".
+        flush_every: Batches after which ``train`` drains an asynchronous schedule; None for never.
+        clip_grad_norm: The largest norm of all gradients together; None for any.
+        nonfinite: "skip" leaves out an update whose loss or gradient is not finite, "stop" raises.
+        seed: Of the weights of ``LayerSpec`` and of all random numbers.
+        dispatch: "rref" issues one asynchronous call per action and keeps its RRef, "batched" one message per worker
+            and step; the results are the same.
+        autocast: torch.bfloat16 or torch.float16, in which layers and loss run under ``torch.autocast``; for float16
+            ``scaler``, a ``torch.amp.GradScaler``, scales the loss.
+        accumulate: So many calls of ``train_step`` make one update.
+        batch_norm: BatchNorm's running statistics move with every "micro_batch", or "deferred", once a batch as the
+            unsplit batch's would.
+        sample: One micro-batch of inputs, for ``balance="time"`` or ``"memory"``.
+        plan: Of ``rp.plan``; takes the place of all that it has decided: schedule, chunks, balance, virtual stages,
+            checkpoint, replicas, sharding.
 
-    ``trained`` counts the training steps done; it seeds the next one's random numbers.
-
-    Raises ScheduleError, PartitionError or ValueError before anything starts.
+    Raises:
+        ScheduleError, PartitionError, ValueError: Before anything starts.
     """
 
     def __init__(
@@ -101,57 +109,89 @@ class Pipeline(Core):
         sample: Nest = None,
         plan: Plan | None = None,
     ) -> None:
-        super().__init__(cluster, Progress(accumulate), precision.loss_scaler(autocast))
-        if plan is not None:
-            schedule, chunks, balance = plan.schedule, plan.chunks, plan.balance
-            checkpoint, virtual_stages = plan.checkpoint, plan.virtual_stages
-            replicas, shard_optimizer = plan.replicas, plan.shard_optimizer
-        check_functions(loss, optimizer, dispatch, chunks)
-        check_checkpoint(checkpoint)
-        check_training(nonfinite, flush_every, accumulate, autocast, batch_norm)
-        cluster.check()
-        self.clip_grad_norm = clip_grad_norm
-        self.flush_every = flush_every
-        self.nonfinite = nonfinite
-        self.accumulate, self._batch_norm = accumulate, batch_norm
-        self._layout = layout_of(cluster, schedule, balance, virtual_stages, replicas)
-        self._names = self._layout.names
-        self._virtual_stages = virtual_stages
-        self._schedule = make_schedule(schedule, self._layout.width, chunks, virtual_stages, replicas)
-        self.chunks = self._schedule.chunks
-        self._shard = shard_optimizer
-        self._weights, self._policy = weights, weight_versions.choose(self._schedule.name, weights)
-        self._check_policy(self._policy)
-        layers = named_layers(model)
-        self._layers = list(layers)
-        self._wires = {name: wire_of(layer) for name, layer in layers.items()}
-        self._ties = find_ties(layers)
-        self.balance = cut_layers(
-            layers, balance, self._schedule.stages, lambda: deploy.measure(self, layers, sample, seed)
-        )
-        check_ties(self._policy, self._ties, self._layers, self.balance)
-        common = ActorSpec(
-            {}, self._schedule.stages - 1, loss, optimizer, seed, checkpoint, autocast, batch_norm,
-            self._wires, self._ties, feeding.links(self),
+        options = Options(
+            loss, optimizer, schedule, chunks, balance, checkpoint, virtual_stages, replicas, shard_optimizer, weights,
+            flush_every, clip_grad_norm, nonfinite, seed, dispatch, autocast, accumulate, batch_norm, sample,
         )  # fmt: skip
-        self._start(layers, common, batched=dispatch == "batched")
+        self._runtime = deploy.start(model, cluster, options.planned(plan).checked())
 
-    def _start(self, layers: OrderedDict[str, Layer], common: ActorSpec, *, batched: bool) -> None:
-        """The driver's half, and the stages on their workers."""
-        cluster = self.cluster
-        self._prepare: Callable[[Nest], Nest] = getattr(common.loss, "prepare", lambda targets: targets)
-        identity = uuid.uuid4().hex
-        self._driver = Driver(cluster.transport, identity, self._names, timeout=cluster.timeout, batched=batched)
-        # Processes of one host share their monotonic clock.
-        self._offsets = dict.fromkeys(self._names, 0)
-        cluster.pipelines.add(self)
-        # In a REPL a pipeline is often just replaced: its stages go with it.
-        weakref.finalize(self, release, cluster, self._driver).atexit = False
-        try:
-            deploy.create(self, identity, layers, common)
-        except BaseException:
-            self.close()
-            raise
+    # --- what it is ---
+
+    @property
+    def runtime(self) -> Runtime:
+        """What steps, streams and passes work on."""
+        return self._runtime
+
+    @property
+    def cluster(self) -> Cluster:
+        """The workers."""
+        return self._runtime.cluster
+
+    @property
+    def optimizer(self) -> PipelineOptimizer:
+        """A ``torch.optim.Optimizer`` on the driver: ``lr_scheduler`` and ``param_groups`` work unchanged."""
+        return self._runtime.optimizer
+
+    @property
+    def stages(self) -> tuple[StageHandle, ...]:
+        """The stages; ``stages[k].call(function)`` runs a function on one's module."""
+        return self._runtime.stages
+
+    @property
+    def trained(self) -> int:
+        """Training steps done; the next one's random numbers are seeded by it."""
+        return self._runtime.trained
+
+    @trained.setter
+    def trained(self, steps: int) -> None:
+        self._runtime.trained = steps
+
+    @property
+    def chunks(self) -> int:
+        """Micro-batches of a full batch."""
+        return self._runtime.chunks
+
+    @property
+    def balance(self) -> list[int]:
+        """Layers per stage."""
+        return list(self._runtime.deployment.balance)
+
+    @property
+    def accumulate(self) -> int:
+        """Calls of ``train_step`` that make one update; what is set holds from the next update on."""
+        return self._runtime.settings.accumulate
+
+    @accumulate.setter
+    def accumulate(self, calls: int) -> None:
+        self._runtime.settings.accumulate = calls
+
+    @property
+    def scaler(self) -> torch.amp.GradScaler | None:
+        """The loss scale under float16; its settings are changed by its setters or ``load_state_dict``."""
+        return self._runtime.scaler
+
+    @property
+    def callbacks(self) -> list[Callback]:
+        """What is called after every step."""
+        return self._runtime.callbacks
+
+    @property
+    def clip_grad_norm(self) -> float | None:
+        """The largest norm of all gradients together; may be set between two steps."""
+        return self._runtime.settings.clip_grad_norm
+
+    @clip_grad_norm.setter
+    def clip_grad_norm(self, largest: float | None) -> None:
+        self._runtime.settings.clip_grad_norm = largest
+
+    @property
+    def nonfinite(self) -> str:
+        """What a loss or gradient that is not finite does: "skip" or "stop"; may be set between two steps."""
+        return self._runtime.settings.nonfinite
+
+    @nonfinite.setter
+    def nonfinite(self, what: str) -> None:
+        self._runtime.settings.nonfinite = what
 
     @property
     def schedule(self) -> Schedule:
@@ -160,12 +200,24 @@ class Pipeline(Core):
         Where the new one has other stages or holds them elsewhere, the layers and their optimizer
         state move over RPC; the losses go on to the bit.
         """
-        return self._schedule
+        return self._runtime.schedule
 
     @schedule.setter
     def schedule(self, wanted: str | Schedule) -> None:
-        self._check()
-        moving.change(self, wanted)
+        self._runtime.check()
+        deploy.change_schedule(self._runtime, wanted)
+
+    def close(self) -> None:
+        """Free the stages on the workers; closing twice is allowed."""
+        self._runtime.close()
+
+    def __repr__(self) -> str:
+        if self._runtime.closed:
+            return "Pipeline(closed)"
+        return f"{self._runtime.title()}\n{_tables.text(HEADER, self._runtime.rows())}"
+
+    def _repr_html_(self) -> str:
+        return _tables.markup(self._runtime.title(), HEADER, self._runtime.rows())
 
     # --- training ---
 
@@ -175,9 +227,9 @@ class Pipeline(Core):
         ``inputs`` and ``targets``: nests of tensors with the batch in dimension 0. Raises
         StageError, WorkerLost or DeadlineExceeded; the weights are then as before.
         """
-        if self._policy is not None:
-            self._check()
-            stream = Stream(self)
+        if self._runtime.policy is not None:
+            self._runtime.check()
+            stream = Stream(self._runtime)
             stream.feed(inputs, targets)
             stream.flush()
             return stream.take()
@@ -199,8 +251,8 @@ class Pipeline(Core):
         """
         results = (
             (self.train_step(inputs, targets) for inputs, targets in batches)
-            if self._policy is None
-            else Stream(self).run(batches, self.flush_every)
+            if self._runtime.policy is None
+            else Stream(self._runtime).run(batches, self._runtime.settings.flush_every)
         )
         total = len(batches) if isinstance(batches, Sized) else None
         with closing(results), tqdm(results, total=total, disable=not progress, unit="step") as bar:
@@ -225,27 +277,19 @@ class Pipeline(Core):
         The gradients are in the context after ``s.forward_backward(inputs, targets)``; apply them
         with ``s.optimize()``, or with torch's ``DistributedOptimizer`` on ``parameter_rrefs()``.
         """
-        self._check()
-        if self._policy is not None:
+        self._runtime.check()
+        if self._runtime.policy is not None:
             raise ScheduleError(
                 f"{self.schedule.name!r} updates as it goes; a step by hand needs a synchronous schedule"
             )
-        return Step(self, self.trained)
+        return Step(self._runtime, self.trained)
 
     @contextmanager
     def trace(self) -> Iterator[Timeline]:
         """A timeline that the block's steps fill: actions, transfers and updates, on the driver's clock."""
-        self._check()
-        here = socket.gethostname()
-        remote = {worker.name for worker in self.cluster.workers if worker.host != here}
-        self._offsets = {name: self._driver.clock_offset(name) if name in remote else 0 for name in self._names}
-        self._tracer = Tracer(self._names, self._offsets, f"{self.schedule.name}, measured")
-        try:
-            yield self._tracer.timeline
-        finally:
-            if self._stream is not None:
-                self._stream.flush()
-            self._tracer = None
+        self._runtime.check()
+        with self._runtime.traced() as timeline:
+            yield timeline
 
     # --- inference ---
 
@@ -260,8 +304,8 @@ class Pipeline(Core):
         The iterator reads some batches ahead; the pipeline takes no other step until it is finished
         or closed.
         """
-        self._check()
-        return inference.outputs(self, batches)
+        self._runtime.check()
+        return inference.outputs(self._runtime, batches)
 
     @overload
     def evaluate(self, batches: Iterable[tuple[Nest, Nest]]) -> float: ...
@@ -277,35 +321,35 @@ class Pipeline(Core):
         ``metrics``: functions by name, each (output, target) of a micro-batch -> (sum, count), called
         on the last stage's worker; the result is then {"loss": …, name: sum / count, …}.
         """
-        self._check()
-        loss, found = inference.evaluate(self, batches, metrics or {})
+        self._runtime.check()
+        loss, found = inference.evaluate(self._runtime, batches, metrics or {})
         return loss if metrics is None else {"loss": loss, **found}
 
     # --- weights ---
 
     def parameter_rrefs(self) -> list[Any]:
         """An RRef to every trainable parameter, each replica's, in the model's order, for ``DistributedOptimizer``."""
-        self._check()
+        self._runtime.check()
         return [rref for stage in self.stages for rref in stage.parameter_rrefs()]
 
     def state_dict(self) -> OrderedDict[str, torch.Tensor]:
         """All parameters and buffers under the unsplit model's names, on the CPU."""
-        self._check()
-        return snapshot.state_dict(self)
+        self._runtime.check()
+        return state.state_dict(self._runtime)
 
-    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, torch.Tensor]) -> None:
         """Inverse of ``state_dict``; reads the unsplit model's as well.
 
         Raises CheckpointError, before anything changes, unless names and shapes are the model's.
         """
-        self._check()
-        snapshot.load_state_dict(self, state)
+        self._runtime.check()
+        state.load_state_dict(self._runtime, state_dict)
 
     def save(
         self,
         directory: str | Path,
         *,
-        stateful: state.Holders | None = None,
+        stateful: Holders | None = None,
         position: Any = None,
         keep: int | None = 2,
     ) -> Path:
@@ -316,14 +360,14 @@ class Pipeline(Core):
         ``position``: where the data is, of plain values. Killed at any moment it leaves the checkpoint
         before readable; in the end the newest ``keep`` stay. Raises CheckpointError with worker and path.
         """
-        self._check()
-        return state.save(self, directory, stateful or {}, position, keep)
+        self._runtime.check()
+        return state.save(self._runtime, directory, stateful or {}, position, keep)
 
-    def load(self, directory: str | Path, *, stateful: state.Holders | None = None) -> Any:
+    def load(self, directory: str | Path, *, stateful: Holders | None = None) -> Any:
         """Go on from the newest checkpoint in ``directory``, or from that very one; returns its ``position``.
 
         Another cut, schedule or number of workers goes on with the same bits. Raises CheckpointError
         with file and tensor, before anything changes.
         """
-        self._check()
-        return state.load(self, directory, stateful or {})
+        self._runtime.check()
+        return state.load(self._runtime, directory, stateful or {})

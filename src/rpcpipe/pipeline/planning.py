@@ -14,11 +14,12 @@ import torch
 from torch import nn
 
 from rpcpipe.cluster.cluster import Cluster, Worker
-from rpcpipe.model.layers import Layer, named_layers
+from rpcpipe.errors import refuse
+from rpcpipe.model.layers import Layer, Model, named_layers, parameter_counts
 from rpcpipe.model.microbatch import Nest, batch_size, split, tensors
-from rpcpipe.pipeline.arguments import refuse
 from rpcpipe.planning.cost_model import SIMPLEST, Estimator, Machine
-from rpcpipe.planning.layer_cost import LayerProfile, mean
+from rpcpipe.planning.layer_cost import LayerProfile, costs, mean
+from rpcpipe.planning.partition import balance as cut
 from rpcpipe.planning.plan import Plan, decide
 from rpcpipe.planning.search import CHECKPOINTS, Search, layouts
 from rpcpipe.stage.optimizer import Factory
@@ -122,3 +123,31 @@ def _cores(workers: int | Cluster, device: torch.device | str, flops: float | No
         shared = len({worker.host for worker in workers.workers}) == 1
         return os.cpu_count() if shared and all(worker.device == "cpu" for worker in workers.workers) else None
     return os.cpu_count() if torch.device(device).type == "cpu" else None
+
+
+def balance_by_parameters(model: Model, stages: int) -> list[int]:
+    """The largest stage's parameters are as few as possible. Builds LayerSpecs on the meta device.
+
+    Raises PartitionError if the model has fewer layers than ``stages``.
+    """
+    return cut(parameter_counts(named_layers(model)), stages)
+
+
+def balance_by_time(model: Model, stages: int, sample: Nest) -> list[int]:
+    """The slowest stage's forward and backward are as short as possible; runs every layer here.
+
+    ``sample``: one micro-batch of inputs. ``Pipeline(balance="time", sample=…)`` measures on a worker.
+    """
+    return _measured_cut(model, stages, sample, "time")
+
+
+def balance_by_memory(model: Model, stages: int, sample: Nest) -> list[int]:
+    """The largest stage's memory is as small as possible: seven times its parameters (gradient, Adam's
+    moments, and the copy with which a failed step is taken back) and the activations of ``sample``,
+    one micro-batch of inputs."""
+    return _measured_cut(model, stages, sample, "memory")
+
+
+def _measured_cut(model: Model, stages: int, sample: Nest, what: str) -> list[int]:
+    measured = profile(named_layers(model), sample)
+    return cut(costs(measured, what), stages, communication=[layer.output_bytes for layer in measured])

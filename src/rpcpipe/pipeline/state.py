@@ -7,112 +7,129 @@ from __future__ import annotations
 
 import copy
 import socket
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import torch
 
 from rpcpipe.checkpoint import tensor_file
 from rpcpipe.checkpoint.directory import draft, newest, prune, publish
 from rpcpipe.checkpoint.manifest import Manifest
-from rpcpipe.checkpoint.plain_state import decode, encode
+from rpcpipe.checkpoint.plain_state import Holders, Stateful, decode, encode
 from rpcpipe.checkpoint.shard import Written, some
 from rpcpipe.checkpoint.tensor_file import Reader
-from rpcpipe.errors import CheckpointError, Failure, StageError
-from rpcpipe.model.tied_weights import Tie
-from rpcpipe.pipeline.arguments import refuse
+from rpcpipe.driver.runtime import Runtime
+from rpcpipe.errors import CheckpointError, Failure, StageError, refuse
+from rpcpipe.model.layers import layer_of
+from rpcpipe.model.tied_weights import Tie, completed
+from rpcpipe.pipeline.arguments import check_state
 from rpcpipe.transport.interrupts import Deferred
-
-if TYPE_CHECKING:
-    from rpcpipe.pipeline.pipeline import Pipeline
 
 _DRIVER_FILE = "driver.safetensors"
 _SHARED = "A checkpoint needs one file system that all hosts have at the same path."
 
 
-class HasState(Protocol):
-    """What torch's schedulers, optimizers, modules and stateful data loaders are."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any], /) -> Any: ...
-
-
-Stateful = HasState | torch.Generator
-Holders = Mapping[str, Stateful]
+def state_dict(runtime: Runtime) -> OrderedDict[str, torch.Tensor]:
+    """All parameters and buffers, on the CPU."""
+    driver = runtime.driver
+    found = driver.collect({name: driver.post(name, "state_dict") for name in runtime.layout.row(0)})
+    by_stage = {stage: state for stages in found.values() for stage, state in stages.items()}
+    return OrderedDict((key, value) for stage in sorted(by_stage) for key, value in by_stage[stage].items())
 
 
-def save(pipe: Pipeline, directory: str | Path, stateful: Holders, position: Any, keep: int | None) -> Path:
+def load_state_dict(runtime: Runtime, state: Mapping[str, torch.Tensor]) -> None:
+    """Inverse of ``state_dict``; CheckpointError, before anything changes, unless names and shapes fit.
+
+    A tied weight may come under one of its names or, with the same value, under several.
+    """
+    state = completed(runtime.deployment.ties, state)
+    check_state(state_dict(runtime), state)
+    owner = {layer: stage for stage in runtime.stages for layer in stage.layers}
+    parts: dict[str, dict[int, dict[str, torch.Tensor]]] = {name: {} for name in runtime.names}
+    for key, value in state.items():
+        stage = owner[layer_of(key, owner)]
+        for worker in stage.workers:
+            parts[worker].setdefault(stage.index, {})[key] = value
+    runtime.driver.collect({name: runtime.driver.post(name, "load_state_dict", parts[name]) for name in runtime.names})
+
+
+def save(runtime: Runtime, directory: str | Path, stateful: Holders, position: Any, keep: int | None) -> Path:
     """What ``pipe.save`` does; a Ctrl-C ends it where it waits for the workers, or comes when it is done."""
-    refuse(pipe._open is not None, "a step is open: save after its with-block")
-    done = pipe._progress.done
-    refuse(done > 0, f"{done} of {pipe.accumulate} calls of an accumulation are done: save after the one that updates")
+    refuse(runtime.active is not None, "a step is open: save after its with-block")
+    done = runtime.progress.done
+    refuse(
+        done > 0,
+        f"{done} of {runtime.settings.accumulate} calls of an accumulation are done: save after the one that updates",
+    )
     refuse(keep is not None and keep < 1, f"keep must be at least 1, or None for all, not {keep}")
     tensor_file.require()
     directory = Path(directory).absolute()
     with Deferred():
         tensors: dict[str, torch.Tensor] = {}
         manifest = Manifest(
-            pipe.trained,
+            runtime.trained,
             position=encode(position, "position", tensors),
             stateful=encode(_states(stateful), "stateful", tensors),
-            parts=encode(_states(pipe._parts), "pipeline", tensors),
+            parts=encode(_states(runtime.parts), "pipeline", tensors),
         )
         with draft(directory) as folder:
-            written = _write_shards(pipe, folder)
-            manifest.groups = encode(_merged(written, pipe.optimizer.changes()), "groups", tensors)
-            _fill(manifest, written, pipe._ties)
+            written = _write_shards(runtime, folder)
+            manifest.groups = encode(_merged(written, runtime.optimizer.changes()), "groups", tensors)
+            _fill(manifest, written, runtime.deployment.ties)
             if tensors:
                 manifest.tensors |= tensor_file.write(folder / _DRIVER_FILE, tensors)
             manifest.write_index(folder, sum(shard.weight_bytes for shard in written))
             manifest.write(folder)
-            final = publish(folder, pipe.trained)
+            final = publish(folder, runtime.trained)
         prune(directory, keep)
     return final
 
 
-def load(pipe: Pipeline, directory: str | Path, stateful: Holders) -> Any:
+def load(runtime: Runtime, directory: str | Path, stateful: Holders) -> Any:
     """What ``pipe.load`` does: everybody reads and checks, then everybody changes."""
-    refuse(pipe._open is not None, "a step is open: load after its with-block")
+    refuse(runtime.active is not None, "a step is open: load after its with-block")
     tensor_file.require()
     folder = newest(Path(directory).absolute())
     manifest = Manifest.read(folder)
-    _check_driver(pipe, folder, manifest, stateful)
+    _check_driver(runtime, folder, manifest, stateful)
     with Reader(folder, manifest.tensors) as reader:
         position, states, parts, groups = decode(
             [manifest.position, manifest.stateful, manifest.parts, manifest.groups], reader.get
         )
-    driver, names = pipe._driver, pipe._names
+    driver, names = runtime.driver, runtime.names
     with Deferred():
         try:
             calls = dict.fromkeys(names, ("read_checkpoint", folder, manifest))
-            found = _outcomes(pipe, calls, "nothing has changed")
+            found = _outcomes(runtime, calls, "nothing has changed")
             _check_complete(folder, manifest, found.values())
             Deferred.check()
             # A part that either side lacks is left as it is: precision, say, may differ.
-            own = [(part, parts[name], f"the pipeline's {name}") for name, part in pipe._parts.items() if name in parts]
+            own = [
+                (part, parts[name], f"the pipeline's {name}") for name, part in runtime.parts.items() if name in parts
+            ]
             _restore([*own, *((holder, states[name], repr(name)) for name, holder in stateful.items())], folder)
         except BaseException:
-            if pipe.cluster.healthy:
+            if runtime.cluster.healthy:
                 for name in names:
                     driver.post(name, "drop_checkpoint")
             raise
         # From here on it is done: what is posted happens, whatever interrupts the wait.
         replies = {name: driver.post(name, "apply_checkpoint", manifest.seed) for name in names}
-        pipe.optimizer.adopt(groups)
-        pipe.trained = manifest.step
-        pipe._forget_accumulated()
-        _finish(pipe, replies)
+        runtime.optimizer.adopt(groups)
+        runtime.trained = manifest.step
+        runtime.forget_accumulated()
+        _finish(runtime, replies)
     return position
 
 
-def _write_shards(pipe: Pipeline, folder: Path) -> list[Written]:
+def _write_shards(runtime: Runtime, folder: Path) -> list[Written]:
     """Every worker writes its own, all at once."""
     # Replicas hold the same, but for optimizers that are sharded over them.
-    names = pipe._names if pipe._shard else pipe._layout.row(0)
+    names = runtime.names if runtime.deployment.shard else runtime.layout.row(0)
     calls = {name: ("save", folder, f"{number:05}-of-{len(names):05}") for number, name in enumerate(names, 1)}
-    found = _outcomes(pipe, calls, "the checkpoints before are as they were")
+    found = _outcomes(runtime, calls, "the checkpoints before are as they were")
     for name, shard in found.items():
         for file, size in shard.sizes.items():
             path = folder / file
@@ -121,9 +138,9 @@ def _write_shards(pipe: Pipeline, folder: Path) -> list[Written]:
     return list(found.values())
 
 
-def _outcomes(pipe: Pipeline, calls: Mapping[str, tuple[Any, ...]], after: str) -> dict[str, Any]:
+def _outcomes(runtime: Runtime, calls: Mapping[str, tuple[Any, ...]], after: str) -> dict[str, Any]:
     """Every worker's result once all are done; one CheckpointError, which ends with ``after``, if any failed."""
-    driver = pipe._driver
+    driver = runtime.driver
     found = driver.outcomes({name: driver.post(name, *call) for name, call in calls.items()})
     failed = {name: outcome for name, outcome in found.items() if isinstance(outcome, Failure)}
     for name, failure in failed.items():
@@ -131,7 +148,7 @@ def _outcomes(pipe: Pipeline, calls: Mapping[str, tuple[Any, ...]], after: str) 
         if not isinstance(error, CheckpointError):
             raise error
         others = f"; {', '.join(other for other in failed if other != name)} failed too" if len(failed) > 1 else ""
-        host = next(worker.host for worker in pipe.cluster.workers if worker.name == name)
+        host = next(worker.host for worker in runtime.cluster.workers if worker.name == name)
         hint = "" if host == socket.gethostname() else f" {_SHARED}"
         raise CheckpointError(f"{name} on {host}: {failure.message}{others}; {after}.{hint}") from error
     return found
@@ -171,13 +188,13 @@ def _same(one: Any, other: Any) -> bool:
     )
 
 
-def _check_driver(pipe: Pipeline, folder: Path, manifest: Manifest, stateful: Holders) -> None:
+def _check_driver(runtime: Runtime, folder: Path, manifest: Manifest, stateful: Holders) -> None:
     if manifest.stateful.keys() != stateful.keys():
         raise CheckpointError(
             f"{folder} holds the state of {sorted(manifest.stateful)} and load was given {sorted(stateful)};"
             " pass stateful={name: object} with the names given to save"
         )
-    mine = len(pipe.optimizer.param_groups)
+    mine = len(runtime.optimizer.param_groups)
     if len(manifest.groups) != mine:
         raise CheckpointError(
             f"{folder} holds {len(manifest.groups)} parameter groups, this pipeline's optimizer has {mine}"
@@ -219,12 +236,12 @@ def _set_state(holder: Stateful, state: Any) -> None:
         holder.load_state_dict(state)
 
 
-def _finish(pipe: Pipeline, replies: Mapping[str, Any]) -> None:
+def _finish(runtime: Runtime, replies: Mapping[str, Any]) -> None:
     try:
-        pipe._driver.collect(replies)
+        runtime.driver.collect(replies)
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        pipe.close()
+        runtime.close()
         error.add_note("Some workers have loaded the checkpoint and some have not, so the pipeline was closed.")
         raise

@@ -5,37 +5,11 @@ So all that holds for a nest (gradients by tensor, recomputation, split backward
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from rpcpipe.model.microbatch import Nest, tensors
-from rpcpipe.model.wiring import Wire
+from rpcpipe.model.wiring import Flow
 from rpcpipe.stage.autograd import Gradients, Received
-
-# (the running value, named values)
-Flow = tuple[Nest, dict[str, Nest]]
-
-
-def advance(layer: Callable[..., Any], wire: Wire, flow: Flow, kept: Collection[str]) -> Flow:
-    """What flows on behind ``layer``; of the named values those that are ``kept``."""
-    x, values = flow
-    result = layer(x, *(values[name] for name in wire.takes))
-    if not (wire.takes or wire.gives):
-        return result, values
-    if wire.gives:
-        if not isinstance(result, (tuple, list)) or len(result) != 1 + len(wire.gives):
-            raise TypeError(
-                f"a layer that gives {', '.join(map(repr, wire.gives))} returns (x, {', '.join(wire.gives)}),"
-                f" a tuple of {1 + len(wire.gives)}, not {_shape(result)}"
-            )
-        result, *given = result
-        values = values | dict(zip(wire.gives, given, strict=True))
-    return result, {name: value for name, value in values.items() if name in kept}
-
-
-def _shape(result: Any) -> str:
-    kind = type(result).__name__
-    return f"a {kind} of {len(result)}" if isinstance(result, (tuple, list)) else f"a {kind}"
 
 
 def join(parcels: Mapping[str, Received]) -> tuple[Received, dict[str, int]]:

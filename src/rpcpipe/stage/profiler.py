@@ -21,11 +21,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rpcpipe.model import layers as model
 from rpcpipe.model.microbatch import Nest, map_tensors, tensors
-from rpcpipe.model.wiring import Wire, inputs, kept
+from rpcpipe.model.wiring import Flow, Wire, advance, inputs, kept
 from rpcpipe.planning.layer_cost import LayerProfile
 from rpcpipe.stage import autograd
 from rpcpipe.stage.activation_memory import Memory, Meter
-from rpcpipe.stage.boundary import Flow, advance
 from rpcpipe.stage.optimizer import Factory, Parameters
 from rpcpipe.stage.split_backward import backward_input, backward_weight
 

@@ -15,20 +15,18 @@ from torch import nn
 from torch.autograd.graph import get_gradient_edge
 
 from rpcpipe.model import batchnorm, rng
-from rpcpipe.model.layers import Named
+from rpcpipe.model.layers import Loss, Named
 from rpcpipe.model.microbatch import Nest, map_tensors
-from rpcpipe.model.wiring import Wire, kept
+from rpcpipe.model.wiring import Flow, Wire, advance, kept
 from rpcpipe.stage import autograd, gradients, precision
 from rpcpipe.stage.autograd import Gradients, Received
-from rpcpipe.stage.boundary import Flow, advance, cut, join, leaving, part
-from rpcpipe.stage.chain import Chain, Keeper
+from rpcpipe.stage.boundary import cut, join, leaving, part
+from rpcpipe.stage.context import Share, StepPlan
 from rpcpipe.stage.metrics import Metric, Sums, measure
-from rpcpipe.stage.recompute import Recompute
+from rpcpipe.stage.recompute import MicroBatchGraph, Recompute, SegmentRunner
 from rpcpipe.stage.split_backward import Deferred, backward_weight
 from rpcpipe.stage.weight_stash import Versions
-from rpcpipe.worker.messages import Share, StepPlan
 
-Loss = Callable[[Any, Any], Any]
 # Sent instead of gradients: skip this micro-batch's whole group.
 POISON = "not finite"
 
@@ -79,13 +77,13 @@ class Stage:
         self.measured: dict[int, Sums] = {}
         self.peak_in_flight = 0
         self.peak_bytes = 0
-        self.keeper = Keeper(
+        self.keeper = SegmentRunner(
             self.module, recompute or Recompute("never", index, index, len(self.module)), self._measure
         )
         self.versions: Versions | None = None
         self.shares: dict[int, Share] = {}
         self._poisoned: set[int] = set()
-        self._saved: dict[int, Chain] = {}
+        self._saved: dict[int, MicroBatchGraph] = {}
         self._deferred: dict[int, tuple[list[Deferred], int]] = {}
 
     @property

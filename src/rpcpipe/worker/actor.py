@@ -18,12 +18,13 @@ import torch
 from rpcpipe.model.microbatch import map_tensors, pack
 from rpcpipe.schedules import Action
 from rpcpipe.stage import gradients
+from rpcpipe.stage.context import Share, StepPlan
 from rpcpipe.stage.rollback import Buffers
 from rpcpipe.stage.stage import Stage
 from rpcpipe.stage.stream_rollback import Snapshots
 from rpcpipe.stage.weight_stash import Versions
 from rpcpipe.worker.gradient_exchange import Push, Tensors, group_of, statistics_from
-from rpcpipe.worker.messages import Bucket, Port, Report, Route, Share, StepPlan, Update
+from rpcpipe.worker.messages import Bucket, Port, Report, Route, Update
 from rpcpipe.worker.stage_set import ActorSpec, Holdings
 
 

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from rpcpipe.worker.messages import Bucket, Port, Task
+from rpcpipe.worker.messages import Bucket, Port
 
 # Of one message: large enough for the wire's full rate, small enough that summing overlaps with it.
 BUCKET_BYTES = 4 << 20
@@ -122,7 +122,7 @@ class Exchange:
 
     def scatter(self) -> list[Push]:
         """The other owners' parts of the gradients, which are given up."""
-        slot, pushes = _gradients(self.workers[self.index]), list[Push]()
+        slot, pushes = gradients_from(self.workers[self.index]), list[Push]()
         for bucket, (owner, parameters) in enumerate(self.parts):
             if owner != self.index:
                 grads = [parameter.grad for parameter in parameters]
@@ -137,7 +137,7 @@ class Exchange:
         total: Tensors = [None] * len(parameters)
         for at, worker in enumerate(self.workers):
             mine = at == self.index
-            part = [parameter.grad for parameter in parameters] if mine else given[_gradients(worker)]
+            part = [parameter.grad for parameter in parameters] if mine else given[gradients_from(worker)]
             total = _added(total, _to_device(part, parameters))
         for parameter, grad in zip(parameters, total, strict=True):
             parameter.grad = grad
@@ -173,7 +173,7 @@ class Exchange:
         return [(worker, port, sent) for at, worker in enumerate(self.workers) if at != self.index]
 
 
-def _gradients(worker: str) -> str:
+def gradients_from(worker: str) -> str:
     """The slot of a member's part, of which a bucket's owner awaits several."""
     return f"gradients from {worker}"
 
@@ -214,41 +214,6 @@ def _to_device(tensors: Tensors, like: Sequence[nn.Parameter]) -> Tensors:
     return [None if tensor is None else tensor.to(at.device) for tensor, at in zip(tensors, like, strict=True)]
 
 
-# --- the members' tasks ---
-
-
-def scatter(group: str) -> Task:
-    """Every member's, once its gradients are complete."""
-    return Task("scatter", (group,))
-
-
-def reduces(group: str, workers: Sequence[str], owners: Sequence[int], index: int, *, spread: bool) -> list[Task]:
-    """Member ``index``'s, for the buckets it owns; ``owners``: of all. ``spread``: ``gathers`` of sums follow."""
-    slots = [_gradients(worker) for at, worker in enumerate(workers) if at != index]
-    return [
-        Task("reduce", (group, bucket, spread), tuple(Port(Bucket(group, bucket), slot) for slot in slots))
-        for bucket, owner in enumerate(owners)
-        if owner == index
-    ]
-
-
-def gathers(group: str, owners: Sequence[int], index: int, what: str) -> list[Task]:
-    """Member ``index``'s, for the buckets it does not own; ``what``: "sums" or "weights"."""
-    return [
-        Task(f"gather_{what}", (group, bucket), (Port(Bucket(group, bucket), what),))
-        for bucket, owner in enumerate(owners)
-        if owner != index
-    ]
-
-
 def statistics_from(worker: str) -> str:
     """The slot of what a replica's micro-batches add to running statistics."""
     return f"statistics from {worker}"
-
-
-def follow(stage: int, workers: Sequence[str], index: int) -> list[Task]:
-    """Replica ``index``'s, for a stage with buffers: all take over the first one's, which adds up statistics."""
-    about = Bucket(group_of(stage), 0)
-    if index:
-        return [Task("give_statistics", (stage,)), Task("take_buffers", (stage,), (Port(about, "buffers"),))]
-    return [Task("add_statistics", (stage,), tuple(Port(about, statistics_from(worker)) for worker in workers[1:]))]

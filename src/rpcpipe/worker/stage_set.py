@@ -16,12 +16,13 @@ from rpcpipe.checkpoint import shard
 from rpcpipe.checkpoint.manifest import Manifest
 from rpcpipe.errors import CheckpointError
 from rpcpipe.model import batchnorm, layers, tied_weights
+from rpcpipe.model.layers import Loss
 from rpcpipe.model.tied_weights import Tie
 from rpcpipe.model.wiring import Links, Wire, exits
 from rpcpipe.stage.accumulation import Kept
 from rpcpipe.stage.optimizer import Factory, LocalOptimizer, Parameters
 from rpcpipe.stage.recompute import Checkpoint, Recompute
-from rpcpipe.stage.stage import Loss, Stage
+from rpcpipe.stage.stage import Stage
 from rpcpipe.worker.gradient_exchange import Exchange, Peers, group_of
 
 # By stage: its named layers, and the first one's index in the model.

@@ -15,9 +15,9 @@ from transformers.models.bert.modeling_bert import (
     BertPreTrainingHeads,
 )
 
+from rpcpipe.errors import refuse
 from rpcpipe.model.hf.common import IGNORED, MaskedLoss, Parts, label, summed, take
 from rpcpipe.model.layers import Layer, Wired
-from rpcpipe.pipeline.arguments import refuse
 
 _MASK = "attention_mask"
 _DECODER = "predictions.decoder.weight"

@@ -9,9 +9,9 @@ from torch import nn
 from transformers.masking_utils import create_causal_mask
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block, GPT2PreTrainedModel
 
+from rpcpipe.errors import refuse
 from rpcpipe.model.hf.common import CausalLoss, Parts, positions, take
 from rpcpipe.model.layers import Layer, Wired
-from rpcpipe.pipeline.arguments import refuse
 
 _WIRES = ("attention_mask", "position_ids")
 

@@ -8,8 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from rpcpipe.model.hf import bert, gpt2, llama
-from rpcpipe.model.layers import Layer
-from rpcpipe.stage.stage import Loss
+from rpcpipe.model.layers import Layer, Loss
 
 Family = Callable[[Any], tuple[dict[str, Layer], Loss]]
 _FAMILIES: dict[str, Family] = {

@@ -1,0 +1,89 @@
+"""Which worker holds which layers, and the routes between stages that follow from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from rpcpipe.driver.layout import Layout, owners, stage_parts
+from rpcpipe.driver.program import Group, Program
+from rpcpipe.driver.stage_handle import StageHandle
+from rpcpipe.model import wiring
+from rpcpipe.model.tied_weights import Tie
+from rpcpipe.model.wiring import Hop, Links, Wire
+from rpcpipe.schedules import Schedule
+from rpcpipe.worker.gradient_exchange import group_of
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """The model's layers, cut by ``balance`` (layers per stage), on the workers that ``schedule`` gives them.
+
+    ``wires``: by layer, the named values that it takes and gives. ``ties``: the weights that layers share.
+    ``shard``: every replica's optimizer has its part of the parameters alone.
+    """
+
+    layout: Layout
+    schedule: Schedule
+    balance: Sequence[int]
+    wires: Mapping[str, Wire]
+    ties: tuple[Tie, ...]
+    shard: bool
+
+    @property
+    def layers(self) -> list[str]:
+        """The layers' names in the model's order."""
+        return list(self.wires)
+
+    @property
+    def parts(self) -> dict[int, tuple[list[str], int]]:
+        """By stage: its layers' names and the index of the first."""
+        return stage_parts(self.layers, self.balance)
+
+    @cached_property
+    def hops(self) -> tuple[Hop, ...]:
+        """The routes of named values between the stages."""
+        return wiring.hops(self.wires.values(), self.balance)
+
+    @property
+    def links(self) -> Links:
+        """The routes of named values, and the workers that share each tied weight, replicas included."""
+        return Links(self.hops, {tie.group: self._members(self._tied_stages(tie)) for tie in self.ties})
+
+    def parts_on(self, worker: str) -> dict[int, tuple[list[str], int]]:
+        """Of ``parts`` those of the stages on ``worker``."""
+        holder, _ = self.layout.index(worker)
+        return {stage: part for stage, part in self.parts.items() if self.schedule.placement[stage] == holder}
+
+    def owners(self) -> list[dict[str, str]]:
+        """By replica, the worker of every layer."""
+        rows = map(self.layout.row, range(self.layout.replicas))
+        return [owners(self.layers, self.balance, self.schedule, row) for row in rows]
+
+    def program(self, stages: Sequence[StageHandle]) -> Program:
+        """The calls of its steps, where its workers hold ``stages``."""
+        return Program(self.schedule, self.layout, self.hops, self._groups(stages), shard=self.shard)
+
+    def _groups(self, stages: Sequence[StageHandle]) -> list[Group]:
+        """Who sums gradients with whom: the replicas of a stage, and all who have a copy of a tied weight."""
+        found = [
+            Group(group_of(stage.index), stage.workers, (stage.index,), stage.buckets, stage.buffered)
+            for stage in stages
+            if len(stage.workers) > 1
+        ]
+        trainable = {name for stage in stages for name in stage.trainable}
+        for tie in self.ties:
+            shared = self._tied_stages(tie)
+            members = self._members(shared)
+            if len(members) > 1 and tie.holders[0].name in trainable:
+                found.append(Group(tie.group, members, shared, [0]))
+        return found
+
+    def _tied_stages(self, tie: Tie) -> tuple[int, ...]:
+        layers = {holder.layer for holder in tie.holders}
+        return tuple(stage for stage, (names, _) in self.parts.items() if layers & set(names))
+
+    def _members(self, stages: tuple[int, ...]) -> tuple[str, ...]:
+        holders = dict.fromkeys(self.schedule.placement[stage] for stage in stages)
+        return tuple(name for holder in holders for name in self.layout.column(holder))
