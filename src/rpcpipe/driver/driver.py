@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from rpcpipe.driver.recovery import Begin, Event, Fail, Idle, OtherCall, State, Succeed, TakeBack, transition
 from rpcpipe.errors import DeadlineExceeded, Failure, StageError
 from rpcpipe.stage import gradients
 from rpcpipe.stage.context import StepPlan
@@ -67,12 +68,9 @@ class Driver:
         self._timeout = timeout
         self._batched = batched
         self._next = dict.fromkeys(self.workers, 0)
-        # The step that began last, and each worker's first place of it.
-        self._begun, self._first = -1, dict(self._next)
         self._held: list[object] = []
-        # (step, were its updates under way?) until it has ended well: whatever ended it otherwise, the
-        # next call begins by taking it back.
-        self._unsettled: tuple[int, bool] | None = None
+        # Recorded before anything is sent: whatever ends a step, the next call begins by rolling it back.
+        self._recovery: State = Idle()
 
     def new_step(self) -> int:
         """A number that no message has carried yet."""
@@ -125,10 +123,8 @@ class Driver:
             )
 
     def take_back(self, step: int, *, updating: bool) -> None:
-        """Undo what ``step`` did, the last to have begun, before anything else runs; ``updating``: its update too."""
-        if step == self._begun:
-            self._unsettled = step, updating
-            self._recover()
+        """Undo what ``step`` did, if it began last, before anything else runs; ``updating``: its update too."""
+        self._note(TakeBack(step, updating))
 
     def clock_offset(self, worker: str) -> int:
         """Nanoseconds by which ``worker``'s clock is ahead of this process's.
@@ -176,8 +172,8 @@ class Driver:
         return [self._transport.post(worker, "watch", self._pipeline, step) for worker in self.workers]
 
     def places(self) -> dict[str, int]:
-        """Each worker's next place, after what takes back an unsettled step."""
-        self._recover()
+        """Each worker's next place, after what rolls back an unsettled step."""
+        self._note(OtherCall(-1))
         return dict(self._next)
 
     def abandon(self, step: int, group: int) -> None:
@@ -209,20 +205,20 @@ class Driver:
         """An RRef to stage ``number``'s output for ``inputs``, which may hold RRefs."""
         return self._transport.chain(worker, "forward", self._pipeline, number, inputs)
 
-    def _recover(self) -> None:
-        """Drop the unsettled step on all workers; what they still send for it is discarded by its number.
+    def _note(self, event: Event) -> None:
+        """Take note of ``event``; what it makes of the step under way is rolled back on all workers.
 
-        Updates are taken back. Nothing is waited for: what comes next comes after it in every
-        worker's sequence.
+        Nothing is waited for: what comes next comes after it in every worker's sequence, and what workers still send
+        for the step is discarded by its number.
         """
         with Deferred():
-            if self._unsettled is None:
+            self._recovery, undone = transition(self._recovery, event)
+            if undone is None:
                 return
-            (step, updating), self._unsettled = self._unsettled, None
             self._held.clear()
-            self.cancel(step, self._first)
+            self.cancel(undone.step, undone.first)
             for worker in self.workers:
-                self._post(worker, -1, [Task("undo", (step, updating))])
+                self._post(worker, -1, [Task("undo", (undone.step, undone.updating))])
 
     def drop(self) -> list[Future[Any]]:
         """Free the stages."""
@@ -265,8 +261,7 @@ class Driver:
         self, worker: str, step: int, tasks: list[Task], values: Sequence[tuple[Port, Any]] = ()
     ) -> tuple[str, int, int, list[Task], Sequence[tuple[Port, Any]]]:
         """The arguments of ``submit`` and ``accept``; takes the tasks' places in the sequence."""
-        if self._unsettled is not None and self._unsettled[0] != step:
-            self._recover()
+        self._note(OtherCall(step))
         sequence = self._next[worker]
         self._next[worker] += len(tasks)
         return self._pipeline, step, sequence, tasks, values
@@ -275,17 +270,14 @@ class Driver:
 
     @contextmanager
     def _cancelling(self, step: int, *, updating: bool = False) -> Iterator[None]:
-        if step != self._begun:
-            if self._unsettled is not None:
-                self._recover()
-            self._begun, self._first = step, dict(self._next)
-        self._unsettled = step, updating
+        self._note(OtherCall(step))
+        self._note(Begin(step, dict(self._next), updating))
         try:
             yield
         except BaseException:
-            self._recover()
+            self._note(Fail())
             raise
-        self._unsettled = None
+        self._note(Succeed())
 
     def collect(self, replies: Mapping[K, Future[Any]], watches: Collection[Future[Any]] = ()) -> dict[K, Any]:
         """All replies by key; the first failure is raised, and so is a standstill.
