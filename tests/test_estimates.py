@@ -7,8 +7,8 @@ import random
 from itertools import accumulate
 
 import pytest
-import rpcpipe.estimates
 
+import rpcpipe.planning.cost_model
 from rpcpipe import schedules
 from rpcpipe.planning.cost_model import SIMPLEST, Choice, Estimator, Machine
 from test_search import layer
@@ -28,7 +28,7 @@ def test_a_long_step_is_extrapolated_rightly(name: str, chunks: int, monkeypatch
     balance = [16 // (4 * virtual)] * (4 * virtual)
     quick = costs.estimate(choice, balance)
     assert costs.looked_at < 0.75 * 6 * chunks * 4 * virtual
-    monkeypatch.setattr(rpcpipe.estimates, "_LONG", math.inf)
+    monkeypatch.setattr(rpcpipe.planning.cost_model, "_LONG", math.inf)
     full = costs.estimate(choice, balance)
     assert quick.memory == pytest.approx(full.memory)
     assert quick.seconds == pytest.approx(full.seconds, rel=5e-3)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from rpcpipe import schedules
+from rpcpipe.errors import ScheduleError
 from rpcpipe.planning.cost_model import SIMPLEST, Choice, Estimate, Estimator, Machine
 from rpcpipe.planning.layer_cost import LayerProfile
 from rpcpipe.planning.search import CHECKPOINTS, VIRTUAL, Search
@@ -57,7 +58,7 @@ def everything(search: Search) -> Iterator[Estimate]:
         chunks = math.ceil(share / size)
         try:
             schedule = schedules.get(name, workers, chunks, virtual)
-        except schedules.ScheduleError:
+        except ScheduleError:
             continue
         if size > share or (sharded and replicas == 1):
             continue  # a profile of more samples than a replica has; nothing to share

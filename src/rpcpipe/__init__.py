@@ -25,9 +25,18 @@ from rpcpipe.pipeline.generation import generate
 from rpcpipe.pipeline.pipeline import Pipeline
 from rpcpipe.pipeline.planning import plan
 from rpcpipe.planning.plan import Plan
-from rpcpipe.schedules import Action, Schedule, bubble_fraction, optimal_microbatches
-from rpcpipe.schedules.simulate import Costs, critical_path
-from rpcpipe.schedules.timeline import Span, Timeline, Transfer, compare
+from rpcpipe.schedules import (
+    Action,
+    Costs,
+    Schedule,
+    Span,
+    Timeline,
+    Transfer,
+    bubble_fraction,
+    compare,
+    critical_path,
+    optimal_microbatches,
+)
 
 # Silent unless the user configures logging.
 logging.getLogger("rpcpipe").addHandler(logging.NullHandler())

@@ -15,8 +15,7 @@ from rpcpipe.planning.cost_model import Estimator, Machine
 from rpcpipe.planning.gpt import GPT
 from rpcpipe.planning.plan import decide
 from rpcpipe.planning.search import Search, layouts
-from rpcpipe.schedules import Schedule
-from rpcpipe.schedules.simulate import Costs
+from rpcpipe.schedules import Costs, Schedule
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

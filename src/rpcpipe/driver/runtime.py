@@ -17,8 +17,7 @@ from rpcpipe.driver.tracing import Tracer
 from rpcpipe.errors import RpcPipeError
 from rpcpipe.pipeline.arguments import check_asynchronous
 from rpcpipe.pipeline.state import Stateful
-from rpcpipe.schedules import Schedule
-from rpcpipe.schedules.timeline import Timeline
+from rpcpipe.schedules import Schedule, Timeline
 from rpcpipe.stage.accumulation import Progress
 from rpcpipe.stage.optimizer import PipelineOptimizer
 

@@ -17,7 +17,7 @@ from rpcpipe.driver.result import StepResult, by_stage, mean_loss
 from rpcpipe.driver.tracing import spans
 from rpcpipe.errors import Failure, RpcPipeError, StageError
 from rpcpipe.model.microbatch import Nest
-from rpcpipe.schedules.timeline import Timeline
+from rpcpipe.schedules import Timeline
 from rpcpipe.stage import precision
 from rpcpipe.stage.accumulation import Progress
 from rpcpipe.transport.interrupts import Deferred

@@ -24,7 +24,7 @@ from rpcpipe.errors import Failure, RpcPipeError, ScheduleError, StageError, Wor
 from rpcpipe.model.layers import check_inputs
 from rpcpipe.model.microbatch import Nest
 from rpcpipe.schedules import Action
-from rpcpipe.schedules.asynchronous import Stream as Order
+from rpcpipe.schedules.asynchronous import StreamOrder
 from rpcpipe.stage import stream_rollback
 from rpcpipe.transport.interrupts import Deferred
 from rpcpipe.worker.messages import Port, Report, Share, StepPlan, Task, Update
@@ -139,7 +139,7 @@ class Stream:
         pipe._check_policy(pipe._policy)
         self._step, self._first = pipe._driver.new_step(), pipe._driver.places()
         self._base, self._committed = pipe.trained, 0
-        self._order, self._hops = Order(len(pipe._names)), hops(pipe)
+        self._order, self._hops = StreamOrder(len(pipe._names)), hops(pipe)
         self._drained = False
         self._groups: list[int] = []  # by micro-batch
         self._changes: list[list[dict[str, Any]]] = []  # by group

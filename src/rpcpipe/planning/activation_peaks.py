@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rpcpipe.schedules.schedule import Schedule
+    from rpcpipe.schedules import Schedule
 
 Drops = Callable[[int, int], bool]
 

@@ -15,9 +15,7 @@ from itertools import accumulate, pairwise
 from rpcpipe import schedules
 from rpcpipe.planning.activation_peaks import Drops, peak_activation_bytes, peak_worker_bytes
 from rpcpipe.planning.layer_cost import LayerProfile, copies
-from rpcpipe.schedules import Schedule
-from rpcpipe.schedules.simulate import Costs, simulate
-from rpcpipe.schedules.timeline import Timeline
+from rpcpipe.schedules import Costs, Schedule, Timeline
 
 _TIMES = ("forward", "backward", "input_gradient", "weight_gradient", "update")
 _LONG = 5  # steps of more micro-batches than so many times the depth are extrapolated
@@ -203,8 +201,7 @@ class Estimator:
             return [model.times[name][b] - model.times[name][a] for a, b in pairwise(ends)]
 
         forward = of("forward")
-        timeline = simulate(
-            choice.made(),
+        timeline = choice.made().simulate(
             Costs(
                 forward,
                 of("input_gradient"),
@@ -213,7 +210,7 @@ class Estimator:
                 latency=machine.latency,
                 bandwidth=machine.bandwidth,
                 output_bytes=[model.outputs[b - 1] for b in ends[1:]],
-                recompute=[seconds * choice.drops(stage) for stage, seconds in enumerate(forward)],
+                recompute_seconds=[seconds * choice.drops(stage) for stage, seconds in enumerate(forward)],
                 cores=None if machine.cores is None else machine.cores / choice.replicas,
             ),
         )

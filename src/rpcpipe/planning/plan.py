@@ -15,8 +15,7 @@ from rpcpipe.planning.cost_model import Choice, Estimate
 from rpcpipe.planning.layer_cost import copies
 from rpcpipe.planning.partition import balance as cut
 from rpcpipe.planning.search import Search
-from rpcpipe.schedules import bubble_fraction, optimal_microbatches
-from rpcpipe.schedules.timeline import Timeline
+from rpcpipe.schedules import Timeline, bubble_fraction, optimal_microbatches
 
 _HEADER = ("schedule", "checkpoint", "micro-batches", "seconds a step", "bubble", "memory", "")
 _DEEP = 24  # layers, from the source document's guide
