@@ -24,7 +24,7 @@ from rpcpipe.pipeline.from_transformers import from_transformers
 from rpcpipe.pipeline.generation import generate
 from rpcpipe.pipeline.pipeline import Pipeline
 from rpcpipe.pipeline.planning import plan
-from rpcpipe.planning.plan import Plan
+from rpcpipe.planning import Plan
 from rpcpipe.schedules import (
     Action,
     Costs,

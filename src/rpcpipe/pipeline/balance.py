@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from rpcpipe.model.layers import Model, named_layers, parameter_counts
 from rpcpipe.model.microbatch import Nest
-from rpcpipe.planning.layer_cost import costs
-from rpcpipe.planning.partition import balance as cut
+from rpcpipe.planning import partition
+from rpcpipe.planning.layer_cost import balancing_costs
 from rpcpipe.stage.profiler import profile
 
 
@@ -14,7 +14,7 @@ def balance_by_parameters(model: Model, stages: int) -> list[int]:
 
     Raises PartitionError if the model has fewer layers than ``stages``.
     """
-    return cut(parameter_counts(named_layers(model)), stages)
+    return partition.balance(parameter_counts(named_layers(model)), stages)
 
 
 def balance_by_time(model: Model, stages: int, sample: Nest) -> list[int]:
@@ -34,4 +34,5 @@ def balance_by_memory(model: Model, stages: int, sample: Nest) -> list[int]:
 
 def _measured(model: Model, stages: int, sample: Nest, what: str) -> list[int]:
     measured = profile(named_layers(model), sample)
-    return cut(costs(measured, what), stages, communication=[layer.output_bytes for layer in measured])
+    sends = [layer.output_bytes for layer in measured]
+    return partition.balance(balancing_costs(measured, what), stages, communication=sends)

@@ -16,7 +16,7 @@ from rpcpipe.driver.stage_handle import StageHandle
 from rpcpipe.model.layers import Layer
 from rpcpipe.model.microbatch import Nest
 from rpcpipe.pipeline.arguments import check_groups, refuse, stage_parts
-from rpcpipe.planning.layer_cost import LayerProfile
+from rpcpipe.planning import LayerCost
 from rpcpipe.stage.optimizer import PipelineOptimizer
 from rpcpipe.stage.profiler import profile
 from rpcpipe.transport.pickling import dumps
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from rpcpipe.pipeline.pipeline import Pipeline
 
 
-def measure(pipe: Pipeline, layers: OrderedDict[str, Layer], sample: Nest, seed: int) -> list[LayerProfile]:
+def measure(pipe: Pipeline, layers: OrderedDict[str, Layer], sample: Nest, seed: int) -> list[LayerCost]:
     """Every layer's costs on the first worker for ``sample``, one micro-batch of inputs."""
     refuse(sample is None, "balance='time' or 'memory' needs sample=…: one micro-batch of inputs to run the layers on")
     first = pipe.cluster.workers[0]

@@ -9,7 +9,7 @@ from rpcpipe import schedules
 from rpcpipe.driver.feeding import links
 from rpcpipe.pipeline.arguments import check_ties, make_schedule, owners, refuse, stage_parts
 from rpcpipe.pipeline.deploy import adopt, renew
-from rpcpipe.planning.partition import balance as cut
+from rpcpipe.planning import partition
 from rpcpipe.schedules import Schedule, weight_versions
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def change(pipe: Pipeline, wanted: str | Schedule) -> None:
     before, balance = _places(pipe), pipe.balance
     if new.stages != before_change.stages:
         sizes = {layer: count for stage in pipe.stages for layer, count in stage.sizes.items()}
-        balance = cut([sizes[layer] for layer in pipe._layers], new.stages)
+        balance = partition.balance([sizes[layer] for layer in pipe._layers], new.stages)
     check_ties(policy, pipe._ties, pipe._layers, balance)
     pipe._schedule, pipe.chunks, pipe._policy, pipe.balance = new, new.chunks, policy, balance
     if moving:

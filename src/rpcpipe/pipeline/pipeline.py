@@ -29,7 +29,7 @@ from rpcpipe.model.layers import Layer, Model, find_ties, named_layers, wire_of
 from rpcpipe.model.microbatch import Nest
 from rpcpipe.pipeline import deploy, moving, snapshot, state
 from rpcpipe.pipeline.arguments import check_functions, check_ties, check_training, cut_layers, layout_of, make_schedule
-from rpcpipe.planning.plan import Plan
+from rpcpipe.planning import Plan
 from rpcpipe.schedules import Schedule, Timeline, weight_versions
 from rpcpipe.stage import precision
 from rpcpipe.stage.accumulation import Progress

@@ -17,10 +17,11 @@ from rpcpipe.cluster.cluster import Cluster, Worker
 from rpcpipe.model.layers import Layer, named_layers
 from rpcpipe.model.microbatch import Nest, batch_size, split, tensors
 from rpcpipe.pipeline.arguments import refuse
-from rpcpipe.planning.cost_model import SIMPLEST, Estimator, Machine
-from rpcpipe.planning.layer_cost import LayerProfile, mean
-from rpcpipe.planning.plan import Plan, decide
-from rpcpipe.planning.search import CHECKPOINTS, Search, layouts
+from rpcpipe.planning import CostModel, LayerCost, Plan, Search
+from rpcpipe.planning.cost_model import SIMPLEST, Machine
+from rpcpipe.planning.layer_cost import mean_costs
+from rpcpipe.planning.plan import decide
+from rpcpipe.planning.search import CHECKPOINTS, layouts
 from rpcpipe.stage.optimizer import Factory
 from rpcpipe.stage.profiler import estimate, profile
 
@@ -71,15 +72,13 @@ def plan(
         call = _on(workers, device, run)
     else:
         call = functools.partial(estimate, flops=flops, loss=loss)
-    profiles = {part: _profiled(call, layers, sample, targets, part) for part in parts}
+    layer_costs = {part: _profiled(call, layers, sample, targets, part) for part in parts}
     machine = Machine(
         count, math.inf if memory is None else memory, latency, bandwidth, _cores(workers, device, flops), moments
     )
     input_bytes = sum(leaf.nbytes for leaf in tensors(sample)) // size
-    search = Search(
-        Estimator(profiles, machine, input_bytes), size, schedules, layouts(count, len(layers), replicas), checkpoints
-    )
-    return decide(search)
+    cost_model = CostModel(layer_costs, machine, input_bytes)
+    return decide(Search(cost_model, size, schedules, layouts(count, len(layers), replicas), checkpoints))
 
 
 def _micro_batches(size: int, workers: int, chunks: Sequence[int] | None) -> list[int]:
@@ -90,8 +89,8 @@ def _micro_batches(size: int, workers: int, chunks: Sequence[int] | None) -> lis
 
 
 def _profiled(
-    call: Callable[..., list[LayerProfile]], layers: OrderedDict[str, Layer], sample: Nest, targets: Nest, size: int
-) -> list[LayerProfile]:
+    call: Callable[..., list[LayerCost]], layers: OrderedDict[str, Layer], sample: Nest, targets: Nest, size: int
+) -> list[LayerCost]:
     count = -(-batch_size(sample) // size)
     part = split(sample, count)[0]
     return call(layers, part, target=None if targets is None else split(targets, count)[0])
@@ -103,13 +102,13 @@ def _on(workers: int | Cluster, device: torch.device | str, run: Callable[..., A
     # All at once, as many as have a core: alone, a worker would have the memory's bandwidth to itself.
     cluster, busy = workers, workers.workers[: _cores(workers, device, None)]
 
-    def there(layers: OrderedDict[str, Layer], part: Nest, target: Nest) -> list[LayerProfile]:
-        def on(worker: Worker) -> list[LayerProfile]:
+    def there(layers: OrderedDict[str, Layer], part: Nest, target: Nest) -> list[LayerCost]:
+        def on(worker: Worker) -> list[LayerCost]:
             found = cluster.call(worker, functools.partial(run, device=worker.device, target=target), layers, part)
             return list(found)
 
         with ThreadPoolExecutor(len(busy)) as pool:
-            return mean(list(pool.map(on, busy)))
+            return mean_costs(list(pool.map(on, busy)))
 
     return there
 

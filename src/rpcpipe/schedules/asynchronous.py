@@ -13,7 +13,10 @@ from rpcpipe.schedules.action import Action
 
 
 def pipedream(rank: int, workers: int, ends: Callable[[int], bool]) -> Iterator[Action]:
-    """Yield 1F1B without end: K - k forwards, then in turn a backward, the update if it ``ends`` a group, a forward."""
+    """Yield 1F1B without end: K - k forwards, then in turn a backward and a forward.
+
+    An update follows the backward of a micro-batch that ``ends`` a group.
+    """
     warmup = workers - rank
     for chunk in range(warmup):
         yield Action("F", rank, chunk)
