@@ -64,7 +64,7 @@ def seconds_a_batch(cluster: rp.Cluster, name: str, args: argparse.Namespace) ->
             if step == 15:  # results still come while the pipeline is full
                 measured = (time.perf_counter() - start) / 12
     updates = [span.end - span.start for span in timeline.spans if span.kind == "U"]
-    costs = rp.Costs.measured(timeline, args.workers)
+    costs = rp.schedules.Costs.measured(timeline, args.workers)
     if pipe.schedule.asynchronous:
         long, short = (
             rp.schedules.streamed(pipe.schedule.name, args.workers, args.chunks, count).simulate(costs).makespan

@@ -172,7 +172,7 @@ class OurSide:
             start = time.perf_counter()
             result = self._pipe.train_step(*self._batch)
             times.append(time.perf_counter() - start)
-            costs = rp.Costs.measured(result.timeline, len(self._pipe.stages))
+            costs = rp.schedules.Costs.measured(result.timeline, len(self._pipe.stages))
             self.to_ideal.append(result.timeline.makespan / self._pipe.schedule.simulate(costs).makespan)
         return times
 

@@ -125,7 +125,7 @@ class Oracle:
 
 def chained(model: nn.Sequential, x: Any, call: Callable[..., Any]) -> Any:
     """``model``'s layers one after the other, each by ``call(index, layer, x, *taken)``."""
-    wires = model.wires if isinstance(model, rp.Sequential) else {}
+    wires = model.wires if isinstance(model, rp.layers.Sequential) else {}
     values = dict(x) if isinstance(x, dict) else {}
     for index, (name, layer) in enumerate(model.named_children()):
         wire = wires.get(name, Wire())

@@ -61,7 +61,7 @@ def test_names_may_have_dots() -> None:
     assert_same_weights(pipe, fresh)
     with pytest.raises(rp.CheckpointError, match=r"missing \['head.bias'\], unexpected \['encoder.blocks.2'\]"):
         pipe.load_state_dict({("encoder.blocks.2" if k == "head.bias" else k): v for k, v in state.items()})
-    whole = rp.Sequential(named)
+    whole = rp.layers.Sequential(named)
     with pytest.raises(RuntimeError, match=r"missing \['head.bias'\], unexpected \['head.bias.0'\]"):
         whole.load_state_dict({("head.bias.0" if k == "head.bias" else k): v for k, v in state.items()})
     assert list(whole.state_dict()) == list(model.state_dict())

@@ -7,10 +7,11 @@ import time
 import pytest
 
 from rpcpipe.errors import PartitionError
-from rpcpipe.planning.cost_model import Estimator, Machine
+from rpcpipe.planning import CostModel, Plan, Search
+from rpcpipe.planning.cost_model import Machine
 from rpcpipe.planning.gpt import GPT
-from rpcpipe.planning.plan import Plan, decide
-from rpcpipe.planning.search import Search, layouts
+from rpcpipe.planning.plan import decide
+from rpcpipe.planning.search import layouts
 from rpcpipe.schedules import optimal_microbatches
 
 GIB = 2**30
@@ -18,8 +19,8 @@ GPT3 = GPT(96, 12288, 96, 50257, 2048)
 
 
 def plan_gpt3(workers: int, memory: float = 80 * GIB, batch: int = 1536, replicas: int | None = None) -> Plan:
-    profiles = {size: GPT3.profiles(size, 0.5 * 312e12) for size in (1, 2, 4)}
-    costs = Estimator(profiles, Machine(workers, memory, 1e-5, 300e9), 16 * GPT3.sequence)
+    layer_costs = {size: GPT3.layer_costs(size, 0.5 * 312e12) for size in (1, 2, 4)}
+    costs = CostModel(layer_costs, Machine(workers, memory, 1e-5, 300e9), 16 * GPT3.sequence)
     return decide(Search(costs, batch, layouts=layouts(workers, 98, replicas)))
 
 
@@ -61,14 +62,14 @@ def test_a_layer_that_is_too_large_is_named() -> None:
 
 def test_no_schedule_is_defined() -> None:
     with pytest.raises(PartitionError, match="leave no schedule"):
-        decide(Search(Estimator({1: GPT3.profiles(1, 1.0)}, Machine(99)), 8))
+        decide(Search(CostModel({1: GPT3.layer_costs(1, 1.0)}, Machine(99)), 8))
 
 
 def test_without_a_limit_nothing_is_recomputed() -> None:
     plan = plan_gpt3(8, memory=float("inf"), batch=64, replicas=1)
     assert plan.checkpoint == "never"
     assert any("no memory limit" in reason for reason in plan.why)
-    assert {estimate.choice.schedule for estimate in plan.beaten} >= {"1f1b", "gpipe", "zb-v", "dualpipe-v"}
+    assert {estimate.candidate.schedule for estimate in plan.beaten} >= {"1f1b", "gpipe", "zb-v", "dualpipe-v"}
     assert plan.seconds == min(estimate.seconds for estimate in plan.beaten)
     assert "<table>" in plan._repr_html_()
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import rpcpipe as rp
-from rpcpipe import Costs
+from rpcpipe.schedules import Costs
 from rpcpipe.schedules.render import to_chrome
 
 
@@ -68,14 +68,16 @@ def test_files(tmp_path: Path) -> None:
 
 def test_two_in_one_picture_on_one_scale(tmp_path: Path) -> None:
     slow = rp.schedules.get("1f1b", 3, 6).simulate(Costs(2.0, 2.0, 2.0))
-    text = rp.compare(rp.schedules.get("1f1b", 3, 6).simulate(Costs(1.5, 1.5, 1.5)), slow, tmp_path / "both.html")
+    text = rp.schedules.compare(
+        rp.schedules.get("1f1b", 3, 6).simulate(Costs(1.5, 1.5, 1.5)), slow, tmp_path / "both.html"
+    )
     lines = text.splitlines()
     assert max(map(len, lines[:4] + lines[5:9])) <= 100
     assert len(lines) == 2 * (1 + 3 + 1)
     assert len(lines[1]) < len(lines[6])  # the quicker one is drawn shorter
     unit = rp.schedules.get("1f1b", 3, 6).simulate()
     long = rp.schedules.get("1f1b", 3, 6).simulate(Costs(0.001, 0.001, 0.001))
-    stretched = rp.compare(unit, long).splitlines()
+    stretched = rp.schedules.compare(unit, long).splitlines()
     assert stretched[1] == stretched[6]
 
 
@@ -91,4 +93,4 @@ def test_what_takes_no_time_is_not_drawn() -> None:
     text = rp.schedules.get("pipedream", 4, 8).simulate().to_text()
     assert "█" not in text
     assert text == rp.schedules.get("1f1b", 4, 8).simulate().to_text()
-    assert "█ update" in rp.schedules.get("pipedream", 4, 8).simulate(rp.Costs(optimizer=1)).to_text()
+    assert "█ update" in rp.schedules.get("pipedream", 4, 8).simulate(rp.schedules.Costs(optimizer=1)).to_text()

@@ -110,6 +110,15 @@ def test_a_whole_forward_and_backward_are_paired_in_dualpipe_v() -> None:
     assert all(a.chunk != b.chunk for a, b in pairwise(steady))
 
 
+@pytest.mark.parametrize("name", rp.schedules.names())
+def test_consumer_is_the_inverse_of_upstream(name: str) -> None:
+    schedule = rp.schedules.get(name, 3, 7, rp.schedules.fewest_virtual_stages(name))
+    actions = [action for row in schedule.actions for action in row]
+    consumers = {schedule.consumer(action): action for action in actions if schedule.consumer(action)}
+    upstreams = {action: schedule.upstream(action) for action in actions if schedule.upstream(action)}
+    assert consumers == upstreams
+
+
 @pytest.mark.parametrize("text", ["", "F0", "0F", "0X1", "aF1", "0F1F", "-1F0"])
 def test_nonsense_is_no_action(text: str) -> None:
     with pytest.raises(rp.ScheduleError, match="is no action"):

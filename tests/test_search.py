@@ -10,14 +10,15 @@ from collections.abc import Iterator
 import pytest
 
 from rpcpipe import schedules
-from rpcpipe.planning.cost_model import SIMPLEST, Choice, Estimate, Estimator, Machine
-from rpcpipe.planning.layer_cost import LayerProfile
-from rpcpipe.planning.search import CHECKPOINTS, VIRTUAL, Search
+from rpcpipe.errors import ScheduleError
+from rpcpipe.planning import CostModel, LayerCost, Search
+from rpcpipe.planning.cost_model import SIMPLEST, Candidate, Estimate, Machine
+from rpcpipe.planning.search import CHECKPOINTS, VIRTUAL
 
 
-def layer(source: random.Random, name: str) -> LayerProfile:
+def layer(source: random.Random, name: str) -> LayerCost:
     forward, inputs, weights = (source.uniform(0.1, 2.0) for _ in range(3))
-    return LayerProfile(
+    return LayerCost(
         name,
         forward,
         backward=(inputs + weights) * source.uniform(0.7, 1.1),
@@ -42,22 +43,22 @@ def case(seed: int) -> Search:
         bandwidth=source.choice([math.inf, 100.0]),
         cores=source.choice([None, None, 2]),
     )
-    profiles = {size: [layer(source, str(at)) for at in range(layers)] for size in sizes}
+    layer_costs = {size: [layer(source, str(at)) for at in range(layers)] for size in sizes}
     layouts = [(workers // count, count) for count in (1, 2, 3) if workers % count == 0]
-    return Search(Estimator(profiles, machine, input_bytes=source.randrange(20)), batch, layouts=layouts)
+    return Search(CostModel(layer_costs, machine, input_bytes=source.randrange(20)), batch, layouts=layouts)
 
 
 def everything(search: Search) -> Iterator[Estimate]:
-    """All choices with all cuts, without a bound and without the search's own enumeration."""
+    """All candidates with all cuts, without a bound and without the search's own enumeration."""
     layers = search.layers
     for (workers, replicas), size, name, virtual, checkpoint, sharded in itertools.product(
-        search.layouts, search.costs.profiles, SIMPLEST, (1, *VIRTUAL), CHECKPOINTS, (False, True)
+        search.layouts, search.cost_model.layer_costs, SIMPLEST, (1, *VIRTUAL), CHECKPOINTS, (False, True)
     ):
         share = math.ceil(search.batch / replicas)
         chunks = math.ceil(share / size)
         try:
             schedule = schedules.get(name, workers, chunks, virtual)
-        except schedules.ScheduleError:
+        except ScheduleError:
             continue
         if size > share or (sharded and replicas == 1):
             continue  # a profile of more samples than a replica has; nothing to share
@@ -65,8 +66,8 @@ def everything(search: Search) -> Iterator[Estimate]:
             virtual = 2  # a V says so by itself
         for ends in itertools.combinations(range(1, layers), schedule.stages - 1):
             balance = [b - a for a, b in itertools.pairwise((0, *ends, layers))]
-            found = search.costs.estimate(
-                Choice(name, workers, replicas, virtual, size, chunks, checkpoint, sharded), balance
+            found = search.cost_model.estimate(
+                Candidate(name, workers, replicas, virtual, size, chunks, checkpoint, sharded), balance
             )
             if max(found.memory) <= search.machine.memory:
                 yield found
@@ -92,7 +93,7 @@ def test_the_bounds_never_exceed_what_is_simulated() -> None:
         search = case(seed)
         for estimate in itertools.islice(everything(search), 200):
             ends = [0, *itertools.accumulate(estimate.balance)]
-            of_cut, of_all = search._bound_of_cut(estimate.choice, ends), search.bound(estimate.choice)
+            of_cut, of_all = search._bound_of_cut(estimate.candidate, ends), search.bound(estimate.candidate)
             assert max(of_cut, of_all) <= estimate.seconds * (1 + 1e-9)
             tight += of_cut > 0.8 * estimate.seconds
     assert tight > 100  # they are worth having

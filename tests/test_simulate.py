@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import rpcpipe as rp
-from rpcpipe import Action, Costs, Span
-from rpcpipe.schedules.shared_cores import share
+from rpcpipe.schedules import Action, Costs, Span
+from rpcpipe.schedules.shared_cores import simulate_shared
 
 
 def test_transfers_take_latency_and_bandwidth_between_workers_only() -> None:
@@ -25,12 +25,12 @@ def test_transfers_take_latency_and_bandwidth_between_workers_only() -> None:
 
 def test_recomputation_begins_while_the_gradient_is_under_way() -> None:
     schedule = rp.schedules.get("gpipe", 2, 2)
-    timeline = schedule.simulate(Costs(1, 1, 1, recompute=[1, 0]))
+    timeline = schedule.simulate(Costs(1, 1, 1, recompute_seconds=[1, 0]))
     assert timeline.makespan == schedule.simulate().makespan + 1  # stage 0's first one costs nothing
     late = [(span.start, span.end) for span in timeline.spans if (span.worker, span.kind) == (0, "B")]
     assert late == [(5, 7), (7, 10)]  # the second one's is part of its backward
     # A replay that has begun is finished, though the gradient came meanwhile.
-    assert schedule.simulate(Costs(1, 1, 1, recompute=[10, 0])).makespan == 2 + 10 + 2 + 12
+    assert schedule.simulate(Costs(1, 1, 1, recompute_seconds=[10, 0])).makespan == 2 + 10 + 2 + 12
 
 
 @pytest.mark.parametrize("name", rp.schedules.names())
@@ -38,8 +38,8 @@ def test_recomputation_begins_while_the_gradient_is_under_way() -> None:
 def test_with_a_core_each_sharing_changes_nothing(name: str, recompute: float | list[float]) -> None:
     schedule = rp.schedules.get(name, 3, 7, rp.schedules.fewest_virtual_stages(name))
     recompute = recompute[: schedule.stages] if isinstance(recompute, list) else recompute
-    costs = Costs(1.5, 0.7, 0.9, latency=0.25, recompute=recompute)
-    alone, _, free = share(schedule, dataclasses.replace(costs, cores=3), _durations(costs, schedule.stages))
+    costs = Costs(1.5, 0.7, 0.9, latency=0.25, recompute_seconds=recompute)
+    alone, _, free = simulate_shared(schedule, dataclasses.replace(costs, cores=3), _durations(costs, schedule.stages))
     plain = schedule.simulate(costs)
     key = ["kind", "stage", "chunk", "start", "end"]
     for a, b in zip(sorted(alone), sorted(span._replace(version=-1) for span in plain.spans), strict=True):
@@ -108,7 +108,7 @@ def test_validator_and_simulator_agree(
     for span in sorted(timeline.spans, key=lambda span: (span.start, span.end)):
         rows[span.worker].append(Action(span.kind, span.stage, span.chunk))  # type: ignore[arg-type]
     assert tuple(map(tuple, rows)) == schedule.actions
-    path = rp.critical_path(timeline, schedule)
+    path = rp.schedules.critical_path(timeline, schedule)
     assert path[0].start == 0.0
     assert path[-1].end == pytest.approx(timeline.makespan)
     assert all(a.end <= b.start + 1e-9 for a, b in pairwise(path))
@@ -118,7 +118,7 @@ def test_validator_and_simulator_agree(
 
 def test_the_critical_path_of_gpipe() -> None:
     schedule = rp.schedules.get("gpipe", 2, 2)
-    path = rp.critical_path(schedule.simulate(), schedule)
+    path = rp.schedules.critical_path(schedule.simulate(), schedule)
     names = [f"{span.stage}{span.kind}{span.chunk}" for span in path]
     assert names[0] == "0F0"
     assert names[-2:] == ["1B1", "0B1"]

@@ -436,7 +436,7 @@ def test_a_traced_stream_shows_updates_and_versions(cluster: rp.Cluster) -> None
     pipe = pipeline(4, "stash", cluster)
     with pipe.trace() as timeline:
         list(pipe.train(batches(8)))
-    drawn = rp.schedules.get("pipedream", 4, 8).simulate(rp.Costs(optimizer=0.5))
+    drawn = rp.schedules.get("pipedream", 4, 8).simulate(rp.schedules.Costs(optimizer=0.5))
 
     def seen(of: rp.Timeline) -> list[list[tuple[str, int, int, int]]]:
         spans = sorted(of.spans, key=lambda span: span.start)
@@ -449,7 +449,7 @@ def test_a_traced_stream_shows_updates_and_versions(cluster: rp.Cluster) -> None
 
 
 def test_steady_state_throughput_is_one_over_the_slowest_stage() -> None:
-    costs = rp.Costs(forward=[1, 2, 1.5], input_gradient=[1, 2, 1], weight_gradient=[1, 2.5, 1])
+    costs = rp.schedules.Costs(forward=[1, 2, 1.5], input_gradient=[1, 2, 1], weight_gradient=[1, 2.5, 1])
     ends = {n: rp.schedules.get("pipedream", 3, n).simulate(costs).makespan for n in (20, 60)}
     assert (ends[60] - ends[20]) / 40 == pytest.approx(6.5)
 

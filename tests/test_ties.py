@@ -55,7 +55,7 @@ SAME = (("0.token.weight", "7.weight"), ("1.weight", "5.weight"))
 
 def modules() -> list[nn.Module]:
     """The same with modules that share a parameter."""
-    return list(rp.Sequential(specs()))
+    return list(rp.layers.Sequential(specs()))
 
 
 def batches(count: int, size: int = 10) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -106,9 +106,9 @@ def test_ties_are_found_by_key_and_by_identity() -> None:
 
 
 def test_one_process_shares_the_parameter_as_the_first_layer_draws_it() -> None:
-    model = rp.Sequential(specs(), seed=3)
+    model = rp.layers.Sequential(specs(), seed=3)
     assert model[7].weight is model[0].token.weight
-    untied = rp.Sequential([rp.LayerSpec(Embed)], seed=3)
+    untied = rp.layers.Sequential([rp.LayerSpec(Embed)], seed=3)
     assert torch.equal(model[7].weight, untied[0].token.weight)
     assert len(list(model.parameters())) == len(model.state_dict()) - 2
 
@@ -129,7 +129,7 @@ def test_one_process_shares_the_parameter_as_the_first_layer_draws_it() -> None:
 )
 def test_what_cannot_be_tied_is_refused(model: list[Any], message: str) -> None:
     with pytest.raises(rp.PartitionError, match=message):
-        rp.Sequential(model)
+        rp.layers.Sequential(model)
     with pytest.raises(rp.PartitionError, match=message):
         rp.Pipeline(model, LocalCluster(2), loss=cross_entropy, optimizer=sgd)
 
@@ -142,7 +142,7 @@ def test_a_module_that_comes_again_shares_all_its_parameters() -> None:
 
     reference = again()
     pipe = rp.Pipeline(again(), LocalCluster(4), loss=cross_entropy, optimizer=sgd, chunks=3)
-    oracle = Oracle(rp.Sequential(again()), sgd, cross_entropy, 3)
+    oracle = Oracle(rp.layers.Sequential(again()), sgd, cross_entropy, 3)
     assert list(oracle.model.state_dict()) == list(reference.state_dict())
     for ids, targets in batches(2):
         assert pipe.train_step(ids, targets).loss == pytest.approx(oracle.train_step(ids, targets), rel=1e-6)
@@ -169,7 +169,7 @@ def test_equal_to_one_process_and_alike_under_every_schedule(schedule: str) -> N
                 chunks=2 * workers, virtual_stages=2 if schedule in ("interleaved", "looped-bfs") else 1,
                 dispatch=("rref", "batched")[seed % 2],
             )  # fmt: skip
-            oracle = Oracle(rp.Sequential(specs()), adamw, cross_entropy, 2 * workers)
+            oracle = Oracle(rp.layers.Sequential(specs()), adamw, cross_entropy, 2 * workers)
             runs.append((train_both(pipe, oracle, 2, size=2 * workers + workers), pipe.state_dict()))
         assert runs[0][0] == runs[1][0]
         assert all(torch.equal(value, runs[1][1][name]) for name, value in runs[0][1].items())
@@ -184,7 +184,7 @@ def test_with_replicas(schedule: str, shard: bool) -> None:
             model(), LocalCluster(workers * replicas, workers), loss=cross_entropy, optimizer=adamw, chunks=2,
             schedule=schedule, replicas=replicas, shard_optimizer=shard,
         )  # fmt: skip
-        train_both(pipe, Oracle(rp.Sequential(specs()), adamw, cross_entropy, 2, replicas=replicas), size=11)
+        train_both(pipe, Oracle(rp.layers.Sequential(specs()), adamw, cross_entropy, 2, replicas=replicas), size=11)
         states = [states_of(pipe, replica) for replica in range(replicas)]
         for state in states[1:]:
             assert all(torch.equal(value, state[name]) for name, value in states[0].items())
@@ -197,7 +197,7 @@ def states_of(pipe: rp.Pipeline, replica: int) -> dict[str, torch.Tensor]:
 
 
 def test_same_bits_as_one_process_where_the_stage_is_one() -> None:
-    oracle = Oracle(rp.Sequential(specs()), sgd, cross_entropy, 3)
+    oracle = Oracle(rp.layers.Sequential(specs()), sgd, cross_entropy, 3)
     pipe = rp.Pipeline(specs(), LocalCluster(1), loss=cross_entropy, optimizer=sgd, chunks=3)
     assert train_both(pipe, oracle)
     assert_same_weights(pipe, oracle.model)
@@ -207,7 +207,7 @@ def test_same_bits_as_one_process_where_the_stage_is_one() -> None:
 def test_through_rpc(cluster: rp.Cluster, schedule: str) -> None:
     """Under zb-v the first and the last stage are one worker's: no message there."""
     pipe = rp.Pipeline(specs(), cluster, loss=summed, optimizer=adamw, schedule=schedule, chunks=8, clip_grad_norm=0.05)
-    train_both(pipe, Oracle(rp.Sequential(specs()), adamw, summed, 8, clip=0.05), size=16)
+    train_both(pipe, Oracle(rp.layers.Sequential(specs()), adamw, summed, 8, clip=0.05), size=16)
     assert len(pipe.parameter_rrefs()) == len(pipe.state_dict()) - (1 if schedule == "zb-v" else 0)
     pipe.close()
 
@@ -263,7 +263,7 @@ def test_they_stay_alike_through_changes_of_schedule(
 
 def test_a_failed_step_leaves_nothing_behind(cluster: rp.Cluster) -> None:
     pipe = rp.Pipeline(specs(), cluster, loss=cross_entropy, optimizer=sgd, chunks=4)
-    oracle = Oracle(rp.Sequential(specs()), sgd, cross_entropy, 4)
+    oracle = Oracle(rp.layers.Sequential(specs()), sgd, cross_entropy, 4)
     ids, targets = next(batches(1))
     for bad in ((ids, targets + 100), (ids + 100, targets)):
         before = assert_alike(pipe)
@@ -288,7 +288,7 @@ def test_nothing_is_applied_anywhere_where_a_gradient_is_not_finite() -> None:
 
 def test_frozen_weights_are_tied_and_sent_nowhere() -> None:
     def frozen() -> list[nn.Module]:
-        model = rp.Sequential(specs())
+        model = rp.layers.Sequential(specs())
         model[0].token.weight.requires_grad_(False)
         return list(model)
 
@@ -296,7 +296,7 @@ def test_frozen_weights_are_tied_and_sent_nowhere() -> None:
         return sgd([parameter for parameter in params if parameter.requires_grad])
 
     pipe = rp.Pipeline(frozen(), LocalCluster(4), loss=cross_entropy, optimizer=trainable, chunks=2)
-    train_both(pipe, Oracle(rp.Sequential(frozen()), trainable, cross_entropy, 2))
+    train_both(pipe, Oracle(rp.layers.Sequential(frozen()), trainable, cross_entropy, 2))
 
 
 # --- state ---
@@ -304,7 +304,7 @@ def test_frozen_weights_are_tied_and_sent_nowhere() -> None:
 
 def test_states_have_both_names_and_load_alike(cluster: rp.Cluster) -> None:
     pipe = rp.Pipeline(specs(), cluster, loss=cross_entropy, optimizer=sgd, chunks=3)
-    other = rp.Sequential(specs(), seed=9)
+    other = rp.layers.Sequential(specs(), seed=9)
     pipe.load_state_dict(other.state_dict())
     assert_same_weights(pipe, other)
     one = {name: value + 1 for name, value in other.state_dict().items() if name not in ("7.weight", "1.weight")}

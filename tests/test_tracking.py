@@ -72,7 +72,7 @@ def test_a_resumed_run_appends_to_whole_lines(torn: bytes, tmp_path: Path) -> No
     pipe.train_step(*next(batches(1)))
     assert [line["step"] for line in lines(path)] == [0, 0, 1]
     path.write_bytes(torn)
-    rp.JsonLines(path).close()
+    rp.callbacks.JsonLines(path).close()
     assert path.read_bytes() == b""
 
 
@@ -113,14 +113,14 @@ def test_tensorboard_reads_the_figures_back(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     pipe = local()
-    board = pipe.on_step(rp.TensorBoard(tmp_path))
+    board = pipe.on_step(rp.callbacks.TensorBoard(tmp_path))
     results = [pipe.train_step(*batch) for batch in batches(3)]
     pipe.close()
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     assert [event.value for event in events.Scalars("loss")] == pytest.approx([result.loss for result in results])
     assert {"bubble", "lr/0", "peak_in_flight/2", "applied"} <= set(events.Tags()["scalars"])
-    resumed = rp.TensorBoard(tmp_path)
+    resumed = rp.callbacks.TensorBoard(tmp_path)
     resumed(dataclasses.replace(results[1], loss=7.0))
     resumed.close()
     events.Reload()
@@ -138,4 +138,4 @@ def test_tensorboard_names_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ImportError, match=r"pip install 'rpcpipe\[track\]'"):
-        rp.TensorBoard(tmp_path)
+        rp.callbacks.TensorBoard(tmp_path)

@@ -122,12 +122,12 @@ def test_same_bits_as_one_process_under_every_schedule(schedule: str) -> None:
             chunks=chunks, virtual_stages=2 if schedule in ("interleaved", "looped-bfs") else 1,
             dispatch=("rref", "batched")[seed % 2], checkpoint=next(modes),
         )  # fmt: skip
-        oracle = Oracle(rp.Sequential(layers()), sgd, cross_entropy, chunks)
+        oracle = Oracle(rp.layers.Sequential(layers()), sgd, cross_entropy, chunks)
         train_both(pipe, oracle, steps=2, size=chunks + chunks // 2)
 
 
 def test_same_bits_wherever_the_model_is_cut() -> None:
-    oracle = Oracle(rp.Sequential(layers()), adamw, cross_entropy, 3)
+    oracle = Oracle(rp.layers.Sequential(layers()), adamw, cross_entropy, 3)
     losses = [oracle.train_step(*batch) for batch in batches(2)]
     for cuts in list(itertools.combinations(range(1, 9), 3))[::3]:
         balance = [after - before for before, after in itertools.pairwise((0, *cuts, 9))]
@@ -146,7 +146,7 @@ def test_same_bits_through_rpc(cluster: rp.Cluster, schedule: str, dispatch: str
         layers(), cluster, loss=cross_entropy, optimizer=adamw, schedule=schedule, chunks=8, dispatch=dispatch,
         virtual_stages=2 if schedule == "interleaved" else 1,
     )  # fmt: skip
-    oracle = Oracle(rp.Sequential(layers()), adamw, cross_entropy, 8)
+    oracle = Oracle(rp.layers.Sequential(layers()), adamw, cross_entropy, 8)
     train_both(pipe, oracle, size=9)
     given, targets = next(batches(1))
     model = oracle.model.eval()
@@ -161,7 +161,7 @@ def test_same_bits_through_rpc(cluster: rp.Cluster, schedule: str, dispatch: str
 def test_the_ways_follow_a_live_change_of_schedule(kind: str, request: pytest.FixtureRequest) -> None:
     where: Any = LocalCluster(4, 7) if kind == "local" else request.getfixturevalue("cluster")
     pipe = rp.Pipeline(layers(), where, loss=cross_entropy, optimizer=adamw, chunks=8)
-    oracle = Oracle(rp.Sequential(layers()), adamw, cross_entropy, 8)
+    oracle = Oracle(rp.layers.Sequential(layers()), adamw, cross_entropy, 8)
     for (given, targets), name in zip(batches(4, 16), ["zb-v", "interleaved", "naive", "dualpipe-v"], strict=True):
         assert pipe.train_step(given, targets).loss == oracle.train_step(given, targets)
         pipe.schedule = name  # type: ignore[assignment]
@@ -179,7 +179,7 @@ def test_asynchronous_schedules_carry_them_too(schedule: str, policy: str) -> No
         layers(), LocalCluster(4, 1), loss=cross_entropy, optimizer=sgd, schedule=schedule, chunks=4, balance=balance,
         weights=policy,
     )  # fmt: skip
-    oracle = Versioned(rp.Sequential(layers()), sgd, cross_entropy, balance)
+    oracle = Versioned(rp.layers.Sequential(layers()), sgd, cross_entropy, balance)
     data = list(batches(5, 8))
     losses = [result.loss for result in pipe.train(data)]
     assert losses == pytest.approx(train(oracle, data, policy, 4, 4), rel=1e-6)
@@ -205,7 +205,7 @@ def test_values_and_gradients_go_straight_between_the_stages_that_use_them(clust
 
     pipe = rp.Pipeline(far(), cluster, loss=cross_entropy, optimizer=sgd, chunks=2)
     with pipe.trace() as timeline:
-        train_both(pipe, Oracle(rp.Sequential(far()), sgd, cross_entropy, 2), 1)
+        train_both(pipe, Oracle(rp.layers.Sequential(far()), sgd, cross_entropy, 2), 1)
     moved = {(move.producer.kind, move.producer.stage, move.consumer.stage) for move in timeline.transfers}
     assert moved == {
         ("F", 0, 1),
@@ -267,7 +267,7 @@ def test_nests_none_plain_values_frozen_layers_and_buffers(cluster: rp.Cluster, 
             mixed_layers(), cluster, loss=cross_entropy, optimizer=trainable, schedule=schedule, chunks=3,
             balance=balance, checkpoint=checkpoint,
         )  # fmt: skip
-        oracle = Oracle(rp.Sequential(mixed_layers()), trainable, cross_entropy, 3)
+        oracle = Oracle(rp.layers.Sequential(mixed_layers()), trainable, cross_entropy, 3)
         for _ in range(2):
             x, y = torch.randn(8, 4), torch.randint(0, 4, (8,))
             assert pipe.train_step(x, y).loss == oracle.train_step(x, y)
@@ -289,13 +289,13 @@ def test_specs_are_wired_and_drawn_as_in_one_process(cluster: rp.Cluster) -> Non
         ]
 
     pipe = rp.Pipeline(specs(), cluster, loss=cross_entropy, optimizer=sgd, chunks=3, seed=4)
-    train_both(pipe, Oracle(rp.Sequential(specs(), seed=4), sgd, cross_entropy, 3, seed=4))
+    train_both(pipe, Oracle(rp.layers.Sequential(specs(), seed=4), sgd, cross_entropy, 3, seed=4))
     pipe.close()
 
 
 def test_a_sequential_goes_into_a_pipeline_as_its_list_does() -> None:
-    pipe = rp.Pipeline(rp.Sequential(layers()), LocalCluster(3), loss=cross_entropy, optimizer=sgd, chunks=2)
-    train_both(pipe, Oracle(rp.Sequential(layers()), sgd, cross_entropy, 2))
+    pipe = rp.Pipeline(rp.layers.Sequential(layers()), LocalCluster(3), loss=cross_entropy, optimizer=sgd, chunks=2)
+    train_both(pipe, Oracle(rp.layers.Sequential(layers()), sgd, cross_entropy, 2))
 
 
 # --- cuts ---
@@ -318,9 +318,9 @@ def test_profiles_and_measured_cuts_know_wires(cluster: rp.Cluster) -> None:
         row,
         160,
     ]
-    assert rp.balance_by_parameters(layers(), 3) == rp.balance_by_parameters(rp.Sequential(layers()), 3)
+    assert rp.balance_by_parameters(layers(), 3) == rp.balance_by_parameters(rp.layers.Sequential(layers()), 3)
     pipe = rp.Pipeline(layers(), cluster, loss=cross_entropy, optimizer=sgd, chunks=2, balance="memory", sample=given)
-    train_both(pipe, Oracle(rp.Sequential(layers()), sgd, cross_entropy, 2), 1)
+    train_both(pipe, Oracle(rp.layers.Sequential(layers()), sgd, cross_entropy, 2), 1)
     pipe.close()
 
 
@@ -339,7 +339,7 @@ def test_missing_names_and_wrong_results_are_refused(cluster: rp.Cluster) -> Non
                 call()
     with pytest.raises(rp.RpcPipeError, match="stage 1 has layers that take or give named values"):
         pipe.stages[1].forward(given["x"])
-    train_both(pipe, Oracle(rp.Sequential(layers()), sgd, cross_entropy, 2))
+    train_both(pipe, Oracle(rp.layers.Sequential(layers()), sgd, cross_entropy, 2))
     pipe.close()
     pipe = rp.Pipeline(
         [rp.Wired(nn.Linear(4, 4), gives="r"), nn.Linear(4, 4)], cluster, loss=cross_entropy, optimizer=sgd,
@@ -354,7 +354,7 @@ def test_missing_names_and_wrong_results_are_refused(cluster: rp.Cluster) -> Non
 
 def test_a_step_that_fails_leaves_no_value_behind(cluster: rp.Cluster) -> None:
     pipe = rp.Pipeline(layers(), cluster, loss=cross_entropy, optimizer=sgd, chunks=4)
-    oracle = Oracle(rp.Sequential(layers()), sgd, cross_entropy, 4)
+    oracle = Oracle(rp.layers.Sequential(layers()), sgd, cross_entropy, 4)
     given, targets = next(batches(1))
     for bad in ({**given, "mask": torch.randn(10, 7)}, given):
         with pytest.raises(rp.StageError):

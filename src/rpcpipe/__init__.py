@@ -1,12 +1,14 @@
-"""Pipeline parallelism from one Python process."""
+"""Pipeline parallelism from one Python process.
+
+``launch`` (or ``connect``) gives a ``Cluster`` of workers; a ``Pipeline`` on it trains. ``schedules`` draws and checks
+what runs; ``plan`` chooses it; ``callbacks`` and ``layers`` hold what is needed less often.
+"""
 
 import logging
 
 from rpcpipe import schedules
-from rpcpipe.cluster.cluster import Cluster
-from rpcpipe.cluster.connect import connect
-from rpcpipe.cluster.launch import launch
-from rpcpipe.driver.callbacks import JsonLines, TensorBoard
+from rpcpipe.cluster import Cluster, connect, launch
+from rpcpipe.driver import callbacks
 from rpcpipe.driver.result import StepResult
 from rpcpipe.errors import (
     CheckpointError,
@@ -18,15 +20,14 @@ from rpcpipe.errors import (
     StageError,
     WorkerLost,
 )
-from rpcpipe.model.layers import LayerSpec, Sequential, Wired
+from rpcpipe.model import layers
+from rpcpipe.model.layers import LayerSpec, Wired
 from rpcpipe.pipeline.from_transformers import from_transformers
 from rpcpipe.pipeline.generation import generate
 from rpcpipe.pipeline.pipeline import Pipeline
 from rpcpipe.pipeline.planning import balance_by_memory, balance_by_parameters, balance_by_time, plan
-from rpcpipe.planning.plan import Plan
-from rpcpipe.schedules import Action, Schedule, bubble_fraction, optimal_microbatches
-from rpcpipe.schedules.simulate import Costs, critical_path
-from rpcpipe.schedules.timeline import Span, Timeline, Transfer, compare
+from rpcpipe.planning import Plan
+from rpcpipe.schedules import Action, Schedule, Timeline, bubble_fraction, optimal_microbatches
 
 # Silent unless the user configures logging.
 logging.getLogger("rpcpipe").addHandler(logging.NullHandler())
@@ -37,9 +38,7 @@ __all__ = [
     "Action",
     "CheckpointError",
     "Cluster",
-    "Costs",
     "DeadlineExceeded",
-    "JsonLines",
     "LayerSpec",
     "PartitionError",
     "Pipeline",
@@ -48,25 +47,21 @@ __all__ = [
     "RpcPipeError",
     "Schedule",
     "ScheduleError",
-    "Sequential",
-    "Span",
     "StageError",
     "StepResult",
-    "TensorBoard",
     "Timeline",
-    "Transfer",
     "Wired",
     "WorkerLost",
     "balance_by_memory",
     "balance_by_parameters",
     "balance_by_time",
     "bubble_fraction",
-    "compare",
+    "callbacks",
     "connect",
-    "critical_path",
     "from_transformers",
     "generate",
     "launch",
+    "layers",
     "optimal_microbatches",
     "plan",
     "schedules",

@@ -11,12 +11,12 @@ from rpcpipe import _tables, schedules
 from rpcpipe.cluster import doctor
 from rpcpipe.cluster.host_agent import serve_rank
 from rpcpipe.errors import RpcPipeError
-from rpcpipe.planning.cost_model import Estimator, Machine
+from rpcpipe.planning import CostModel, Search
+from rpcpipe.planning.cost_model import Machine
 from rpcpipe.planning.gpt import GPT
 from rpcpipe.planning.plan import decide
-from rpcpipe.planning.search import Search, layouts
-from rpcpipe.schedules import Schedule
-from rpcpipe.schedules.simulate import Costs
+from rpcpipe.planning.search import layouts
+from rpcpipe.schedules import Costs, Schedule
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -73,10 +73,10 @@ def _plan_parser(plan: argparse.ArgumentParser) -> None:
 def _plan(args: argparse.Namespace) -> None:
     model = GPT(args.layers, args.hidden, args.heads, args.vocab, args.seq)
     sizes = [1, 2, 4, 8] if args.chunks is None else [-(-args.batch // args.chunks)]
-    profiles = {size: model.profiles(size, args.flops * args.efficiency) for size in sizes}
+    layer_costs = {size: model.layer_costs(size, args.flops * args.efficiency) for size in sizes}
     machine = Machine(args.workers, args.memory, args.latency, args.bandwidth)
     rows = layouts(args.workers, args.layers + 2, args.replicas)
-    plan = decide(Search(Estimator(profiles, machine, 16 * args.seq), args.batch, layouts=rows))
+    plan = decide(Search(CostModel(layer_costs, machine, 16 * args.seq), args.batch, layouts=rows))
     print(f"GPT of {model.parameters / 1e9:,.2f} billion parameters, {args.batch} sequences of {args.seq} a step")
     print(plan)
     if args.draw:

@@ -81,7 +81,7 @@ class TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise ImportError("rp.TensorBoard needs tensorboard: pip install 'rpcpipe[track]'") from error
+            raise ImportError("rp.callbacks.TensorBoard needs tensorboard: pip install 'rpcpipe[track]'") from error
         self.directory = Path(directory)
         self._make: Any = SummaryWriter
         self._writer: Any = None

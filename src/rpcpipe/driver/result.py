@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from rpcpipe import _tables
-from rpcpipe.schedules.timeline import Span, Timeline
+from rpcpipe.schedules import Span, Timeline
 from rpcpipe.stage import gradients
 from rpcpipe.worker.messages import Report
 

@@ -18,7 +18,7 @@ from rpcpipe.driver.runtime import Runtime
 from rpcpipe.driver.tracing import spans
 from rpcpipe.errors import Failure, RpcPipeError, StageError
 from rpcpipe.model.microbatch import Nest
-from rpcpipe.schedules.timeline import Timeline
+from rpcpipe.schedules import Timeline
 from rpcpipe.stage import precision
 from rpcpipe.stage.context import StepPlan
 from rpcpipe.transport.interrupts import Deferred

@@ -24,7 +24,7 @@ from rpcpipe.errors import Failure, RpcPipeError, ScheduleError, StageError, Wor
 from rpcpipe.model.layers import check_inputs
 from rpcpipe.model.microbatch import Nest
 from rpcpipe.schedules import Action
-from rpcpipe.schedules.asynchronous import Stream as Order
+from rpcpipe.schedules.asynchronous import StreamOrder
 from rpcpipe.stage import stream_rollback
 from rpcpipe.stage.context import Share, StepPlan
 from rpcpipe.transport.interrupts import Deferred
@@ -140,7 +140,7 @@ class Stream:
         runtime.check_policy(runtime.policy)
         self._step, self._first = runtime.driver.new_step(), runtime.driver.places()
         self._base, self._committed = runtime.trained, 0
-        self._order, self._hops = Order(len(runtime.names)), runtime.deployment.hops
+        self._order, self._hops = StreamOrder(len(runtime.names)), runtime.deployment.hops
         self._drained = False
         self._groups: list[int] = []  # by micro-batch
         self._changes: list[list[dict[str, Any]]] = []  # by group

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from rpcpipe.schedules import Action
-from rpcpipe.schedules.timeline import Span, Timeline, Transfer
+from rpcpipe.schedules import Action, Span, Timeline, Transfer
 from rpcpipe.worker.messages import Port, Report
 
 

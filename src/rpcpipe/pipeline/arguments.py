@@ -17,10 +17,8 @@ from rpcpipe.model.batchnorm import MODES
 from rpcpipe.model.layers import Layer, Loss, parameter_counts
 from rpcpipe.model.microbatch import Nest
 from rpcpipe.model.tied_weights import Tie
-from rpcpipe.planning.layer_cost import costs
-from rpcpipe.planning.partition import balance as cut
-from rpcpipe.planning.partition import check_balance
-from rpcpipe.planning.plan import Plan
+from rpcpipe.planning import Plan, partition
+from rpcpipe.planning.layer_cost import balancing_costs
 from rpcpipe.schedules import Schedule
 from rpcpipe.schedules.weight_versions import POLICIES
 from rpcpipe.stage import precision
@@ -131,12 +129,14 @@ def cut_layers(
     if isinstance(balance, str):
         refuse(balance not in _BALANCES, f"balance must be layers per stage or one of {_BALANCES}, not {balance!r}")
         if balance == "parameters":
-            sizes = cut(parameter_counts(layers), stages)
+            sizes = partition.balance(parameter_counts(layers), stages)
         else:
             measured = measure()
-            sizes = cut(costs(measured, balance), stages, [layer.output_bytes for layer in measured])
+            sizes = partition.balance(
+                balancing_costs(measured, balance), stages, [layer.output_bytes for layer in measured]
+            )
     else:
-        sizes = check_balance(balance, len(layers), stages)
+        sizes = partition.check_balance(balance, len(layers), stages)
     return sizes
 
 

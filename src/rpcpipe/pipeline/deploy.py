@@ -21,8 +21,7 @@ from rpcpipe.errors import refuse
 from rpcpipe.model.layers import Layer, Model, find_ties, named_layers, wire_of
 from rpcpipe.model.microbatch import Nest
 from rpcpipe.pipeline.arguments import Options, check_groups, check_ties, cut_layers, layout_of, make_schedule
-from rpcpipe.planning.layer_cost import LayerProfile
-from rpcpipe.planning.partition import balance as cut
+from rpcpipe.planning import LayerCost, partition
 from rpcpipe.schedules import Schedule, weight_versions
 from rpcpipe.stage import precision
 from rpcpipe.stage.profiler import profile
@@ -64,7 +63,7 @@ def start(model: Model, cluster: Cluster, options: Options) -> Runtime:
     return runtime
 
 
-def measure(cluster: Cluster, layers: OrderedDict[str, Layer], sample: Nest, seed: int) -> list[LayerProfile]:
+def measure(cluster: Cluster, layers: OrderedDict[str, Layer], sample: Nest, seed: int) -> list[LayerCost]:
     """Return every layer's costs on the first worker for ``sample``, one micro-batch of inputs."""
     refuse(sample is None, "balance='time' or 'memory' needs sample=…: one micro-batch of inputs to run the layers on")
     first = cluster.workers[0]
@@ -106,7 +105,7 @@ def change_schedule(runtime: Runtime, wanted: str | Schedule) -> None:
     balance = before.balance
     if new.stages != before.schedule.stages:
         sizes = {layer: count for stage in runtime.stages for layer, count in stage.sizes.items()}
-        balance = cut([sizes[layer] for layer in before.layers], new.stages)
+        balance = partition.balance([sizes[layer] for layer in before.layers], new.stages)
     check_ties(policy, before.ties, before.layers, balance)
     after = dataclasses.replace(before, schedule=new, balance=balance)
     if new.placement == before.schedule.placement:

@@ -17,9 +17,9 @@ from rpcpipe.cluster.cluster import Cluster, Worker
 from rpcpipe.errors import refuse
 from rpcpipe.model.layers import Layer, Model, named_layers, parameter_counts
 from rpcpipe.model.microbatch import Nest, batch_size, split, tensors
-from rpcpipe.planning.cost_model import SIMPLEST, Estimator, Machine
-from rpcpipe.planning.layer_cost import LayerProfile, costs, mean
-from rpcpipe.planning.partition import balance as cut
+from rpcpipe.planning import CostModel, LayerCost, partition
+from rpcpipe.planning.cost_model import SIMPLEST, Machine
+from rpcpipe.planning.layer_cost import balancing_costs, mean_costs
 from rpcpipe.planning.plan import Plan, decide
 from rpcpipe.planning.search import CHECKPOINTS, Search, layouts
 from rpcpipe.stage.optimizer import Factory
@@ -72,15 +72,13 @@ def plan(
         call = _on(workers, device, run)
     else:
         call = functools.partial(estimate, flops=flops, loss=loss)
-    profiles = {part: _profiled(call, layers, sample, targets, part) for part in parts}
+    layer_costs = {part: _profiled(call, layers, sample, targets, part) for part in parts}
     machine = Machine(
         count, math.inf if memory is None else memory, latency, bandwidth, _cores(workers, device, flops), moments
     )
     input_bytes = sum(leaf.nbytes for leaf in tensors(sample)) // size
-    search = Search(
-        Estimator(profiles, machine, input_bytes), size, schedules, layouts(count, len(layers), replicas), checkpoints
-    )
-    return decide(search)
+    cost_model = CostModel(layer_costs, machine, input_bytes)
+    return decide(Search(cost_model, size, schedules, layouts(count, len(layers), replicas), checkpoints))
 
 
 def _micro_batches(size: int, workers: int, chunks: Sequence[int] | None) -> list[int]:
@@ -91,8 +89,8 @@ def _micro_batches(size: int, workers: int, chunks: Sequence[int] | None) -> lis
 
 
 def _profiled(
-    call: Callable[..., list[LayerProfile]], layers: OrderedDict[str, Layer], sample: Nest, targets: Nest, size: int
-) -> list[LayerProfile]:
+    call: Callable[..., list[LayerCost]], layers: OrderedDict[str, Layer], sample: Nest, targets: Nest, size: int
+) -> list[LayerCost]:
     count = -(-batch_size(sample) // size)
     part = split(sample, count)[0]
     return call(layers, part, target=None if targets is None else split(targets, count)[0])
@@ -104,13 +102,13 @@ def _on(workers: int | Cluster, device: torch.device | str, run: Callable[..., A
     # All at once, as many as have a core: alone, a worker would have the memory's bandwidth to itself.
     cluster, busy = workers, workers.workers[: _cores(workers, device, None)]
 
-    def there(layers: OrderedDict[str, Layer], part: Nest, target: Nest) -> list[LayerProfile]:
-        def on(worker: Worker) -> list[LayerProfile]:
+    def there(layers: OrderedDict[str, Layer], part: Nest, target: Nest) -> list[LayerCost]:
+        def on(worker: Worker) -> list[LayerCost]:
             found = cluster.call(worker, functools.partial(run, device=worker.device, target=target), layers, part)
             return list(found)
 
         with ThreadPoolExecutor(len(busy)) as pool:
-            return mean(list(pool.map(on, busy)))
+            return mean_costs(list(pool.map(on, busy)))
 
     return there
 
@@ -130,7 +128,7 @@ def balance_by_parameters(model: Model, stages: int) -> list[int]:
 
     Raises PartitionError if the model has fewer layers than ``stages``.
     """
-    return cut(parameter_counts(named_layers(model)), stages)
+    return partition.balance(parameter_counts(named_layers(model)), stages)
 
 
 def balance_by_time(model: Model, stages: int, sample: Nest) -> list[int]:
@@ -150,4 +148,6 @@ def balance_by_memory(model: Model, stages: int, sample: Nest) -> list[int]:
 
 def _measured_cut(model: Model, stages: int, sample: Nest, what: str) -> list[int]:
     measured = profile(named_layers(model), sample)
-    return cut(costs(measured, what), stages, communication=[layer.output_bytes for layer in measured])
+    return partition.balance(
+        balancing_costs(measured, what), stages, communication=[layer.output_bytes for layer in measured]
+    )

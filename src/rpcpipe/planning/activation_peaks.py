@@ -1,54 +1,53 @@
-"""How many bytes of activations are held at most: read off the schedule, before it runs."""
+"""The peak of activation memory under a schedule, computed before it runs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from rpcpipe.schedules.schedule import Schedule
+from rpcpipe.schedules.order import Order
 
+# drops(stage, chunk): whether the activations are dropped after the forward and recomputed before the backward.
 Drops = Callable[[int, int], bool]
 
 
 def peak_activation_bytes(
-    schedule: Schedule,
+    order: Order,
     activations: Sequence[int],
     inputs: Sequence[int],
     drops: Drops = lambda stage, chunk: False,
 ) -> tuple[int, ...]:
-    """Per stage, the most alive at once.
+    """Return per stage the most bytes of activations alive at once.
 
     ``activations[stage]`` and ``inputs[stage]``: bytes of one micro-batch. Where ``drops(stage, chunk)``
-    holds, the input alone is kept until the backward, which runs the forward again. Activations of a
+    holds, only the input is kept until the backward, which repeats the forward. Activations of a
     split backward count until its weight half is done.
     """
-    return _peaks(schedule, activations, inputs, drops, range(schedule.stages))
+    return _peaks(order, activations, inputs, drops, range(order.stages))
 
 
 def peak_worker_bytes(
-    schedule: Schedule,
+    order: Order,
     activations: Sequence[int],
     inputs: Sequence[int],
     drops: Drops = lambda stage, chunk: False,
 ) -> tuple[int, ...]:
-    """Per worker, the most that its stages hold together at once."""
-    return _peaks(schedule, activations, inputs, drops, schedule.placement)
+    """Return per worker the most bytes of activations that its stages hold together at once."""
+    return _peaks(order, activations, inputs, drops, order.placement)
 
 
 def _peaks(
-    schedule: Schedule, activations: Sequence[int], inputs: Sequence[int], drops: Drops, group: Sequence[int]
+    order: Order, activations: Sequence[int], inputs: Sequence[int], drops: Drops, groups: Sequence[int]
 ) -> tuple[int, ...]:
-    """``group[stage]``: whose peak its bytes count for."""
-    alive, peak = [0] * (max(group) + 1), [0] * (max(group) + 1)
-    for row in schedule.actions:
+    """Return the peak of every group of stages; ``groups[stage]`` is the stage's group."""
+    alive, peak = [0] * (max(groups) + 1), [0] * (max(groups) + 1)
+    for row in order.actions:
         for kind, stage, chunk in row:
-            at = group[stage]
+            group = groups[stage]
             if kind == "F":
-                alive[at] += inputs[stage] if drops(stage, chunk) else activations[stage]
+                alive[group] += inputs[stage] if drops(stage, chunk) else activations[stage]
             elif kind in "BI" and drops(stage, chunk):
-                alive[at] += activations[stage] - inputs[stage]
-            peak[at] = max(peak[at], alive[at])
+                alive[group] += activations[stage] - inputs[stage]
+            peak[group] = max(peak[group], alive[group])
             if kind in "BW":
-                alive[at] -= activations[stage]
+                alive[group] -= activations[stage]
     return tuple(peak)

@@ -1,4 +1,4 @@
-"""What the layers of a GPT cost, by formula: for planning what no machine here can build.
+"""The costs of a GPT's layers by formula, to plan models too large to build here.
 
 Operations as in Narayanan et al., "Efficient Large-Scale Language Model Training on GPU Clusters Using
 Megatron-LM" (2021), section 5.1: a block's forward takes 24 t h² operations for the products with weights,
@@ -11,16 +11,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rpcpipe.planning.layer_cost import LayerProfile
+from rpcpipe.planning.layer_cost import LayerCost
 
 _PARAMETER = 4  # bytes: weights are kept in single precision, whatever autocast computes in
 
 
 @dataclass(frozen=True)
 class GPT:
-    """A GPT's sizes: ``layers`` blocks between an embedding and a head, which are layers too.
+    """The sizes of a GPT: ``layers`` blocks between an embedding and a head, which are layers too.
 
-    Raises ValueError where no such model can be made.
+    Raises ValueError where these sizes make no model.
     """
 
     layers: int
@@ -37,22 +37,26 @@ class GPT:
 
     @property
     def parameters(self) -> int:
-        return sum(layer.parameter_bytes for layer in self.profiles(1, 1.0)) // _PARAMETER
+        """The number of parameters."""
+        return sum(layer.parameter_bytes for layer in self.layer_costs(1, 1.0)) // _PARAMETER
 
-    def profiles(self, micro_batch: int, flops: float, value: int = 2) -> list[LayerProfile]:
-        """Every layer for ``micro_batch`` sequences at ``flops`` operations a second, ``value`` bytes an activation."""
+    def layer_costs(self, micro_batch: int, flops: float, value: int = 2) -> list[LayerCost]:
+        """Return the cost of every layer for ``micro_batch`` sequences at ``flops`` operations a second.
+
+        ``value``: bytes of one value of an activation.
+        """
         hidden, vocabulary, tokens = self.hidden, self.vocabulary, micro_batch * self.sequence
 
         def layer(
             name: str, parameters: int, kept: int, output: int, products: float = 0, attention: float = 0
-        ) -> LayerProfile:
+        ) -> LayerCost:
             forward, inputs, weights = products + attention, products + 2 * attention, products
-            return LayerProfile(
+            return LayerCost(
                 name, forward / flops, (inputs + weights) / flops, inputs / flops, weights / flops,
                 kept, parameters * _PARAMETER, output,
             )  # fmt: skip
 
-        stream = tokens * hidden * value  # what goes from layer to layer
+        stream = tokens * hidden * value  # bytes from one layer to the next
         block = layer(
             "block", 12 * hidden**2 + 13 * hidden, 17 * stream, stream,
             products=24 * tokens * hidden**2, attention=4 * tokens * self.sequence * hidden,

@@ -1,4 +1,4 @@
-"""What a layer costs, and what a worker's memory is made of: the planner's currency."""
+"""The costs of one layer in seconds and bytes, from which all plans are computed."""
 
 from __future__ import annotations
 
@@ -6,18 +6,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 
-def copies(moments: int, shards: int = 1) -> float:
-    """How often a worker holds its parameters: weights, gradient, ``moments`` of the optimizer (Adam's
-    are 2), and the copy of weights and moments with which a failed step is taken back. Of the last two it
-    holds one of ``shards`` parts where the optimizer is sharded."""
+def parameter_copies(moments: int, shards: int = 1) -> float:
+    """Return how many times the bytes of its parameters a worker holds.
+
+    These are weights, gradient, ``moments`` of the optimizer (Adam has 2), and the copy of weights and
+    moments from which a failed step is rolled back. Of moments and copy a worker holds one of ``shards``
+    parts where the optimizer is sharded.
+    """
     return 2 + (moments + 1 + moments) / shards
 
 
 @dataclass(frozen=True)
-class LayerProfile:
-    """One layer for one micro-batch: seconds (medians of warm runs, or estimates) and bytes.
+class LayerCost:
+    """The costs of one layer for one micro-batch: seconds (medians of warm runs, or estimates) and bytes.
 
-    ``backward`` is the whole one; ``input_gradient`` and ``weight_gradient`` its halves, run one by one.
+    ``backward`` is the whole backward, ``input_gradient`` and ``weight_gradient`` are its halves run separately.
     ``activation_bytes`` is what autograd saves, ``output_bytes`` what goes to the next layer. ``update``:
     seconds of the optimizer, 0 where none was given.
     """
@@ -34,26 +37,30 @@ class LayerProfile:
 
     @property
     def seconds(self) -> float:
+        """Seconds of one forward and backward."""
         return self.forward + self.backward
 
     @property
     def bytes(self) -> int:
-        """Of a worker that trains with Adam, and of one micro-batch's activations."""
-        return round(copies(moments=2)) * self.parameter_bytes + self.activation_bytes
+        """Bytes on a worker that trains with Adam and holds one micro-batch's activations."""
+        return round(parameter_copies(moments=2)) * self.parameter_bytes + self.activation_bytes
 
 
 _SECONDS = ("forward", "backward", "input_gradient", "weight_gradient", "update")
 
 
-def mean(found: Sequence[Sequence[LayerProfile]]) -> list[LayerProfile]:
-    """Of several profiles of the same layers, the mean seconds."""
+def mean_costs(measurements: Sequence[Sequence[LayerCost]]) -> list[LayerCost]:
+    """Return the mean seconds of several measurements of the same layers."""
     return [
         replace(same[0], **{name: sum(getattr(layer, name) for layer in same) / len(same) for name in _SECONDS})
-        for same in zip(*found, strict=True)
+        for same in zip(*measurements, strict=True)
     ]
 
 
-def costs(profiles: Sequence[LayerProfile], what: str) -> list[float]:
-    """What ``balance="time"`` or ``"memory"`` equalises."""
-    of: Callable[[LayerProfile], float] = {"time": lambda p: p.seconds, "memory": lambda p: float(p.bytes)}[what]
-    return [of(layer) for layer in profiles]
+def balancing_costs(layers: Sequence[LayerCost], criterion: str) -> list[float]:
+    """Return by layer the figure that ``balance="time"`` or ``"memory"`` equalises, in seconds or bytes."""
+    figures: dict[str, Callable[[LayerCost], float]] = {
+        "time": lambda layer: layer.seconds,
+        "memory": lambda layer: float(layer.bytes),
+    }
+    return [figures[criterion](layer) for layer in layers]

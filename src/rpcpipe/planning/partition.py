@@ -1,4 +1,4 @@
-"""Costs of layers → an optimal contiguous cut."""
+"""The optimal contiguous partition of layers into stages."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from math import inf
 
 from rpcpipe.errors import PartitionError
 
-# (stage, first layer, one past its last) -> does that fit? Any part of what fits must fit as well.
+# fits(stage, start, stop): whether the layers start … stop - 1 fit the stage. Must be monotone: every
+# sub-range of a fitting range fits.
 Fits = Callable[[int, int, int], bool]
 
 
 def balance(
     costs: Sequence[float], stages: int, communication: Sequence[float] | None = None, fits: Fits | None = None
 ) -> list[int]:
-    """Layers per stage, none empty, such that the costliest stage is as cheap as possible.
+    """Return the layers per stage, none empty, for which the costliest stage is as cheap as possible.
 
-    Exact: bisection over the sums that can occur as a stage's cost. Of several such cuts, the one
+    Exact: bisection over the sums that can occur as a stage's cost. Of several such cuts, returns the one
     with the least ``communication`` over its borders, where ``communication[layer]`` is what goes from
-    a layer to the next; every stage must be one that ``fits``. Raises PartitionError if there are fewer
+    a layer to the next. Every stage must satisfy ``fits``. Raises PartitionError if there are fewer
     layers than stages, or no cut whose stages all fit.
     """
     sums = [0.0, *accumulate(costs)]
@@ -30,17 +31,18 @@ def balance(
         sizes = _fitting(sums, stages, fits, _largest(sums, sizes))
     if communication is None:
         return sizes
-    found = _least_communication(sums, _largest(sums, sizes), stages, communication, fits)
-    assert found is not None, "sizes is such a cut"
-    return found
+    cheapest = _least_communication(sums, _largest(sums, sizes), stages, communication, fits)
+    assert cheapest is not None, "sizes is such a cut"
+    return cheapest
 
 
 def _largest(sums: Sequence[float], sizes: Sequence[int]) -> float:
+    """Return the cost of the costliest stage; ``sums`` are prefix sums of the layers' costs."""
     return max(sums[b] - sums[a] for a, b in pairwise([0, *accumulate(sizes)]))
 
 
 def _fitting(sums: Sequence[float], stages: int, fits: Fits, low: float) -> list[int]:
-    """Min-max among the cuts that fit, by bisection; no cut is below ``low``."""
+    """Return the min-max cut among those that fit, by bisection; no cut is below ``low``."""
     free = [0.0] * len(sums)
 
     def within(limit: float) -> list[int] | None:
@@ -62,8 +64,11 @@ def _fitting(sums: Sequence[float], stages: int, fits: Fits, low: float) -> list
 
 
 def _reach(sums: Sequence[float], limit: float, stages: int, fits: Fits) -> list[int] | None:
-    """Every stage as long as ``limit`` and ``fits`` allow and the later ones leave it: fast, and mostly
-    finds a cut where there is one. (Not always: what fits no later stage must not be left to it.)"""
+    """Fill every stage as far as ``limit`` and ``fits`` allow while each later stage keeps a layer.
+
+    Greedy and fast. Returns None also in the rare case that a cut exists, but needs a shorter stage
+    because the layers left do not fit a later one.
+    """
     ends = [0]
     start, layers = 0, len(sums) - 1
     for stage in range(stages):
@@ -83,9 +88,12 @@ def _reach(sums: Sequence[float], limit: float, stages: int, fits: Fits) -> list
 def _least_communication(
     sums: Sequence[float], limit: float, stages: int, communication: Sequence[float], fits: Fits | None
 ) -> list[int] | None:
-    """Dynamic programming over (stage, end); the last stage's start is the minimum of a sliding window."""
+    """Return the cut within ``limit`` with the least communication, or None if there is no cut.
+
+    Dynamic programming over (stage, end); the last stage's start is the minimum of a sliding window.
+    """
     layers = len(sums) - 1
-    best: list[float] = [0.0] + [inf] * layers  # of the stages so far, ending before each layer
+    best: list[float] = [0.0] + [inf] * layers  # least communication of the stages so far, ending before each layer
     starts: list[list[int]] = []
     for stage in range(1, stages + 1):
         here, start = [inf] * (layers + 1), [0] * (layers + 1)
@@ -113,6 +121,7 @@ def _least_communication(
 
 
 def _min_max(costs: Sequence[float], stages: int) -> list[int]:
+    """Return the layers per stage of the min-max cut; raises PartitionError for fewer layers than stages."""
     if not 1 <= stages <= len(costs):
         raise PartitionError(
             f"cannot cut {len(costs)} layers into {stages} stages: every stage needs a layer;"
@@ -136,7 +145,7 @@ def _min_max(costs: Sequence[float], stages: int) -> list[int]:
 
 
 def _fill(sums: Sequence[float], limit: float, stages: int) -> list[int] | None:
-    """Ends of stages filled greedily up to ``limit`` each, or None if they do not suffice."""
+    """Return the ends of stages filled greedily up to ``limit`` each, or None if they do not suffice."""
     ends: list[int] = []
     start = 0
     while start < len(sums) - 1:
@@ -151,7 +160,7 @@ def _fill(sums: Sequence[float], limit: float, stages: int) -> list[int] | None:
 
 
 def _spread(ends: list[int], stages: int) -> list[int]:
-    """Layers per stage; where the greedy fill used fewer stages, its largest ones are split."""
+    """Return the layers per stage; where the greedy fill used fewer stages, the longest ones are halved."""
     sizes = [b - a for a, b in zip([0, *ends], ends, strict=False)]
     while len(sizes) < stages:
         widest = max(range(len(sizes)), key=sizes.__getitem__)
@@ -160,11 +169,11 @@ def _spread(ends: list[int], stages: int) -> list[int]:
     return sizes
 
 
-def check_balance(given: Sequence[int], layers: int, stages: int) -> list[int]:
-    """``given`` if it is a cut of ``layers`` layers into ``stages`` stages, else PartitionError."""
-    if len(given) != stages or any(size < 1 for size in given) or sum(given) != layers:
+def check_balance(sizes: Sequence[int], layers: int, stages: int) -> list[int]:
+    """Return ``sizes`` as a list; raises PartitionError unless they cut ``layers`` layers into ``stages`` stages."""
+    if len(sizes) != stages or any(size < 1 for size in sizes) or sum(sizes) != layers:
         raise PartitionError(
-            f"balance={list(given)} must have {stages} entries of at least 1 that sum to the model's {layers} layers"
-            f" (it has {len(given)} entries that sum to {sum(given)})"
+            f"balance={list(sizes)} must have {stages} entries of at least 1 that sum to the model's {layers} layers"
+            f" (it has {len(sizes)} entries that sum to {sum(sizes)})"
         )
-    return list(given)
+    return list(sizes)

@@ -19,7 +19,7 @@ NAMES: dict[str, str] = {
 
 
 class Action(NamedTuple):
-    """``kind`` of ``stage`` for micro-batch ``chunk``.
+    """One action of ``kind`` on ``stage`` for micro-batch ``chunk``.
 
     ``B`` is the whole backward; ``I`` and ``W`` are its halves (gradient of the input, gradient
     of the weights), as in Qi et al., "Zero Bubble Pipeline Parallelism", section 2. ``U``, in
@@ -31,16 +31,16 @@ class Action(NamedTuple):
     chunk: int
 
     def __str__(self) -> str:
-        """torch.distributed.pipelining's notation: ``0F3`` is the forward of stage 0, chunk 3."""
+        """Return torch.distributed.pipelining's notation: ``0F3`` is the forward of stage 0, chunk 3."""
         return f"{self.stage}{self.kind}{self.chunk}"
 
-    def words(self) -> str:
-        """For a message: ``forward of stage 0, micro-batch 3``."""
+    def describe(self) -> str:
+        """Return the action in words, for a message: ``forward of stage 0, micro-batch 3``."""
         return f"{NAMES[self.kind]} of stage {self.stage}, micro-batch {self.chunk}"
 
     @classmethod
     def parse(cls, text: str) -> Action:
-        """Inverse of ``str``; raises ScheduleError for anything else."""
+        """Read the notation of ``str``; raises ScheduleError for anything else."""
         stage, kind, chunk = "", "", ""
         for known in KINDS:
             stage, kind, chunk = text.strip().partition(known)

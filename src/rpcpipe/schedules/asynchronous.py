@@ -1,6 +1,6 @@
-"""Schedules that never flush (Narayanan et al., "PipeDream", section 3.2), as long as batches come.
+"""Schedules that do not flush while batches follow each other (Narayanan et al., "PipeDream", section 3.2).
 
-What a worker does next depends on whether there is another micro-batch, so the order is made as the
+A worker's next action depends on whether there is another micro-batch, so the order is extended as
 micro-batches are fed. A drawn schedule is the same object, fed to its end.
 """
 
@@ -13,7 +13,10 @@ from rpcpipe.schedules.action import Action
 
 
 def pipedream(rank: int, workers: int, ends: Callable[[int], bool]) -> Iterator[Action]:
-    """1F1B without end: K - k forwards, then by turns a backward, the update if it ``ends`` a group, a forward."""
+    """Yield 1F1B without end: K - k forwards, then in turn a backward and a forward.
+
+    An update follows the backward of a micro-batch that ``ends`` a group.
+    """
     warmup = workers - rank
     for chunk in range(warmup):
         yield Action("F", rank, chunk)
@@ -24,8 +27,8 @@ def pipedream(rank: int, workers: int, ends: Callable[[int], bool]) -> Iterator[
         yield Action("F", rank, chunk + warmup)
 
 
-class Stream:
-    """The workers' orders, as far as the micro-batches fed so far determine them."""
+class StreamOrder:
+    """The actions of every worker, as far as the micro-batches fed so far determine them."""
 
     def __init__(self, workers: int) -> None:
         self.fed = 0
@@ -33,9 +36,9 @@ class Stream:
         self._rows = [pipedream(rank, workers, self._ends.__contains__) for rank in range(workers)]
 
     def feed(self, *, last: bool) -> list[tuple[int, Action]]:
-        """(worker, action) that one more micro-batch adds; ``last``: an update follows its backward.
+        """Return the (worker, action) pairs that one more micro-batch adds; ``last``: an update follows its backward.
 
-        In an order in which everything could run one by one.
+        The pairs are in an order in which all could run one by one.
         """
         chunk, self.fed = self.fed, self.fed + 1
         if last:
@@ -49,7 +52,10 @@ class Stream:
         return added
 
     def drain(self) -> list[tuple[int, Action]]:
-        """(worker, action) left to do when no micro-batch follows. The last one fed ended a group."""
+        """Return the (worker, action) pairs left when no micro-batch follows.
+
+        The last micro-batch fed must have ended a group.
+        """
         left = []
         for worker, row in reversed(list(enumerate(self._rows))):
             if self.fed:
@@ -58,6 +64,7 @@ class Stream:
 
 
 def _until(row: Iterator[Action], end: Action, chunks: int) -> Iterator[Action]:
+    """Yield the actions of ``row`` on the first ``chunks`` micro-batches, up to and with ``end``."""
     for action in row:
         if action.chunk < chunks:
             yield action
@@ -66,11 +73,11 @@ def _until(row: Iterator[Action], end: Action, chunks: int) -> Iterator[Action]:
 
 
 def rows(workers: int, sizes: Sequence[int], *, every: bool) -> list[Iterable[Action]]:
-    """Each worker's actions for batches of ``sizes`` micro-batches, from empty to empty.
+    """Return each worker's actions for batches of ``sizes`` micro-batches, from an empty pipeline to an empty one.
 
-    ``every``: each micro-batch is a minibatch with an update of its own.
+    ``every``: an update follows each micro-batch, not each batch.
     """
-    stream = Stream(workers)
+    stream = StreamOrder(workers)
     done: list[list[Action]] = [[] for _ in range(workers)]
     for size in sizes:
         for chunk in range(size):

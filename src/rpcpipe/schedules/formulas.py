@@ -1,4 +1,4 @@
-"""The source document's closed forms."""
+"""Closed forms for the bubble of a pipeline with equal stages."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from rpcpipe.errors import ScheduleError
 
 
 def bubble_fraction(stages: int, chunks: int) -> float:
-    """Idle share of GPipe and 1F1B with equal stages: (K - 1) / (K - 1 + M)."""
+    """Return the idle share of GPipe and 1F1B with equal stages: (K - 1) / (K - 1 + M)."""
     if stages < 1 or chunks < 1:
         raise ScheduleError(f"stages and chunks must be at least 1, not {stages} and {chunks}")
     return (stages - 1) / (stages - 1 + chunks)
 
 
 def optimal_microbatches(num_stages: int, target_bubble_rate: float = 0.1) -> int:
-    """Micro-batches that bring the bubble down to ``target_bubble_rate``: (K - 1)(1/rate - 1).
+    """Return the micro-batches that bring the bubble down to ``target_bubble_rate``: (K - 1)(1/rate - 1).
 
     2 stages → 9, 4 → 27, 8 → 63, 16 → 135 at the default rate.
     """

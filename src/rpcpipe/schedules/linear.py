@@ -1,7 +1,4 @@
-"""Schedules with one stage per worker.
-
-Each is a generator of one worker's actions; everything else is derived.
-"""
+"""Schedules with one stage per worker, each a generator of one worker's actions."""
 
 from __future__ import annotations
 
@@ -11,14 +8,14 @@ from rpcpipe.schedules.action import Action
 
 
 def naive(rank: int, workers: int, chunks: int) -> Iterator[Action]:
-    """One micro-batch travels the whole pipeline before the next enters: 1/K of the time used."""
+    """Yield one micro-batch through the whole pipeline before the next; a worker is busy 1/K of the time."""
     for chunk in range(chunks):
         yield Action("F", rank, chunk)
         yield Action("B", rank, chunk)
 
 
 def gpipe(rank: int, workers: int, chunks: int) -> Iterator[Action]:
-    """All forwards, then all backwards (Huang et al., "GPipe", section 2.3)."""
+    """Yield all forwards, then all backwards (Huang et al., "GPipe", section 2.3)."""
     for chunk in range(chunks):
         yield Action("F", rank, chunk)
     for chunk in range(chunks):
@@ -26,12 +23,12 @@ def gpipe(rank: int, workers: int, chunks: int) -> Iterator[Action]:
 
 
 def one_f_one_b(rank: int, workers: int, chunks: int) -> Iterator[Action]:
-    """Warm up with min(M, K - k) forwards, alternate, drain (Narayanan et al., "PipeDream-Flush")."""
+    """Yield a warm-up of min(M, K - k) forwards, alternation, drain (Narayanan et al., "PipeDream-Flush")."""
     return _alternate(rank, chunks, warmup=workers - rank)
 
 
 def _alternate(rank: int, chunks: int, warmup: int) -> Iterator[Action]:
-    """``warmup`` forwards, then one backward and one forward by turns, then the rest backwards."""
+    """Yield ``warmup`` forwards, then one backward and one forward in turn, then the remaining backwards."""
     warmup = min(chunks, warmup)
     for chunk in range(warmup):
         yield Action("F", rank, chunk)
@@ -42,7 +39,7 @@ def _alternate(rank: int, chunks: int, warmup: int) -> Iterator[Action]:
 
 
 def eager_one_f_one_b(rank: int, workers: int, chunks: int) -> Iterator[Action]:
-    """1F1B with twice the warm-up, so that transfers hide behind work; holds more activations.
+    """Yield 1F1B with twice the warm-up, so that transfers overlap with work; holds more activations.
 
     Warm-up min(M, 2(K - k) - 1).
     """
@@ -50,9 +47,9 @@ def eager_one_f_one_b(rank: int, workers: int, chunks: int) -> Iterator[Action]:
 
 
 def zb_h1(rank: int, workers: int, chunks: int) -> Iterator[Action]:
-    """1F1B whose weight gradients fill the drain (Qi et al., "Zero Bubble", section 3, ZB-H1).
+    """Yield 1F1B whose weight gradients fill the drain (Qi et al., "Zero Bubble", section 3, ZB-H1).
 
-    Worker k puts each weight gradient off by k micro-batches, which keeps K micro-batches alive on
+    Worker k delays each weight gradient by k micro-batches, which keeps K micro-batches alive on
     every worker, as many as 1F1B does on the first. Makespan M(F + B) + (K - 1)(F + I - W).
     """
     warmup = min(chunks, workers - rank)

@@ -8,16 +8,16 @@ from rpcpipe.schedules.action import Action
 
 
 def loop_placement(workers: int, virtual_stages: int) -> tuple[int, ...]:
-    """Stage s on worker s mod K."""
+    """Return the worker of every stage: stage s is on worker s mod K."""
     return tuple(range(workers)) * virtual_stages
 
 
 def interleaved(rank: int, workers: int, chunks: int, virtual_stages: int) -> Iterator[Action]:
-    """Interleaved 1F1B (Narayanan et al., "Efficient Large-Scale LM Training", section 2.2).
+    """Yield interleaved 1F1B (Narayanan et al., "Efficient Large-Scale LM Training", section 2.2).
 
-    The work is a row of units, each a micro-batch through one of the worker's stages, taken K
+    A worker's row consists of units, each a micro-batch through one of its stages, taken K
     micro-batches at a time through stage after stage; warm-up 2(K - 1 - k) + (v - 1)K units, then
-    one forward and one backward unit by turns. Where K does not divide M, the row is that of the
+    one forward and one backward unit in turn. Where K does not divide M, the row is that of the
     next multiple with the micro-batches that do not exist left out: what remains still respects
     every dependency, because those join actions of one micro-batch only.
     """
@@ -35,7 +35,7 @@ def interleaved(rank: int, workers: int, chunks: int, virtual_stages: int) -> It
 
 
 def looped_bfs(rank: int, workers: int, chunks: int, virtual_stages: int) -> Iterator[Action]:
-    """Breadth first (Lamy-Poirier, "Breadth-First Pipeline Parallelism", section 4).
+    """Yield the stages breadth first (Lamy-Poirier, "Breadth-First Pipeline Parallelism", section 4).
 
     All micro-batches through one stage, then all through the worker's next; backwards in reverse
     order of stages with the micro-batches ascending, as everywhere in rpcpipe.

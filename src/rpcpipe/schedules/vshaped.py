@@ -9,15 +9,15 @@ from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 
 from rpcpipe.schedules.action import Action, Kind
-from rpcpipe.schedules.schedule import Schedule
+from rpcpipe.schedules.order import Order
 
 
 def v_placement(workers: int) -> tuple[int, ...]:
-    """Stages 0 … K - 1 down the workers, K … 2K - 1 back up."""
+    """Return the worker of every stage: 0 … K - 1 down the workers, K … 2K - 1 back up."""
     return (*range(workers), *reversed(range(workers)))
 
 
-# What a free worker prefers: kind, and whether of its later ("back") or earlier ("out") stage.
+# In which order a free worker tries kinds of action, on its later ("back") or earlier ("out") stage.
 _Preference = Sequence[tuple[Kind, str]]
 _PREFERENCES: tuple[_Preference, ...] = (
     (("I", "back"), ("I", "out"), ("F", "back"), ("F", "out"), ("W", "any")),
@@ -27,13 +27,13 @@ _PREFERENCES: tuple[_Preference, ...] = (
 
 
 def zb_v(workers: int, chunks: int) -> list[list[Action]]:
-    """Zero bubble in a V (Qi et al., "Pipeline Parallelism with Controllable Memory", section 4).
+    """Return each worker's row of zero bubble in a V.
 
-    Found by list scheduling with unit costs: in every unit of time each free worker takes the first
-    thing it can in an order of preference, with at most 2K to 2K + 3 activations alive. The first
-    of these attempts in which the last worker to start works without a gap is kept, or else the
-    best: at F = I = W and M ≥ 2K the makespan is M(F + B) + (K - 1)F/2, where F and B are those of
-    a worker's two stages together.
+    (Qi et al., "Pipeline Parallelism with Controllable Memory", section 4.) The rows are found by list
+    scheduling with unit costs: in every unit of time each free worker takes the first action it can in an
+    order of preference, with at most 2K to 2K + 3 activations alive. The first attempt in which the last
+    worker to start works without a gap is returned, or else the shortest: at F = I = W and M ≥ 2K the
+    makespan is M(F + B) + (K - 1)F/2, where F and B are those of a worker's two stages together.
     """
     best: tuple[int, list[list[Action]]] | None = None
     for limit in range(2 * workers, 2 * workers + 4):
@@ -48,19 +48,19 @@ def zb_v(workers: int, chunks: int) -> list[list[Action]]:
 
 
 class _ListScheduler:
-    """All workers in lockstep, one unit of time per action."""
+    """A list scheduler that advances all workers in lockstep, one unit of time per action."""
 
     def __init__(self, workers: int, chunks: int, preference: _Preference, limit: int) -> None:
         self._workers, self._chunks, self._preference, self._limit = workers, chunks, preference, limit
-        # Every backward is split; the order, which is what is looked for, does not matter to the rules.
+        # Dependencies need to know only that every backward is split; the sequence of this row does not matter.
         stages = range(2 * workers)
         split = tuple(Action("I", stage, chunk) for stage in stages for chunk in range(chunks))
-        self._rules = Schedule("zb-v", chunks, v_placement(workers), (split,))
+        self._rules = Order("zb-v", chunks, v_placement(workers), (split,))
         self._next: Counter[tuple[Kind, int]] = Counter()
         self._done: set[Action] = set()
 
     def run(self) -> tuple[int, list[list[Action]]]:
-        """(makespan, rows)."""
+        """Return (makespan in units of time, rows)."""
         rows: list[list[Action]] = [[] for _ in range(self._workers)]
         time = 0
         while len(self._done) < 3 * self._chunks * 2 * self._workers:
@@ -96,7 +96,7 @@ class _ListScheduler:
 
 
 def dualpipe_v(rank: int, workers: int, chunks: int) -> Iterator[Action]:
-    """DualPipe cut in half into a V (DeepSeek-AI, "DualPipe", 2025); needs M ≥ 2K.
+    """Yield DualPipe cut in half into a V (DeepSeek-AI, "DualPipe", 2025); needs M ≥ 2K.
 
     In the steady state a forward of one micro-batch is paired with the backward of another, on the
     worker's two stages by turns; weight gradients are split off where a bubble can be filled.
@@ -105,7 +105,7 @@ def dualpipe_v(rank: int, workers: int, chunks: int) -> Iterator[Action]:
 
 
 class _DualPipeV:
-    """Writes one worker's row phase by phase; ``out`` is its earlier stage, ``back`` its later one."""
+    """A writer of one worker's row, phase by phase; ``out`` is its earlier stage, ``back`` its later one."""
 
     def __init__(self, rank: int, workers: int) -> None:
         self._rank, self._workers = rank, workers

@@ -1,11 +1,11 @@
-"""Which version of its weights a stage uses for which minibatch: the definitions, as arithmetic.
+"""The version of its weights that a stage uses for a minibatch, under every weight policy.
 
-Version v is the weights after v updates, counted from where the stream last started empty. A
-``group`` is what one update is made of, counted from 0 in the same way: a minibatch under
-``pipedream``, a batch of micro-batches under ``pipedream-2bw``. With k = group + 1, K stages and
+Version v is the weights after v updates, counted from when the stream last started empty. A
+``group`` is the micro-batches of one update, counted from 0 in the same way: one under
+``pipedream``, a batch under ``pipedream-2bw``. With k = group + 1, K stages and
 stage r from 0, the sources write:
 
-- stash: max(0, k - (K - 1 - r) - 1), the newest there is when the forward runs, kept for the
+- stash: max(0, k - (K - 1 - r) - 1), the newest when the forward runs, kept for the
   backward (Narayanan et al., "PipeDream", section 3.3, weight stashing);
 - vertical sync: max(0, k - K), the same on all stages (there, vertical sync);
 - 2bw: W(t+1) = W(t) - ν∇f(W(t-1)) (Narayanan et al., "Memory-Efficient Pipeline-Parallel DNN
@@ -24,7 +24,10 @@ POLICIES = {
 
 
 def choose(schedule: str, asked: str | None) -> str | None:
-    """The weight policy of ``schedule``, None where it is synchronous; raises ScheduleError."""
+    """Return the weight policy of ``schedule``, None where it is synchronous.
+
+    ``asked``: the user's choice, None for the default. Raises ScheduleError where it does not fit.
+    """
     allowed = POLICIES.get(schedule, ())
     if asked is None:
         return allowed[0] if allowed else None
@@ -35,7 +38,7 @@ def choose(schedule: str, asked: str | None) -> str | None:
 
 
 def version(policy: str, group: int, stage: int, stages: int) -> int:
-    """The version with which ``stage`` computes ``group``'s forward and, but for "latest", backward."""
+    """Return the version with which ``stage`` computes ``group``'s forward and, but for "latest", backward."""
     if policy == "vertical_sync":
         return max(0, group + 1 - stages)
     if policy == "2bw":

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from rpcpipe.model import layers as model
 from rpcpipe.model.microbatch import Nest, map_tensors, tensors
 from rpcpipe.model.wiring import Flow, Wire, advance, inputs, kept
-from rpcpipe.planning.layer_cost import LayerProfile
+from rpcpipe.planning.layer_cost import LayerCost
 from rpcpipe.stage import autograd
 from rpcpipe.stage.activation_memory import Memory, Meter
 from rpcpipe.stage.optimizer import Factory, Parameters
@@ -40,7 +40,7 @@ def profile(
     optimizer: Factory | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
-) -> list[LayerProfile]:
+) -> list[LayerCost]:
     """Run every layer on what the layer before gives for ``sample``, one micro-batch of inputs.
 
     With ``loss`` and ``target`` the last layer's figures include the loss; ``optimizer`` is timed too. One
@@ -62,7 +62,7 @@ def estimate(
     flops: float,
     loss: Callable[[Any, Any], Any] | None = None,
     target: Nest = None,
-) -> list[LayerProfile]:
+) -> list[LayerCost]:
     """``profile`` without running or holding anything: operations counted on the meta device ÷ ``flops`` a second.
 
     Products and convolutions count, as in torch's FlopCounterMode; what is bound by memory does not, so
@@ -94,14 +94,14 @@ def _walk(
     closing: _Closing,
     build: Callable[[int, model.Layer], nn.Module],
     measure: _Measure,
-) -> list[LayerProfile]:
+) -> list[LayerCost]:
     wires = {name: model.wire_of(layer) for name, layer in layers.items()}
     model.check_inputs(sample, wires)
     sample = map_tensors(lambda leaf: leaf.to(device), sample)
     direct = {name: sample[name] for name in inputs(wires)}
     received = autograd.Received.constant((sample, {}))
-    found: list[LayerProfile] = []
-    known: dict[Any, tuple[LayerProfile, autograd.Received, _Run]] = {}
+    found: list[LayerCost] = []
+    known: dict[Any, tuple[LayerCost, autograd.Received, _Run]] = {}
     before: _Run = _Run(None, Memory())
     previous: Any = None
     needed = kept(list(wires.values()))
@@ -191,7 +191,7 @@ class _Measure:
 
     def __call__(
         self, name: str, module: nn.Module, received: autograd.Received, before: _Run
-    ) -> tuple[LayerProfile, autograd.Received, _Run]:
+    ) -> tuple[LayerCost, autograd.Received, _Run]:
         buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
         cuda = any(leaf.is_cuda for leaf in tensors(received.nest))
         # A layer that changes its input in place must find it whole every time.
@@ -206,7 +206,7 @@ class _Measure:
         warm = times[len(times) > 1 :]
         forward, backward, inputs, weights = (statistics.median(column) for column in zip(*warm, strict=True))
         leaving = autograd.leave(outputs)
-        result = LayerProfile(
+        result = LayerCost(
             name,
             forward,
             backward,

@@ -286,7 +286,7 @@ class Executor:
 
 
 def _where(task: Task) -> str:
-    return task.args[0].action.words() if task.op == "act" else _title(task)
+    return task.args[0].action.describe() if task.op == "act" else _title(task)
 
 
 def _title(task: Task) -> str:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rpcpipe.errors import Failure
-from rpcpipe.schedules.action import Action
+from rpcpipe.schedules import Action
 from rpcpipe.worker.messages import Port, Task
 
 
@@ -142,4 +142,4 @@ class Mailbox:
         missing = [port for port in entry.task.awaits if (entry.step, port) not in self._inbox]
         if not missing:
             return f"is about to run {entry.task.op}"
-        return f"waits for the {' and the '.join(port.slot for port in missing)} of {missing[0].action.words()}"
+        return f"waits for the {' and the '.join(port.slot for port in missing)} of {missing[0].action.describe()}"

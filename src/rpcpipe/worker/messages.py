@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from rpcpipe.model.microbatch import Packed
-from rpcpipe.schedules.action import Action
+from rpcpipe.schedules import Action
 from rpcpipe.stage.metrics import Sums
 
 
@@ -17,7 +17,7 @@ class Bucket(NamedTuple):
     group: str
     number: int
 
-    def words(self) -> str:
+    def describe(self) -> str:
         """For a message: ``bucket 1 of stage 0``."""
         return f"bucket {self.number} of {self.group}"
 

@@ -1,4 +1,4 @@
-"""A timeline as one HTML file without any dependency; hovering a box tells what it is."""
+"""A timeline as one HTML file without dependencies; hovering over a box shows its action and times."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 
 from rpcpipe.schedules.render.plot import COLOURS
-from rpcpipe.schedules.timeline import Timeline
+from rpcpipe.schedules.spans import Spans
 
 _PAGE = """<!doctype html><meta charset="utf-8"><title>{title}</title>
 <style>body{{font:13px sans-serif;margin:2em}}.row{{position:relative;height:24px;background:#f2f2f2;
@@ -18,22 +18,26 @@ overflow:hidden}}</style>
 """
 
 
-def to_html(timelines: Sequence[Timeline]) -> str:
-    """The page; all timelines share one scale of time."""
+def to_html(timelines: Sequence[Spans]) -> str:
+    """Return the page; all timelines share one scale of time."""
     longest = max(timeline.makespan for timeline in timelines) or 1.0
     parts = []
     for timeline in timelines:
         figures = f"{timeline.name}: makespan {timeline.makespan:.4g}, bubble {timeline.bubble:.1%}"
-        parts.append(f"<h3>{escape(figures)}</h3>")
-        rows: list[list[str]] = [[] for _ in range(timeline.workers)]
-        start = timeline.start
-        for span in timeline.spans:
-            left, width = (span.start - start) / longest, (span.end - span.start) / longest
-            what = f"{span.stage}{span.kind}{span.chunk}" if span.stage >= 0 else "update"
-            tip = f"{what}: {span.start - start:.6g} to {span.end - start:.6g} ({span.end - span.start:.4g})"
-            rows[span.worker].append(
-                f'<i style="left:{left:.4%};width:{width:.4%};background:{COLOURS[span.kind]}" title="{tip}">'
-                f"{span.chunk if span.chunk >= 0 else ''}</i>"
-            )
-        parts += [f'<div class="row"><b>worker {worker}</b>{"".join(row)}</div>' for worker, row in enumerate(rows)]
+        parts += [f"<h3>{escape(figures)}</h3>", *_rows(timeline, longest)]
     return _PAGE.format(title=escape(" and ".join(t.name for t in timelines)), body="\n".join(parts))
+
+
+def _rows(timeline: Spans, longest: float) -> list[str]:
+    """Return one element per worker; ``longest``: the seconds that the whole width stands for."""
+    rows: list[list[str]] = [[] for _ in range(timeline.workers)]
+    start = timeline.start
+    for span in timeline.spans:
+        left, width = (span.start - start) / longest, (span.end - span.start) / longest
+        what = f"{span.stage}{span.kind}{span.chunk}" if span.stage >= 0 else "update"
+        tip = f"{what}: {span.start - start:.6g} to {span.end - start:.6g} ({span.end - span.start:.4g})"
+        rows[span.worker].append(
+            f'<i style="left:{left:.4%};width:{width:.4%};background:{COLOURS[span.kind]}" title="{tip}">'
+            f"{span.chunk if span.chunk >= 0 else ''}</i>"
+        )
+    return [f'<div class="row"><b>worker {worker}</b>{"".join(row)}</div>' for worker, row in enumerate(rows)]

@@ -11,14 +11,14 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rpcpipe.schedules.action import NAMES
-from rpcpipe.schedules.timeline import Span, Timeline, Transfer
+from rpcpipe.schedules.spans import Span, Spans
 
-# Track numbers: worker × 1000 + one of these + lane.
+# A track's number is worker × 1000 + one of these + lane.
 _COMPUTE, _SEND, _RECEIVE = 0, 100, 500
 
 
-def to_chrome(timelines: Sequence[Timeline]) -> str:
-    """The JSON text; times are microseconds from the timeline's start."""
+def to_chrome(timelines: Sequence[Spans]) -> str:
+    """Return the JSON text; times are microseconds from the timeline's start."""
     events: list[dict[str, Any]] = []
     for process, timeline in enumerate(timelines):
         events.append({"ph": "M", "name": "process_name", "pid": process, "args": {"name": timeline.name}})
@@ -27,7 +27,7 @@ def to_chrome(timelines: Sequence[Timeline]) -> str:
     return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"})
 
 
-def _compute(process: int, timeline: Timeline) -> Iterable[dict[str, Any]]:
+def _compute(process: int, timeline: Spans) -> Iterable[dict[str, Any]]:
     origin = timeline.start
     for worker in range(timeline.workers):
         yield _track(process, worker, _COMPUTE, f"worker {worker}")
@@ -39,39 +39,32 @@ def _compute(process: int, timeline: Timeline) -> Iterable[dict[str, Any]]:
         yield _slice(process, wait.worker, _COMPUTE, name, wait.start - origin, wait.end - origin, "wait")
 
 
-def _moves(process: int, timeline: Timeline) -> Iterable[dict[str, Any]]:
-    """A send takes until its arrival; a receive from there until its consumer starts."""
+def _moves(process: int, timeline: Spans) -> Iterable[dict[str, Any]]:
+    """Yield the slices of sends, until their arrival, of receives, until their consumer starts, and the arrows."""
     origin = timeline.start
     started = {(span.step, span.kind, span.stage, span.chunk): span.start for span in timeline.spans}
     lanes: dict[tuple[int, int], list[float]] = {}
     for number, move in enumerate(sorted(timeline.transfers, key=lambda move: move.sent)):
         used = max(move.arrived, started.get((move.step, *move.consumer), move.arrived))
-        sending = _lane(lanes, move.source, _SEND, move.sent, move.arrived)
-        receiving = _lane(lanes, move.target, _RECEIVE, move.arrived, used)
-        for worker, base, lane, what in (
-            (move.source, _SEND, sending, "send"),
-            (move.target, _RECEIVE, receiving, "receive"),
-        ):
-            if lane[1]:
-                yield _track(process, worker, base + lane[0], f"worker {worker} {what}")
-        yield _slice(
-            process, move.source, _SEND + sending[0], _moved(move), move.sent - origin, move.arrived - origin, "send"
-        )
-        yield _slice(
-            process, move.target, _RECEIVE + receiving[0], _moved(move), move.arrived - origin, used - origin, "receive"
-        )
-        arrow = {"cat": "flow", "name": _moved(move), "id": process * 10**7 + number, "pid": process}
-        yield {**arrow, "ph": "s", "tid": _tid(move.source, _SEND + sending[0]), "ts": (move.sent - origin) * 1e6}
-        yield {
-            **arrow, "ph": "f", "bp": "e", "tid": _tid(move.target, _RECEIVE + receiving[0]),
-            "ts": (move.arrived - origin) * 1e6,
-        }  # fmt: skip
+        send_lane, send_is_new = _lane(lanes, move.source, _SEND, move.sent, move.arrived)
+        receive_lane, receive_is_new = _lane(lanes, move.target, _RECEIVE, move.arrived, used)
+        send, receive, name = _SEND + send_lane, _RECEIVE + receive_lane, f"{move.producer} → {move.consumer}"
+        if send_is_new:
+            yield _track(process, move.source, send, f"worker {move.source} send")
+        if receive_is_new:
+            yield _track(process, move.target, receive, f"worker {move.target} receive")
+        sent, arrived = move.sent - origin, move.arrived - origin
+        yield _slice(process, move.source, send, name, sent, arrived, "send")
+        yield _slice(process, move.target, receive, name, arrived, used - origin, "receive")
+        arrow = {"cat": "flow", "name": name, "id": process * 10**7 + number, "pid": process}
+        yield {**arrow, "ph": "s", "tid": _tid(move.source, send), "ts": sent * 1e6}
+        yield {**arrow, "ph": "f", "bp": "e", "tid": _tid(move.target, receive), "ts": arrived * 1e6}
 
 
 def _lane(
     lanes: dict[tuple[int, int], list[float]], worker: int, base: int, start: float, end: float
 ) -> tuple[int, bool]:
-    """(the first lane free at ``start``, whether it is new)."""
+    """Occupy the first lane that is free at ``start`` until ``end``; return its number and whether it is new."""
     ends = lanes.setdefault((worker, base), [])
     for lane, free in enumerate(ends):
         if free <= start:
@@ -83,10 +76,6 @@ def _lane(
 
 def _title(span: Span) -> str:
     return NAMES[span.kind] if span.stage < 0 else f"{span.stage}{span.kind}{span.chunk}"
-
-
-def _moved(move: Transfer) -> str:
-    return f"{move.producer} → {move.consumer}"
 
 
 def _tid(worker: int, track: int) -> int:

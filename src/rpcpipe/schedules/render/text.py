@@ -1,18 +1,18 @@
-"""A timeline as text."""
+"""A timeline as text, one line per worker."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rpcpipe.schedules.timeline import Span, Timeline
+from rpcpipe.schedules.spans import Span, Spans
 
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 _FILL = {"F": "─", "B": "═", "I": "~", "W": "▒", "U": "█"}
 LEGEND = {"F": "─ forward", "B": "═ backward", "I": "~ input gradient", "W": "▒ weight gradient", "U": "█ update"}
 
 
-def to_text(timelines: Sequence[Timeline], width: int = 100) -> str:
-    """One line per worker; an action is its micro-batch (base 36, last digit) and a filling by kind.
+def to_text(timelines: Sequence[Spans], width: int = 100) -> str:
+    """Return one line per worker; an action is its micro-batch (base 36, last digit) and a filling by kind.
 
     Where an action is one column wide, the micro-batch wins for forwards and the filling for the rest.
     """
@@ -27,7 +27,7 @@ def to_text(timelines: Sequence[Timeline], width: int = 100) -> str:
     return "\n".join(parts)
 
 
-def _rows(timeline: Timeline, margin: int, columns: int, scale: float) -> list[str]:
+def _rows(timeline: Spans, margin: int, columns: int, scale: float) -> list[str]:
     rows = [[" "] * (columns + 1) for _ in range(timeline.workers)]
     start = timeline.start
     for span in timeline.spans:
@@ -39,7 +39,7 @@ def _rows(timeline: Timeline, margin: int, columns: int, scale: float) -> list[s
     ]
 
 
-def _figures(timeline: Timeline) -> str:
+def _figures(timeline: Spans) -> str:
     kinds = {span.kind for span in timeline.spans if span.end > span.start}
     legend = ", ".join(text for kind, text in LEGEND.items() if kind in kinds)
     peaks = timeline.peak_in_flight
@@ -47,8 +47,8 @@ def _figures(timeline: Timeline) -> str:
     return f"{legend}; makespan {timeline.makespan:.4g}, bubble {timeline.bubble:.1%}, peak in flight {shown}"
 
 
-def _scale(timeline: Timeline, columns: int) -> float:
-    """Columns per unit of time: whole columns for the shortest action where they fit."""
+def _scale(timeline: Spans, columns: int) -> float:
+    """Return columns per second: such that the shortest action has whole columns, where that fits."""
     makespan = timeline.makespan
     if not makespan:
         return 1.0

@@ -1,0 +1,168 @@
+"""The reasons for a plan, and what would fit where nothing does, in words.
+
+The rules of thumb are those of the project's source document, applied to this model's figures.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+from itertools import accumulate, pairwise
+
+from rpcpipe import _tables
+from rpcpipe.planning import partition
+from rpcpipe.planning.cost_model import Candidate, Estimate
+from rpcpipe.planning.layer_cost import parameter_copies
+from rpcpipe.planning.search import Search
+from rpcpipe.schedules import bubble_fraction
+
+_DEEP = 24  # A model of more layers counts as deep.
+
+
+def reasons(search: Search, best: Estimate) -> Iterable[str]:
+    """Yield one sentence for each decision that led to ``best``."""
+    yield _depth(search)
+    yield from _recomputation(search, best)
+    yield _speed(search, best)
+    yield _micro_batches(best)
+    if best.candidate.replicas > 1:
+        yield _replicas(search, best)
+    if not search.exact:
+        yield (
+            "the possibilities are too many to simulate each: those that promise most were, each with the cut that"
+            " makes its slowest stage fastest, and in the best the slowest stage's borders were moved"
+        )
+
+
+def _depth(search: Search) -> str:
+    layers, workers = search.layers, search.machine.workers
+    deep = f"more than {_DEEP}: deep" if layers > _DEEP else f"not more than {_DEEP}: shallow"
+    return f"the model has {layers} layers, {deep}, for {workers} workers"
+
+
+def _recomputation(search: Search, best: Estimate) -> Iterable[str]:
+    candidate, limit = best.candidate, search.machine.memory
+    without = replace(candidate, checkpoint="never")
+    needed = max(search.cost_model.memory(without, [0, *accumulate(best.balance)]))
+    if limit == math.inf:
+        yield "no memory limit was given: nothing is recomputed unless that is free"
+    elif candidate.checkpoint == "never":
+        yield (
+            f"not memory-bound: {_tables.mebibytes(needed)} of {_tables.mebibytes(limit)} a worker without"
+            " recomputation"
+        )
+    else:
+        yield (
+            f"memory-bound: without recomputation a worker would need {_tables.mebibytes(needed)} of"
+            f" {_tables.mebibytes(limit)}; checkpoint={candidate.checkpoint!r} brings that to"
+            f" {_tables.mebibytes(max(best.memory))}"
+        )
+    gpipe_fits = ("gpipe", candidate.depth) in search.best_by_schedule
+    if not gpipe_fits and candidate.schedule != "gpipe" and limit < math.inf:
+        yield "gpipe keeps the activations of all micro-batches, which does not fit"
+
+
+def _speed(search: Search, best: Estimate) -> str:
+    schedule = best.candidate.schedule
+    simple = search.best_by_schedule.get(("1f1b", best.candidate.depth))
+    if schedule == "1f1b":
+        return "1f1b is the first recommendation, and nothing that was tried beats it"
+    if simple is None:
+        return f"{schedule} squeezes the bubble; 1f1b does not fit or was not worth simulating"
+    return f"{schedule} squeezes the bubble: {1 - best.seconds / simple.seconds:.1%} less time than 1f1b"
+
+
+def _micro_batches(best: Estimate) -> str:
+    chunks, depth = best.candidate.chunks, best.candidate.depth
+    if depth == 1:
+        return f"one worker in a row has no bubble; {chunks} micro-batches are what its memory wants"
+    many = "more than" if chunks > 4 * depth else "at most"
+    return (
+        f"{chunks} micro-batches are {many} 4 × {depth} workers in a row: equal stages would have a"
+        f" bubble of {bubble_fraction(depth, chunks):.1%} under 1f1b"
+    )
+
+
+def _replicas(search: Search, best: Estimate) -> str:
+    candidate, sums = best.candidate, search.cost_model.sums[best.candidate.micro_batch]
+    seconds = search.cost_model.all_reduce(candidate.replicas, sums.parameters[-1] / candidate.depth)
+    return (
+        f"{candidate.replicas} replicas of {candidate.depth} workers: reducing the gradients takes {seconds:.3g} s,"
+        f" a longer pipeline would have more bubble and a shorter one does not fit or reduces more"
+    )
+
+
+def refusal(search: Search) -> str:
+    """Return the message for a search that found nothing: how much memory is missing, and what would fit."""
+    limit, workers = search.machine.memory, search.machine.workers
+    candidates = [candidate for candidate in search.candidates() if candidate.checkpoint == "always"]
+    if not candidates:
+        return (
+            f"{search.layers} layers, {workers} workers and a batch of {search.batch} leave no schedule:"
+            " use fewer workers, more micro-batches, or split the layers"
+        )
+    frugal = min(candidates, key=lambda c: (-c.depth, c.micro_batch, c.schedule != "1f1b", c.replicas))
+    needed = _least_memory(search, frugal)
+    parameters = search.cost_model.sums[frugal.micro_batch].parameters[-1]
+    weights = parameter_copies(search.machine.moments) * parameters
+    remedies = ", or ".join(_remedies(search, frugal, needed)) or "smaller layers"
+    return (
+        f"the model does not fit {_workers_of(frugal, workers)} of {_tables.mebibytes(limit)}: its weights, gradients,"
+        f" optimizer state and the copy that takes back a failed step are {_tables.mebibytes(weights)}, and with"
+        f" everything recomputed and micro-batches of {frugal.micro_batch} the fullest worker needs"
+        f" {_tables.mebibytes(needed)}."
+        f" What would do: {remedies}"
+    )
+
+
+def _remedies(search: Search, frugal: Candidate, needed: float) -> Iterable[str]:
+    """Yield the changes that would let ``frugal`` fit; ``needed``: bytes of its fullest worker."""
+    limit = search.machine.memory
+    if needed < math.inf:
+        yield f"{_tables.mebibytes(needed)} a worker"
+    if (more := _workers_that_fit(search, frugal)) is not None:
+        yield f"{more} workers of {_tables.mebibytes(limit)}"
+    parameters = search.cost_model.sums[frugal.micro_batch].parameters
+    largest = parameter_copies(search.machine.moments) * max(b - a for a, b in pairwise(parameters))
+    if largest > limit:
+        yield f"smaller layers: the largest alone takes {_tables.mebibytes(largest)}"
+
+
+def _workers_of(candidate: Candidate, workers: int) -> str:
+    if candidate.depth == workers:
+        return f"{workers} workers"
+    return f"{candidate.depth} in a row of {workers} workers"
+
+
+def _least_memory(search: Search, candidate: Candidate) -> float:
+    """Return the fullest worker's bytes under the partition that balances memory.
+
+    More micro-batches than fill the pipeline change nothing under 1f1b, so fewer are simulated.
+    """
+    candidate = replace(candidate, chunks=min(candidate.chunks, 2 * candidate.depth))
+    sums = search.cost_model.sums[candidate.micro_batch]
+    copies = candidate.parameter_copies(search.machine.moments)
+    sizes = [
+        copies * (p1 - p0) + (a1 - a0)
+        for (p0, p1), (a0, a1) in zip(pairwise(sums.parameters), pairwise(sums.activations), strict=True)
+    ]
+    return max(search.cost_model.memory(candidate, [0, *accumulate(partition.balance(sizes, candidate.stages))]))
+
+
+def _workers_that_fit(search: Search, candidate: Candidate) -> int | None:
+    """Return the fewest workers in a row on which ``candidate`` would fit under 1f1b, or None."""
+
+    @functools.cache
+    def fits(depth: int) -> bool:
+        alike = replace(candidate, schedule="1f1b", virtual_stages=1, depth=depth)
+        return _least_memory(search, alike) <= search.machine.memory
+
+    low, high = 1, min(search.layers, max(candidate.chunks, 1))
+    if not fits(high):
+        return None
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle + 1, high)
+    return high
