@@ -20,7 +20,19 @@ from rpcpipe.stage import gradients
 from rpcpipe.stage.context import StepPlan
 from rpcpipe.transport.base import Transport
 from rpcpipe.transport.interrupts import Deferred
-from rpcpipe.worker.messages import Call, Port, Report, Task
+from rpcpipe.worker.messages import Port, Report
+from rpcpipe.worker.operations import (
+    BeginStep,
+    Call,
+    NormalizeGradients,
+    Operation,
+    PublishGradients,
+    ReportStep,
+    RollBackStep,
+    RunAction,
+    Task,
+    UpdateWeights,
+)
 
 # How often a silent wait asks the workers whether anything still moves, in seconds.
 _POLL = 1.0
@@ -88,35 +100,35 @@ class Driver:
         """Send one step's actions; each worker's reply. Several steps without updates may be under way at once."""
         return self._issue_batched(calls, plan, values) if self._batched else self._issue(calls, plan, values)
 
-    def divide(self, step: int, count: float, reports: Mapping[str, Report]) -> None:
+    def normalize_gradients(self, step: int, count: float, reports: Mapping[str, Report]) -> None:
         """Divide the gradients of a loss that gave sums; ``reports`` get the norms of what comes out.
 
         Nothing counted, nothing learnt: 0/0 is for the gate to refuse, not for the weights.
         """
         with self._cancelling(step):
-            task = Task("divide", (count or math.nan,))
+            task = Task(NormalizeGradients(count or math.nan))
             for worker, norms in self.collect(self._post_all(step, task)).items():
                 reports[worker].norms = norms
 
-    def hand_over(self, step: int, context_id: int, gate: Gate) -> dict[str, Future[Any]]:
+    def publish_gradients(self, step: int, context_id: int, gate: Gate) -> dict[str, Future[Any]]:
         """File every stage's gradients in the step's distributed-autograd context."""
-        task = Task("hand_over", (context_id, gate.factor))
+        task = Task(PublishGradients(context_id, gate.factor))
         with self._cancelling(step):
             return self._post_all(step, task)
 
     def settle(self, step: int, replies: Mapping[str, Future[Any]]) -> None:
-        """Wait for what ``hand_over`` has begun."""
+        """Wait for what ``publish_gradients`` has begun."""
         with self._cancelling(step):
             self.collect(replies)
 
-    def optimize(
+    def update_weights(
         self, step: int, context_id: int, changes: Sequence[Mapping[str, Any]], after: Mapping[str, list[Task]]
     ) -> dict[str, tuple[int, int]]:
         """Apply the context's gradients on all workers, or on none; when each worker did it.
 
         ``after``: what a worker has to do then, the last of which says when as well.
         """
-        task = Task("optimize", (context_id, changes))
+        task = Task(UpdateWeights(context_id, changes))
         with self._cancelling(step, updating=True):
             return self.collect(
                 {worker: self._post(worker, step, [task, *after.get(worker, ())]) for worker in self.workers}
@@ -153,7 +165,7 @@ class Driver:
             tasks, given = waiting.setdefault(worker, ([], []))
             tasks.append(task)
             given += values
-            if task.args[0].action.kind == "U":
+            if isinstance(task.operation, RunAction) and task.operation.route.action.kind == "U":
                 replies[worker, task.group] = self._post(worker, step, *waiting.pop(worker))
             elif not self._batched:
                 with Deferred():
@@ -188,18 +200,18 @@ class Driver:
 
     # --- calls ---
 
-    def control(self, worker: str, op: str, *args: Any) -> Any:
+    def control(self, worker: str, operation: Operation) -> Any:
         """One operation of ``worker``'s actor, between steps."""
-        return self.collect({worker: self.post(worker, op, *args)})[worker]
+        return self.collect({worker: self.post(worker, operation)})[worker]
 
-    def post(self, worker: str, op: str, *args: Any) -> Future[Any]:
+    def post(self, worker: str, operation: Operation) -> Future[Any]:
         """Like ``control``, without waiting."""
-        return self._post(worker, -1, [Task(op, args)])
+        return self._post(worker, -1, [Task(operation)])
 
-    def hold(self, worker: str, op: str, *args: Any) -> Any:
+    def hold(self, worker: str, operation: Operation) -> Any:
         """Like ``post``; the result stays on the worker and an RRef comes back."""
         with Deferred():
-            return self._transport.hold(worker, "submit", *self._call(worker, -1, [Task(op, args)]), later=True)
+            return self._transport.hold(worker, "submit", *self._call(worker, -1, [Task(operation)]), later=True)
 
     def chain(self, worker: str, number: int, inputs: Any) -> Any:
         """An RRef to stage ``number``'s output for ``inputs``, which may hold RRefs."""
@@ -218,7 +230,7 @@ class Driver:
             self._held.clear()
             self.cancel(undone.step, undone.first)
             for worker in self.workers:
-                self._post(worker, -1, [Task("undo", (undone.step, undone.updating))])
+                self._post(worker, -1, [Task(RollBackStep(undone.step, undone.updating))])
 
     def drop(self) -> list[Future[Any]]:
         """Free the stages."""
@@ -228,25 +240,26 @@ class Driver:
     def _issue(self, calls: Iterable[Call], plan: StepPlan, values: Mapping[Port, Any]) -> dict[str, Future[Any]]:
         """One asynchronous call per action, whose RRef is kept until the step is over."""
         self._held = []
-        begin = {worker: [Task("begin", (plan,))] for worker in self.workers}
+        begin = {worker: [Task(BeginStep(plan))] for worker in self.workers}
         for worker, tasks in calls:
             tasks = begin.pop(worker, []) + tasks
             with Deferred():
                 call = self._call(worker, plan.step, tasks, _given(tasks, values))
                 self._held.append(self._transport.hold(worker, "accept", *call))
         return {
-            worker: self._post(worker, plan.step, [*begin.get(worker, []), Task("settle")]) for worker in self.workers
+            worker: self._post(worker, plan.step, [*begin.get(worker, []), Task(ReportStep())])
+            for worker in self.workers
         }
 
     def _issue_batched(
         self, calls: Iterable[Call], plan: StepPlan, values: Mapping[Port, Any]
     ) -> dict[str, Future[Any]]:
         """The same tasks in one message per worker."""
-        tasks = {worker: [Task("begin", (plan,))] for worker in self.workers}
+        tasks = {worker: [Task(BeginStep(plan))] for worker in self.workers}
         for worker, more in calls:
             tasks[worker] += more
         return {
-            worker: self._post(worker, plan.step, [*mine, Task("settle")], _given(mine, values))
+            worker: self._post(worker, plan.step, [*mine, Task(ReportStep())], _given(mine, values))
             for worker, mine in tasks.items()
         }
 

@@ -19,6 +19,7 @@ from rpcpipe.stage.metrics import Metric, Sums, means
 from rpcpipe.transport.interrupts import Deferred
 from rpcpipe.transport.pickling import dumps
 from rpcpipe.worker.messages import Report
+from rpcpipe.worker.operations import SetMetrics, SetSelection
 
 
 class Passed(NamedTuple):
@@ -94,10 +95,10 @@ def outputs(runtime: Runtime, batches: Iterable[Nest]) -> Iterator[Nest]:
         yield passed.output
 
 
-def last_stage(runtime: Runtime, op: str, functions: Any) -> None:
-    """Tell it, in all replicas, what to do with the outputs of the passes that follow."""
-    driver, data = runtime.driver, dumps(functions, f"what to {op}")
-    driver.collect({worker: driver.post(worker, op, data) for worker in runtime.stages[-1].workers})
+def tell_last_stage(runtime: Runtime, operation: SetMetrics | SetSelection) -> None:
+    """Send ``operation``, about the outputs of the passes that follow, to the last stage in all replicas."""
+    driver = runtime.driver
+    driver.collect({worker: driver.post(worker, operation) for worker in runtime.stages[-1].workers})
 
 
 def evaluate(
@@ -105,7 +106,7 @@ def evaluate(
 ) -> tuple[float, dict[str, float]]:
     """(mean loss over all samples, or over all that a loss of (sum, count) counts; each metric's mean)."""
     refuse("loss" in metrics, "a metric cannot be named 'loss': the loss is reported beside the metrics")
-    last_stage(runtime, "measure", dict(metrics))
+    tell_last_stage(runtime, SetMetrics(dumps(dict(metrics), "what to measure")))
     total, samples, sums = 0.0, 0.0, list[Sums]()
     for size, weights, reports in Passes(runtime).run(batches):
         found = {chunk: value for report in reports.values() for chunk, value in report.metrics.items()}

@@ -20,7 +20,20 @@ from rpcpipe.model.wiring import DRIVER, Hop, link
 from rpcpipe.schedules import Action, Schedule, forward_only
 from rpcpipe.stage.autograd import Received
 from rpcpipe.worker.gradient_exchange import gradients_from, group_of, statistics_from
-from rpcpipe.worker.messages import Bucket, Call, Port, Route, Send, Task
+from rpcpipe.worker.messages import Bucket, Port, Route, Send
+from rpcpipe.worker.operations import (
+    AddStatistics,
+    Call,
+    GatherSums,
+    GatherWeights,
+    GiveStatistics,
+    LastUpdate,
+    Reduce,
+    ReduceScatter,
+    RunAction,
+    TakeBuffers,
+    Task,
+)
 
 
 class Batch(NamedTuple):
@@ -117,8 +130,8 @@ class Program:
         found: dict[str, list[Task]] = {}
         for group in self._groups if self._shard else ():
             for at, worker in enumerate(group.members):
-                found.setdefault(worker, []).extend(gathers(group.name, group.owners, at, "weights"))
-        return {worker: [*tasks, Task("updated")] for worker, tasks in found.items()}
+                found.setdefault(worker, []).extend(gather_weights(group.name, group.owners, at))
+        return {worker: [*tasks, Task(LastUpdate())] for worker, tasks in found.items()}
 
     def _rows(self, schedule: Schedule, counts: Sequence[int], *, targets: bool) -> list[list[Call]]:
         """Every replica's actions."""
@@ -126,27 +139,26 @@ class Program:
         for replica, count in enumerate(counts):
             mine = schedule.truncated(count, sum(counts[:replica]))
             routes = compile_routes(mine, self._layout.row(replica), targets=targets, hops=self._hops)
-            rows.append([(worker, [Task("act", (route,), route.awaits)]) for worker, route in routes])
+            rows.append([(worker, [Task(RunAction(route), route.awaits)]) for worker, route in routes])
         return rows
 
     def _sums(self, replica: int, calls: list[Call], spread: bool) -> list[Call]:
         """Adds the pushes to a replica's ``calls``; what its workers do after all of those."""
-        last = {
-            tasks[0].args[0].action.stage: at
-            for at, (_, tasks) in enumerate(calls)
-            if tasks[0].args[0].action.kind in "BW"
-        }
+        last: dict[int, int] = {}
+        for at, (_, [task, *_]) in enumerate(calls):
+            if isinstance(task.operation, RunAction) and task.operation.route.action.kind in "BW":
+                last[task.operation.route.action.stage] = at
         ends = []
         for worker in self._layout.row(replica):
             end: list[Task] = []
             groups = [(group, group.members.index(worker)) for group in self._groups if worker in group.members]
             for group, _ in groups:
                 complete = [last[stage] for stage in group.stages if stage in last and calls[last[stage]][0] == worker]
-                (calls[max(complete)][1] if complete else end).append(scatter(group.name))
+                (calls[max(complete)][1] if complete else end).append(reduce_scatter(group.name))
             for group, at in groups:
                 end += reduces(group.name, group.members, group.owners, at, spread=spread)
             for group, at in groups if spread else ():
-                end += gathers(group.name, group.owners, at, "sums")
+                end += gather_sums(group.name, group.owners, at)
             for group, at in groups:
                 end += follow(group.stages[0], group.members, at) if group.buffered else []
             if end:
@@ -212,25 +224,34 @@ def entering(part: Nest, chunk: int, hops: Sequence[Hop]) -> dict[Port, Received
 # --- the exchange of gradients: a group member's tasks ---
 
 
-def scatter(group: str) -> Task:
+def reduce_scatter(group: str) -> Task:
     """Every member's, once its gradients are complete."""
-    return Task("scatter", (group,))
+    return Task(ReduceScatter(group))
 
 
 def reduces(group: str, workers: Sequence[str], owners: Sequence[int], index: int, *, spread: bool) -> list[Task]:
-    """Member ``index``'s, for the buckets it owns; ``owners``: of all. ``spread``: ``gathers`` of sums follow."""
+    """Member ``index``'s, for the buckets it owns; ``owners``: of all. ``spread``: ``gather_sums`` follow."""
     slots = [gradients_from(worker) for at, worker in enumerate(workers) if at != index]
     return [
-        Task("reduce", (group, bucket, spread), tuple(Port(Bucket(group, bucket), slot) for slot in slots))
+        Task(Reduce(group, bucket, spread), tuple(Port(Bucket(group, bucket), slot) for slot in slots))
         for bucket, owner in enumerate(owners)
         if owner == index
     ]
 
 
-def gathers(group: str, owners: Sequence[int], index: int, what: str) -> list[Task]:
-    """Member ``index``'s, for the buckets it does not own; ``what``: "sums" or "weights"."""
+def gather_sums(group: str, owners: Sequence[int], index: int) -> list[Task]:
+    """Member ``index``'s, for the buckets whose gradients others sum."""
     return [
-        Task(f"gather_{what}", (group, bucket), (Port(Bucket(group, bucket), what),))
+        Task(GatherSums(group, bucket), (Port(Bucket(group, bucket), "sums"),))
+        for bucket, owner in enumerate(owners)
+        if owner != index
+    ]
+
+
+def gather_weights(group: str, owners: Sequence[int], index: int) -> list[Task]:
+    """Member ``index``'s, for the buckets whose parameters others update."""
+    return [
+        Task(GatherWeights(group, bucket), (Port(Bucket(group, bucket), "weights"),))
         for bucket, owner in enumerate(owners)
         if owner != index
     ]
@@ -240,5 +261,5 @@ def follow(stage: int, workers: Sequence[str], index: int) -> list[Task]:
     """Replica ``index``'s, for a stage with buffers: all take over the first one's, which adds up statistics."""
     about = Bucket(group_of(stage), 0)
     if index:
-        return [Task("give_statistics", (stage,)), Task("take_buffers", (stage,), (Port(about, "buffers"),))]
-    return [Task("add_statistics", (stage,), tuple(Port(about, statistics_from(worker)) for worker in workers[1:]))]
+        return [Task(GiveStatistics(stage)), Task(TakeBuffers(stage), (Port(about, "buffers"),))]
+    return [Task(AddStatistics(stage), tuple(Port(about, statistics_from(worker)) for worker in workers[1:]))]

@@ -13,6 +13,7 @@ from rpcpipe.driver.driver import Driver
 from rpcpipe.errors import RpcPipeError
 from rpcpipe.model.microbatch import Nest
 from rpcpipe.transport.pickling import dumps, loads
+from rpcpipe.worker.operations import CallModule, GetModule, GetParameter
 
 HEADER = ("stage", "worker", "device", "layers", "parameters", "weights", "busy in the last step")
 
@@ -57,7 +58,7 @@ class StageHandle:
     @property
     def rref(self) -> Any:
         """An RRef to the stage's module, on its worker."""
-        return self._driver.hold(self.worker, "module", self.index)
+        return self._driver.hold(self.worker, GetModule(self.index))
 
     def call(self, function: Callable[[nn.Module], Any]) -> Any:
         """``function(module)`` on the stage's worker; it may change the weights.
@@ -67,7 +68,7 @@ class StageHandle:
         """
         data = dumps(function, "the call's function")
         seed = None if len(self.workers) == 1 else int(torch.randint(1 << 62, ()))
-        replies = {worker: self._driver.post(worker, "call", self.index, data, seed) for worker in self.workers}
+        replies = {worker: self._driver.post(worker, CallModule(self.index, data, seed)) for worker in self.workers}
         return loads(self._driver.collect(replies)[self.worker])
 
     def forward(self, inputs: Nest) -> Any:
@@ -91,7 +92,7 @@ class StageHandle:
                 " weights; for an optimizer of your own make the pipeline with shard_optimizer=False"
             )
         return [
-            self._driver.hold(worker, "parameter", self.index, name)
+            self._driver.hold(worker, GetParameter(self.index, name))
             for worker in self.workers
             for name in self.trainable
         ]

@@ -121,7 +121,7 @@ class Step:
             loss_scale=plan.scale,
         )
         runtime.note(self._result.timeline)
-        return driver.hand_over(self._message, self.context_id, gate) if self._result.applied else {}
+        return driver.publish_gradients(self._message, self.context_id, gate) if self._result.applied else {}
 
     def _plan(self, weights: Sequence[float]) -> StepPlan:
         runtime, progress = self._runtime, self._progress
@@ -142,7 +142,7 @@ class Step:
         # As GradScaler sees them: that nothing counted, 0/0, is no matter of the scale.
         self._overflowed = not Gate.of(reports, None).finite
         if plan.updates and total is not None:
-            runtime.driver.divide(self._message, total, reports)
+            runtime.driver.normalize_gradients(self._message, total, reports)
         gate = Gate.of(reports, runtime.settings.clip_grad_norm)
         if plan.updates:
             return gate
@@ -176,7 +176,7 @@ class Step:
         if not self.result().applied:
             return
         self._updated = True  # before it is true: taking back what was not done does no harm
-        times = self._runtime.driver.optimize(
+        times = self._runtime.driver.update_weights(
             self._message, self.context_id, self._runtime.optimizer.changes(), self._runtime.program.after_update()
         )
         if self._runtime.tracer is not None:

@@ -28,7 +28,8 @@ from rpcpipe.schedules.asynchronous import StreamOrder
 from rpcpipe.stage import stream_rollback
 from rpcpipe.stage.context import Share, StepPlan
 from rpcpipe.transport.interrupts import Deferred
-from rpcpipe.worker.messages import Port, Report, Task, Update
+from rpcpipe.worker.messages import Port, Report, Update
+from rpcpipe.worker.operations import BeginStep, EndStream, RunAction, Task
 
 log = logging.getLogger("rpcpipe")
 
@@ -153,7 +154,7 @@ class Stream:
             stop=runtime.settings.nonfinite == "stop",
         )  # fmt: skip
         for name in runtime.names:
-            runtime.driver.send(name, self._step, Task("begin", (plan,)))
+            runtime.driver.send(name, self._step, Task(BeginStep(plan)))
         self._watches = runtime.driver.watch(self._step)
         self._is_open, runtime.stream = True, self
 
@@ -174,7 +175,7 @@ class Stream:
                 values += [(Port(action, "target"), answer)] if worker == last else []
             elif action.kind == "U":
                 told = Update(group, self._changes[group], runtime.settings.clip_grad_norm, self._committed)
-            calls.append((runtime.names[worker], Task("act", (way, told), way.awaits, group), values))
+            calls.append((runtime.names[worker], Task(RunAction(way, told), way.awaits, group), values))
         handles, replies = runtime.driver.feed(self._step, calls)
         held += handles
         self._replies |= replies
@@ -243,7 +244,7 @@ class Stream:
         runtime = self._runtime
         self._is_open, runtime.stream = False, None
         runtime.driver.cancel(self._step, runtime.driver.places())
-        runtime.driver.collect({name: runtime.driver.post(name, "end_stream", updates) for name in runtime.names})
+        runtime.driver.collect({name: runtime.driver.post(name, EndStream(updates)) for name in runtime.names})
 
     def _stop(self, error: StageError) -> RpcPipeError:
         """Do what was fed before the failed group, on all stages; the error to raise."""
@@ -280,7 +281,7 @@ class Stream:
             updates = stream_rollback.newest(self._committed)
             runtime.driver.cancel(self._step, self._first)
             for name in runtime.names:
-                runtime.driver.post(name, "end_stream", updates)
+                runtime.driver.post(name, EndStream(updates))
             error.add_note(self._account(updates))
 
     def _account(self, updates: int) -> str:

@@ -27,6 +27,7 @@ from rpcpipe.stage import precision
 from rpcpipe.stage.profiler import profile
 from rpcpipe.transport.pickling import dumps
 from rpcpipe.worker.gradient_exchange import Peers
+from rpcpipe.worker.operations import GetOptimizerState, ReleaseLayers, Repartition
 from rpcpipe.worker.stage_set import ActorSpec
 
 
@@ -130,13 +131,13 @@ def _move(runtime: Runtime, after: Deployment) -> None:
         states = _sharded_states(runtime)
         given: dict[str, list[bytes]] = {name: [] for name in runtime.names}
         for (source, target), moving in moves.items():
-            given[target].append(driver.control(source, "give", moving))
+            given[target].append(driver.control(source, ReleaseLayers(moving)))
         replies = {}
         for name in runtime.names:
             mine = after.parts_on(name)
             others = {layer: states[layer] for layers, _ in mine.values() for layer in layers if layer in states}
             last = after.schedule.stages - 1
-            replies[name] = driver.post(name, "arrange", mine, last, after.links, given[name], others)
+            replies[name] = driver.post(name, Repartition(mine, last, after.links, given[name], others))
         runtime.install(after, driver.collect(replies))
     except BaseException:
         runtime.close()
@@ -148,7 +149,7 @@ def _sharded_states(runtime: Runtime) -> Mapping[str, dict[str, Any]]:
     if not runtime.deployment.shard:
         return {}
     driver, whole = runtime.driver, dict[str, dict[str, Any]]()
-    for part in driver.collect({name: driver.post(name, "optimizer_state") for name in runtime.names}).values():
+    for part in driver.collect({name: driver.post(name, GetOptimizerState()) for name in runtime.names}).values():
         for layer, state in part.items():
             whole.setdefault(layer, {}).update(state)
     return whole

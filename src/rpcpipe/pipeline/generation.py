@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rpcpipe.driver.inference import Passes, last_stage
+from rpcpipe.driver.inference import Passes, tell_last_stage
 from rpcpipe.errors import refuse
 from rpcpipe.model import rng
 from rpcpipe.model.microbatch import Nest
 
 if TYPE_CHECKING:
-    from rpcpipe.pipeline.pipeline import Pipeline
+    from rpcpipe.transport.pickling import dumps
+from rpcpipe.pipeline.pipeline import Pipeline
+from rpcpipe.worker.operations import SetSelection
 
 
 def _same(value: Any) -> Any:
@@ -85,7 +87,7 @@ def generate(
     refuse(context is not None and context < 1, f"context must be at least 1, not {context}")
     refuse(any(row.dim() != 1 or not len(row) for row in prompts), "every prompt must be a row of at least one token")
     pipe.runtime.check()
-    last_stage(pipe.runtime, "select", _LastLogits(logits))
+    tell_last_stage(pipe.runtime, SetSelection(dumps(_LastLogits(logits), "what to select")))
     rows = [_row(prompt, new_tokens, rng.derive(seed, index)) for index, prompt in enumerate(prompts)]
     passes, sampling = Passes(pipe.runtime), Sampling(temperature, top_k)
     groups = passes.ahead + 1

@@ -26,6 +26,15 @@ from rpcpipe.model.layers import layer_of
 from rpcpipe.model.tied_weights import Tie, completed
 from rpcpipe.pipeline.arguments import check_state
 from rpcpipe.transport.interrupts import Deferred
+from rpcpipe.worker.operations import (
+    ApplyCheckpoint,
+    DropCheckpoint,
+    GetState,
+    LoadState,
+    Operation,
+    ReadCheckpoint,
+    SaveShard,
+)
 
 _DRIVER_FILE = "driver.safetensors"
 _SHARED = "A checkpoint needs one file system that all hosts have at the same path."
@@ -34,7 +43,7 @@ _SHARED = "A checkpoint needs one file system that all hosts have at the same pa
 def state_dict(runtime: Runtime) -> OrderedDict[str, torch.Tensor]:
     """All parameters and buffers, on the CPU."""
     driver = runtime.driver
-    found = driver.collect({name: driver.post(name, "state_dict") for name in runtime.layout.row(0)})
+    found = driver.collect({name: driver.post(name, GetState()) for name in runtime.layout.row(0)})
     by_stage = {stage: state for stages in found.values() for stage, state in stages.items()}
     return OrderedDict((key, value) for stage in sorted(by_stage) for key, value in by_stage[stage].items())
 
@@ -52,7 +61,7 @@ def load_state_dict(runtime: Runtime, state: Mapping[str, torch.Tensor]) -> None
         stage = owner[layer_of(key, owner)]
         for worker in stage.workers:
             parts[worker].setdefault(stage.index, {})[key] = value
-    runtime.driver.collect({name: runtime.driver.post(name, "load_state_dict", parts[name]) for name in runtime.names})
+    runtime.driver.collect({name: runtime.driver.post(name, LoadState(parts[name])) for name in runtime.names})
 
 
 def save(runtime: Runtime, directory: str | Path, stateful: Holders, position: Any, keep: int | None) -> Path:
@@ -101,7 +110,7 @@ def load(runtime: Runtime, directory: str | Path, stateful: Holders) -> Any:
     driver, names = runtime.driver, runtime.names
     with Deferred():
         try:
-            calls = dict.fromkeys(names, ("read_checkpoint", folder, manifest))
+            calls = dict.fromkeys(names, ReadCheckpoint(folder, manifest))
             found = _outcomes(runtime, calls, "nothing has changed")
             _check_complete(folder, manifest, found.values())
             Deferred.check()
@@ -113,10 +122,10 @@ def load(runtime: Runtime, directory: str | Path, stateful: Holders) -> Any:
         except BaseException:
             if runtime.cluster.healthy:
                 for name in names:
-                    driver.post(name, "drop_checkpoint")
+                    driver.post(name, DropCheckpoint())
             raise
         # From here on it is done: what is posted happens, whatever interrupts the wait.
-        replies = {name: driver.post(name, "apply_checkpoint", manifest.seed) for name in names}
+        replies = {name: driver.post(name, ApplyCheckpoint(manifest.seed)) for name in names}
         runtime.optimizer.adopt(groups)
         runtime.trained = manifest.step
         runtime.forget_accumulated()
@@ -128,7 +137,7 @@ def _write_shards(runtime: Runtime, folder: Path) -> list[Written]:
     """Every worker writes its own, all at once."""
     # Replicas hold the same, but for optimizers that are sharded over them.
     names = runtime.names if runtime.deployment.shard else runtime.layout.row(0)
-    calls = {name: ("save", folder, f"{number:05}-of-{len(names):05}") for number, name in enumerate(names, 1)}
+    calls = {name: SaveShard(folder, f"{number:05}-of-{len(names):05}") for number, name in enumerate(names, 1)}
     found = _outcomes(runtime, calls, "the checkpoints before are as they were")
     for name, shard in found.items():
         for file, size in shard.sizes.items():
@@ -138,10 +147,10 @@ def _write_shards(runtime: Runtime, folder: Path) -> list[Written]:
     return list(found.values())
 
 
-def _outcomes(runtime: Runtime, calls: Mapping[str, tuple[Any, ...]], after: str) -> dict[str, Any]:
+def _outcomes(runtime: Runtime, calls: Mapping[str, Operation], after: str) -> dict[str, Any]:
     """Every worker's result once all are done; one CheckpointError, which ends with ``after``, if any failed."""
     driver = runtime.driver
-    found = driver.outcomes({name: driver.post(name, *call) for name, call in calls.items()})
+    found = driver.outcomes({name: driver.post(name, operation) for name, operation in calls.items()})
     failed = {name: outcome for name, outcome in found.items() if isinstance(outcome, Failure)}
     for name, failure in failed.items():
         error = StageError.of(failure)

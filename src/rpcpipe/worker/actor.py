@@ -1,7 +1,6 @@
 """The remote actor: one pipeline's stages on one worker, and what they do in a step.
 
-Its public methods are the operations of ``messages.Task``; the executor's compute thread calls
-them one at a time, in the driver's order.
+The executor's compute thread calls ``execute`` with one operation at a time, in the driver's order.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from rpcpipe.model.microbatch import map_tensors, pack
 from rpcpipe.schedules import Action
@@ -25,7 +25,31 @@ from rpcpipe.stage.stream_rollback import Snapshots
 from rpcpipe.stage.weight_stash import Versions
 from rpcpipe.worker.gradient_exchange import Push, Tensors, group_of, statistics_from
 from rpcpipe.worker.messages import Bucket, Port, Report, Route, Update
-from rpcpipe.worker.stage_set import ActorSpec, Holdings
+from rpcpipe.worker.operations import (
+    AddStatistics,
+    BeginStep,
+    CallFunction,
+    CreateActor,
+    DropActor,
+    EndStream,
+    ForgetStep,
+    ForwardByHand,
+    GatherSums,
+    GatherWeights,
+    GiveStatistics,
+    LastUpdate,
+    NormalizeGradients,
+    Operation,
+    PublishGradients,
+    Reduce,
+    ReduceScatter,
+    ReportStep,
+    RollBackStep,
+    RunAction,
+    TakeBuffers,
+    UpdateWeights,
+)
+from rpcpipe.worker.stage_set import ActorSpec, StageSet
 
 
 class Ledger(Protocol):
@@ -41,11 +65,11 @@ class Ledger(Protocol):
 Send = Callable[[str, int, Port, Any], None]
 
 
-class Actor(Holdings):
-    """Stages of one pipeline on worker ``name``, at work."""
+class Actor:
+    """Stages of one pipeline on worker ``name``, at work. ``held``: what it works on."""
 
     def __init__(self, name: str, spec: ActorSpec, *, device: torch.device, send: Send, ledger: Ledger) -> None:
-        super().__init__(spec, device)
+        self.held = StageSet(spec, device)
         self.name = name
         self._send = send
         self._ledger = ledger
@@ -56,48 +80,98 @@ class Actor(Holdings):
         self._updated = 0, 0
         self._arrivals: deque[tuple[int, Port, int]] = deque()  # handlers append
 
-    def chore(self, action: Action | None = None) -> bool:
+    def idle_work(self, action: Action | None = None) -> bool:
         """Something useful to do while waiting for ``action``'s input; False if there is nothing.
 
         A backward's recomputation overlaps with waiting for its gradient (Kim et al., "torchgpipe",
         section 3.2, early recomputation).
         """
-        if action is not None and action.kind in "BI" and self.stages[action.stage].prepare(action.chunk):
+        if action is not None and action.kind in "BI" and self.held.stages[action.stage].prepare(action.chunk):
             return True
-        return self._optimizer is not None and self._optimizer.undo.copy_one()
+        return self.held.optimizer is not None and self.held.optimizer.undo.copy_one()
 
     def arrived(self, step: int, port: Port) -> None:
         """A value for ``port`` came from another worker; called by a handler's thread."""
         self._arrivals.append((step, port, time.monotonic_ns()))
 
+    def describe(self) -> dict[int, dict[str, Any]]:
+        """Describe the stages here, by number."""
+        return self.held.describe()
+
+    def module(self, stage: int) -> nn.Module:
+        """Return a stage's module."""
+        return self.held.module(stage)
+
+    def execute(self, operation: Operation, inputs: Mapping[str, Any]) -> Any:
+        """Do what the driver asks for; ``inputs``: the values that the task awaited, by slot."""
+        match operation:
+            case RunAction(route, context):
+                return self._run_action(route, context, inputs)
+            case BeginStep(plan):
+                self._begin_step(plan)
+            case ReduceScatter(group):
+                self._reduce_scatter(group)
+            case Reduce(group, bucket, spread):
+                self._reduce(group, bucket, spread, inputs)
+            case GatherSums(group, bucket):
+                self.held.exchanges[group].take_sums(bucket, inputs["sums"])
+            case GatherWeights(group, bucket):
+                self.held.exchanges[group].take_weights(bucket, inputs["weights"])
+            case GiveStatistics(number):
+                self._give_statistics(number)
+            case AddStatistics(number):
+                self._add_statistics(number, inputs)
+            case TakeBuffers(number):
+                self._take_buffers(number, inputs["buffers"])
+            case ReportStep():
+                return self._report_step()
+            case NormalizeGradients(count):
+                return self._normalize_gradients(count)
+            case PublishGradients(context_id, factor):
+                self._publish_gradients(context_id, factor)
+            case UpdateWeights(context_id, changes):
+                return self._update_weights(context_id, changes)
+            case LastUpdate():
+                return self._updated
+            case RollBackStep(step, updating):
+                self._roll_back(step, updating)
+            case EndStream(updates):
+                self._end_stream(updates)
+            case CreateActor() | CallFunction() | ForwardByHand() | ForgetStep() | DropActor():
+                raise AssertionError("the worker's, not a pipeline's")
+            case _:
+                return self.held.execute(operation)
+        return None
+
     # --- operations of a step, in the order in which they come ---
 
-    def begin(self, plan: StepPlan) -> None:
+    def _begin_step(self, plan: StepPlan) -> None:
         """Start ``plan.step``. That it starts means that the step before is settled everywhere."""
         self._clear()
         self._plan = plan
         if plan.policy is not None:
             self._open_stream(plan.policy)
         elif plan.training:
-            self._buffers.take(stage.module for stage in self.stages.values())
-            self._kept.resume(plan.after, self.parameters)
-            if plan.after is None and self._optimizer is not None:  # since then no weight has changed
-                self._optimizer.undo.outdate()
+            self._buffers.take(stage.module for stage in self.held.stages.values())
+            self.held.kept.resume(plan.after, self.held.parameters)
+            if plan.after is None and self.held.optimizer is not None:  # since then no weight has changed
+                self.held.optimizer.undo.outdate()
 
-    def act(self, route: Route, told: Share | Update | None = None, *, target: Any = None, **values: Any) -> Any:
+    def _run_action(self, route: Route, context: Share | Update | None, values: Mapping[str, Any]) -> Any:
         """Execute one action of the schedule and send its results on; an update returns a Report.
 
         ``values`` came by the links that the route awaits.
         """
         kind, number, chunk = route.action
-        stage, plan = self.stages[number], self._plan
+        stage, plan = self.held.stages[number], self._plan
         start = time.monotonic_ns()
         results: Mapping[str, Any] = {}
-        if isinstance(told, Update):
-            return self._update(stage, chunk, told, start)
-        share = told or stage.shares.get(chunk) or plan.share(chunk)
+        if isinstance(context, Update):
+            return self._update(stage, chunk, context, start)
+        share = context or stage.shares.get(chunk) or plan.share(chunk)
         if kind == "F":
-            results = stage.forward(plan, share, chunk, values, target)
+            parcels = {link: parcel for link, parcel in values.items() if link != "target"}
+            results = stage.forward(plan, share, chunk, parcels, values.get("target"))
         elif kind == "B" and plan.policy is not None:
             results = stage.backward_of_stream(plan, chunk, values)
         elif kind == "B":
@@ -113,35 +187,27 @@ class Actor(Holdings):
             self._send(worker, plan.step, port, results[link])
         return None
 
-    def scatter(self, group: str) -> None:
+    def _reduce_scatter(self, group: str) -> None:
         """Push the gradients that others sum to them."""
-        self._push(self.exchanges[group].scatter())
+        self._push(self.held.exchanges[group].scatter())
 
-    def reduce(self, group: str, bucket: int, spread: bool, **parts: Tensors) -> None:
+    def _reduce(self, group: str, bucket: int, spread: bool, parts: Mapping[str, Tensors]) -> None:
         """Sum what was pushed and what is here; ``spread``: push the sums."""
-        exchange = self.exchanges[group]
+        exchange = self.held.exchanges[group]
         exchange.reduce(bucket, parts)
         if spread:
             self._push(exchange.sums(bucket))
 
-    def gather_sums(self, group: str, bucket: int, *, sums: Tensors) -> None:
-        """Take over what another worker has summed."""
-        self.exchanges[group].take_sums(bucket, sums)
-
-    def gather_weights(self, group: str, bucket: int, *, weights: Tensors) -> None:
-        """Take over what another worker has updated."""
-        self.exchanges[group].take_weights(bucket, weights)
-
-    def give_statistics(self, number: int) -> None:
+    def _give_statistics(self, number: int) -> None:
         """Push what the micro-batches here add to running statistics to the first replica."""
-        first, *_ = self._spec.peers.workers
+        first, *_ = self.held.spec.peers.workers
         port = Port(Bucket(group_of(number), 0), statistics_from(self.name))
-        pending = [tensor for norm in self.stages[number].norms for tensor in norm.give()]
+        pending = [tensor for norm in self.held.stages[number].norms for tensor in norm.give()]
         self._send(first, self._plan.step, port, [tensor.cpu() for tensor in pending])
 
-    def add_statistics(self, number: int, **parts: Sequence[torch.Tensor]) -> None:
+    def _add_statistics(self, number: int, parts: Mapping[str, Sequence[torch.Tensor]]) -> None:
         """Move the running statistics by what passed in all replicas, and push the buffers to the others."""
-        stage, others = self.stages[number], self._spec.peers.workers[1:]
+        stage, others = self.held.stages[number], self.held.spec.peers.workers[1:]
         for worker in others:
             tensors = iter(parts[statistics_from(worker)])
             for norm in stage.norms:
@@ -152,20 +218,20 @@ class Actor(Holdings):
         self._push((worker, Port(Bucket(group_of(number), 0), "buffers"), buffers) for worker in others)
 
     @torch.no_grad()
-    def take_buffers(self, number: int, *, buffers: Sequence[torch.Tensor]) -> None:
+    def _take_buffers(self, number: int, buffers: Sequence[torch.Tensor]) -> None:
         """Take over the first replica's."""
-        for mine, value in zip(self.stages[number].module.buffers(), buffers, strict=True):
+        for mine, value in zip(self.held.stages[number].module.buffers(), buffers, strict=True):
             mine.copy_(value)
 
     def _push(self, pushes: Iterable[Push]) -> None:
         for worker, port, value in pushes:
             self._send(worker, self._plan.step, port, value)
 
-    def settle(self) -> Report:
+    def _report_step(self) -> Report:
         """All actions here are done: the worker's account of the step."""
         report = self._report
         self._add_arrivals(report)
-        for number, stage in self.stages.items():
+        for number, stage in self.held.stages.items():
             report.losses.update(stage.loss_values())
             report.outputs.update(
                 {chunk: pack(map_tensors(lambda leaf: leaf.cpu(), out)) for chunk, out in stage.outputs.items()}
@@ -181,12 +247,12 @@ class Actor(Holdings):
                 report.norms[number] = self._norms(stage)
             stage.outputs = {}
         if self._plan.training and not self._plan.updates:
-            self._kept.keep(self._plan.step, self.parameters)
+            self.held.kept.keep(self._plan.step, self.held.parameters)
         return report
 
     def _norms(self, stage: Stage) -> dict[int, float]:
         """Of the gradients that are summed here, by the parameter's place in the stage."""
-        elsewhere = self.owned_elsewhere
+        elsewhere = self.held.owned_elsewhere
         mine = {
             at: parameter
             for at, parameter in enumerate(stage.parameters)
@@ -201,49 +267,45 @@ class Actor(Holdings):
             if self._plan.trace and step == self._plan.step:
                 report.arrivals.append((port, at))
 
-    def divide(self, count: float) -> dict[int, dict[int, float]]:
+    def _normalize_gradients(self, count: float) -> dict[int, dict[int, float]]:
         """Turn the gradients of sums into those of means over ``count``; their norms, by stage."""
-        gradients.divide(self.parameters, count)
-        return {number: self._norms(stage) for number, stage in self.stages.items()}
+        gradients.divide(self.held.parameters, count)
+        return {number: self._norms(stage) for number, stage in self.held.stages.items()}
 
-    def hand_over(self, context_id: int, factor: float) -> None:
+    def _publish_gradients(self, context_id: int, factor: float) -> None:
         """File the gradients, times ``factor`` (clipping), in the step's distributed-autograd context."""
-        parameters = self.parameters
+        parameters = self.held.parameters
         if factor != 1.0:
             gradients.scale(parameters, factor)
         root = gradients.take(parameters)
         if root is not None:
             self._ledger.file(context_id, root)
 
-    def optimize(self, context_id: int, changes: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
+    def _update_weights(self, context_id: int, changes: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
         """Apply the context's gradients; when that began and ended, in nanoseconds."""
         start = time.monotonic_ns()
-        if self._optimizer is not None:
-            self._optimizer.step(self._ledger.collect(context_id), changes)
+        if self.held.optimizer is not None:
+            self.held.optimizer.step(self._ledger.collect(context_id), changes)
         self._updated = start, time.monotonic_ns()
-        if self._spec.peers.shard:
-            for exchange in self.exchanges.values():
+        if self.held.spec.peers.shard:
+            for exchange in self.held.exchanges.values():
                 self._push(exchange.weights())
         return self._updated
 
-    def updated(self) -> tuple[int, int]:
-        """When ``optimize`` began and ended, now that the weights are in from where they were updated."""
-        return self._updated
-
-    def undo(self, step: int, updating: bool) -> None:
-        """Take ``step`` back, which may not have begun here; ``updating``: ``optimize`` too."""
+    def _roll_back(self, step: int, updating: bool) -> None:
+        """Take ``step`` back, which may not have begun here; ``updating``: its update too."""
         if self._plan.step != step or not self._plan.training:
             return
         self._buffers.restore()
-        if updating and self._optimizer is not None:
-            self._optimizer.undo.restore()
+        if updating and self.held.optimizer is not None:
+            self.held.optimizer.undo.restore()
 
     # --- of a stream ---
 
     def _open_stream(self, policy: str) -> None:
-        for number, stage in self.stages.items():
-            stage.versions = Versions(policy, number, self._last_stage + 1, stage.module)
-        self._snapshots = Snapshots(self._optimizer) if self._optimizer is not None else None
+        for number, stage in self.held.stages.items():
+            stage.versions = Versions(policy, number, self.held.last_stage + 1, stage.module)
+        self._snapshots = Snapshots(self.held.optimizer) if self.held.optimizer is not None else None
 
     def _update(self, stage: Stage, chunk: int, update: Update, start: int) -> Report:
         """Apply the group's gradients from a distributed-autograd context of its own."""
@@ -261,12 +323,12 @@ class Actor(Holdings):
             raise FloatingPointError(
                 f"the loss is finite and a gradient of stage {stage.index} is not; later stages have applied theirs"
             )
-        elif self._optimizer is not None:
+        elif self.held.optimizer is not None:
             factor = 1.0 if update.clip is None else gradients.clip_factor(gradients.total_norm(norms), update.clip)
             versions.before_update(update.group)
             with self._ledger.context() as context_id:
-                self.hand_over(context_id, factor)
-                self._optimizer.apply(self._ledger.collect(context_id), update.changes)
+                self._publish_gradients(context_id, factor)
+                self.held.optimizer.apply(self._ledger.collect(context_id), update.changes)
         versions.after_update(update.group)
         if self._snapshots is not None:
             self._snapshots.updated(versions.newest, update.committed)
@@ -277,14 +339,14 @@ class Actor(Holdings):
         self._add_arrivals(report)
         return report
 
-    def end_stream(self, updates: int | None = None) -> None:
+    def _end_stream(self, updates: int | None = None) -> None:
         """No version but the newest is needed; ``updates``: go back to so many first."""
         if self._snapshots is not None:
             if updates is not None:
                 self._snapshots.restore(updates)
             self._snapshots.close()
             self._snapshots = None
-        for stage in self.stages.values():
+        for stage in self.held.stages.values():
             stage.versions = None
         self._clear()
 
@@ -298,5 +360,5 @@ class Actor(Holdings):
         # Values of the step that begins may have come already; those of earlier steps are history.
         while self._arrivals and self._arrivals[0][0] <= self._plan.step:
             self._arrivals.popleft()
-        for stage in self.stages.values():
+        for stage in self.held.stages.values():
             stage.reset()

@@ -19,11 +19,22 @@ import cloudpickle
 import torch
 
 from rpcpipe.errors import Failure
-from rpcpipe.schedules.action import NAMES, Action
+from rpcpipe.schedules.action import Action
 from rpcpipe.transport.base import Transport
 from rpcpipe.worker.actor import Actor
 from rpcpipe.worker.mailbox import Entry, Mailbox
-from rpcpipe.worker.messages import Port, Task
+from rpcpipe.worker.messages import Port
+from rpcpipe.worker.operations import (
+    CallFunction,
+    CreateActor,
+    DropActor,
+    ForgetStep,
+    ForwardByHand,
+    Operation,
+    RunAction,
+    Task,
+    title,
+)
 from rpcpipe.worker.stage_set import ActorSpec
 
 _SWITCH_SECONDS = 2e-4
@@ -50,7 +61,7 @@ class Executor:
         self._running: tuple[str, Entry] | None = None
         self._general = Mailbox()
         self._general_next = 0
-        self._chores_left = False
+        self._idle_work_left = False
 
     # --- handlers: called by any thread, never block ---
 
@@ -58,17 +69,17 @@ class Executor:
         """Build an actor from a cloudpickled ActorSpec; replies with its description."""
         with self._changed:
             self._mailboxes[pipeline] = Mailbox()
-            return self._enqueue("create", pipeline, spec)
+            return self._enqueue(CreateActor(pipeline, spec))
 
     def run(self, call: bytes) -> Future[Any]:
         """A cloudpickled ``(function, args)`` on the compute thread, outside of any pipeline."""
         with self._changed:
-            return self._enqueue("run", call)
+            return self._enqueue(CallFunction(call))
 
     def forward(self, pipeline: str, number: int, nest: Any) -> Future[Any]:
         """Stage ``number``'s module applied to ``nest``, with its graph: for distributed autograd by hand."""
         with self._changed:
-            return self._enqueue("forward", pipeline, number, nest)
+            return self._enqueue(ForwardByHand(pipeline, number, nest))
 
     def submit(
         self, pipeline: str, step: int, sequence: int, tasks: Sequence[Task], values: Sequence[tuple[Port, Any]] = ()
@@ -120,7 +131,7 @@ class Executor:
             if mailbox is None:
                 return
             late = mailbox.cancel(step, first, resume)
-            self._enqueue("reset", pipeline, step)
+            self._enqueue(ForgetStep(pipeline, step))
         self._refuse(late)
 
     def watch(self, pipeline: str, step: int) -> Future[Any]:
@@ -144,7 +155,7 @@ class Executor:
         with self._changed:
             mailbox = self._mailboxes.pop(pipeline, None)
             late = mailbox.cancel(1 << 62, 0, 1 << 62) if mailbox is not None else []
-            self._enqueue("drop", pipeline)
+            self._enqueue(DropActor(pipeline))
         self._refuse(late)
 
     def progress(self) -> tuple[int, str]:
@@ -167,10 +178,10 @@ class Executor:
                 mailbox.put(step, port, value)
                 self._changed.notify()
 
-    def _enqueue(self, op: str, *args: Any) -> Future[Any]:
-        """Queue one of the ``_do_`` operations; the caller holds the lock."""
+    def _enqueue(self, operation: Operation) -> Future[Any]:
+        """Queue an operation outside of any step; the caller holds the lock."""
         reply: Future[Any] = Future()
-        self._general.submit(self._general_next, [Entry(-1, Task(op, args), reply)])
+        self._general.submit(self._general_next, [Entry(-1, Task(operation), reply)])
         self._general_next += 1
         self._changed.notify()
         return reply
@@ -195,26 +206,26 @@ class Executor:
         return taken is not None
 
     def _next(self) -> tuple[str, Entry] | None:
-        """Wait for a complete task; do the actors' chores meanwhile."""
+        """Wait for a complete task; do the actors' idle work meanwhile."""
         while True:
             with self._changed:
                 if self._closed:
                     return None
                 if (taken := self._take()) is not None:
                     return taken
-                if not self._chores_left:
+                if not self._idle_work_left:
                     # Bounded by nothing: every change of what is looked at above notifies.
                     self._changed.wait()
                     continue
                 awaited = {pipeline: box.awaited() for pipeline, box in self._mailboxes.items()}
             try:
-                self._chores_left = any(
-                    actor.chore(awaited.get(pipeline)) for pipeline, actor in list(self.actors.items())
+                self._idle_work_left = any(
+                    actor.idle_work(awaited.get(pipeline)) for pipeline, actor in list(self.actors.items())
                 )
             except Exception:
                 # Left undone; the optimizer needs it done, tries again and reports the failure.
-                log.debug("a chore failed", exc_info=True)
-                self._chores_left = False
+                log.debug("idle work failed", exc_info=True)
+                self._idle_work_left = False
 
     def _take(self) -> tuple[str, Entry] | None:
         if (entry := self._general.take()) is not None:
@@ -231,7 +242,7 @@ class Executor:
         with self._changed:
             self._running = None
             self.finished += 1
-            self._chores_left = True
+            self._idle_work_left = True
             mailbox = self._mailboxes.get(pipeline)
             if mailbox is not None and isinstance(outcome, Failure) and entry.step >= 0:
                 # Tasks between steps have step -1: their failure is theirs alone.
@@ -240,23 +251,37 @@ class Executor:
             entry.reply.set_result(outcome)
 
     def _outcome(self, pipeline: str, entry: Entry) -> Any:
-        task = entry.task
+        operation = entry.task.operation
         try:
-            if not pipeline:
-                return getattr(self, "_do_" + task.op)(*task.args)
-            return getattr(self.actors[pipeline], task.op)(*task.args, **entry.values)
+            return self._execute(operation) if not pipeline else self.actors[pipeline].execute(operation, entry.values)
         except BaseException as error:
-            stage, chunk = (task.args[0].action.stage, task.args[0].action.chunk) if task.op == "act" else (None, None)
-            log.debug("%s failed", _title(task), exc_info=True)
+            action = operation.route.action if isinstance(operation, RunAction) else None
+            stage, chunk = (None, None) if action is None else (action.stage, action.chunk)
+            log.debug("%s failed", title(operation), exc_info=True)
             return Failure.of(
-                error, worker=self.name, action=_title(task), stage=stage, chunk=chunk, in_step=entry.step >= 0
+                error, worker=self.name, action=title(operation), stage=stage, chunk=chunk, in_step=entry.step >= 0
             )
 
-    def _do_run(self, call: bytes) -> bytes:
-        function, args = cloudpickle.loads(call)
-        return bytes(cloudpickle.dumps(function(*args)))
+    def _execute(self, operation: Operation) -> Any:
+        """Do what concerns the worker as a whole."""
+        match operation:
+            case CreateActor(pipeline, spec):
+                return self._create(pipeline, spec)
+            case CallFunction(call):
+                function, args = cloudpickle.loads(call)
+                return bytes(cloudpickle.dumps(function(*args)))
+            case ForwardByHand(pipeline, stage, inputs):
+                return self.actors[pipeline].module(stage)(inputs)
+            case ForgetStep(pipeline, step):
+                if (actor := self.actors.get(pipeline)) is not None:
+                    actor.reset(step)
+            case DropActor(pipeline):
+                self.actors.pop(pipeline, None)
+            case _:
+                raise AssertionError(f"{title(operation)} is a pipeline's")
+        return None
 
-    def _do_create(self, pipeline: str, spec: bytes) -> Any:
+    def _create(self, pipeline: str, spec: bytes) -> Any:
         def send(worker: str, step: int, port: Port, value: Any) -> None:
             if worker == self.name:
                 self._put(pipeline, step, port, value)
@@ -268,28 +293,13 @@ class Executor:
         self.actors[pipeline] = actor
         return actor.describe()
 
-    def _do_forward(self, pipeline: str, number: int, nest: Any) -> Any:
-        return self.actors[pipeline].module(number)(nest)
-
-    def _do_reset(self, pipeline: str, step: int) -> None:
-        if (actor := self.actors.get(pipeline)) is not None:
-            actor.reset(step)
-
-    def _do_drop(self, pipeline: str) -> None:
-        self.actors.pop(pipeline, None)
-
     def _refuse(self, entries: Sequence[Entry]) -> None:
         """Answer tasks that were cancelled before they ran."""
         for entry in entries:
             if entry.reply is not None:
-                entry.reply.set_result(Failure.cancel(self.name, _title(entry.task)))
+                entry.reply.set_result(Failure.cancel(self.name, title(entry.task.operation)))
 
 
 def _where(task: Task) -> str:
-    return task.args[0].action.describe() if task.op == "act" else _title(task)
-
-
-def _title(task: Task) -> str:
-    if task.op == "act":
-        return NAMES[task.args[0].action.kind]
-    return {"optimize": "optimizer", "create": "building the stage"}.get(task.op, task.op.replace("_", " "))
+    operation = task.operation
+    return operation.route.action.describe() if isinstance(operation, RunAction) else title(operation)

@@ -17,7 +17,8 @@ from typing import Any
 
 from rpcpipe.errors import Failure
 from rpcpipe.schedules import Action
-from rpcpipe.worker.messages import Port, Task
+from rpcpipe.worker.messages import Port
+from rpcpipe.worker.operations import RunAction, Task, title
 
 
 @dataclass(eq=False)
@@ -132,7 +133,8 @@ class Mailbox:
     def awaited(self) -> Action | None:
         """The action that is next in sequence and lacks a value, if any."""
         entry = self._queue.get(self.expected)
-        return entry.task.args[0].action if entry is not None and entry.task.op == "act" else None
+        operation = None if entry is None else entry.task.operation
+        return operation.route.action if isinstance(operation, RunAction) else None
 
     def waiting_for(self) -> str:
         """The next task and the values it lacks, for a message to a person; '' if there is none."""
@@ -141,5 +143,5 @@ class Mailbox:
             return f"waits for call {self.expected}, which has not arrived" if self._queue else ""
         missing = [port for port in entry.task.awaits if (entry.step, port) not in self._inbox]
         if not missing:
-            return f"is about to run {entry.task.op}"
+            return f"is about to run {title(entry.task.operation)}"
         return f"waits for the {' and the '.join(port.slot for port in missing)} of {missing[0].action.describe()}"

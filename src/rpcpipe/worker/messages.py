@@ -49,22 +49,6 @@ class Route(NamedTuple):
     sends: tuple[Send, ...]
 
 
-class Task(NamedTuple):
-    """One entry of a worker's strict sequence: operation ``op`` of its actor.
-
-    In a stream a failure ends the tasks of its ``group`` and of later ones; elsewhere all have 0.
-    """
-
-    op: str
-    args: tuple[Any, ...] = ()
-    awaits: tuple[Port, ...] = ()
-    group: int = 0
-
-
-# A worker, and tasks that go to it in one call.
-Call = tuple[str, list[Task]]
-
-
 class Update(NamedTuple):
     """An update in a stream: the hyperparameters set on the driver, and what to clip to.
 

@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_never
 
 import cloudpickle
 import torch
@@ -24,6 +24,23 @@ from rpcpipe.stage.optimizer import Factory, LocalOptimizer, Parameters
 from rpcpipe.stage.recompute import Checkpoint, Recompute
 from rpcpipe.stage.stage import Stage
 from rpcpipe.worker.gradient_exchange import Exchange, Peers, group_of
+from rpcpipe.worker.operations import (
+    ApplyCheckpoint,
+    CallModule,
+    DropCheckpoint,
+    GetModule,
+    GetOptimizerState,
+    GetParameter,
+    GetState,
+    HoldingOperation,
+    LoadState,
+    ReadCheckpoint,
+    ReleaseLayers,
+    Repartition,
+    SaveShard,
+    SetMetrics,
+    SetSelection,
+)
 
 # By stage: its named layers, and the first one's index in the model.
 Parts = dict[int, tuple[OrderedDict[str, layers.Layer], int]]
@@ -48,46 +65,46 @@ class ActorSpec:
     peers: Peers = field(default_factory=Peers)
 
 
-class Holdings:
+class StageSet:
     """Stages of one pipeline, and an optimizer over all their parameters."""
 
     def __init__(self, spec: ActorSpec, device: torch.device) -> None:
         self.stages: dict[int, Stage] = {}
         self.exchanges: dict[str, Exchange] = {}
         self._device = device
-        self._spec = replace(spec, stages={})
-        self._optimizer: LocalOptimizer | None = None
-        self._kept = Kept()
+        self.spec = replace(spec, stages={})
+        self.optimizer: LocalOptimizer | None = None
+        self.kept = Kept()
         self._loaded: shard.Loaded | None = None
         self._build(spec.stages, spec.last_stage, spec.links)
 
     def _build(self, parts: Parts, last_stage: int, links: Links) -> None:
         """Make the stages, and an optimizer over all their parameters."""
-        self._last_stage = last_stage
+        self.last_stage = last_stage
         built = {
             number: OrderedDict((key, self._layer(layer, at)) for at, (key, layer) in enumerate(named.items(), first))
             for number, (named, first) in sorted(parts.items())
         }
         drawn = {key for named, _ in parts.values() for key, layer in named.items() if not isinstance(layer, nn.Module)}
         modules = {key: module for named in built.values() for key, module in named.items()}
-        tied = tied_weights.join(modules, self._spec.ties, drawn, self._spec.seed)
+        tied = tied_weights.join(modules, self.spec.ties, drawn, self.spec.seed)
         self.stages, seen = {}, set[nn.Parameter]()
         for number, named in built.items():
             self.stages[number] = self._stage(number, named, parts[number][1], links, seen)
             seen.update(self.stages[number].module.parameters())
         self._exchange(tied, links.members)
-        spec = self._spec
+        spec = self.spec
         parameters = Parameters(pair for stage in self.stages.values() for pair in stage.named_parameters)
-        self._optimizer = LocalOptimizer(spec.optimizer, parameters, self._updated_elsewhere) if parameters else None
+        self.optimizer = LocalOptimizer(spec.optimizer, parameters, self._updated_elsewhere) if parameters else None
 
     def _layer(self, layer: layers.Layer, index: int) -> nn.Module:
-        module = layers.build(layer, seed=self._spec.seed, index=index)
-        return batchnorm.defer(module) if self._spec.batch_norm == "deferred" else module
+        module = layers.build(layer, seed=self.spec.seed, index=index)
+        return batchnorm.defer(module) if self.spec.batch_norm == "deferred" else module
 
     def _stage(
         self, number: int, named: OrderedDict[str, nn.Module], first: int, links: Links, seen: Collection[nn.Parameter]
     ) -> Stage:
-        spec, last_stage = self._spec, self._last_stage
+        spec, last_stage = self.spec, self.last_stage
         return Stage(
             number,
             named,
@@ -104,7 +121,7 @@ class Holdings:
 
     def _exchange(self, tied: Mapping[str, nn.Parameter], members: Mapping[str, tuple[str, ...]]) -> None:
         """Whom gradients are summed with: every parameter is in one group, a tied one in its own."""
-        peers, apart = self._spec.peers, set(tied.values())
+        peers, apart = self.spec.peers, set(tied.values())
         self.exchanges = peers.exchanges(
             {number: [p for p in stage.parameters if p not in apart] for number, stage in self.stages.items()}
         )
@@ -130,18 +147,18 @@ class Holdings:
         here = self._modules()
         return {
             here[holder.layer].get_parameter(holder.parameter)
-            for tie in self._spec.ties
+            for tie in self.spec.ties
             for holder in tie.holders
             if tie.holders[0].layer not in here and holder.layer in here
         }
 
     @property
     def _updated_elsewhere(self) -> set[nn.Parameter]:
-        return self.owned_elsewhere if self._spec.peers.shard else set()
+        return self.owned_elsewhere if self.spec.peers.shard else set()
 
     def describe(self) -> dict[int, dict[str, Any]]:
         """Per stage: layers, parameters, bytes, device, and the optimizer's groups."""
-        groups = self._optimizer.groups() if self._optimizer is not None else []
+        groups = self.optimizer.groups() if self.optimizer is not None else []
         return {
             number: {
                 "layers": [name for name, _ in stage.module.named_children()],
@@ -154,14 +171,49 @@ class Holdings:
                 "buffered": any(True for _ in stage.module.buffers()),
                 "device": str(stage.device),
                 "groups": groups,
-                "wired": any(self._spec.wires[name] != Wire() for name, _ in stage.module.named_children()),
-                "sharded": self._spec.peers.shard,
+                "wired": any(self.spec.wires[name] != Wire() for name, _ in stage.module.named_children()),
+                "sharded": self.spec.peers.shard,
                 "buckets": self.exchanges[group_of(number)].owners if group_of(number) in self.exchanges else [],
             }
             for number, stage in self.stages.items()
         }
 
-    def call(self, number: int, function: bytes, seed: int | None) -> Any:
+    def execute(self, operation: HoldingOperation) -> Any:
+        """Do what is asked for between steps."""
+        match operation:
+            case GetModule(number):
+                return self.module(number)
+            case GetParameter(number, name):
+                return self.module(number).get_parameter(name)
+            case CallModule(number, function, seed):
+                return self._call(number, function, seed)
+            case SetMetrics(metrics):
+                self.stages[self.last_stage].metrics = cloudpickle.loads(metrics)
+            case SetSelection(function):
+                self.stages[self.last_stage].select = cloudpickle.loads(function)
+            case GetState():
+                return self._state_dict()
+            case LoadState(states):
+                self._load_state_dict(states)
+            case SaveShard(folder, label):
+                return self._save(folder, label)
+            case ReadCheckpoint(folder, manifest):
+                return self._read_checkpoint(folder, manifest)
+            case ApplyCheckpoint(seed):
+                self._apply_checkpoint(seed)
+            case DropCheckpoint():
+                self._loaded = None
+            case ReleaseLayers(names):
+                return self._release(names)
+            case GetOptimizerState():
+                return self._optimizer_state()
+            case Repartition():
+                return self._repartition(operation)
+            case _:
+                assert_never(operation)
+        return None
+
+    def _call(self, number: int, function: bytes, seed: int | None) -> Any:
         """``function(module)`` of stage ``number``, which may change weights; the result cloudpickled."""
         if seed is not None:
             torch.manual_seed(seed)
@@ -170,31 +222,19 @@ class Holdings:
         finally:
             self._weights_changed()
 
-    def measure(self, metrics: bytes) -> None:
-        """What the last stage measures beside the loss from now on: cloudpickled functions by name."""
-        self.stages[self._last_stage].metrics = cloudpickle.loads(metrics)
-
-    def select(self, function: bytes) -> None:
-        """What the last stage keeps of an output that comes with a target: a cloudpickled (output, target) -> nest."""
-        self.stages[self._last_stage].select = cloudpickle.loads(function)
-
     def module(self, number: int) -> nn.Module:
         """The stage's module itself, for an RRef to it."""
         return self.stages[number].module
 
-    def parameter(self, number: int, name: str) -> nn.Parameter:
-        """The parameter itself, for an RRef to it."""
-        return self.stages[number].module.get_parameter(name)
-
-    def state_dict(self) -> dict[int, dict[str, torch.Tensor]]:
+    def _state_dict(self) -> dict[int, dict[str, torch.Tensor]]:
         """Per stage its state under the unsplit model's names, on the CPU."""
         return {
             number: {key: value.detach().cpu() for key, value in stage.module.state_dict().items()}
             for number, stage in self.stages.items()
         }
 
-    def load_state_dict(self, states: Mapping[int, Mapping[str, torch.Tensor]]) -> None:
-        """Inverse of ``state_dict``; every shape is checked before anything changes."""
+    def _load_state_dict(self, states: Mapping[int, Mapping[str, torch.Tensor]]) -> None:
+        """Inverse of ``_state_dict``; every shape is checked before anything changes."""
         for number, state in states.items():
             live = self.stages[number].module.state_dict()
             for key, value in state.items():
@@ -204,56 +244,42 @@ class Holdings:
             self.stages[number].module.load_state_dict(dict(state))
         self._weights_changed()
 
-    def save(self, folder: Path, label: str) -> shard.Written:
+    def _save(self, folder: Path, label: str) -> shard.Written:
         """Write optimizer state, and the first replica weights, to files of ``folder`` called ``label``."""
-        first = self._spec.peers.index == 0
-        return shard.write(self._stage_modules, self._optimizer, self._spec.seed, folder, label, with_weights=first)
+        first = self.spec.peers.index == 0
+        return shard.write(self._stage_modules, self.optimizer, self.spec.seed, folder, label, with_weights=first)
 
-    def read_checkpoint(self, folder: Path, manifest: Manifest) -> list[str]:
-        """Read what these stages need of a checkpoint, for ``apply_checkpoint``; the names of their weights."""
+    def _read_checkpoint(self, folder: Path, manifest: Manifest) -> list[str]:
+        """Read what these stages need of a checkpoint, for ``ApplyCheckpoint``; the names of their weights."""
         self._loaded = None  # what an interrupted load may have left
-        self._loaded = shard.read(self._stage_modules, self._optimizer, folder, manifest)
+        self._loaded = shard.read(self._stage_modules, self.optimizer, folder, manifest)
         return [name for weights in self._loaded.weights for name in weights]
 
-    def apply_checkpoint(self, seed: int) -> None:
-        """Go on from what ``read_checkpoint`` has read, with random numbers from ``seed``."""
+    def _apply_checkpoint(self, seed: int) -> None:
+        """Go on from what ``ReadCheckpoint`` has read, with random numbers from ``seed``."""
         assert self._loaded is not None
         self._loaded.apply()
         self._loaded = None
-        self._spec = replace(self._spec, seed=seed)
+        self.spec = replace(self.spec, seed=seed)
         for stage in self.stages.values():
             stage.seed = seed
         self._weights_changed()
 
-    def drop_checkpoint(self) -> None:
-        """Another worker could not read its part."""
-        self._loaded = None
-
-    def give(self, names: Sequence[str]) -> bytes:
-        """The named layers with their optimizer state and kept gradients, for ``arrange`` of another worker."""
+    def _release(self, names: Sequence[str]) -> bytes:
+        """The named layers with their optimizer state and kept gradients, for another worker's ``Repartition``."""
         modules = [(name, module) for name, module in self._modules().items() if name in names]
-        return bytes(cloudpickle.dumps([(name, m, self._states_of(m), self._kept.of(m)) for name, m in modules]))
+        return bytes(cloudpickle.dumps([(name, m, self._states_of(m), self.kept.of(m)) for name, m in modules]))
 
-    def optimizer_state(self) -> dict[str, dict[str, Any]]:
+    def _optimizer_state(self) -> dict[str, dict[str, Any]]:
         """By layer and parameter."""
         return {name: self._states_of(module) for name, module in self._modules().items()}
 
-    def arrange(
-        self,
-        parts: Mapping[int, tuple[Sequence[str], int]],
-        last_stage: int,
-        links: Links,
-        given: Sequence[bytes],
-        others: Mapping[str, Mapping[str, Any]],
-    ) -> Any:
-        """Hold the stages ``parts`` from now on: of the layers that are here and those ``given``.
-
-        ``others``: by layer, the optimizer's state that replicas have had.
-        """
-        modules, states = self._modules(), self.optimizer_state()
+    def _repartition(self, wanted: Repartition) -> dict[int, dict[str, Any]]:
+        parts, last_stage, links, given, others = wanted
+        modules, states = self._modules(), self._optimizer_state()
         for name, module, state, kept in (entry for blob in given for entry in cloudpickle.loads(blob)):
             modules[name], states[name] = module, state
-            self._kept.take(module, kept)
+            self.kept.take(module, kept)
         for name, state in others.items():
             states[name] = {**states[name], **state}
         self._build(
@@ -264,13 +290,13 @@ class Holdings:
             last_stage,
             links,
         )
-        self._kept.forget(self._tied_elsewhere)
+        self.kept.forget(self._tied_elsewhere)
         elsewhere = self._updated_elsewhere
         for name in (name for names, _ in parts.values() for name in names):
             for key, state in states[name].items():
                 if (parameter := modules[name].get_parameter(key)) not in elsewhere:
-                    assert self._optimizer is not None
-                    self._optimizer.optimizer.state[parameter] = state
+                    assert self.optimizer is not None
+                    self.optimizer.optimizer.state[parameter] = state
         self._weights_changed()
         return self.describe()
 
@@ -282,9 +308,9 @@ class Holdings:
         return {name: layer for stage in self.stages.values() for name, layer in stage.module.named_children()}
 
     def _states_of(self, module: nn.Module) -> dict[str, dict[str, Any]]:
-        state = {} if self._optimizer is None else self._optimizer.optimizer.state
+        state = {} if self.optimizer is None else self.optimizer.optimizer.state
         return {key: state[parameter] for key, parameter in module.named_parameters() if parameter in state}
 
     def _weights_changed(self) -> None:
-        if self._optimizer is not None:
-            self._optimizer.undo.outdate()
+        if self.optimizer is not None:
+            self.optimizer.undo.outdate()
