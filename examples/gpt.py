@@ -14,12 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from gpt_model import gpt, next_token_loss
 from tokenizers import ByteLevelBPETokenizer
 from torch import nn
 from tqdm import tqdm
 
 import rpcpipe as rp
+from gpt_model import gpt, next_token_loss
 from rpcpipe import cli
 
 # Layers, hidden size, heads: Brown et al., "Language models are few-shot learners" (2020), table 2.1. Where its heads
