@@ -1,10 +1,7 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-import rpcpipe as rp
 from rpcpipe.cluster.worker_logs import Lines, Logs
 
 
@@ -48,48 +45,3 @@ def test_errors_go_to_stderr_and_the_tail_keeps_the_last_lines(capsys: pytest.Ca
     assert logs.tail("worker0").splitlines()[0] == "    line 20"
     assert logs.tail("worker0").endswith("line 29")
     assert logs.tail("worker1") == ""
-
-
-def test_output_and_logging_arrive_with_their_stage_and_in_files(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    import logging
-
-    from support.helpers import cross_entropy, mlp, sgd
-
-    def speak() -> None:
-        import os
-
-        print("to stdout, größer")
-        logging.getLogger("mine").warning("through logging")
-        os.write(2, b"past Python\n")
-
-    with rp.launch(workers=2, threads=1, log_dir=tmp_path / "logs") as cluster:
-        pipe = rp.Pipeline(mlp(), cluster, loss=cross_entropy, optimizer=sgd)
-        pipe.stages[1].call(lambda module: speak())
-        worker = cluster.workers[1]
-        prefix = f"[stage 1 {worker.host}:{worker.pid}]"
-    captured = capsys.readouterr()
-    assert captured.out == f"{prefix} to stdout, größer\n"
-    assert sorted(captured.err.splitlines()) == [
-        f"{prefix} WARNING:mine:through logging",
-        f"{prefix} past Python",
-    ]
-    assert not (tmp_path / "logs" / "worker0.log").exists()
-    assert sorted((tmp_path / "logs" / "worker1.log").read_text().splitlines()) == [
-        "WARNING:mine:through logging",
-        "past Python",
-        "to stdout, größer",
-    ]
-
-
-def test_the_library_is_silent(capfd: pytest.CaptureFixture[str]) -> None:
-    from support.helpers import batches, cross_entropy, mlp, sgd
-
-    with rp.launch(workers=2, threads=1) as cluster:
-        pipe = rp.Pipeline(mlp(), cluster, loss=cross_entropy, optimizer=sgd)
-        x, y = next(batches(1))
-        pipe.train_step(x, y)
-        pipe.train_step(x * float("nan"), y)
-    captured = capfd.readouterr()
-    assert (captured.out, captured.err) == ("", "")

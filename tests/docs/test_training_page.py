@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 import rpcpipe as rp
-from support.helpers import LocalCluster, batches, mlp
+from support.local_cluster import LocalCluster
+from support.models import batches, mlp
 
 TEXT = (Path(__file__).parents[2] / "docs" / "guide" / "training.md").read_text()
 

@@ -12,7 +12,9 @@ import pytest
 import torch
 
 import rpcpipe as rp
-from support.helpers import LocalCluster, Oracle, batches, cross_entropy, mlp, sgd
+from support.local_cluster import LocalCluster
+from support.models import batches, cross_entropy, mlp, sgd
+from support.oracle import Oracle
 
 
 def local(**arguments: Any) -> rp.Pipeline:

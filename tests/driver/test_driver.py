@@ -14,7 +14,8 @@ import rpcpipe as rp
 from rpcpipe.stage.optimizer import LocalOptimizer
 from rpcpipe.worker.actor import Actor
 from rpcpipe.worker.messages import Route
-from support.helpers import LocalCluster, batches, cross_entropy, mlp, sgd
+from support.local_cluster import LocalCluster
+from support.models import batches, cross_entropy, mlp, sgd
 
 
 @pytest.fixture

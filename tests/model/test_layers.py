@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +8,9 @@ from torch import nn
 
 import rpcpipe as rp
 from rpcpipe.model import layers
-from support.helpers import LocalCluster, Oracle, adamw, assert_same_weights, batches, cross_entropy, mlp, sgd
+from support.local_cluster import LocalCluster
+from support.models import adamw, batches, cross_entropy, mlp, sgd
+from support.oracle import Oracle, assert_same_weights
 
 
 def test_names_are_the_unsplit_models() -> None:
@@ -106,11 +106,3 @@ def test_specs_count_parameters_without_memory_and_build_from_the_seed() -> None
 def test_a_spec_of_no_module_is_refused() -> None:
     with pytest.raises(TypeError, match="made a dict, not an"):
         rp.LayerSpec(dict).build()
-
-
-@pytest.mark.parametrize("number", [0, 1])
-def test_the_programs_of_docs_models_run(number: int, capsys: pytest.CaptureFixture[str]) -> None:
-    text = (Path(__file__).parents[2] / "docs" / "guide" / "models.md").read_text()
-    program = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[number]
-    exec(program, {"__name__": "__main__"})
-    assert capsys.readouterr().out.split()[-1] == ("100])", "True")[number]

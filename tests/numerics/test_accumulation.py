@@ -11,8 +11,9 @@ from torch import nn
 import rpcpipe as rp
 from rpcpipe.stage.accumulation import Progress
 from rpcpipe.stage.optimizer import LocalOptimizer
-from support.helpers import LocalCluster, adamw, assert_same_weights, batches, cross_entropy, mlp, sgd, summed
-from support.natural import Natural, assert_same_run
+from support.local_cluster import LocalCluster
+from support.models import adamw, batches, cross_entropy, mlp, sgd, summed
+from support.oracle import Natural, assert_same_run, assert_same_weights
 
 
 def pipeline(cluster: Any, calls: int, **changed: Any) -> rp.Pipeline:

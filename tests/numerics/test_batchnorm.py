@@ -14,8 +14,9 @@ from torch import nn
 import rpcpipe as rp
 from rpcpipe.model import batchnorm
 from rpcpipe.stage.optimizer import LocalOptimizer
-from support.helpers import LocalCluster, adamw, assert_same_weights, batches, cross_entropy, sgd
-from support.natural import Natural, assert_same_run
+from support.local_cluster import LocalCluster
+from support.models import adamw, batches, cross_entropy, sgd
+from support.oracle import Natural, assert_same_run, assert_same_weights
 
 NORMS: list[tuple[Callable[..., nn.Module], tuple[int, ...]]] = [
     (nn.BatchNorm1d, ()),

@@ -10,18 +10,9 @@ from torch import nn
 
 import rpcpipe as rp
 from rpcpipe.schedules import weight_versions
-from support.helpers import (
-    OPTIMIZERS,
-    LocalCluster,
-    Oracle,
-    adamw,
-    assert_same_weights,
-    batches,
-    cross_entropy,
-    mlp,
-    sgd,
-    summed,
-)
+from support.local_cluster import LocalCluster
+from support.models import OPTIMIZERS, adamw, batches, cross_entropy, mlp, sgd, summed
+from support.oracle import Oracle, assert_same_weights
 
 SIZES = {1: [8], 2: [3, 5], 3: [3, 2, 3], 4: [2, 2, 2, 2]}
 

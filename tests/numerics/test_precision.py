@@ -13,10 +13,10 @@ from torch import nn
 import rpcpipe as rp
 from rpcpipe.schedules import weight_versions
 from rpcpipe.stage import precision
-from support.helpers import LocalCluster, adamw, assert_same_weights, batches, cross_entropy, mlp, sgd, summed
-from support.natural import Natural, assert_same_run
+from support.local_cluster import LocalCluster
+from support.models import adamw, batches, cross_entropy, mlp, sgd, summed
+from support.oracle import Natural, Versioned, assert_same_run, assert_same_weights, train
 from support.stream import SIZES
-from support.versioned import Versioned, train
 
 SCHEDULES = [name for name in rp.schedules.names() if name not in weight_versions.POLICIES]
 MODES: list[Any] = ["never", "except_last", "always", 0.5, lambda stage, chunk: (stage + chunk) % 2 == 0]

@@ -15,8 +15,9 @@ import rpcpipe as rp
 from rpcpipe.stage.activation_memory import Meter, forgetting
 from rpcpipe.stage.recompute import Recompute, Run, merge, select
 from rpcpipe.worker.actor import Actor
-from support.helpers import LocalCluster, Oracle, adamw, assert_same_weights, batches, cross_entropy, mlp, sgd
-from support.versioned import Versioned, train
+from support.local_cluster import LocalCluster
+from support.models import adamw, batches, cross_entropy, mlp, sgd
+from support.oracle import Oracle, Versioned, assert_same_weights, train
 
 MODES: list[Any] = ["except_last", "always", 0.5, lambda stage, chunk: (stage + chunk) % 2 == 0]
 IDS = ["except_last", "always", "ratio", "callable"]

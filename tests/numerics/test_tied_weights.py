@@ -14,7 +14,9 @@ from torch import nn
 import rpcpipe as rp
 from rpcpipe.model import layers, tied_weights
 from rpcpipe.schedules import weight_versions
-from support.helpers import LocalCluster, Oracle, adamw, assert_same_weights, cross_entropy, sgd, summed
+from support.local_cluster import LocalCluster
+from support.models import adamw, cross_entropy, sgd, summed
+from support.oracle import Oracle, assert_same_weights
 
 WIDTH, VOCABULARY = 6, 9
 

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 import rpcpipe as rp
-from support.helpers import LocalCluster
+from support.local_cluster import LocalCluster
 
 VOCABULARY, TIME, BATCH = 61, 9, 10
 SIZES = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0}

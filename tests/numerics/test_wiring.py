@@ -16,8 +16,9 @@ from rpcpipe.model.microbatch import split
 from rpcpipe.model.wiring import DRIVER, Hop, Wire, exits, hops, inputs, kept
 from rpcpipe.schedules import weight_versions
 from rpcpipe.stage.profiler import profile
-from support.helpers import LocalCluster, Oracle, adamw, assert_same_weights, cross_entropy, sgd
-from support.versioned import Versioned, train
+from support.local_cluster import LocalCluster
+from support.models import adamw, cross_entropy, sgd
+from support.oracle import Oracle, Versioned, assert_same_weights, train
 
 WIDTH = 12
 

@@ -9,7 +9,9 @@ from torch import nn
 import rpcpipe as rp
 from rpcpipe.model.layers import named_layers
 from rpcpipe.stage.profiler import estimate
-from support.helpers import LocalCluster, Oracle, adamw, assert_same_weights, batches, cross_entropy, mlp, sgd
+from support.local_cluster import LocalCluster
+from support.models import adamw, batches, cross_entropy, mlp
+from support.oracle import Oracle, assert_same_weights
 
 
 def test_a_plan_is_what_the_pipeline_runs() -> None:
@@ -23,24 +25,6 @@ def test_a_plan_is_what_the_pipeline_runs() -> None:
     for batch in batches(2, size=16):
         assert pipe.train_step(*batch).loss == pytest.approx(oracle.train_step(*batch))
     assert_same_weights(pipe, oracle.model)
-
-
-def test_it_measures_on_a_worker(cluster: rp.Cluster) -> None:
-    """The driver needs no model: LayerSpecs are built over there."""
-    built_here: list[int] = []
-
-    class Layer(nn.Linear):
-        def __init__(self) -> None:
-            built_here.append(1)
-            super().__init__(8, 8)
-
-    x = torch.randn(16, 8)
-    plan = rp.plan([rp.LayerSpec(Layer) for _ in range(6)], x, cluster, loss=nn.functional.mse_loss, targets=x,
-                   chunks=[8], schedules=["1f1b", "gpipe"], optimizer=sgd)  # fmt: skip
-    assert not built_here
-    assert plan.chunks == 8
-    assert plan.schedule in ("1f1b", "gpipe")
-    assert len(plan.balance) == 4
 
 
 def test_counted_operations_follow_the_work() -> None:

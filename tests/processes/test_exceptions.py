@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import rpcpipe as rp
-from support.helpers import cross_entropy, sgd
+from support.models import cross_entropy, sgd
 
 
 class TwoArguments(Exception):

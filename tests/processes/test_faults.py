@@ -18,7 +18,8 @@ from torch import nn
 
 import rpcpipe as rp
 from rpcpipe.transport import rpc
-from support.helpers import Oracle, adamw, assert_same_weights, batches, cross_entropy, mlp, sgd
+from support.models import adamw, batches, cross_entropy, mlp, sgd
+from support.oracle import Oracle, assert_same_weights
 
 
 class Boom(nn.Module):

@@ -21,7 +21,7 @@ from nbclient import NotebookClient
 
 import rpcpipe as rp
 from support.faults import wait_for
-from support.helpers import batches, cross_entropy, mlp, sgd
+from support.models import batches, cross_entropy, mlp, sgd
 
 PROMPT = r"\n?>>> "
 

@@ -71,7 +71,7 @@ def test_a_second_group_in_one_process_is_refused(cluster: rp.Cluster) -> None:
 GENERATIONS = """
 import rpcpipe as rp
 from support.faults import wait_for
-from support.helpers import batches, cross_entropy, mlp, sgd
+from support.models import batches, cross_entropy, mlp, sgd
 def owned():
     from torch.distributed import rpc
     return int(rpc._rref_context_get_debug_info()["num_owner_rrefs"])

@@ -12,7 +12,8 @@ import rpcpipe as rp
 from rpcpipe.model.layers import named_layers
 from rpcpipe.planning.activation_peaks import peak_activation_bytes, peak_worker_bytes
 from rpcpipe.stage.profiler import profile
-from support.helpers import LocalCluster, batches, cross_entropy, mlp, sgd
+from support.local_cluster import LocalCluster
+from support.models import batches, cross_entropy, mlp, sgd
 
 MODES: dict[str, tuple[Any, Any]] = {
     "never": ("never", lambda stage, chunk: False),

@@ -8,8 +8,9 @@ from torch import nn
 
 import rpcpipe as rp
 from rpcpipe.stage import gradients
-from support.helpers import LocalCluster, adamw, batches, cross_entropy, mlp, summed
-from support.natural import Natural, assert_same_run
+from support.local_cluster import LocalCluster
+from support.models import adamw, batches, cross_entropy, mlp, summed
+from support.oracle import Natural, assert_same_run
 
 
 def parameters(grads: bool = True) -> list[nn.Parameter]:

@@ -14,7 +14,6 @@ import rpcpipe as rp
 from rpcpipe.model.layers import named_layers
 from rpcpipe.planning.partition import Fits, balance
 from rpcpipe.stage.profiler import profile
-from support.helpers import cross_entropy, mlp, sgd
 
 
 class Slow(nn.Module):
@@ -61,25 +60,6 @@ def test_memory_counts_parameters_and_activations() -> None:
     narrow = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Tanh(), nn.Tanh(), nn.Tanh(), nn.Tanh())
     assert rp.balance_by_memory(narrow, 2, torch.randn(4096, 8)) == [3, 3]
     assert rp.balance_by_parameters(narrow, 2)[0] == 1
-
-
-def test_the_worker_measures_for_the_pipeline(cluster: rp.Cluster) -> None:
-    layers = [rp.LayerSpec(nn.Linear, 8, 8), *(rp.LayerSpec(nn.Tanh) for _ in range(7))]
-    arguments = {
-        "loss": nn.functional.mse_loss,
-        "optimizer": lambda params: torch.optim.SGD([*params, dummy()], lr=0.1),
-    }
-    pipe = rp.Pipeline(layers, cluster, balance="memory", sample=torch.randn(4096, 8), **arguments)  # type: ignore[arg-type]
-    assert pipe.balance == [2, 2, 2, 2]
-    pipe.close()
-    with pytest.raises(ValueError, match="needs sample=…: one micro-batch of inputs"):
-        rp.Pipeline(mlp(), cluster, loss=cross_entropy, optimizer=sgd, balance="time")
-    with pytest.raises(ValueError, match="or one of \\('parameters', 'time', 'memory'\\)"):
-        rp.Pipeline(mlp(), cluster, loss=cross_entropy, optimizer=sgd, balance="luck")
-
-
-def dummy() -> nn.Parameter:
-    return nn.Parameter(torch.zeros(1))
 
 
 def cuts(layers: int, stages: int) -> itertools.chain[list[int]]:

@@ -16,7 +16,9 @@ import torch
 
 import rpcpipe as rp
 from support.faults import ended, wait_for
-from support.helpers import LocalCluster, Oracle, adamw, batches, cross_entropy, mlp
+from support.local_cluster import LocalCluster
+from support.models import adamw, batches, cross_entropy, mlp
+from support.oracle import Oracle
 
 WORKERS = 2
 _TESTS = Path(__file__).parents[1]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import rpcpipe as rp
-from support.helpers import LocalCluster, cross_entropy, mlp, sgd
+from support.local_cluster import LocalCluster
+from support.models import cross_entropy, mlp, sgd
 
 SIZES = {1: [8], 2: [3, 5], 3: [3, 2, 3], 4: [2, 2, 2, 2]}
 POLICIES = ["stash", "vertical_sync", "2bw"]

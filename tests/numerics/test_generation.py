@@ -13,7 +13,8 @@ from gpt_model import gpt, next_token_loss
 from rpcpipe.model import rng
 from rpcpipe.model.layers import build
 from rpcpipe.pipeline.generation import Sampling
-from support.helpers import LocalCluster, sgd
+from support.local_cluster import LocalCluster
+from support.models import sgd
 
 VOCABULARY, CONTEXT = 50, 24
 
