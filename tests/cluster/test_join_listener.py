@@ -67,7 +67,7 @@ def enter(door: Open, secret: bytes = SECRET) -> None:
         knock(connection, secret, HELLO)
 
 
-def test_who_knows_the_secret_comes_in(door: Open) -> None:
+def test_an_authenticated_peer_is_accepted(door: Open) -> None:
     enter(door)
     door.wait_for(1)
     assert [hello for hello, _ in door.came] == [HELLO]
@@ -145,7 +145,7 @@ def test_thousands_of_strangers_neither_crash_nor_block_it() -> None:
     watch.close()
 
 
-def test_the_slow_are_shown_out(door: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_handshake_that_takes_too_long_is_ended(door: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(authentication, "SECONDS", 0.3)
     with socket.create_connection(door.address, timeout=5) as connection:
         start = time.monotonic()
