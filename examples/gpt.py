@@ -14,13 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from gpt_model import gpt, next_token_loss
 from tokenizers import ByteLevelBPETokenizer
 from torch import nn
 from tqdm import tqdm
 
 import rpcpipe as rp
-from rpcpipe import cli
+from gpt_model import gpt, next_token_loss
+from rpcpipe import __main__ as cli
 
 # Layers, hidden size, heads: Brown et al., "Language models are few-shot learners" (2020), table 2.1. Where its heads
 # do not divide the hidden size (1.3B: 24 and 2048; 13B: 40 and 5140), the nearest that do.

@@ -9,10 +9,9 @@ import argparse
 import functools
 from itertools import accumulate, islice, pairwise
 
+import rpcpipe as rp
 from gpt import adamw, batches, read
 from gpt_model import gpt, next_token_loss
-
-import rpcpipe as rp
 from rpcpipe.model.layers import named_layers
 from rpcpipe.planning.activation_peaks import peak_activation_bytes
 from rpcpipe.stage.profiler import profile

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A driver and two workers as on three hosts, here all on this one: each process is told by its environment who it is.
 # On real hosts run one of the three commands on each, with MASTER_ADDR the driver's and RPCPIPE_BIND the network's
-# interface or CIDR (docs/multi-host.md).
+# interface or CIDR (docs/guide/multi-host.md).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 python="${PYTHON:-python}"

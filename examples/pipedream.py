@@ -14,10 +14,9 @@ import time
 from itertools import islice
 from pathlib import Path
 
+import rpcpipe as rp
 from gpt import adamw, batches, read
 from gpt_model import gpt, next_token_loss
-
-import rpcpipe as rp
 
 # Name in the plot: schedule, weights.
 RUNS: dict[str, tuple[str, str | None]] = {

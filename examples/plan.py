@@ -11,10 +11,9 @@ import statistics
 from itertools import islice
 from typing import Any
 
+import rpcpipe as rp
 from gpt import adamw, batches, read
 from gpt_model import gpt, next_token_loss
-
-import rpcpipe as rp
 from rpcpipe.planning.cost_model import SIMPLEST
 
 

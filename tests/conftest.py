@@ -2,14 +2,23 @@ from __future__ import annotations
 
 import gc
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 
 import rpcpipe as rp
 
+PROCESSES = Path(__file__).parent / "processes"
+
 # A shell starts what it puts in the background with Ctrl-C ignored, and programs inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if PROCESSES in item.path.parents:
+            item.add_marker("processes")
 
 
 def pytest_collection_finish() -> None:

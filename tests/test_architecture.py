@@ -61,3 +61,20 @@ def test_files_and_functions_stay_small(path: Path) -> None:
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno is not None
             assert node.end_lineno - node.lineno < 60, f"{path.name}: {node.name}"
+
+
+TESTS = Path(__file__).parent
+TEST_FILES = sorted(TESTS.rglob("*.py"))
+
+
+def test_test_files_stay_small() -> None:
+    sizes = {str(path.relative_to(TESTS)): len(path.read_text().splitlines()) for path in TEST_FILES}
+    assert {name: size for name, size in sizes.items() if size > 400} == {}
+
+
+def test_test_modules_share_code_through_support_only() -> None:
+    """Their names are unique, as pytest imports them without packages."""
+    names = [path.stem for path in TEST_FILES if path.name.startswith("test_")]
+    assert len(names) == len(set(names))
+    for path in TEST_FILES:
+        assert not imports(path) & set(names), f"{path.relative_to(TESTS)} imports a test module"

@@ -26,7 +26,7 @@ from rpcpipe.stage.optimizer import Factory
 from rpcpipe.stage.profiler import estimate, profile
 
 # From the end of an action to the start of its consumer on another worker of one host, without CUDA
-# (docs/internals.md, control cost), and what a byte adds.
+# (docs/design/transport.md, control cost), and what a byte adds.
 _LATENCY, _BANDWIDTH = 1.2e-3, 3.5e9
 
 

@@ -8,7 +8,7 @@ stage's replicas, or stages that share a weight.
 Why no collective of torch.distributed: one that a failed or cancelled step leaves half-joined hangs its
 peers or meets the next step's, while a push carries its step's number and is cancelled, watched and
 waited for like any other value; and the order of summation would be the library's. The price is in
-docs/parallelism.md.
+docs/guide/parallelism.md.
 
 Invariants: who pushes gradients gives them up, so the receiver may sum in place. What ``reduce`` sends
 must stay as it is until all members have reported, which the driver waits for before any gradient or

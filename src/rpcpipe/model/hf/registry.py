@@ -31,6 +31,6 @@ def family_of(source: Any) -> Family:
     if name not in _FAMILIES:
         raise ValueError(
             f"from_transformers takes {', '.join(_FAMILIES)}, or their configs, not {type(source).__name__};"
-            " any other model is a pipeline once it is written as a list of layers (docs/models.md)"
+            " any other model is a pipeline once it is written as a list of layers (docs/guide/models.md)"
         )
     return _FAMILIES[name]

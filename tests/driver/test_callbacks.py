@@ -1,0 +1,143 @@
+"""Figures out: a callback per step, JSON lines, TensorBoard."""
+
+from __future__ import annotations
+
+import builtins
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import rpcpipe as rp
+from support.local_cluster import LocalCluster
+from support.models import batches, cross_entropy, mlp, sgd
+from support.oracle import Oracle
+
+
+def local(**arguments: Any) -> rp.Pipeline:
+    return rp.Pipeline(mlp(), LocalCluster(3), loss=cross_entropy, optimizer=sgd, chunks=3, **arguments)  # type: ignore[arg-type]
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "pipedream"])
+def test_every_step_is_told_once_in_order(schedule: str) -> None:
+    pipe, seen = local(schedule=schedule), list[rp.StepResult]()
+    pipe.on_step(seen.append)
+    results = [pipe.train_step(*batch) for batch in batches(2)]
+    results += pipe.train(batches(4))
+    assert seen == results
+    for _ in pipe.train(batches(4)):  # left at once: what was fed is trained, so it is told
+        break
+    assert [result.step for result in seen] == sorted({result.step for result in seen})
+    assert pipe.trained == seen[-1].step + (1 if schedule == "1f1b" else 3)
+
+
+def test_json_lines_hold_the_figures(tmp_path: Path) -> None:
+    pipe, path = local(), tmp_path / "run.jsonl"
+    pipe.on_step(path)
+    scheduler = torch.optim.lr_scheduler.StepLR(pipe.optimizer, 1, gamma=0.5)
+    results = []
+    for batch in batches(3):
+        results.append(pipe.train_step(*batch))
+        assert len(lines(path)) == len(results)  # at once
+        scheduler.step()
+    for line, result in zip(lines(path), results, strict=True):
+        assert (line["step"], line["loss"], line["grad_norm"]) == (result.step, result.loss, result.grad_norm)
+        assert (line["seconds"], line["bubble"], line["applied"]) == (result.seconds, result.bubble, True)
+        assert line["peak_in_flight"] == list(result.peak_in_flight)
+        assert line["peak_activation_bytes"] == list(result.peak_activation_bytes)
+    assert [line["lr"] for line in lines(path)] == [[0.1], [0.05], [0.025]]
+    assert line["time"] > 1.6e9
+
+
+def test_nan_is_null(tmp_path: Path) -> None:
+    pipe = local()
+    pipe.on_step(str(tmp_path / "run.jsonl"))
+    pipe.train_step(torch.full((6, 12), torch.nan), torch.zeros(6, dtype=torch.long))
+    (line,) = lines(tmp_path / "run.jsonl")
+    assert (line["loss"], line["grad_norm"], line["applied"]) == (None, None, False)
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"step": 1, "lo', b"x" * 200_000])
+def test_a_resumed_run_appends_to_whole_lines(torn: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    path.write_bytes(b'{"step": 0}\n' + torn)
+    pipe = local()
+    pipe.on_step(path)
+    pipe.train_step(*next(batches(1)))
+    pipe.train_step(*next(batches(1)))
+    assert [line["step"] for line in lines(path)] == [0, 0, 1]
+    path.write_bytes(torn)
+    rp.callbacks.JsonLines(path).close()
+    assert path.read_bytes() == b""
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "pipedream"])
+def test_a_callback_that_raises_tears_nothing(schedule: str) -> None:
+    pipe, told = local(schedule=schedule), list[int]()
+
+    def full(result: rp.StepResult) -> None:
+        if result.step == 0:
+            raise OSError("no space left")
+
+    pipe.on_step(full)
+    pipe.on_step(full)
+    pipe.on_step(lambda result: told.append(result.step))
+    first, second = batches(2)
+    with pytest.raises(OSError, match="no space left") as caught:
+        pipe.train_step(*first)
+    assert any("step 0, which is done and counted" in note for note in caught.value.__notes__)
+    assert told == [0]
+    assert pipe.trained == (1 if schedule == "1f1b" else 3)
+    loss = pipe.train_step(*second).loss
+    if schedule == "1f1b":
+        oracle = Oracle(mlp(), sgd, cross_entropy, 3)
+        assert [oracle.train_step(*batch) for batch in (first, second)][1] == loss
+
+
+def test_close_closes_them(tmp_path: Path) -> None:
+    pipe = local()
+    written = pipe.on_step(tmp_path / "run.jsonl")
+    pipe.on_step(print)
+    result = pipe.train_step(*next(batches(1)))
+    pipe.close()
+    with pytest.raises(ValueError, match="closed"):
+        written(result)
+
+
+def test_tensorboard_reads_the_figures_back(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    pipe = local()
+    board = pipe.on_step(rp.callbacks.TensorBoard(tmp_path))
+    results = [pipe.train_step(*batch) for batch in batches(3)]
+    pipe.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx([result.loss for result in results])
+    assert {"bubble", "lr/0", "peak_in_flight/2", "applied"} <= set(events.Tags()["scalars"])
+    resumed = rp.callbacks.TensorBoard(tmp_path)
+    resumed(dataclasses.replace(results[1], loss=7.0))
+    resumed.close()
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")][1:] == [(1, 7.0)]
+    assert str(tmp_path) in repr(board)
+
+
+def test_tensorboard_names_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name == "torch.utils.tensorboard":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ImportError, match=r"pip install 'rpcpipe\[track\]'"):
+        rp.callbacks.TensorBoard(tmp_path)

@@ -1,0 +1,55 @@
+"""A candidate's estimate, against the plain simulation."""
+
+from __future__ import annotations
+
+import math
+import random
+from itertools import accumulate
+
+import pytest
+
+import rpcpipe.planning.cost_model
+from rpcpipe import schedules
+from rpcpipe.planning import CostModel
+from rpcpipe.planning.cost_model import SIMPLEST, Candidate, Machine
+from support.layer_costs import layer
+
+
+def cost_model(machine: Machine) -> CostModel:
+    source = random.Random(3)
+    return CostModel({1: [layer(source, str(at)) for at in range(16)]}, machine, input_bytes=5)
+
+
+@pytest.mark.parametrize("name", SIMPLEST)
+@pytest.mark.parametrize("chunks", [80, 83])
+def test_a_long_step_is_extrapolated_rightly(name: str, chunks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    costs = cost_model(Machine(4, latency=0.01))
+    virtual = schedules.fewest_virtual_stages(name)
+    candidate = Candidate(name, 4, 1, virtual, 1, chunks, "except_last")
+    balance = [16 // (4 * virtual)] * (4 * virtual)
+    quick = costs.estimate(candidate, balance)
+    assert costs.work_done < 0.75 * 6 * chunks * 4 * virtual
+    monkeypatch.setattr(rpcpipe.planning.cost_model, "_LONG", math.inf)
+    full = costs.estimate(candidate, balance)
+    assert quick.memory == pytest.approx(full.memory)
+    assert quick.seconds == pytest.approx(full.seconds, rel=5e-3)
+    assert quick.bubble == pytest.approx(full.bubble, abs=5e-3)
+
+
+def test_replicas_reduce_before_the_gate() -> None:
+    """A ring of R sends every worker 2(R - 1)/R times its gradients."""
+    costs = cost_model(Machine(4, bandwidth=100.0))
+    one, two = (Candidate("1f1b", 2, replicas, 1, 1, 8, "never") for replicas in (1, 2))
+    alone, together = (costs.estimate(candidate, [8, 8]) for candidate in (one, two))
+    parameters = [0, *accumulate(layer.parameter_bytes for layer in costs.layer_costs[1])]
+    reduced = [(parameters[b] - parameters[a]) / 100.0 for a, b in ((0, 8), (8, 16))]
+    assert min(reduced) - 1e-9 <= together.seconds - alone.seconds <= max(reduced) + 1e-9
+    assert alone.memory == together.memory
+
+
+def test_replicas_share_the_cores() -> None:
+    alone, crowded = (
+        cost_model(Machine(4, cores=cores)).estimate(Candidate("gpipe", 2, 2, 1, 1, 8, "never"), [8, 8])
+        for cores in (4, 2)
+    )  # fmt: skip
+    assert 1.5 < crowded.seconds / alone.seconds <= 2.0

@@ -1,0 +1,265 @@
+"""Several ranks by environment variables: on this host, under torchrun, and on hosts of their own."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+import psutil
+import pytest
+
+from support import network_namespaces as networks
+from support.faults import wait_for
+
+SECRET = "a secret of the tests"
+SCRIPT = textwrap.dedent("""
+    import os, sys, torch, rpcpipe as rp
+    from torch import nn
+    class Local(nn.Linear): pass
+    cluster = rp.connect(timeout=float(os.environ.get("WITHIN", "30")))
+    torch.manual_seed(0)
+    pipe = rp.Pipeline([Local(4, 4) for _ in cluster.workers], cluster, loss=nn.functional.mse_loss,
+                       optimizer=lambda params: torch.optim.SGD(params, lr=0.1), chunks=2)
+    x = torch.ones(4, 4)
+    print("loss", pipe.train_step(x, x).loss, len(cluster.workers), flush=True)
+    cluster.call(1, lambda: print("hello from rank 1"))
+    try:
+        while "stay" in sys.argv:
+            pipe.train_step(x, x)
+    except rp.WorkerLost as error:
+        print("lost", str(error).replace("\\n", " "), flush=True)
+    cluster.close()
+    print("closed", flush=True)
+""")
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    path = tmp_path / "job.py"
+    path.write_text(SCRIPT)
+    return path
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts a rank on this host; all are gone after the test."""
+    port = free_port()
+    with ExitStack() as stack:
+
+        def begin(rank: int, *command: str, world: int = 3, **changes: str | None) -> subprocess.Popen[str]:
+            four = {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            environ = {**os.environ, **four, "RPCPIPE_SECRET": SECRET, **changes}
+            return _popen(stack, [sys.executable, *(command or ("-m", "rpcpipe.worker"))], environ)
+
+        yield begin
+
+
+def _popen(stack: ExitStack, command: list[str], environ: Mapping[str, str | None]) -> subprocess.Popen[str]:
+    env = {key: value for key, value in environ.items() if value is not None}
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    stack.enter_context(process)
+    stack.callback(process.kill)
+    return process
+
+
+def test_ranks_of_one_host(start: Start, script: Path) -> None:
+    workers = [start(1), start(2, str(script))]  # a rank may run the same script or none
+    driver = start(0, str(script))
+    out, err = driver.communicate(timeout=60)
+    assert out.startswith("loss ")
+    assert " 2\n" in out
+    assert "hello from rank 1" in out
+    assert out.endswith("closed\n")
+    assert (driver.returncode, err) == (0, "")
+    assert [worker.wait(5) for worker in workers] == [0, 0]
+
+
+def test_slurms_variables(start: Start, script: Path) -> None:
+    none = dict.fromkeys(("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    slurm = {"SLURM_NTASKS": "2", "SLURM_JOB_ID": str(free_port()), "MASTER_ADDR": "127.0.0.1", "SLURM_NODELIST": "x"}
+    worker = start(1, **none, **slurm, SLURM_PROCID="1")
+    driver = start(0, str(script), **none, **slurm, SLURM_PROCID="0")
+    out, err = driver.communicate(timeout=60)
+    assert out.endswith("closed\n"), err
+    assert worker.wait(5) == 0
+
+
+def test_torchrun(script: Path) -> None:
+    port = str(free_port())
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2"]
+    where = ["--master-addr", "127.0.0.1", "--master-port", port, str(script)]
+    environ = {**os.environ, "RPCPIPE_SECRET": SECRET, "OMP_NUM_THREADS": "1"}
+    with ExitStack() as stack:
+        nodes = [_popen(stack, [*command, "--node-rank", str(node), *where], environ) for node in (0, 1)]
+        out, err = nodes[0].communicate(timeout=90)
+        assert " 3\n" in out, err
+        assert out.endswith("closed\n")
+        assert [node.wait(30) for node in nodes] == [0, 0]
+
+
+def refusal(process: subprocess.Popen[str], within: float = 15.0) -> str:
+    """The one line of error of a process that ends with status 1."""
+    _, err = process.communicate(timeout=within)
+    assert process.returncode == 1, err
+    return err.strip().splitlines()[-1]
+
+
+def test_a_rank_given_twice(start: Start, script: Path) -> None:
+    driver = start(0, str(script))
+    twice = [start(1), start(1)]
+    words = refusal(driver)
+    assert "RendezvousError: RANK=1 was given twice: to " in words
+    assert all("RANK=1 was given twice" in refusal(one) or "the driver" in refusal(one) for one in twice)
+
+
+def test_contradictions_are_named_on_both_sides(start: Start, script: Path) -> None:
+    driver = start(0, str(script))
+    other = start(1, world=4)
+    assert "has WORLD_SIZE=4, the driver 3" in refusal(driver)
+    assert "has WORLD_SIZE=4, the driver 3" in refusal(other)
+
+
+def test_another_version(start: Start, script: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.py"
+    other.write_text(
+        "from rpcpipe import agent, handshake\n"
+        "handshake.versions = lambda real=handshake.versions: {**real(), 'torch': '1.0'}\n"
+        "agent.serve_rank()\n"
+    )
+    driver = start(0, str(script))
+    worker = start(1, str(other))
+    assert "has other versions: torch 1.0 there, 2." in refusal(driver)
+    assert "has other versions: torch 1.0 there, 2." in refusal(worker)
+
+
+def test_another_secret(start: Start, script: Path) -> None:
+    driver = start(0, str(script), WITHIN="4")
+    worker = start(1, RPCPIPE_SECRET="some other secret")
+    assert "refused rank 1: the secrets differ" in refusal(worker)
+    assert "ranks 1, 2 of 3 did not join in time" in refusal(driver)
+
+
+def test_no_secret_and_rank_0(start: Start) -> None:
+    assert "no secret" in refusal(start(1, RPCPIPE_SECRET=None))
+    assert "RANK=0 is the driver" in refusal(start(0))
+
+
+def test_no_driver(start: Start, script: Path) -> None:
+    worker = start(1, str(script), WITHIN="1")
+    assert "rank 1 found no driver at 127.0.0.1:" in refusal(worker)
+
+
+@pytest.mark.alone
+def test_a_late_rank_is_sent_away(start: Start, script: Path) -> None:
+    driver = start(0, str(script), "stay", world=2)
+    start(1, world=2)
+    assert driver.stdout is not None
+    assert driver.stdout.readline().startswith("loss")
+    began = time.monotonic()
+    assert start(1, "-c", "import rpcpipe.worker.main").wait(30) == 0
+    importing = time.monotonic() - began
+    began = time.monotonic()
+    late = start(1, world=2)
+    assert "the group is complete; rank 1" in refusal(late)
+    assert time.monotonic() - began < 2.0 + 1.5 * importing  # 2 s from when it can be known
+    assert driver.poll() is None
+
+
+def worker_of(rank: subprocess.Popen[str]) -> psutil.Process:
+    """The worker that the rank's agent has forked from its template."""
+    [template] = psutil.Process(rank.pid).children()
+    [worker] = template.children()
+    return worker
+
+
+@pytest.mark.alone
+def test_a_killed_driver_ends_all_ranks(start: Start, script: Path) -> None:
+    driver = start(0, str(script), "stay")
+    ranks = [start(1), start(2)]
+    assert driver.stdout is not None
+    assert driver.stdout.readline().startswith("loss")
+    workers = [worker_of(rank) for rank in ranks]
+    workers[0].suspend()
+    driver.kill()
+    began = time.monotonic()
+    assert [rank.wait(5) for rank in ranks] == [1, 1]
+    assert not any(worker.is_running() for worker in workers)
+    assert time.monotonic() - began < 5.0
+
+
+def test_a_remote_death_is_named_with_its_signal(start: Start, script: Path) -> None:
+    driver = start(0, str(script), "stay")
+    ranks = [start(1), start(2)]
+    assert driver.stdout is not None
+    assert driver.stdout.readline().startswith("loss")
+    victim = worker_of(ranks[1])
+    victim.kill()
+    out, _ = driver.communicate(timeout=10)
+    assert f":{victim.pid}) was killed by SIGKILL" in out
+    assert "lost stage 1 on worker1" in out
+    assert ranks[1].wait(5) == 1
+    assert ranks[0].wait(5) == 0
+
+
+# --- hosts of their own ---
+
+_WHY_NOT = networks.why_not()
+
+
+@pytest.mark.alone
+@pytest.mark.skipif(bool(_WHY_NOT), reason=_WHY_NOT)
+def test_three_hosts_and_a_pulled_cable(script: Path) -> None:
+    with networks.hosts(3) as hosts, ExitStack() as stack:
+        shared = {"WORLD_SIZE": "3", "MASTER_ADDR": hosts[0].address, "MASTER_PORT": "29500"}
+        found = []
+        for rank, host in enumerate(hosts):
+            environ = {**os.environ, **shared, "RANK": str(rank), "RPCPIPE_SECRET": SECRET, "RPCPIPE_BIND": "eth0"}
+            command = ["-m", "rpcpipe.worker"] if rank else [str(script), "stay"]
+            found.append(_popen(stack, ["ip", "netns", "exec", host.name, sys.executable, *command], environ))
+        driver, *ranks = found
+        assert driver.stdout is not None
+        assert driver.stdout.readline().startswith("loss")
+        assert networks.listeners([driver.pid]) == [hosts[0].address] * 2  # torch's agent and the join port
+        workers = [worker_of(rank) for rank in ranks]
+        assert networks.listeners([workers[0].pid]) == [hosts[1].address]
+        began = time.monotonic()
+        hosts[2].pull()
+        out = [driver.stdout.readline() for _ in range(2)]
+        assert time.monotonic() - began < 2.5
+        assert "lost stage 1 on worker1" in "".join(out)
+        assert "the host or the network may be down" in "".join(out)
+        assert ranks[1].wait(10) == 1
+        assert time.monotonic() - began < 5.0
+        assert ranks[0].wait(10) == 0
+        assert driver.wait(10) == 0
+        wait_for(lambda: not any(worker.is_running() for worker in workers), timeout=2.0)
+
+
+@pytest.mark.skipif(bool(_WHY_NOT), reason=_WHY_NOT)
+def test_hosts_that_do_not_say_where_to_listen(script: Path) -> None:
+    with networks.hosts(1) as [host], ExitStack() as stack:
+        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": host.address, "MASTER_PORT": "29500", "RANK": "0"}
+
+        def words(**changes: str) -> str:
+            environ = {**os.environ, **shared, "RPCPIPE_SECRET": SECRET, "WITHIN": "2", **changes}
+            return refusal(_popen(stack, ["ip", "netns", "exec", host.name, sys.executable, str(script)], environ))
+
+        assert "say on which network to listen: RPCPIPE_BIND=eth0 or RPCPIPE_BIND=10.0.0.0/8" in words()
+        assert "is every network" in words(RPCPIPE_BIND="0.0.0.0/0")
+        assert "is not the address 127.0.0.1 of lo" in words(RPCPIPE_BIND="lo")
+        assert "rank 1 of 2 did not join in time" in words(RPCPIPE_BIND="10.77.0.0/16")

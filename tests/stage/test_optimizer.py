@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from rpcpipe.driver.optimizer import PipelineOptimizer
+from rpcpipe.stage.optimizer import LocalOptimizer, Parameters
+from support.models import adamw, sgd
+
+
+def local(factory: object = adamw) -> LocalOptimizer:
+    named = [("a.bias", nn.Parameter(torch.randn(3))), ("a.weight", nn.Parameter(torch.randn(2, 2)))]
+    return LocalOptimizer(factory, Parameters(named))  # type: ignore[arg-type]
+
+
+def apply(optimizer: LocalOptimizer, changes: list[dict[str, float]] | None = None) -> None:
+    optimizer.step({p: torch.ones_like(p) for p in optimizer.parameters}, changes or [{}])
+
+
+def state(optimizer: LocalOptimizer) -> list[torch.Tensor]:
+    values = [p.detach().clone() for p in optimizer.parameters]
+    for parameter in optimizer.parameters:
+        entries = optimizer.optimizer.state.get(parameter, {}).values()
+        values += [v.clone() for v in entries if isinstance(v, torch.Tensor)]
+    return values
+
+
+@pytest.mark.parametrize("steps_before", [0, 1, 3])
+@pytest.mark.parametrize("factory", [adamw, sgd])
+def test_undo_brings_back_parameters_and_state(steps_before: int, factory: object) -> None:
+    optimizer, straight = local(factory), local(factory)
+    with torch.no_grad():
+        for mine, other in zip(optimizer.parameters, straight.parameters, strict=True):
+            other.copy_(mine)
+    for _ in range(steps_before):
+        apply(optimizer)
+        optimizer.undo.outdate()
+        apply(straight)
+        straight.undo.outdate()
+    apply(optimizer)
+    optimizer.undo.restore()
+    assert all(torch.equal(a, b) for a, b in zip(state(optimizer), state(straight), strict=True))
+    optimizer.undo.outdate()
+    apply(optimizer)
+    apply(straight)
+    assert all(torch.equal(a, b) for a, b in zip(state(optimizer), state(straight), strict=True))
+
+
+def test_copies_are_made_one_at_a_time_and_kept_up_to_date() -> None:
+    optimizer = local()
+    assert [optimizer.undo.copy_one() for _ in range(3)] == [True, True, False]
+    apply(optimizer)
+    assert not optimizer.undo.copy_one()
+    optimizer.undo.outdate()
+    assert optimizer.undo.copy_one()
+
+
+def test_changed_hyperparameters_reach_the_worker_and_may_come_back() -> None:
+    worker = local()
+    driver = PipelineOptimizer(worker.groups(), lambda: None, lambda: None)
+    assert driver.changes() == [{}]
+    driver.param_groups[0]["lr"] = 0.5
+    apply(worker, driver.changes())
+    assert worker.optimizer.param_groups[0]["lr"] == 0.5
+    driver.param_groups[0]["lr"] = 1e-2
+    apply(worker, driver.changes())
+    assert worker.optimizer.param_groups[0]["lr"] == 1e-2
+    with pytest.raises(TypeError, match="takes no closure"):
+        driver.step(lambda: 0.0)
+
+
+def test_undo_leaves_what_the_optimizer_has_not_touched() -> None:
+    """Another worker failed before this one's turn came: the last successful step must stay."""
+    optimizer = local()
+    apply(optimizer)
+    optimizer.undo.outdate()
+    after = state(optimizer)
+    optimizer.undo.restore()
+    assert all(torch.equal(a, b) for a, b in zip(state(optimizer), after, strict=True))
+    optimizer.undo.copy_one()
+    optimizer.undo.restore()
+    assert all(torch.equal(a, b) for a, b in zip(state(optimizer), after, strict=True))
