@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,16 @@ def imports(path: Path) -> set[str]:
     return found
 
 
+def needs(path: Path) -> set[Path]:
+    """The files of ours that ``path`` imports: of ``from package import module`` the module."""
+    found = set()
+    for name in imports(path):
+        inner = [one for one in imports(path) if one.startswith(f"{name}.") and target(one)]
+        if not inner and (file := target(name) or target(name.rpartition(".")[0])):
+            found.add(file)
+    return found - {path}
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_point_down(path: Path) -> None:
     """Those inside of functions and under TYPE_CHECKING, too."""
@@ -53,14 +65,77 @@ def test_only_the_rpc_transport_imports_torch_rpc() -> None:
         assert not used or path == ROOT / "transport" / "rpc.py", f"{path} imports {used}"
 
 
+def target(name: str) -> Path | None:
+    """The file that ``import name`` means, if it is one of ours."""
+    path = ROOT.joinpath(*name.split(".")[1:])
+    if not name.startswith("rpcpipe."):
+        return None
+    return next((one for one in (path.with_suffix(".py"), path / "__init__.py") if one.exists()), None)
+
+
+def test_no_circle() -> None:
+    TopologicalSorter({path: needs(path) for path in FILES}).prepare()  # raises CycleError with the circle
+
+
+def hidden(tree: ast.Module) -> Iterator[ast.stmt]:
+    """The imports that are not at the top of their file."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom) and node not in tree.body:
+            yield node
+
+
+# Extras are imported where they are used first; transformers by all of `hf`, which `from_transformers` imports.
+LAZY = ("matplotlib", "safetensors", "tensorboard", "torch.utils.tensorboard", "transformers", "rpcpipe.model.hf")
+
+
+def test_no_import_is_hidden() -> None:
+    for path in FILES:
+        for node in hidden(ast.parse(path.read_text())):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [one.name for one in node.names]  # type: ignore[attr-defined]
+            assert all(name.startswith(LAZY) for name in names), f"{path.relative_to(ROOT)}:{node.lineno} {names}"
+
+
+# Other people's privates, which torch gives no public name for; ``_replace`` and its like are public of named tuples.
+FOREIGN = {
+    "_version", "_cdata", "_buffers", "_modules", "_input_metadata", "_init_weights", "_update_group_membership",
+    "_replace", "_asdict", "_fields",
+}  # fmt: skip
+MODULES = {"torch", "rpc", "api", "dist_autograd", "internal", "os", "sys", "_BINDINGS", "_tables"}
+
+
+def test_nobody_is_in_anothers_private_rooms() -> None:
+    """But for objects of the same class (``other._parts``), which is what the name ``other`` says."""
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+                owner = ast.unparse(node.value)
+                fine = owner in ("self", "cls", "other") or owner.split(".")[0] in MODULES or node.attr in FOREIGN
+                assert fine, f"{path.relative_to(ROOT)}:{node.lineno} {ast.unparse(node)}"
+
+
+def functions(path: Path) -> list[ast.FunctionDef]:
+    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_and_functions_stay_small(path: Path) -> None:
-    source = path.read_text()
-    assert len(source.splitlines()) <= 400
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.FunctionDef):
-            assert node.end_lineno is not None
-            assert node.end_lineno - node.lineno < 60, f"{path.name}: {node.name}"
+    assert len(path.read_text().splitlines()) <= 400
+    for node in functions(path):
+        assert node.end_lineno is not None
+        assert node.end_lineno - node.lineno < 60, f"{path.name}: {node.name}"
+
+
+def test_half_of_all_functions_are_short() -> None:
+    lengths = sorted(node.end_lineno - node.lineno + 1 for path in FILES for node in functions(path) if node.end_lineno)
+    assert lengths[len(lengths) // 2] <= 15
+
+
+def test_constructors_take_eight_parameters_at_most() -> None:
+    for path in FILES:
+        for node in functions(path):
+            arguments = [one.arg for one in (*node.args.args, *node.args.kwonlyargs) if one.arg != "self"]
+            if node.name == "__init__" and path != ROOT / "pipeline" / "pipeline.py":
+                assert len(arguments) <= 8, f"{path.relative_to(ROOT)}:{node.lineno} {arguments}"
 
 
 TESTS = Path(__file__).parent

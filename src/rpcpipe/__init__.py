@@ -8,8 +8,7 @@ import logging
 
 from rpcpipe import schedules
 from rpcpipe.cluster import Cluster, connect, launch
-from rpcpipe.driver import callbacks
-from rpcpipe.driver.result import StepResult
+from rpcpipe.driver import StepResult, callbacks
 from rpcpipe.errors import (
     CheckpointError,
     DeadlineExceeded,
@@ -20,12 +19,16 @@ from rpcpipe.errors import (
     StageError,
     WorkerLost,
 )
-from rpcpipe.model import layers
-from rpcpipe.model.layers import LayerSpec, Wired
-from rpcpipe.pipeline.from_transformers import from_transformers
-from rpcpipe.pipeline.generation import generate
-from rpcpipe.pipeline.pipeline import Pipeline
-from rpcpipe.pipeline.planning import balance_by_memory, balance_by_parameters, balance_by_time, plan
+from rpcpipe.model import LayerSpec, Wired, layers
+from rpcpipe.pipeline import (
+    Pipeline,
+    balance_by_memory,
+    balance_by_parameters,
+    balance_by_time,
+    from_transformers,
+    generate,
+    plan,
+)
 from rpcpipe.planning import Plan
 from rpcpipe.schedules import Action, Schedule, Timeline, bubble_fraction, optimal_microbatches
 

@@ -105,12 +105,12 @@ def test_never_when_nothing_is_trained() -> None:
     x, y = next(batches(1))
     pipe.evaluate([(x, y)])
     pipe(x)
-    assert [stage.keeper.recomputed for stage in stages_of(pipe)] == [0, 0]
+    assert [stage.segments.recomputed for stage in stages_of(pipe)] == [0, 0]
 
 
 def stages_of(pipe: rp.Pipeline) -> list[Any]:
     workers = pipe.cluster.transport.endpoints.values()  # type: ignore[attr-defined]
-    return [stage for worker in workers for actor in worker.actors.values() for stage in actor.stages.values()]
+    return [stage for worker in workers for actor in worker.actors.values() for stage in actor.held.stages.values()]
 
 
 @pytest.mark.parametrize("chunks", [8, 16])
@@ -170,9 +170,9 @@ def test_recomputation_comes_while_waiting_for_the_gradient() -> None:
 
     class Watched(Actor):
         def idle_work(self, action: rp.Action | None = None) -> bool:
-            before = sum(stage.keeper.recomputed for stage in self.held.stages.values())
+            before = sum(stage.segments.recomputed for stage in self.held.stages.values())
             busy = super().idle_work(action)
-            if action is not None and sum(stage.keeper.recomputed for stage in self.held.stages.values()) > before:
+            if action is not None and sum(stage.segments.recomputed for stage in self.held.stages.values()) > before:
                 done.append((action.stage, action.kind == "B"))
             return busy
 

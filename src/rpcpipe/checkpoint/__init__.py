@@ -1,1 +1,6 @@
-"""."""
+"""Saved state on disk: a folder per checkpoint, a shard per worker, published by a rename; nothing is pickled."""
+
+from rpcpipe.checkpoint.manifest import Manifest
+from rpcpipe.checkpoint.plain_state import Stateful
+
+__all__ = ["Manifest", "Stateful"]

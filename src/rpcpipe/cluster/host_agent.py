@@ -12,6 +12,7 @@ import socket
 import sys
 import time
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import Any, NoReturn
 
 import torch
@@ -115,8 +116,6 @@ def find_driver(place: Place, until: float) -> tuple[str, int]:
 
 def agent_store(place: Place, until: float) -> Any:
     """torchrun's store, as a client."""
-    from datetime import timedelta
-
     left = timedelta(seconds=max(1.0, until - time.monotonic()))
     return TCPStore(place.address, place.port, is_master=False, timeout=left, wait_for_workers=False)
 

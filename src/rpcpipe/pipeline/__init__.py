@@ -1,1 +1,16 @@
-"""."""
+"""The user's API: what composes cluster, model, driver and checkpoints, and checks their arguments."""
+
+from rpcpipe.pipeline.from_transformers import from_transformers
+from rpcpipe.pipeline.generation import generate
+from rpcpipe.pipeline.pipeline import Pipeline
+from rpcpipe.pipeline.planning import balance_by_memory, balance_by_parameters, balance_by_time, plan
+
+__all__ = [
+    "Pipeline",
+    "balance_by_memory",
+    "balance_by_parameters",
+    "balance_by_time",
+    "from_transformers",
+    "generate",
+    "plan",
+]

@@ -11,14 +11,12 @@ Needs the extra ``hf``; transformers is imported on the first use.
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from rpcpipe.cluster.cluster import Cluster
 from rpcpipe.errors import refuse
 from rpcpipe.pipeline.pipeline import Pipeline
 from rpcpipe.pipeline.planning import balance_by_parameters
-
-if TYPE_CHECKING:
-    from rpcpipe.cluster.cluster import Cluster
 
 
 def from_transformers(

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -18,10 +18,8 @@ from rpcpipe.driver.inference import Passes, tell_last_stage
 from rpcpipe.errors import refuse
 from rpcpipe.model import rng
 from rpcpipe.model.microbatch import Nest
-
-if TYPE_CHECKING:
-    from rpcpipe.transport.pickling import dumps
 from rpcpipe.pipeline.pipeline import Pipeline
+from rpcpipe.transport.pickling import dumps
 from rpcpipe.worker.operations import SetSelection
 
 

@@ -99,8 +99,8 @@ def merge(chosen: Sequence[bool]) -> list[Run]:
     return runs
 
 
-# (first layer, one past the last, nest, where it entered) -> outputs
-Forward = Callable[[int, int, Nest, autograd.Entered], Nest]
+# (first layer, one past the last, nest, where it entered, is it run again?) -> outputs
+Forward = Callable[[int, int, Nest, autograd.Entered, bool], Nest]
 
 
 @dataclass
@@ -112,59 +112,60 @@ class Segment:
     saved: autograd.Saved | None = None
     received: autograd.Received | None = None
     bytes: int = 0
+    recomputing: bool = False
 
 
 class MicroBatchGraph:
     """What a stage keeps of one micro-batch between its forward and its backward."""
 
-    def __init__(self, pieces: list[Segment], replay: Callable[[Segment], None]) -> None:
-        self._pieces = pieces
+    def __init__(self, segments: list[Segment], replay: Callable[[Segment], None]) -> None:
+        self._segments = segments
         self._replay = replay
 
     @property
     def bytes(self) -> int:
         """Activations alive now."""
-        return sum(piece.bytes for piece in self._pieces)
+        return sum(segment.bytes for segment in self._segments)
 
     @property
     def outputs(self) -> list[torch.Tensor]:
-        """The last piece's, which need a gradient. Runs it again if it was dropped."""
-        return self._ready(self._pieces[-1]).outputs
+        """The last segment's, which need a gradient. Runs it again if it was dropped."""
+        return self._ready(self._segments[-1]).outputs
 
     def prepare(self) -> bool:
-        """Run the last piece again, ahead of its gradient; False if there is nothing to do."""
-        if not self._pieces or self._pieces[-1].saved is not None:
+        """Run the last segment again, ahead of its gradient; False if there is nothing to do."""
+        if not self._segments or self._segments[-1].saved is not None:
             return False
-        self._ready(self._pieces[-1])
+        self._ready(self._segments[-1])
         return True
 
     def backward(self, grads: Gradients) -> Gradients:
         """Parameters' ``.grad`` grow; the inputs' gradients."""
-        while self._pieces:
-            grads = autograd.backward(self._ready(self._pieces[-1]), grads)
-            self._pieces.pop()
+        while self._segments:
+            grads = autograd.backward(self._ready(self._segments[-1]), grads)
+            self._segments.pop()
         return grads
 
     def backward_input(self, grads: Gradients) -> tuple[Gradients, list[Deferred], int]:
         """The inputs' gradients, what is left to do for the weights, and how many bytes that may hold."""
         deferred = []
-        for piece in reversed(self._pieces):
-            grads, rest = backward_input(self._ready(piece), grads)
+        for segment in reversed(self._segments):
+            grads, rest = backward_input(self._ready(segment), grads)
             deferred.append(rest)
-            piece.saved = None
+            segment.saved = None
         return grads, deferred, self.bytes
 
-    def _ready(self, piece: Segment) -> autograd.Saved:
-        if piece.saved is None:
-            self._replay(piece)
-        assert piece.saved is not None
-        return piece.saved
+    def _ready(self, segment: Segment) -> autograd.Saved:
+        if segment.saved is None:
+            self._replay(segment)
+        assert segment.saved is not None
+        return segment.saved
 
 
 class SegmentRunner:
     """Runs chains for a stage and counts what they keep.
 
-    The bytes of a piece are measured on the first micro-batch of every shape and hold for the
+    The bytes of a segment are measured on the first micro-batch of every shape and hold for the
     others: hooks on every saved tensor of every micro-batch would cost a per cent.
     """
 
@@ -178,51 +179,51 @@ class SegmentRunner:
 
     def run(self, chunk: int, received: autograd.Received, forward: Forward) -> tuple[MicroBatchGraph, Nest]:
         """(what is kept, the outputs with their graph if that is kept)."""
-        pieces: list[Segment] = []
+        segments: list[Segment] = []
         learning = self._recompute.learns
         costs: list[tuple[int, float]] = []
         outputs: Nest = None
         for run in self._recompute.runs(chunk):
-            if pieces:
+            if segments:
                 received = autograd.leave(outputs)
-            piece = Segment(run, forward)
+            segment = Segment(run, forward)
             start = time.perf_counter()
-            outputs = self._drop(piece, received) if run.drop else self._keep(piece, received)
-            costs.append((piece.bytes, time.perf_counter() - start))
-            pieces.append(piece)
+            outputs = self._drop(segment, received) if run.drop else self._keep(segment, received)
+            costs.append((segment.bytes, time.perf_counter() - start))
+            segments.append(segment)
         if learning:
             self._recompute.learn(costs)
-        return MicroBatchGraph(pieces, self._again), outputs
+        return MicroBatchGraph(segments, self._again), outputs
 
-    def _keep(self, piece: Segment, received: autograd.Received) -> Nest:
-        """Run a piece and keep its graph."""
-        key = (piece.run, tuple((leaf.shape, leaf.dtype) for leaf in tensors(received.nest)))
+    def _keep(self, segment: Segment, received: autograd.Received) -> Nest:
+        """Run a segment and keep its graph."""
+        key = (segment.run, tuple((leaf.shape, leaf.dtype) for leaf in tensors(received.nest)))
         if key in self._bytes:
-            outputs = self._forward(piece, received)
+            outputs = self._forward(segment, received)
         else:
             with Meter(self._known()) as meter:
-                outputs = self._forward(piece, received)
+                outputs = self._forward(segment, received)
             self._bytes[key] = meter.bytes
-        piece.bytes = self._bytes[key]
+        segment.bytes = self._bytes[key]
         return outputs
 
     def _known(self) -> list[torch.Tensor]:
         return [*self._module.parameters(), *self._module.buffers()]
 
-    def _forward(self, piece: Segment, received: autograd.Received) -> Nest:
+    def _forward(self, segment: Segment, received: autograd.Received) -> Nest:
         nest, entered = autograd.enter(received)
-        outputs = piece.forward(piece.run.start, piece.run.stop, nest, entered)
-        piece.saved = autograd.Saved(autograd.differentiable(outputs), entered)
+        outputs = segment.forward(segment.run.start, segment.run.stop, nest, entered, segment.recomputing)
+        segment.saved = autograd.Saved(autograd.differentiable(outputs), entered)
         return outputs
 
-    def _drop(self, piece: Segment, received: autograd.Received) -> Nest:
-        """Run a piece and keep its input alone, as it was before a layer changed it in place."""
-        start, given = piece.run.start, tensors(received.nest)
+    def _drop(self, segment: Segment, received: autograd.Received) -> Nest:
+        """Run a segment and keep its input alone, as it was before a layer changed it in place."""
+        start, given = segment.run.start, tensors(received.nest)
         kept = received if self._mutates.get(start) is False else autograd.copied(received)
         before = [leaf._version for leaf in given]
         with forgetting():
-            outputs = self._forward(piece, received)
-        piece.saved = None
+            outputs = self._forward(segment, received)
+        segment.saved = None
         mutated = [leaf._version for leaf in given] != before
         if mutated and self._mutates.get(start) is False:
             raise RuntimeError(
@@ -230,19 +231,19 @@ class SegmentRunner:
                 " it cannot be recomputed: pass checkpoint='never' or a function that spares this stage"
             )
         self._mutates[start] = mutated or self._mutates.get(start, False)
-        piece.received = kept if mutated else received
-        piece.bytes = Memory(tensors(piece.received.nest)).without()
+        segment.received = kept if mutated else received
+        segment.bytes = Memory(tensors(segment.received.nest)).without()
         # The graph, empty as it is, would keep intermediate results alive.
         return outputs
 
-    def _again(self, piece: Segment) -> None:
+    def _again(self, segment: Segment) -> None:
         """Recompute; buffers (BatchNorm's statistics) have seen this micro-batch already."""
-        assert piece.received is not None
-        self.recomputed += piece.run.stop - piece.run.start
-        received, piece.received = piece.received, None
+        assert segment.received is not None
+        self.recomputed += segment.run.stop - segment.run.start
+        received, segment.received, segment.recomputing = segment.received, None, True
         buffers = [(buffer, buffer.clone()) for buffer in self._module.buffers()]
         with torch.enable_grad():
-            self._keep(piece, received)
+            self._keep(segment, received)
         for buffer, value in buffers:
             buffer.data.copy_(value)
         self._replayed()

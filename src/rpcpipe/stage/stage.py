@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,7 @@ from rpcpipe.model import batchnorm, rng
 from rpcpipe.model.layers import Loss, Named
 from rpcpipe.model.microbatch import Nest, map_tensors
 from rpcpipe.model.wiring import Flow, Wire, advance, kept
-from rpcpipe.stage import autograd, gradients, precision
+from rpcpipe.stage import autograd, precision
 from rpcpipe.stage.autograd import Gradients, Received
 from rpcpipe.stage.boundary import cut, join, leaving, part
 from rpcpipe.stage.context import Share, StepPlan
@@ -27,43 +28,45 @@ from rpcpipe.stage.recompute import MicroBatchGraph, Recompute, SegmentRunner
 from rpcpipe.stage.split_backward import Deferred, backward_weight
 from rpcpipe.stage.weight_stash import Versions
 
-# Sent instead of gradients: skip this micro-batch's whole group.
-POISON = "not finite"
+
+@dataclass(frozen=True)
+class StageOptions:
+    """How a stage computes. ``first_layer``: its place in the model. ``loss`` is set on the last stage alone."""
+
+    first_layer: int
+    seed: int
+    device: torch.device
+    loss: Loss | None = None
+    recompute: Recompute | None = None
+    autocast: torch.dtype | None = None
 
 
 class Stage:
-    """Layers ``first_layer`` … of the model, on one device.
+    """Stage ``index`` of the model: some of its layers, on one device.
 
-    ``loss`` is set on the last stage alone. ``wires``: what its layers take and give beside the running
-    value; ``exits``: the names that leave by each link to a later stage; ``shared``: tied parameters that
-    an earlier stage on the same worker has as well.
+    ``wires``: what the layers take and give beside the running value; ``exits``: the names that leave by each link to
+    a later stage; ``shared``: tied parameters that an earlier stage on the same worker has as well. ``versions`` is
+    set while a stream runs.
     """
 
     def __init__(
         self,
         index: int,
         layers: OrderedDict[str, nn.Module],
+        options: StageOptions,
         *,
-        first_layer: int,
-        seed: int,
-        device: torch.device,
-        loss: Loss | None = None,
-        recompute: Recompute | None = None,
-        autocast: torch.dtype | None = None,
         wires: Sequence[Wire] | None = None,
         exits: Mapping[str, Sequence[str]] | None = None,
         shared: Collection[nn.Parameter] = (),
     ) -> None:
         self.index = index
         # A new container says it trains whatever its children do; from here on all of them agree.
-        self.module = Named(layers).to(device).train()
+        self.module = Named(layers).to(options.device).train()
         self.norms = batchnorm.deferred(self.module)
-        self.first_layer = first_layer
-        self.seed = seed
-        self.device = device
-        self.loss = loss
+        self.first_layer, self.seed = options.first_layer, options.seed
+        self.device, self.loss = options.device, options.loss
         self._shared = set(shared)
-        self._autocast = autocast
+        self._autocast = options.autocast
         self._scale = 1.0
         self._wires = wires or [Wire()] * len(layers)
         self._exits = exits or {}
@@ -77,12 +80,10 @@ class Stage:
         self.measured: dict[int, Sums] = {}
         self.peak_in_flight = 0
         self.peak_bytes = 0
-        self.keeper = SegmentRunner(
-            self.module, recompute or Recompute("never", index, index, len(self.module)), self._measure
-        )
+        recompute = options.recompute or Recompute("never", index, index, len(self.module))
+        self.segments = SegmentRunner(self.module, recompute, self._measure)
         self.versions: Versions | None = None
         self.shares: dict[int, Share] = {}
-        self._poisoned: set[int] = set()
         self._saved: dict[int, MicroBatchGraph] = {}
         self._deferred: dict[int, tuple[list[Deferred], int]] = {}
 
@@ -114,22 +115,31 @@ class Stage:
         if not plan.training:
             return self._infer(plan, share, chunk, received, target)
         self.shares[chunk], self._returns[chunk], self._scale = share, returns, plan.scale
-        recomputing = False
-
-        def layers(start: int, stop: int, flow: Flow, entered: autograd.Entered) -> Nest:
-            with precision.autocast(self.device, self._autocast):
-                flow = self._run_layers(share, flow, entered, start, stop)
-                if stop < len(self.module):
-                    return flow
-                if self.loss is None:
-                    return leaving(flow, self._exits)
-                return self._take_loss(chunk, flow[0], target, again=recomputing)
-
-        self._saved[chunk], outputs = self.keeper.run(chunk, received, layers)
-        recomputing = True
+        run = partial(self._run_segment, share, chunk, target)
+        self._saved[chunk], outputs = self.segments.run(chunk, received, run)
         self.peak_in_flight = max(self.peak_in_flight, self.in_flight)
         self._measure()
         return {} if self.loss is not None else self._leave(outputs)
+
+    def _run_segment(
+        self,
+        share: Share,
+        chunk: int,
+        target: Nest,
+        start: int,
+        stop: int,
+        flow: Flow,
+        entered: autograd.Entered,
+        recomputing: bool,
+    ) -> Nest:
+        """Run layers ``start`` … ``stop - 1`` in training, and the loss behind the last one."""
+        with precision.autocast(self.device, self._autocast):
+            flow = self._run_layers(share, flow, entered, start, stop)
+            if stop < len(self.module):
+                return flow
+            if self.loss is None:
+                return leaving(flow, self._exits)
+            return self._take_loss(chunk, flow[0], target, again=recomputing)
 
     def _leave(self, flow: Flow) -> dict[str, Received]:
         return part(autograd.leave(map_tensors(_to_host, flow)), self._exits)
@@ -187,7 +197,7 @@ class Stage:
         return -1 if self.versions is None or share.group is None else self.versions.of(share.group)
 
     def backward(self, chunk: int, grads: Mapping[str, Gradients]) -> dict[str, Gradients]:
-        """The whole backward: parameters' ``.grad`` grow; returns the inputs' gradients by link, as it takes them."""
+        """Run the full backward of ``chunk``. Accumulates into ``.grad``; returns the input gradients, by link."""
         found = self._saved[chunk].backward(self._output_grads(chunk, grads))
         del self._saved[chunk]
         return self._send_back(chunk, found)
@@ -195,45 +205,17 @@ class Stage:
     def _send_back(self, chunk: int, grads: Gradients) -> dict[str, Gradients]:
         return cut([None if grad is None else _to_host(grad) for grad in grads], self._returns.pop(chunk))
 
-    def backward_of_stream(
-        self, plan: StepPlan, chunk: int, grads: Mapping[str, Gradients | str]
-    ) -> Mapping[str, Gradients | str]:
-        """``backward``; the whole group is poisoned on all stages where the loss or its gradient is not finite.
-
-        Only the last stage can judge that, as no other has used the update yet. After a group's
-        last micro-batch the gradients are in ``.grad``.
-        """
-        share = self.shares[chunk]
-        assert self.versions is not None
-        assert share.group is not None
-        found: Mapping[str, Gradients | str] = dict.fromkeys(self._returns[chunk], POISON)
-        if POISON in grads.values() or (self.loss is not None and not self._counts(chunk)):
-            del self._saved[chunk], self._returns[chunk]
-            self._poison(plan, share.group, f"its loss is {self.losses[chunk][0]}" if self.loss else "")
-        else:
-            found = self.backward(chunk, grads)  # type: ignore[arg-type]
-        if share.last:
-            self.versions.collect(self.versions.of(share.group))
-            if self.loss is not None and not gradients.finite(self.parameters):
-                self._poison(plan, share.group, "a gradient of the last stage is not finite")
-                found = dict.fromkeys(found, POISON)
-        del self.shares[chunk]
-        return found
-
-    def _counts(self, chunk: int) -> bool:
+    def loss_counts(self, chunk: int) -> bool:
+        """Is the loss of ``chunk`` finite, and does anything count in it? True on a stage without a loss."""
+        if self.loss is None:
+            return True
         value, count = self.losses[chunk]
         return bool(value.isfinite()) and (count is None or float(count) > 0)
 
-    def _poison(self, plan: StepPlan, group: int, why: str) -> None:
-        if plan.stop and why:
-            raise FloatingPointError(f"{why} (nonfinite='stop'); nonfinite='skip' leaves such a minibatch out")
-        self._poisoned.add(group)
-
-    def take_poison(self, group: int) -> bool:
-        """Is ``group`` to be skipped? Asked once, at its update."""
-        poisoned = group in self._poisoned
-        self._poisoned.discard(group)
-        return poisoned
+    def give_up(self, chunk: int) -> list[str]:
+        """Forget ``chunk``'s activations without a backward; the links by which its gradients would go back."""
+        del self._saved[chunk]
+        return list(self._returns.pop(chunk))
 
     def backward_input(self, chunk: int, grads: Mapping[str, Gradients]) -> dict[str, Gradients]:
         """The half of the backward that earlier stages wait for."""
@@ -277,8 +259,8 @@ class Stage:
     def reset(self) -> None:
         """Forget the step before, all that a failed one left included."""
         self.losses, self.outputs, self.measured, self.peak_in_flight, self.peak_bytes = {}, {}, {}, 0, 0
-        self.keeper.recomputed = 0
-        self.shares, self._returns, self._poisoned = {}, {}, set()
+        self.segments.recomputed = 0
+        self.shares, self._returns = {}, {}
         self._saved.clear()
         self._deferred.clear()
         for norm in self.norms:

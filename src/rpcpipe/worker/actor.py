@@ -21,6 +21,7 @@ from rpcpipe.stage import gradients
 from rpcpipe.stage.context import Share, StepPlan
 from rpcpipe.stage.rollback import Buffers
 from rpcpipe.stage.stage import Stage
+from rpcpipe.stage.stream import StreamBackward
 from rpcpipe.stage.stream_rollback import Snapshots
 from rpcpipe.stage.weight_stash import Versions
 from rpcpipe.worker.gradient_exchange import Push, Tensors, group_of, statistics_from
@@ -74,6 +75,7 @@ class Actor:
         self._send = send
         self._ledger = ledger
         self._snapshots: Snapshots | None = None
+        self._stream_backwards: dict[int, StreamBackward] = {}
         self._buffers = Buffers()
         self._plan = StepPlan(-1, 0, False, ())
         self._report = Report(name)
@@ -173,7 +175,7 @@ class Actor:
             parcels = {link: parcel for link, parcel in values.items() if link != "target"}
             results = stage.forward(plan, share, chunk, parcels, values.get("target"))
         elif kind == "B" and plan.policy is not None:
-            results = stage.backward_of_stream(plan, chunk, values)
+            results = self._stream_backwards[number].run(plan, chunk, values)
         elif kind == "B":
             results = stage.backward(chunk, values)
         elif kind == "I":
@@ -238,7 +240,7 @@ class Actor:
             )
             report.metrics.update(stage.measured)
             report.peak_in_flight[number] = stage.peak_in_flight
-            report.peak_bytes[number], report.recomputed[number] = stage.peak_bytes, stage.keeper.recomputed
+            report.peak_bytes[number], report.recomputed[number] = stage.peak_bytes, stage.segments.recomputed
             if self._plan.training:
                 for norm in stage.norms:
                     norm.commit()
@@ -305,6 +307,7 @@ class Actor:
     def _open_stream(self, policy: str) -> None:
         for number, stage in self.held.stages.items():
             stage.versions = Versions(policy, number, self.held.last_stage + 1, stage.module)
+            self._stream_backwards[number] = StreamBackward(stage)
         self._snapshots = Snapshots(self.held.optimizer) if self.held.optimizer is not None else None
 
     def _update(self, stage: Stage, chunk: int, update: Update, start: int) -> Report:
@@ -314,7 +317,7 @@ class Actor:
         report, self._report = self._report, Report(self.name)
         report.norms[stage.index] = self._norms(stage)
         norms = list(report.norms[stage.index].values())
-        report.skipped = stage.take_poison(update.group)
+        report.skipped = self._stream_backwards[stage.index].take_skipped(update.group)
         if report.skipped:
             versions.before_update(update.group, skipped=True)
             for parameter in parameters:
@@ -333,7 +336,7 @@ class Actor:
         if self._snapshots is not None:
             self._snapshots.updated(versions.newest, update.committed)
         report.losses, report.peak_in_flight[stage.index] = stage.take_losses(), stage.peak_in_flight
-        report.peak_bytes[stage.index], report.recomputed[stage.index] = stage.peak_bytes, stage.keeper.recomputed
+        report.peak_bytes[stage.index], report.recomputed[stage.index] = stage.peak_bytes, stage.segments.recomputed
         report.versions[stage.index] = versions.peak, versions.bytes
         report.spans.append(("U", stage.index, chunk, start, time.monotonic_ns(), versions.newest))
         self._add_arrivals(report)
@@ -348,6 +351,7 @@ class Actor:
             self._snapshots = None
         for stage in self.held.stages.values():
             stage.versions = None
+        self._stream_backwards.clear()
         self._clear()
 
     def reset(self, step: int) -> None:

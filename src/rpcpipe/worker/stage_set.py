@@ -22,7 +22,7 @@ from rpcpipe.model.wiring import Links, Wire, exits
 from rpcpipe.stage.accumulation import Kept
 from rpcpipe.stage.optimizer import Factory, LocalOptimizer, Parameters
 from rpcpipe.stage.recompute import Checkpoint, Recompute
-from rpcpipe.stage.stage import Stage
+from rpcpipe.stage.stage import Stage, StageOptions
 from rpcpipe.worker.gradient_exchange import Exchange, Peers, group_of
 from rpcpipe.worker.operations import (
     ApplyCheckpoint,
@@ -105,19 +105,12 @@ class StageSet:
         self, number: int, named: OrderedDict[str, nn.Module], first: int, links: Links, seen: Collection[nn.Parameter]
     ) -> Stage:
         spec, last_stage = self.spec, self.last_stage
-        return Stage(
-            number,
-            named,
-            first_layer=first,
-            seed=spec.seed,
-            device=self._device,
-            loss=spec.loss if number == last_stage else None,
-            recompute=Recompute(spec.checkpoint, number, last_stage, len(named)),
-            autocast=spec.autocast,
-            wires=[spec.wires[name] for name in named],
-            exits=exits(links.hops, number, last_stage),
-            shared=seen,
-        )
+        options = StageOptions(
+            first, spec.seed, self._device, spec.loss if number == last_stage else None,
+            Recompute(spec.checkpoint, number, last_stage, len(named)), spec.autocast,
+        )  # fmt: skip
+        wires = [spec.wires[name] for name in named]
+        return Stage(number, named, options, wires=wires, exits=exits(links.hops, number, last_stage), shared=seen)
 
     def _exchange(self, tied: Mapping[str, nn.Parameter], members: Mapping[str, tuple[str, ...]]) -> None:
         """Whom gradients are summed with: every parameter is in one group, a tied one in its own."""
