@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import rpcpipe as rp
 from gpt_model import gpt, next_token_loss
-from rpcpipe import cli
+from rpcpipe.__main__ import main as command
 
 # Layers, hidden size, heads: Brown et al., "Language models are few-shot learners" (2020), table 2.1. Where its heads
 # do not divide the hidden size (1.3B: 24 and 2048; 13B: 40 and 5140), the nearest that do.
@@ -42,7 +42,7 @@ def plan(size: str, memory: str) -> None:
     layers, hidden, heads = SIZES[size]
     model = f"gpt --layers {layers} --hidden {hidden} --heads {heads} --vocab 50257 --seq 2048"
     machine = f"--workers 8 --memory {memory} --flops 312e12 --bandwidth 300e9"
-    raise SystemExit(cli.main(["plan", *f"{model} {machine} --batch 64 --chunks 64 --replicas 1 --draw".split()]))
+    raise SystemExit(command(["plan", *f"{model} {machine} --batch 64 --chunks 64 --replicas 1 --draw".split()]))
 
 
 def windows(ids: torch.Tensor, size: int, context: int, seed: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

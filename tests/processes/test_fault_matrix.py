@@ -14,6 +14,7 @@ import torch
 
 import rpcpipe as rp
 from rpcpipe.errors import WorkerLost
+from rpcpipe.transport import rpc
 from support import faults
 
 pytestmark = pytest.mark.alone
@@ -112,7 +113,7 @@ def test_results_of_a_dead_generation_are_dropped(cluster: rp.Cluster) -> None:
     pipe = faults.make_pipe(cluster)
     x = torch.randn(8, 8)
     expected = pipe.train_step(x, x).loss
-    stranger = rp.cluster.rpc.RpcTransport(cluster.transport._generation[:8] + ", a dead one")
+    stranger = rpc.RpcTransport(cluster.transport._generation[:8] + ", a dead one")
     identity = pipe._driver._pipeline
     from rpcpipe.schedules import Action
     from rpcpipe.worker.messages import Port
