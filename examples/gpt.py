@@ -42,7 +42,7 @@ def plan(size: str, memory: str) -> None:
     layers, hidden, heads = SIZES[size]
     model = f"gpt --layers {layers} --hidden {hidden} --heads {heads} --vocab 50257 --seq 2048"
     machine = f"--workers 8 --memory {memory} --flops 312e12 --bandwidth 300e9"
-    raise SystemExit(cli.main(["plan", *f"{model} {machine} --batch 64 --chunks 64 --replicas 1 --draw".split()]))
+    raise SystemExit(command(["plan", *f"{model} {machine} --batch 64 --chunks 64 --replicas 1 --draw".split()]))
 
 
 def windows(ids: torch.Tensor, size: int, context: int, seed: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
