@@ -137,9 +137,9 @@ def test_contradictions_are_named_on_both_sides(start: Start, script: Path) -> N
 def test_another_version(start: Start, script: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.py"
     other.write_text(
-        "from rpcpipe import agent, handshake\n"
-        "handshake.versions = lambda real=handshake.versions: {**real(), 'torch': '1.0'}\n"
-        "agent.serve_rank()\n"
+        "from rpcpipe.cluster import authentication, host_agent\n"
+        "authentication.versions = lambda real=authentication.versions: {**real(), 'torch': '1.0'}\n"
+        "host_agent.serve_rank()\n"
     )
     driver = start(0, str(script))
     worker = start(1, str(other))

@@ -16,6 +16,7 @@ from torch.distributed.optim import DistributedOptimizer
 
 import rpcpipe as rp
 from helpers import Oracle, assert_same_weights, batches, cross_entropy, mlp, sgd
+from rpcpipe.worker.executor import Executor
 
 
 @pytest.fixture
@@ -414,7 +415,8 @@ def test_a_pipeline_that_is_dropped_frees_its_stages(cluster: rp.Cluster) -> Non
 
 
 def _actors() -> int:
-    from rpcpipe.transport import rpc
+    from rpcpipe.transport.rpc import this_process
 
-    assert rpc._endpoint is not None
-    return len(rpc._endpoint[1].actors)
+    executor = this_process.endpoint
+    assert isinstance(executor, Executor)
+    return len(executor.actors)

@@ -3,9 +3,7 @@
 import logging
 
 from rpcpipe import schedules
-from rpcpipe.cluster.cluster import Cluster
-from rpcpipe.cluster.connect import connect
-from rpcpipe.cluster.launch import launch
+from rpcpipe.cluster import Cluster, connect, launch
 from rpcpipe.driver.callbacks import JsonLines, TensorBoard
 from rpcpipe.driver.result import StepResult
 from rpcpipe.errors import (

@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 
 from rpcpipe.errors import DeadlineExceeded, Failure, StageError
 from rpcpipe.stage import gradients
-from rpcpipe.transport.base import Transport
-from rpcpipe.transport.interrupts import Deferred
+from rpcpipe.transport import Transport
+from rpcpipe.transport.interrupts import shield_interrupts
 from rpcpipe.worker.messages import Call, Port, Report, StepPlan, Task
 
 # How often a silent wait asks the workers whether anything still moves, in seconds.
@@ -138,7 +138,7 @@ class Driver:
         found = []
         for _ in range(_CLOCK_CALLS):
             sent = time.monotonic_ns()
-            there: int = self.collect({worker: self._transport.post(worker, "clock")})[worker]
+            there: int = self.collect({worker: self._transport.call(worker, "clock")})[worker]
             back = time.monotonic_ns()
             found.append((back - sent, there - (sent + back) // 2))
         return min(found)[1]
@@ -159,9 +159,9 @@ class Driver:
             if task.args[0].action.kind == "U":
                 replies[worker, task.group] = self._post(worker, step, *waiting.pop(worker))
             elif not self._batched:
-                with Deferred():
+                with shield_interrupts():
                     call = self._call(worker, step, *waiting.pop(worker))
-                    held.append(self._transport.hold(worker, "accept", *call))
+                    held.append(self._transport.remote(worker, "accept", *call))
         for worker, (tasks, given) in waiting.items():
             self._post(worker, step, tasks, given)
         return held, replies
@@ -172,7 +172,7 @@ class Driver:
 
     def watch(self, step: int) -> list[Future[Any]]:
         """Each worker's first failure in ``step``, as soon as it is known there."""
-        return [self._transport.post(worker, "watch", self._pipeline, step) for worker in self.workers]
+        return [self._transport.call(worker, "watch", self._pipeline, step) for worker in self.workers]
 
     def places(self) -> dict[str, int]:
         """Each worker's next place, after what takes back an unsettled step."""
@@ -182,12 +182,12 @@ class Driver:
     def abandon(self, step: int, group: int) -> None:
         """Do no more of the stream from ``group`` on."""
         for worker in self.workers:
-            self._transport.tell(worker, "abandon", self._pipeline, step, group)
+            self._transport.send(worker, "abandon", self._pipeline, step, group)
 
     def cancel(self, step: int, first: Mapping[str, int]) -> None:
         """Drop ``step``, whose tasks have the places from ``first`` on; values that still come are discarded."""
         for worker in self.workers:
-            self._transport.tell(worker, "cancel", self._pipeline, step, first[worker], self._next[worker])
+            self._transport.send(worker, "cancel", self._pipeline, step, first[worker], self._next[worker])
 
     # --- calls ---
 
@@ -201,12 +201,12 @@ class Driver:
 
     def hold(self, worker: str, op: str, *args: Any) -> Any:
         """Like ``post``; the result stays on the worker and an RRef comes back."""
-        with Deferred():
-            return self._transport.hold(worker, "submit", *self._call(worker, -1, [Task(op, args)]), later=True)
+        with shield_interrupts():
+            return self._transport.remote(worker, "submit", *self._call(worker, -1, [Task(op, args)]), later=True)
 
     def chain(self, worker: str, number: int, inputs: Any) -> Any:
         """An RRef to stage ``number``'s output for ``inputs``, which may hold RRefs."""
-        return self._transport.chain(worker, "forward", self._pipeline, number, inputs)
+        return self._transport.remote_chained(worker, "forward", self._pipeline, number, inputs)
 
     def _recover(self) -> None:
         """Drop the unsettled step on all workers; what they still send for it is discarded by its number.
@@ -214,7 +214,7 @@ class Driver:
         Updates are taken back. Nothing is waited for: what comes next comes after it in every
         worker's sequence.
         """
-        with Deferred():
+        with shield_interrupts():
             if self._unsettled is None:
                 return
             (step, updating), self._unsettled = self._unsettled, None
@@ -226,7 +226,7 @@ class Driver:
     def drop(self) -> list[Future[Any]]:
         """Free the stages."""
         self._held.clear()
-        return [self._transport.post(worker, "drop", self._pipeline) for worker in self.workers]
+        return [self._transport.call(worker, "drop", self._pipeline) for worker in self.workers]
 
     def _issue(self, calls: Iterable[Call], plan: StepPlan, values: Mapping[Port, Any]) -> dict[str, Future[Any]]:
         """One asynchronous call per action, whose RRef is kept until the step is over."""
@@ -234,9 +234,9 @@ class Driver:
         begin = {worker: [Task("begin", (plan,))] for worker in self.workers}
         for worker, tasks in calls:
             tasks = begin.pop(worker, []) + tasks
-            with Deferred():
+            with shield_interrupts():
                 call = self._call(worker, plan.step, tasks, _given(tasks, values))
-                self._held.append(self._transport.hold(worker, "accept", *call))
+                self._held.append(self._transport.remote(worker, "accept", *call))
         return {
             worker: self._post(worker, plan.step, [*begin.get(worker, []), Task("settle")]) for worker in self.workers
         }
@@ -257,8 +257,8 @@ class Driver:
         return {worker: self._post(worker, step, [task]) for worker in self.workers}
 
     def _post(self, worker: str, step: int, tasks: list[Task], values: Sequence[tuple[Port, Any]] = ()) -> Future[Any]:
-        with Deferred():  # a number taken and not sent would stop the worker's sequence
-            return self._transport.post(worker, "submit", *self._call(worker, step, tasks, values))
+        with shield_interrupts():  # a number taken and not sent would stop the worker's sequence
+            return self._transport.call(worker, "submit", *self._call(worker, step, tasks, values))
 
     def _call(
         self, worker: str, step: int, tasks: list[Task], values: Sequence[tuple[Port, Any]] = ()
@@ -329,7 +329,7 @@ class _Patience:
         self._moved = time.monotonic()
 
     def check(self) -> None:
-        asked = {worker: self._transport.post(worker, "progress") for worker in self._workers}
+        asked = {worker: self._transport.call(worker, "progress") for worker in self._workers}
         pending, until = set(asked.values()), time.monotonic() + min(_POLL, self._timeout / 4)
         while pending and (left := until - time.monotonic()) > 0:
             done, pending = self._transport.wait(pending, left)

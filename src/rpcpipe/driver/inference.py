@@ -16,7 +16,7 @@ from rpcpipe.errors import RpcPipeError
 from rpcpipe.model.microbatch import Nest, batch_size, merge, unpack
 from rpcpipe.pipeline.arguments import refuse
 from rpcpipe.stage.metrics import Metric, Sums, means
-from rpcpipe.transport.interrupts import Deferred
+from rpcpipe.transport.interrupts import shield_interrupts
 from rpcpipe.transport.pickling import dumps
 from rpcpipe.worker.messages import Report, StepPlan
 
@@ -63,7 +63,7 @@ class Passes:
             while waiting:
                 yield self._collect(*waiting.popleft())
         except BaseException:
-            with Deferred():
+            with shield_interrupts():
                 pipe._driver.cancel(pipe._driver.new_step(), first)
             raise
         finally:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from rpcpipe import _tables
-from rpcpipe.cluster.cluster import Cluster
+from rpcpipe.cluster import Cluster
 from rpcpipe.driver.callbacks import Callback
 from rpcpipe.driver.driver import Driver
 from rpcpipe.driver.program import Layout, Program

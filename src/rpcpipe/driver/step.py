@@ -20,7 +20,7 @@ from rpcpipe.model.microbatch import Nest
 from rpcpipe.schedules.timeline import Timeline
 from rpcpipe.stage import precision
 from rpcpipe.stage.accumulation import Progress
-from rpcpipe.transport.interrupts import Deferred
+from rpcpipe.transport.interrupts import shield_interrupts
 from rpcpipe.worker.messages import Report, StepPlan
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Step:
 
     def __enter__(self) -> Step:
         try:
-            with Deferred():
+            with shield_interrupts():
                 self._pipe._enter(self)
                 self._context = self._pipe.cluster.transport.context()
                 self.context_id = self._context.__enter__()
@@ -61,7 +61,7 @@ class Step:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        with Deferred():
+        with shield_interrupts():
             self._pipe._leave(self)
             if self._context is not None:
                 context, self._context = self._context, None

@@ -26,7 +26,7 @@ from rpcpipe.model.microbatch import Nest
 from rpcpipe.schedules import Action
 from rpcpipe.schedules.asynchronous import Stream as Order
 from rpcpipe.stage import stream_rollback
-from rpcpipe.transport.interrupts import Deferred
+from rpcpipe.transport.interrupts import shield_interrupts
 from rpcpipe.worker.messages import Port, Report, Share, StepPlan, Task, Update
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class Stream:
                 while self.results or (self._is_open and len(self._batches) > self._ahead):
                     yield self.take()
         except KeyboardInterrupt:
-            with Deferred():
+            with shield_interrupts():
                 self._drain()  # what was fed will be done; the next call waits for it
             raise
         except BaseException:  # the caller leaves the loop, or has no more batches
@@ -94,7 +94,7 @@ class Stream:
         if len(parts) != len(answers):
             raise ValueError(f"inputs make {len(parts)} micro-batches and targets {len(answers)}: their sizes differ")
         check_inputs(parts[0], pipe._wires)
-        with Deferred():
+        with shield_interrupts():
             if not self._is_open:
                 pipe._check()
                 self._open()
@@ -190,7 +190,7 @@ class Stream:
         """Drain the pipeline: afterwards all stages have the same updates, and one version of the weights."""
         if not self._is_open:
             return
-        with Deferred():
+        with shield_interrupts():
             self._drain()
             while self._batches:
                 self.results.append(self._collect())
@@ -200,7 +200,7 @@ class Stream:
         """The oldest batch's result."""
         pipe, batch = self._pipe, self._batches[0]
         wanted = {(name, group): self._replies[name, group] for group in batch.groups for name in pipe._names}
-        with Deferred():
+        with shield_interrupts():
             try:
                 reports = pipe._driver.collect(wanted, self._watches)
             except StageError as error:
@@ -249,7 +249,7 @@ class Stream:
         pipe, driver = self._pipe, self._pipe._driver
         group = self._committed if error.chunk is None else self._groups[error.chunk]
         try:
-            with Deferred():
+            with shield_interrupts():
                 driver.abandon(self._step, group)
                 self._drain()
                 outcomes = driver.outcomes(self._replies)
@@ -275,7 +275,7 @@ class Stream:
         self._is_open, pipe._stream = False, None
         if isinstance(error, WorkerLost) or not pipe.cluster.healthy:
             return
-        with Deferred():
+        with shield_interrupts():
             updates = stream_rollback.newest(self._committed)
             pipe._driver.cancel(self._step, self._first)
             for name in pipe._names:

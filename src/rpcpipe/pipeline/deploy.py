@@ -47,7 +47,7 @@ def create(pipe: Pipeline, identity: str, layers: OrderedDict[str, Layer], commo
         }
         peers = Peers(pipe._layout.column(worker), replica, pipe._shard)
         spec = cloudpickle.dumps(dataclasses.replace(common, stages=mine, peers=peers))
-        replies[name] = pipe.cluster.transport.post(name, "create", identity, spec)
+        replies[name] = pipe.cluster.transport.call(name, "create", identity, spec)
     found = pipe._driver.collect(replies)
     adopt(pipe, found)
     groups = [info["groups"] for stages in found.values() for info in stages.values() if info["groups"]]

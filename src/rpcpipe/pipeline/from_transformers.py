@@ -18,7 +18,7 @@ from rpcpipe.pipeline.balance import balance_by_parameters
 from rpcpipe.pipeline.pipeline import Pipeline
 
 if TYPE_CHECKING:
-    from rpcpipe.cluster.cluster import Cluster
+    from rpcpipe.cluster import Cluster
 
 
 def from_transformers(

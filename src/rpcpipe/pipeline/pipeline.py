@@ -15,7 +15,7 @@ from typing import Any, overload
 import torch
 from tqdm import tqdm
 
-from rpcpipe.cluster.cluster import Cluster
+from rpcpipe.cluster import Cluster
 from rpcpipe.driver import feeding, inference
 from rpcpipe.driver.callbacks import Callback, JsonLines, tell
 from rpcpipe.driver.driver import Driver
@@ -39,7 +39,7 @@ from rpcpipe.stage.optimizer import Factory
 from rpcpipe.stage.recompute import Checkpoint
 from rpcpipe.stage.recompute import check as check_checkpoint
 from rpcpipe.stage.stage import Loss
-from rpcpipe.transport.interrupts import Deferred
+from rpcpipe.transport.interrupts import shield_interrupts
 from rpcpipe.worker.stage_set import ActorSpec
 
 
@@ -181,11 +181,11 @@ class Pipeline(Core):
             stream.feed(inputs, targets)
             stream.flush()
             return stream.take()
-        with Deferred(), self.step() as step:
+        with shield_interrupts(), self.step() as step:
             # Not forward_backward: its wait for the hand-over would cost a round trip.
             step.run(inputs, targets)
             step.optimize()
-            Deferred.check()  # up to here the step can be taken back; from here on it is done
+            shield_interrupts.check()  # up to here the step can be taken back; from here on it is done
             result = step.result()
         tell(self.callbacks, result)
         return result

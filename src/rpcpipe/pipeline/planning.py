@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rpcpipe.cluster.cluster import Cluster, Worker
+from rpcpipe.cluster import Cluster, Worker
 from rpcpipe.model.layers import Layer, named_layers
 from rpcpipe.model.microbatch import Nest, batch_size, split, tensors
 from rpcpipe.pipeline.arguments import refuse

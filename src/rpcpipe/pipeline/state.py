@@ -22,7 +22,7 @@ from rpcpipe.checkpoint.tensor_file import Reader
 from rpcpipe.errors import CheckpointError, Failure, StageError
 from rpcpipe.model.tied_weights import Tie
 from rpcpipe.pipeline.arguments import refuse
-from rpcpipe.transport.interrupts import Deferred
+from rpcpipe.transport.interrupts import shield_interrupts
 
 if TYPE_CHECKING:
     from rpcpipe.pipeline.pipeline import Pipeline
@@ -51,7 +51,7 @@ def save(pipe: Pipeline, directory: str | Path, stateful: Holders, position: Any
     refuse(keep is not None and keep < 1, f"keep must be at least 1, or None for all, not {keep}")
     tensor_file.require()
     directory = Path(directory).absolute()
-    with Deferred():
+    with shield_interrupts():
         tensors: dict[str, torch.Tensor] = {}
         manifest = Manifest(
             pipe.trained,
@@ -84,12 +84,12 @@ def load(pipe: Pipeline, directory: str | Path, stateful: Holders) -> Any:
             [manifest.position, manifest.stateful, manifest.parts, manifest.groups], reader.get
         )
     driver, names = pipe._driver, pipe._names
-    with Deferred():
+    with shield_interrupts():
         try:
             calls = dict.fromkeys(names, ("read_checkpoint", folder, manifest))
             found = _outcomes(pipe, calls, "nothing has changed")
             _check_complete(folder, manifest, found.values())
-            Deferred.check()
+            shield_interrupts.check()
             # A part that either side lacks is left as it is: precision, say, may differ.
             own = [(part, parts[name], f"the pipeline's {name}") for name, part in pipe._parts.items() if name in parts]
             _restore([*own, *((holder, states[name], repr(name)) for name, holder in stateful.items())], folder)

@@ -32,9 +32,9 @@ class Ledger(Protocol):
 
     def context(self) -> AbstractContextManager[int]: ...
 
-    def file(self, context_id: int, root: torch.Tensor) -> None: ...
+    def accumulate(self, context_id: int, root: torch.Tensor) -> None: ...
 
-    def collect(self, context_id: int) -> Mapping[torch.Tensor, torch.Tensor]: ...
+    def get_gradients(self, context_id: int) -> Mapping[torch.Tensor, torch.Tensor]: ...
 
 
 Send = Callable[[str, int, Port, Any], None]
@@ -212,13 +212,13 @@ class Actor(Holdings):
             gradients.scale(parameters, factor)
         root = gradients.take(parameters)
         if root is not None:
-            self._ledger.file(context_id, root)
+            self._ledger.accumulate(context_id, root)
 
     def optimize(self, context_id: int, changes: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
         """Apply the context's gradients; when that began and ended, in nanoseconds."""
         start = time.monotonic_ns()
         if self._optimizer is not None:
-            self._optimizer.step(self._ledger.collect(context_id), changes)
+            self._optimizer.step(self._ledger.get_gradients(context_id), changes)
         self._updated = start, time.monotonic_ns()
         if self._spec.peers.shard:
             for exchange in self.exchanges.values():
@@ -265,7 +265,7 @@ class Actor(Holdings):
             versions.before_update(update.group)
             with self._ledger.context() as context_id:
                 self.hand_over(context_id, factor)
-                self._optimizer.apply(self._ledger.collect(context_id), update.changes)
+                self._optimizer.apply(self._ledger.get_gradients(context_id), update.changes)
         versions.after_update(update.group)
         if self._snapshots is not None:
             self._snapshots.updated(versions.newest, update.committed)

@@ -20,7 +20,7 @@ import torch
 
 from rpcpipe.errors import Failure
 from rpcpipe.schedules.action import NAMES, Action
-from rpcpipe.transport.base import Transport
+from rpcpipe.transport import Transport
 from rpcpipe.worker.actor import Actor
 from rpcpipe.worker.mailbox import Entry, Mailbox
 from rpcpipe.worker.messages import Port, Task
@@ -261,7 +261,7 @@ class Executor:
             if worker == self.name:
                 self._put(pipeline, step, port, value)
             else:
-                self._transport.tell(worker, "deliver", pipeline, step, port, value)
+                self._transport.send(worker, "deliver", pipeline, step, port, value)
 
         built: ActorSpec = cloudpickle.loads(spec)
         actor = Actor(self.name, built, device=self._device, send=send, ledger=self._transport)
