@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,14 +24,6 @@ from rpcpipe.errors import Failure, RpcPipeError, StageError, WorkerLost
 from rpcpipe.transport.base import Endpoint
 from rpcpipe.transport.pickling import MessagePickler
 from rpcpipe.transport.replies import Replies
-
-
-class LocalEndpoint(Endpoint, Protocol):
-    """An endpoint without a thread: the transport runs its tasks."""
-
-    def run_one(self) -> bool:
-        """Run one task if one is ready; return whether it did."""
-        ...
 
 
 class LocalHandle:
@@ -81,7 +73,8 @@ class LocalTransport:
         self._replies = Replies()
         self._contexts = 0
 
-    def serve(self, name: str, endpoint: LocalEndpoint) -> None:
+    def serve(self, name: str, endpoint: Endpoint) -> None:
+        """Serve ``endpoint``, which needs no thread: its ``run_one()`` runs a task, or returns False."""
         self.endpoints[name] = endpoint
 
     def leave(self) -> None:
