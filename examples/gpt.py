@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import rpcpipe as rp
 from gpt_model import gpt, next_token_loss
-from rpcpipe import __main__ as cli
+from rpcpipe.__main__ import main as command
 
 # Layers, hidden size, heads: Brown et al., "Language models are few-shot learners" (2020), table 2.1. Where its heads
 # do not divide the hidden size (1.3B: 24 and 2048; 13B: 40 and 5140), the nearest that do.

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from rpcpipe.cluster import authentication
-from rpcpipe.cluster.authentication import Refused
+from rpcpipe.cluster.authentication import AuthenticationError
 
 SECRET = b"a secret of enough characters"
 HELLO = {"rank": 1, "world_size": 3, "host": "h", "pid": 7, "gpus": 0, "versions": {"python": "3.11"}}
@@ -22,11 +22,11 @@ def test_both_sides_are_convinced() -> None:
 def test_another_secret_convinces_neither() -> None:
     challenge = authentication.nonce()
     sent = authentication.answer(b"another", challenge, HELLO)
-    with pytest.raises(Refused, match="the secrets differ"):
+    with pytest.raises(AuthenticationError, match="the secrets differ"):
         authentication.check_answer(SECRET, challenge, sent)
     sent = authentication.answer(SECRET, challenge, HELLO)
     _, proof = authentication.check_answer(SECRET, challenge, sent)
-    with pytest.raises(Refused, match="does not know the secret"):
+    with pytest.raises(AuthenticationError, match="does not know the secret"):
         authentication.check_welcome(b"another", challenge, sent, proof)
 
 
@@ -34,13 +34,13 @@ def test_nothing_can_be_replayed_reflected_or_altered() -> None:
     challenge = authentication.nonce()
     sent = authentication.answer(SECRET, challenge, HELLO)
     _, proof = authentication.check_answer(SECRET, challenge, sent)
-    with pytest.raises(Refused):  # replayed at another challenge
+    with pytest.raises(AuthenticationError):  # replayed at another challenge
         authentication.check_answer(SECRET, authentication.nonce(), sent)
-    with pytest.raises(Refused):  # the worker's own proof sent back to it
+    with pytest.raises(AuthenticationError):  # the worker's own proof sent back to it
         authentication.check_welcome(SECRET, challenge, sent, sent["proof"])
-    with pytest.raises(Refused):  # an old welcome for a new hello
+    with pytest.raises(AuthenticationError):  # an old welcome for a new hello
         authentication.check_welcome(SECRET, challenge, authentication.answer(SECRET, challenge, HELLO), proof)
-    with pytest.raises(Refused):  # another rank under the same proof
+    with pytest.raises(AuthenticationError):  # another rank under the same proof
         authentication.check_answer(SECRET, challenge, {**sent, "hello": {**HELLO, "rank": 2}})
 
 
@@ -49,20 +49,20 @@ def test_nothing_can_be_replayed_reflected_or_altered() -> None:
     [None, 3, [], {}, {"nonce": 1, "hello": 2, "proof": 3}, {"nonce": "", "hello": {}, "proof": "ü"}, "x" * 99],
 )
 def test_whatever_else_is_refused(payload: object) -> None:
-    with pytest.raises(Refused):
+    with pytest.raises(AuthenticationError):
         authentication.check_answer(SECRET, authentication.nonce(), payload)
 
 
 def test_a_hello_that_lacks_something_is_refused_though_its_proof_is_right() -> None:
     challenge = authentication.nonce()
     for hello in ({}, {**HELLO, "rank": "1"}, {**HELLO, "rank": True}):
-        with pytest.raises(Refused, match="another version of rpcpipe"):
+        with pytest.raises(AuthenticationError, match="another version of rpcpipe"):
             authentication.check_answer(SECRET, challenge, authentication.answer(SECRET, challenge, hello))
 
 
 def test_what_listens_must_be_a_driver() -> None:
     for challenge in (None, "short", 64, ["x" * 64]):
-        with pytest.raises(Refused, match="no rpcpipe driver"):
+        with pytest.raises(AuthenticationError, match="no rpcpipe driver"):
             authentication.answer(SECRET, challenge, HELLO)
 
 

@@ -74,7 +74,7 @@ def test_next_waits_until_its_time_and_keeps_the_rest() -> None:
     with other:
         other.sendall(b'["a", 1]\n["b", 2]\n')
         assert channel.next(time.monotonic() + 1) == ("a", 1)
-        assert channel.flush() == [("b", 2)]
+        assert channel.take_buffered() == [("b", 2)]
         with pytest.raises(EOFError):
             channel.next(time.monotonic() + 0.01)
     channel.close()

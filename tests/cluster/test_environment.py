@@ -4,33 +4,35 @@ from pathlib import Path
 
 import pytest
 
-from rpcpipe.cluster.environment import Place, choose_interface, first_host, resolve, secret
+from rpcpipe.cluster.authentication import read_secret
+from rpcpipe.cluster.environment import RankEnvironment, first_host
+from rpcpipe.cluster.network import choose_interface, resolve
 from rpcpipe.errors import RendezvousError
 
 FOUR = {"RANK": "1", "WORLD_SIZE": "3", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
 
 
 def test_the_four_variables() -> None:
-    place = Place.of(FOUR)
-    assert (place.rank, place.world_size, place.address, place.port) == (1, 3, "10.0.0.1", 29500)
-    assert not place.agent_store
+    env = RankEnvironment.read(FOUR)
+    assert (env.rank, env.world_size, env.address, env.port) == (1, 3, "10.0.0.1", 29500)
+    assert not env.torchrun_store
 
 
 def test_torchruns() -> None:
     more = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "2", "TORCHELASTIC_RUN_ID": "job"}
-    place = Place.of({**FOUR, "LOCAL_WORLD_SIZE": "4", **more})
-    assert place.agent_store
-    assert (place.local_size, place.run) == (4, "job/2")
+    env = RankEnvironment.read({**FOUR, "LOCAL_WORLD_SIZE": "4", **more})
+    assert env.torchrun_store
+    assert (env.local_size, env.run_id) == (4, "job/2")
 
 
 def test_slurms() -> None:
     slurm = {"SLURM_PROCID": "2", "SLURM_NTASKS": "9", "SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "gpu[03-06,9]"}
-    place = Place.of({**slurm, "SLURM_NTASKS_PER_NODE": "3"})
-    assert (place.rank, place.world_size, place.address, place.port) == (2, 9, "gpu03", 29500 + 3456)
-    assert place.local_size == 3
-    assert Place.of({**slurm, "MASTER_PORT": "1234", "MASTER_ADDR": "head"}).port == 1234
+    env = RankEnvironment.read({**slurm, "SLURM_NTASKS_PER_NODE": "3"})
+    assert (env.rank, env.world_size, env.address, env.port) == (2, 9, "gpu03", 29500 + 3456)
+    assert env.local_size == 3
+    assert RankEnvironment.read({**slurm, "MASTER_PORT": "1234", "MASTER_ADDR": "head"}).port == 1234
     # torchrun inside of srun: its variables count, whatever Slurm's task is called.
-    assert Place.of({**slurm, **FOUR}).rank == 1
+    assert RankEnvironment.read({**slurm, **FOUR}).rank == 1
 
 
 @pytest.mark.parametrize(
@@ -56,7 +58,7 @@ def test_slurms_list_of_nodes(nodes: str, host: str) -> None:
 def test_what_is_missing_or_contradictory_is_named(change: dict[str, str | None], message: str) -> None:
     environ = {key: value for key, value in {**FOUR, **change}.items() if value is not None}
     with pytest.raises(RendezvousError, match=message):
-        Place.of(environ)
+        RankEnvironment.read(environ)
 
 
 def test_the_interface() -> None:
@@ -82,14 +84,14 @@ def test_the_secret(tmp_path: Path) -> None:
     path = tmp_path / "secret"
     path.write_text("0123456789abcdef\n")
     path.chmod(0o600)
-    assert secret({"RPCPIPE_SECRET_FILE": str(path)}) == b"0123456789abcdef"
-    assert secret({"RPCPIPE_SECRET": "fedcba9876543210", "RPCPIPE_SECRET_FILE": str(path)}) == b"fedcba9876543210"
+    assert read_secret({"RPCPIPE_SECRET_FILE": str(path)}) == b"0123456789abcdef"
+    assert read_secret({"RPCPIPE_SECRET": "fedcba9876543210", "RPCPIPE_SECRET_FILE": str(path)}) == b"fedcba9876543210"
     path.chmod(0o640)
     with pytest.raises(RendezvousError, match="is open to others: chmod 600"):
-        secret({"RPCPIPE_SECRET_FILE": str(path)})
+        read_secret({"RPCPIPE_SECRET_FILE": str(path)})
     with pytest.raises(RendezvousError, match="cannot be read"):
-        secret({"RPCPIPE_SECRET_FILE": str(tmp_path / "none")})
+        read_secret({"RPCPIPE_SECRET_FILE": str(tmp_path / "none")})
     with pytest.raises(RendezvousError, match="no secret: every rank needs"):
-        secret({})
+        read_secret({})
     with pytest.raises(RendezvousError, match="has 5 characters"):
-        secret({"RPCPIPE_SECRET": "short"})
+        read_secret({"RPCPIPE_SECRET": "short"})

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from rpcpipe.cluster import authentication
-from rpcpipe.cluster.authentication import Refused
-from rpcpipe.cluster.join_listener import Door, knock
-from rpcpipe.cluster.monitor import Watch
+from rpcpipe.cluster.authentication import AuthenticationError, authenticate
+from rpcpipe.cluster.join_listener import JoinListener
+from rpcpipe.cluster.monitor import Monitor
 from rpcpipe.errors import RendezvousError
 from support.faults import wait_for
 
@@ -23,13 +23,13 @@ SECRET = b"a secret of enough characters"
 HELLO = {"rank": 1, "world_size": 3, "host": "h", "pid": 7, "gpus": 0, "versions": {}}
 
 
-class Open:
-    """A door with a thread that polls it; ``came`` collects who was let in."""
+class Served:
+    """A listener with a thread that polls it; ``came`` collects the peers that were admitted."""
 
     def __init__(self) -> None:
-        self.watch = Watch()
-        self.door = Door(self.watch, SECRET, "127.0.0.1", 0)
-        self.address = "127.0.0.1", self.door.port
+        self.monitor = Monitor()
+        self.listener = JoinListener(self.monitor, SECRET, "127.0.0.1", 0)
+        self.address = "127.0.0.1", self.listener.port
         self.came: list[Any] = []
         self._stop = False
         self._thread = threading.Thread(target=self._run)
@@ -37,16 +37,16 @@ class Open:
 
     def _run(self) -> None:
         while not self._stop:
-            events = self.watch.poll()
-            self.door.sweep()
+            events = self.monitor.poll()
+            self.listener.drop_late()
             self.came += [payload for _, kind, payload in events if kind == "hello"]
 
     def close(self) -> None:
         self._stop = True
-        self.watch.wake()
+        self.monitor.wake()
         self._thread.join()
-        self.door.close()
-        self.watch.close()
+        self.listener.close()
+        self.monitor.close()
         for _, channel in self.came:
             channel.close()
 
@@ -55,28 +55,28 @@ class Open:
 
 
 @pytest.fixture
-def door() -> Iterator[Open]:
-    found = Open()
-    yield found
-    found.close()
+def served() -> Iterator[Served]:
+    opened = Served()
+    yield opened
+    opened.close()
 
 
-def enter(door: Open, secret: bytes = SECRET) -> None:
-    connection = socket.create_connection(door.address, timeout=5)
+def enter(served: Served, secret: bytes = SECRET) -> None:
+    connection = socket.create_connection(served.address, timeout=5)
     with connection:
-        knock(connection, secret, HELLO)
+        authenticate(connection, secret, HELLO)
 
 
-def test_an_authenticated_peer_is_accepted(door: Open) -> None:
-    enter(door)
-    door.wait_for(1)
-    assert [hello for hello, _ in door.came] == [HELLO]
+def test_an_authenticated_peer_is_accepted(served: Served) -> None:
+    enter(served)
+    served.wait_for(1)
+    assert [hello for hello, _ in served.came] == [HELLO]
 
 
-def test_who_does_not_is_told_so(door: Open) -> None:
-    with pytest.raises(Refused, match="the secrets differ"):
-        enter(door, b"another secret altogether")
-    assert not door.came
+def test_a_peer_with_another_secret_is_told_so(served: Served) -> None:
+    with pytest.raises(AuthenticationError, match="the secrets differ"):
+        enter(served, b"another secret altogether")
+    assert not served.came
 
 
 def test_an_impostor_driver_is_not_believed() -> None:
@@ -94,9 +94,9 @@ def test_an_impostor_driver_is_not_believed() -> None:
         thread.start()
         with (
             socket.create_connection(server.getsockname(), timeout=5) as connection,
-            pytest.raises(Refused, match="does not know the secret"),
+            pytest.raises(AuthenticationError, match="does not know the secret"),
         ):
-            knock(connection, SECRET, HELLO)
+            authenticate(connection, SECRET, HELLO)
         thread.join(5)
 
 
@@ -110,7 +110,7 @@ def garbage(random: random.Random) -> bytes:
     if kind == 2:
         return b"[" * random.randrange(1, 5000) + b"\n"
     if kind == 3:
-        return b"x" * random.randrange(authentication.LONGEST, 3 * authentication.LONGEST)
+        return b"x" * random.randrange(authentication.MAX_HELLO, 3 * authentication.MAX_HELLO)
     payload: Any = {"nonce": "n" * random.randrange(99), "hello": HELLO, "proof": "p" * 64}
     if kind == 4:
         payload.pop(random.choice(sorted(payload)))
@@ -121,49 +121,49 @@ def garbage(random: random.Random) -> bytes:
 
 
 @pytest.mark.alone
-def test_thousands_of_strangers_neither_crash_nor_block_it() -> None:
+def test_thousands_of_strangers_neither_crash_nor_block_the_listener() -> None:
     source = random.Random(0)
-    watch = Watch()
-    door = Door(watch, SECRET, "127.0.0.1", 0)
+    monitor = Monitor()
+    listener = JoinListener(monitor, SECRET, "127.0.0.1", 0)
     lingering: list[socket.socket] = []
     longest = 0.0
     for _ in range(4000):
-        connection = socket.create_connection(("127.0.0.1", door.port), timeout=5)
+        connection = socket.create_connection(("127.0.0.1", listener.port), timeout=5)
         connection.sendall(garbage(source))
         lingering.append(connection)
         if source.random() < 0.95:  # the others stay, and say no more
             lingering.pop().close()
         start = time.monotonic()
-        assert watch.poll(0) == []
-        assert watch.poll(0) == []
+        assert monitor.poll(0) == []
+        assert monitor.poll(0) == []
         longest = max(longest, time.monotonic() - start)
     assert longest < 0.5
-    assert len(door._newcomers) <= 64
+    assert listener.pending <= 64
     for connection in lingering:
         connection.close()
-    door.close()
-    watch.close()
+    listener.close()
+    monitor.close()
 
 
-def test_a_handshake_that_takes_too_long_is_ended(door: Open, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(authentication, "SECONDS", 0.3)
-    with socket.create_connection(door.address, timeout=5) as connection:
+def test_a_slow_handshake_times_out(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(authentication, "HANDSHAKE_SECONDS", 0.3)
+    with socket.create_connection(served.address, timeout=5) as connection:
         start = time.monotonic()
         while connection.recv(4096):  # the challenge, then the end
             pass
         assert 0.2 < time.monotonic() - start < 2.0
 
 
-def test_a_crowd_makes_room(door: Open) -> None:
-    crowd = [socket.create_connection(door.address, timeout=5) for _ in range(200)]
-    enter(door)
-    door.wait_for(1)
+def test_pending_peers_make_room_for_the_next(served: Served) -> None:
+    crowd = [socket.create_connection(served.address, timeout=5) for _ in range(200)]
+    enter(served)
+    served.wait_for(1)
     for connection in crowd:
         connection.close()
 
 
-def test_a_port_in_use_is_named(door: Open) -> None:
-    watch = Watch()
-    with pytest.raises(RendezvousError, match=rf"cannot listen on 127\.0\.0\.1:{door.door.port}: .*in use.* by "):
-        Door(watch, SECRET, "127.0.0.1", door.door.port)
-    watch.close()
+def test_a_port_in_use_is_named(served: Served) -> None:
+    monitor = Monitor()
+    with pytest.raises(RendezvousError, match=rf"cannot listen on 127\.0\.0\.1:{served.listener.port}: .*in use.* by "):
+        JoinListener(monitor, SECRET, "127.0.0.1", served.listener.port)
+    monitor.close()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import pytest
 
 from rpcpipe.cluster.control_channel import Message
-from rpcpipe.cluster.monitor import Watch, heartbeat_seconds
+from rpcpipe.cluster.monitor import Monitor, heartbeat_seconds
 
 pytestmark = pytest.mark.alone
 
@@ -23,7 +23,7 @@ class Fake:
         self.messages.append((kind, payload))
         os.write(self.writing, b"x")
 
-    def sources(self) -> Mapping[int, Callable[[], list[Message] | None]]:
+    def readers(self) -> Mapping[int, Callable[[], list[Message] | None]]:
         return {self.reading: self._read}
 
     def _read(self) -> list[Message] | None:
@@ -35,10 +35,10 @@ class Fake:
         os.close(self.writing)
 
 
-def kinds(watch: Watch, source: Fake, seconds: float = 0.0) -> list[str]:
+def kinds(monitor: Monitor, source: Fake, seconds: float = 0.0) -> list[str]:
     until, found = time.monotonic() + seconds, []
     while not found or time.monotonic() < until:
-        events = watch.poll(0.01)
+        events = monitor.poll(0.01)
         assert all(event[0] is source for event in events)
         found += [kind for _, kind, _ in events]
         if not events and time.monotonic() >= until:
@@ -47,49 +47,49 @@ def kinds(watch: Watch, source: Fake, seconds: float = 0.0) -> list[str]:
 
 
 def test_silence_is_noticed_once_and_only_of_who_has_spoken() -> None:
-    watch, source = Watch(0.1), Fake()
-    watch.add(source)
-    assert kinds(watch, source, 0.2) == []  # it may still be starting
+    monitor, source = Monitor(0.1), Fake()
+    monitor.add(source)
+    assert kinds(monitor, source, 0.2) == []  # it may still be starting
     source.say("beat")
-    assert kinds(watch, source, 0.5) == ["beat", "silent"]
+    assert kinds(monitor, source, 0.5) == ["beat", "silent"]
     source.say("beat")
-    assert kinds(watch, source) == ["beat"]
-    watch.forget(source)
-    watch.close()
+    assert kinds(monitor, source) == ["beat"]
+    monitor.remove(source)
+    monitor.close()
     source.close()
 
 
-def test_a_watch_that_slept_itself_judges_nobody_by_it() -> None:
-    watch, source = Watch(0.1), Fake()
-    watch.add(source)
+def test_a_monitor_that_slept_itself_calls_nobody_silent() -> None:
+    monitor, source = Monitor(0.1), Fake()
+    monitor.add(source)
     source.say("beat")
-    assert kinds(watch, source) == ["beat"]
+    assert kinds(monitor, source) == ["beat"]
     source.say("beat")
     source.say("beat")
     time.sleep(0.2)  # this process was busy; two beats lie in the pipe, one is read per poll
-    assert kinds(watch, source, 0.05) == ["beat", "beat"]
-    watch.close()
+    assert kinds(monitor, source, 0.05) == ["beat", "beat"]
+    monitor.close()
     source.close()
 
 
 def test_the_dead_are_not_heard_again() -> None:
-    watch, source = Watch(0.1), Fake()
-    watch.add(source)
+    monitor, source = Monitor(0.1), Fake()
+    monitor.add(source)
     source.say("beat")
     source.say("died", "was killed")
     source.say("beat")
-    assert kinds(watch, source, 0.3) == ["beat", "died"]
-    watch.close()
+    assert kinds(monitor, source, 0.3) == ["beat", "died"]
+    monitor.close()
     source.close()
 
 
 def test_wake_ends_a_poll() -> None:
-    watch = Watch(float("inf"))
-    watch.wake()
+    monitor = Monitor(float("inf"))
+    monitor.wake()
     start = time.monotonic()
-    assert watch.poll(0.2) == []
+    assert monitor.poll(0.2) == []
     assert time.monotonic() - start < 0.2
-    watch.close()
+    monitor.close()
 
 
 def test_the_heartbeat_is_the_users(monkeypatch: pytest.MonkeyPatch) -> None:

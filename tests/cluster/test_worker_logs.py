@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from rpcpipe.cluster.worker_logs import Lines, Logs
+from rpcpipe.cluster.worker_logs import Lines, WorkerLogs
 
 
 def test_lines_come_whole_whatever_the_pieces() -> None:
@@ -23,7 +23,7 @@ def test_a_line_without_end_is_cut() -> None:
 
 
 def test_repetitions_are_folded(capsys: pytest.CaptureFixture[str]) -> None:
-    logs = Logs()
+    logs = WorkerLogs()
     for index in range(5):
         logs.feed("worker0", "out", "same", index * 0.1)
     logs.feed("worker1", "out", "same", 0.5)
@@ -38,7 +38,7 @@ def test_repetitions_are_folded(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_errors_go_to_stderr_and_the_tail_keeps_the_last_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    logs = Logs()
+    logs = WorkerLogs()
     for index in range(30):
         logs.feed("worker0", "err", f"line {index}", 0.0)
     assert capsys.readouterr().err.startswith("[worker0] line 0\n[worker0] line 1\n")

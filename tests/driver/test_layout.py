@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from rpcpipe.driver.program import Layout
+from rpcpipe.driver.layout import Layout
 
 
 def test_layout() -> None:

@@ -122,7 +122,7 @@ def test_a_failed_step_is_cancelled_and_undone_once_on_every_worker(where: str, 
     BoomSGD.updates = 0
     cluster: Any = LocalCluster(3, 1)
     sent: Counter[str] = Counter()
-    tell, post = cluster.transport.tell, cluster.transport.post
+    tell, post = cluster.transport.send, cluster.transport.call
 
     def telling(to: str, verb: str, *args: Any) -> None:
         sent[verb] += 1
@@ -133,7 +133,7 @@ def test_a_failed_step_is_cancelled_and_undone_once_on_every_worker(where: str, 
             sent.update(type(task.operation).__name__ for task in args[3])
         return post(to, verb, *args)
 
-    cluster.transport.tell, cluster.transport.post = telling, posting
+    cluster.transport.send, cluster.transport.call = telling, posting
     model = [*mlp()[:-1], Boom(), mlp()[-1]]
     factory = (lambda params: BoomSGD(params, lr=0.1)) if where == "optimizer" else sgd
     pipe = rp.Pipeline(model, cluster, loss=cross_entropy, optimizer=factory, chunks=2, dispatch=dispatch)

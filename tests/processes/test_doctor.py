@@ -35,12 +35,12 @@ def test_the_join_port_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setenv(name, value)
         monkeypatch.setenv("RPCPIPE_SECRET", "a secret of the tests")
         monkeypatch.setenv("RANK", "1")
-        assert [(found.what, found.good) for found in doctor._job()] == [("multi-host", True), ("join port", True)]
+        assert [(found.check, found.ok) for found in doctor._job()] == [("multi-host", True), ("join port", True)]
         monkeypatch.setenv("RANK", "0")
         job, taken = doctor._job()
-        assert job.good
-        assert taken.good is False
-        assert "in use" in taken.words
+        assert job.ok
+        assert taken.ok is False
+        assert "in use" in taken.detail
 
 
 def test_a_leftover_worker_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,5 +49,5 @@ def test_a_leftover_worker_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("rpcpipe.cluster.process._INIT", os.getpid())
         found = doctor._leftovers()
         child.communicate(b"\n")
-    assert found.good is False
-    assert str(child.pid) in found.words
+    assert found.ok is False
+    assert str(child.pid) in found.detail

@@ -113,7 +113,7 @@ def test_results_of_a_dead_generation_are_dropped(cluster: rp.Cluster) -> None:
     pipe = faults.make_pipe(cluster)
     x = torch.randn(8, 8)
     expected = pipe.train_step(x, x).loss
-    stranger = RpcTransport(cluster.transport._generation[:8] + ", a dead one")
+    stranger = RpcTransport(cluster.transport.generation[:8] + ", a dead one")
     identity = pipe.runtime.driver._pipeline
     from rpcpipe.schedules import Action
     from rpcpipe.worker.messages import Port
@@ -122,8 +122,8 @@ def test_results_of_a_dead_generation_are_dropped(cluster: rp.Cluster) -> None:
         for chunk in range(4):
             for stage in range(4):
                 port = Port(Action("F", stage, chunk), "input")
-                stranger.tell(worker.name, "deliver", identity, 1, port, torch.full((2, 8), 1e9))
-        assert stranger.post(worker.name, "cancel", identity, 99, 99).result(5) is None
+                stranger.send(worker.name, "deliver", identity, 1, port, torch.full((2, 8), 1e9))
+        assert stranger.call(worker.name, "cancel", identity, 99, 0, 0).result(5) is None
     result = pipe.train_step(x, x)
     assert 0 < result.loss < expected
     pipe.close()

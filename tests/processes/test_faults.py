@@ -207,9 +207,9 @@ def test_a_dead_worker_is_named(sign: signal.Signals, monkeypatch: pytest.Monkey
             pipe.train_step(*batch)
         monkeypatch.setattr(rpc._BINDINGS, "_invoke_remote_python_udf", broken_pipe)
         with pytest.raises(rp.WorkerLost, match=f"was killed by {sign.name}"):
-            cluster.transport.hold("worker1", "clock")
+            cluster.transport.remote("worker1", "clock")
         with pytest.raises(RuntimeError, match="EPIPE"):
-            cluster.transport.hold("worker0", "clock")  # which lives
+            cluster.transport.remote("worker0", "clock")  # which lives
     assert not psutil.pid_exists(cluster.workers[0].pid)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import rpcpipe as rp
+from rpcpipe.worker.executor import Executor
 from support.models import batches, cross_entropy, mlp, sgd
 from support.oracle import Oracle, assert_same_weights
 
@@ -327,7 +328,8 @@ def test_a_pipeline_that_is_dropped_frees_its_stages(cluster: rp.Cluster) -> Non
 
 
 def _actors() -> int:
-    from rpcpipe.transport import rpc
+    from rpcpipe.transport.rpc import this_process
 
-    assert rpc._endpoint is not None
-    return len(rpc._endpoint[1].actors)
+    executor = this_process.endpoint
+    assert isinstance(executor, Executor)
+    return len(executor.actors)

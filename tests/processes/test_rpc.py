@@ -50,15 +50,15 @@ def test_idle_workers_use_no_cpu(cluster: rp.Cluster) -> None:
 
 
 def test_messages_of_another_generation_are_dropped(cluster: rp.Cluster) -> None:
-    stranger = transport.RpcTransport(cluster.transport._generation[:8] + ", one that is no more")
-    reply = stranger.post("worker0", "progress")
+    stranger = transport.RpcTransport(cluster.transport.generation[:8] + ", one that is no more")
+    reply = stranger.call("worker0", "progress")
     assert reply.result(5) is None
-    mine = cluster.transport.post("worker0", "progress")
+    mine = cluster.transport.call("worker0", "progress")
     assert mine.result(5)[1] == "idle" or "waits" in mine.result(5)[1]
 
 
 def test_calls_of_a_closed_pipeline_are_answered(cluster: rp.Cluster) -> None:
-    answer = cluster.transport.post("worker0", "submit", "no such pipeline", 0, 0, [Task(ReportStep())])
+    answer = cluster.transport.call("worker0", "submit", "no such pipeline", 0, 0, [Task(ReportStep())])
     outcome = answer.result(5)
     assert isinstance(outcome, Failure)
     assert outcome.cancelled
@@ -66,7 +66,7 @@ def test_calls_of_a_closed_pipeline_are_answered(cluster: rp.Cluster) -> None:
 
 def test_a_second_group_in_one_process_is_refused(cluster: rp.Cluster) -> None:
     with pytest.raises(rp.RpcPipeError, match="already runs torch RPC"):
-        transport.join(None, "x", {"x": 0}, "generation", interface="lo")  # type: ignore[arg-type]
+        transport.this_process.join(None, "x", {"x": 0}, "generation", interface="lo")  # type: ignore[arg-type]
 
 
 GENERATIONS = """
@@ -96,10 +96,9 @@ from rpcpipe.transport import rpc
 for _ in range(2):
     with rp.launch(workers=2, threads=1) as cluster:
         assert cluster.call(2, max, 1, 2) == 2
-        membership = rpc._membership
-        host, _, port = membership.store.said["addrs/driver"].rpartition("/")[2].rpartition(":")
-        socket.create_connection((host, int(port)), 1).close()
-        wait_for(lambda: not membership.listening)
+        agent = this_process.agent
+        socket.create_connection(("127.0.0.1", agent.port), 1).close()
+        wait_for(lambda: not agent.listening)
 rp.launch(workers=1, threads=1).close()
 """
 
@@ -120,4 +119,4 @@ def test_groups_that_follow_each_other(program: str) -> None:
 def test_a_network_cannot_be_changed(cluster: rp.Cluster) -> None:
     cluster.close()
     with pytest.raises(rp.RpcPipeError, match="listens on lo and cannot change to eth0"):
-        transport.join(None, "driver", {"driver": 0}, "generation", interface="eth0")  # type: ignore[arg-type]
+        transport.this_process.join(None, "driver", {"driver": 0}, "generation", interface="eth0")  # type: ignore[arg-type]

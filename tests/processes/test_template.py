@@ -202,7 +202,7 @@ DRIVER = textwrap.dedent("""
         print("holding", file=sys.stderr, flush=True)
         ctypes.PyDLL(None).sleep(30)
     os.kill(cluster.workers[0].pid, signal.SIGSTOP)
-    cluster.transport.post("worker1", "run", dumps((hold, ()), ""))
+    cluster.transport.call("worker1", "run", dumps((hold, ()), ""))
     sys.stdin.readline()
     if sys.argv[1] == "_exit":
         os._exit(4)

@@ -122,7 +122,7 @@ def _from_outside(cluster: rp.Cluster, stage: int, fault: str, stamp: Path) -> N
     else:
         from rpcpipe.transport.pickling import dumps
 
-        cluster.transport.post(worker.name, "run", dumps((strike, (fault, str(stamp))), "strike"))
+        cluster.transport.call(worker.name, "run", dumps((strike, (fault, str(stamp))), "strike"))
         wait_for(lambda: stamp.exists() and stamp.read_text() != "")
 
 

@@ -69,13 +69,13 @@ class Wire:
             todo = {worker: tasks for worker, tasks in todo.items() if tasks}
 
 
-def step_tasks(member: Exchange, what: str) -> list[Task]:
+def step_tasks(member: Exchange, *, spread: bool) -> list[Task]:
     owners = member.owners
     tasks = [
-        program.scatter("g"),
-        *program.reduces("g", member.workers, owners, member.index, spread=bool(what)),
+        program.reduce_scatter("g"),
+        *program.reduces("g", member.workers, owners, member.index, spread=spread),
     ]
-    return tasks + (program.gathers("g", owners, member.index, what) if what else [])
+    return tasks + (program.gather_sums("g", owners, member.index) if spread else [])
 
 
 @pytest.mark.parametrize("limit", [1, 64, 1 << 20])
@@ -90,7 +90,7 @@ def test_all_members_get_the_sums_in_the_members_order(count: int, limit: int) -
             total = None if total is None or grad is None else total + grad
         wanted.append(total)
     wire = Wire(group, limit)
-    wire.run({member.workers[member.index]: step_tasks(member, "sums") for member in group})
+    wire.run({member.workers[member.index]: step_tasks(member, spread=True) for member in group})
     assert not wire.values
     for member in group:
         for parameter, want in zip(parameters_of(member), wanted, strict=True):
@@ -106,20 +106,20 @@ def test_a_gradient_that_only_some_members_have_is_summed_over_those() -> None:
     assert want is not None
     want = want.clone()
     wire = Wire(group, 0)
-    wire.run({member.workers[member.index]: step_tasks(member, "sums") for member in group})
+    wire.run({member.workers[member.index]: step_tasks(member, spread=True) for member in group})
     assert all(torch.equal(parameters_of(member)[1].grad, want) for member in group)  # type: ignore[arg-type]
 
 
 def test_sharded_sums_stay_with_their_owners_and_weights_are_spread() -> None:
     group = members(3)
     wire = Wire(group, 1)
-    wire.run({member.workers[member.index]: step_tasks(member, "") for member in group})
+    wire.run({member.workers[member.index]: step_tasks(member, spread=False) for member in group})
     for member in group:
         elsewhere = set(member.owned_elsewhere)
         assert all(parameter.grad is None for parameter in elsewhere)
     for member in group:
         wire.push(member.weights())
-    wire.run({m.workers[m.index]: program.gathers("g", m.owners, m.index, "weights") for m in group})
+    wire.run({m.workers[m.index]: program.gather_weights("g", m.owners, m.index) for m in group})
     for at in range(len(SHAPES)):
         copies = [parameters_of(member)[at] for member in group]
         assert all(torch.equal(copies[0], copy) for copy in copies)

@@ -1,4 +1,8 @@
-"""Processes, hosts, and who is alive: workers are started, joined, watched and ended here."""
+"""Start worker processes on this host or join those of several hosts, and watch over them while they live.
+
+``launch`` and ``connect`` make a ``Cluster`` of ``Worker``s. It names what dies, hangs or prints, and ends
+all workers with the driver. What runs on a worker is ``rpcpipe.worker``; this package does not know it.
+"""
 
 from rpcpipe.cluster.cluster import Cluster, Worker
 from rpcpipe.cluster.connect import connect

@@ -1,4 +1,4 @@
-"""A live group of workers: what they say, who is lost, and how it ends."""
+"""Watch over a live group of workers: hear them, name those that are lost, end all."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from rpcpipe import _tables
-from rpcpipe.cluster.group import Group, Member, place_of
+from rpcpipe.cluster.rendezvous import Member, WorkerGroup, describe
 from rpcpipe.errors import Failure, RpcPipeError, StageError, WorkerLost
-from rpcpipe.transport import rpc
 from rpcpipe.transport.pickling import dumps, loads
 
 log = logging.getLogger("rpcpipe")
@@ -25,7 +24,7 @@ _DRAIN_SECONDS = 0.3
 
 @dataclass(frozen=True)
 class Worker:
-    """Where a worker is."""
+    """A worker's name, rank (from 1) and place."""
 
     name: str
     rank: int
@@ -34,37 +33,42 @@ class Worker:
     device: str
 
 
-class Holder(Protocol):
-    """What lives on a cluster: a pipeline."""
+class Tenant(Protocol):
+    """What a cluster knows of a pipeline that uses it."""
 
     def close(self) -> None: ...
 
-    def stages_on(self, worker: str) -> Sequence[int]: ...
+    def stages_on(self, worker: str) -> Sequence[int]:
+        """Return the stages that ``worker`` holds."""
+        ...
 
-    def replica_of(self, worker: str) -> int | None: ...
+    def replica_of(self, worker: str) -> int | None:
+        """Return the replica that ``worker`` belongs to; None where there is only one."""
+        ...
 
 
 class Cluster:
-    """Live workers; made by ``rp.launch`` or ``rp.connect``. A context manager that closes them.
+    """Live workers, made by ``rp.launch`` or ``rp.connect``. A context manager that closes them.
 
-    ``workers`` hold the stages of pipelines; ``spares`` are idle.
+    ``workers`` hold the stages of pipelines; ``spares`` are idle. ``timeout``: seconds without any progress
+    after which a wait raises DeadlineExceeded.
     """
 
-    def __init__(self, group: Group, workers: Sequence[Worker], spares: Sequence[Worker] = ()) -> None:
+    def __init__(self, group: WorkerGroup, workers: Sequence[Worker], spares: Sequence[Worker] = ()) -> None:
         self.workers, self.spares = tuple(workers), tuple(spares)
         self.timeout = group.timeout
-        self.transport = rpc.RpcTransport(group.generation)
-        self.pipelines: weakref.WeakSet[Holder] = weakref.WeakSet()
+        self.transport = group.transport
+        self.pipelines: weakref.WeakSet[Tenant] = weakref.WeakSet()
         self._group = group
         self._beats: dict[str, tuple[int, str, int]] = {}
         self._dead: dict[str, WorkerLost] = {}
-        self._holdings: dict[str, tuple[int, ...]] = {}
+        self._stages: dict[str, tuple[int, ...]] = {}
         self._replicas: dict[str, tuple[int, ...]] = {}
         self._alive = set(group.members)
         self._gone = threading.Condition()
         self._closed = self._ending = False
         group.logs.label = self._label
-        self._thread = threading.Thread(target=self._listen, daemon=True, name="rpcpipe-watch")
+        self._thread = threading.Thread(target=self._listen, daemon=True, name="rpcpipe-monitor")
         self._thread.start()
 
     def __enter__(self) -> Cluster:
@@ -75,11 +79,11 @@ class Cluster:
 
     @property
     def healthy(self) -> bool:
-        """Open, and no worker has died; a spare may have."""
+        """Return whether the cluster is open and no worker has died; a spare may have."""
         return not self._closed and not self._lost_workers()
 
     def check(self) -> None:
-        """Raise unless the cluster can take work."""
+        """Raise RpcPipeError if the cluster is closed, WorkerLost if a worker has died."""
         if self._closed:
             raise RpcPipeError("the cluster is closed; call rp.launch again")
         for lost in self._lost_workers():
@@ -89,10 +93,14 @@ class Cluster:
         return [self._dead[worker.name] for worker in self.workers if worker.name in self._dead]
 
     def call(self, worker: str | int | Worker, function: Callable[..., Any], *args: Any) -> Any:
-        """``function(*args)`` on a worker or spare (its name, rank from 1, or ``Worker``); the result."""
+        """Return ``function(*args)``, run on a worker or spare (its name, rank from 1, or ``Worker``).
+
+        Raises StageError for what the function raises, TimeoutError if it takes longer than ``timeout``, and
+        WorkerLost.
+        """
         self.check()
         name = self._name(worker)
-        reply = self.transport.post(name, "run", dumps((function, args), "the call's function"))
+        reply = self.transport.call(name, "run", dumps((function, args), "the call's function"))
         done, _ = self.transport.wait([reply], self.timeout)
         if not done:
             raise TimeoutError(f"{name} did not answer within {self.timeout:g} s")
@@ -108,16 +116,16 @@ class Cluster:
                 return known.name
         raise ValueError(f"no worker {worker!r}; there are {', '.join(known.name for known in everybody)}")
 
-    # --- what workers say; runs on the watch's thread ---
+    # --- what workers report; runs on the monitor's thread ---
 
     def _listen(self) -> None:
         while self._alive or not self._ending:
-            for source, kind, payload in self._group.watch.poll():
-                if not self._group.heard(source, kind, payload):
-                    self._hear(source, kind, payload)
-            self._group.rest()
+            for source, kind, payload in self._group.monitor.poll():
+                if not self._group.handle(source, kind, payload):
+                    self._handle(source, kind, payload)
+            self._group.housekeeping()
 
-    def _hear(self, source: Any, kind: str, payload: Any) -> None:
+    def _handle(self, source: Any, kind: str, payload: Any) -> None:
         if kind == "beat":
             self._beats[source.name] = tuple(payload)
         elif kind == "died":
@@ -132,7 +140,7 @@ class Cluster:
         if self._ending or member.name in self._dead:
             return
         stages, role = self.stages_on(member.name), self._role(member.name)
-        who = f"{role} on {place_of(member)}" if role else place_of(member)
+        who = f"{role} on {describe(member)}" if role else describe(member)
         last = self._group.logs.tail(member.name)
         story = f"{who} {how}.\n" + (f"Its last lines:\n{last}\n" if last else "It has printed nothing.\n")
         if member.name in (spare.name for spare in self.spares):
@@ -148,38 +156,38 @@ class Cluster:
         self.transport.lose(member.name, error)
 
     def relabel(self) -> None:
-        """A pipeline's stages have come, moved or gone: for labels and messages."""
+        """Note where stages are now, for labels and messages; pipelines call it when stages come, move or go."""
         if self._ending:
             return
         pipelines = list(self.pipelines)
-        # Replaced as a whole, because the watch's thread reads it.
-        self._holdings = {
+        # Replaced as a whole, because the monitor's thread reads it.
+        self._stages = {
             worker.name: tuple(sorted({stage for pipe in pipelines for stage in pipe.stages_on(worker.name)}))
             for worker in self.workers
         }
         self._replicas = {
             worker.name: tuple(
-                sorted({found for pipe in pipelines if (found := pipe.replica_of(worker.name)) is not None})
+                sorted({index for pipe in pipelines if (index := pipe.replica_of(worker.name)) is not None})
             )
             for worker in self.workers
         }
 
     def stages_on(self, worker: str) -> tuple[int, ...]:
-        """The stages that ``worker`` holds, of all pipelines."""
-        return self._holdings.get(worker, ())
+        """Return the stages that ``worker`` holds, of all pipelines."""
+        return self._stages.get(worker, ())
 
     def _role(self, worker: str) -> str:
-        """``stage 0, 2`` or, of several replicas, ``stage 0, 2 of replica 1``; '' for a worker without stages."""
+        """Return ``stage 0, 2`` or, of several replicas, ``stage 0, 2 of replica 1``; '' without stages."""
         stages, replicas = self.stages_on(worker), self._replicas.get(worker, ())
-        of = f" of replica {', '.join(map(str, replicas))}" if replicas else ""
-        return f"stage {', '.join(map(str, stages))}{of}" if stages else ""
+        replica = f" of replica {', '.join(map(str, replicas))}" if replicas else ""
+        return f"stage {', '.join(map(str, stages))}{replica}" if stages else ""
 
     def _label(self, worker: str) -> str:
-        """The prefix of what a worker prints."""
+        """Return the prefix of what a worker prints."""
         member = self._group.members[worker]
         return f"[{self._role(worker) or worker} {member.host}:{member.pid}]"
 
-    # --- for people ---
+    # --- tables ---
 
     def _rows(self) -> list[list[str]]:
         rows = []
@@ -208,20 +216,20 @@ class Cluster:
     # --- the end ---
 
     def _drain(self) -> None:
-        """Let what is under way arrive: contexts being released, RRefs being deleted."""
+        """Let messages under way arrive: contexts being released, RRefs being deleted."""
         if self.healthy:
             until = time.monotonic() + _DRAIN_SECONDS
             everybody = self.workers + self.spares
-            for reply in [self.transport.post(worker.name, "progress") for worker in everybody]:
+            for reply in [self.transport.call(worker.name, "progress") for worker in everybody]:
                 self.transport.wait([reply], max(0.0, until - time.monotonic()))
 
     def close(self) -> None:
-        """End the workers; returns within 2 s whatever their state. Closing twice is allowed."""
+        """End the workers, within 2 s whatever their state. Closing twice is allowed."""
         if self._closed:
             return
         try:
             self._drain()
-            self._ending = True  # from here on a death is no news, and labels stay
+            self._ending = True  # from here on a death is expected, and labels stay
             for pipeline in list(self.pipelines):
                 pipeline.close()
         finally:
@@ -235,7 +243,7 @@ class Cluster:
             self.transport.lose(member.name, closed)
         try:
             for member in members:
-                # Who is lost would not hear "stop": it is dead, stopped or stuck.
+                # A lost worker would not read "stop": it is dead, stopped or stuck.
                 member.kill() if member.name in self._dead else member.send("stop")
             self._wait_for_deaths(_STOP_SECONDS)
         finally:  # a second Ctrl-C ends the waiting, not the ending
@@ -243,10 +251,10 @@ class Cluster:
                 if member.name in self._alive:
                     member.kill()
             self._wait_for_deaths(_KILL_SECONDS)
-            rpc.leave()
+            self.transport.leave()
             with self._gone:
                 self._alive.clear()
-            self._group.watch.wake()
+            self._group.monitor.wake()
             self._thread.join()
             self._group.close()
 

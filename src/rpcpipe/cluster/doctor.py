@@ -1,4 +1,4 @@
-"""``rpcpipe doctor``: what of this machine would keep a cluster from forming, and what to do about it."""
+"""Check what would keep a cluster from forming on this machine, and say what to do about it (``rpcpipe doctor``)."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ import torch
 
 from rpcpipe import _tables
 from rpcpipe.cluster import authentication
-from rpcpipe.cluster.environment import Place, choose_interface, interfaces, resolve, secret
+from rpcpipe.cluster.authentication import read_secret
+from rpcpipe.cluster.environment import RankEnvironment
 from rpcpipe.cluster.launch import launch
+from rpcpipe.cluster.network import choose_interface, interfaces, resolve
 from rpcpipe.cluster.process import leftovers
 from rpcpipe.errors import RendezvousError, RpcPipeError
 
@@ -26,34 +28,33 @@ _MARKS = {True: "ok", False: "BAD", None: "-"}
 
 @dataclass(frozen=True)
 class Finding:
-    """``good`` is None for what is only reported."""
+    """The result of one check. ``ok`` is None for what is only reported."""
 
-    what: str
-    good: bool | None
-    words: str
+    check: str
+    ok: bool | None
+    detail: str
 
 
 def examine() -> Iterator[Finding]:
-    """All checks, cheap ones first; the last one launches a worker."""
+    """Run all checks, cheap ones first, and yield their findings; the last one launches a worker."""
     for check in (_versions, _cpu, _loopback, _interfaces, _name, _cuda, _shared_memory, _leftovers, _job, _launch):
-        found = check()
-        yield from [found] if isinstance(found, Finding) else found
+        result = check()
+        yield from [result] if isinstance(result, Finding) else result
 
 
 def report(say: Callable[[str], None] = print) -> int:
-    """Print all findings; the exit status: 1 if anything is bad."""
-    found = list(examine())
-    say(_tables.text(("check", "", ""), [(one.what, _MARKS[one.good], one.words) for one in found]))
-    return int(any(one.good is False for one in found))
+    """Print all findings; return the exit status: 1 if anything is bad."""
+    findings = list(examine())
+    rows = [(finding.check, _MARKS[finding.ok], finding.detail) for finding in findings]
+    say(_tables.text(("check", "", ""), rows))
+    return int(any(finding.ok is False for finding in findings))
 
 
 def _versions() -> Finding:
     versions = authentication.versions()
-    words = ", ".join(f"{name} {version}" for name, version in versions.items())
-    good = platform.system() == "Linux" and torch.distributed.is_available()
-    return Finding(
-        "versions", good, f"{words}; {platform.system()} {platform.release()}; the same on all hosts, please"
-    )
+    known = ", ".join(f"{name} {version}" for name, version in versions.items())
+    ok = platform.system() == "Linux" and torch.distributed.is_available()
+    return Finding("versions", ok, f"{known}; {platform.system()} {platform.release()}; the same on all hosts, please")
 
 
 def _cpu() -> Finding:
@@ -71,8 +72,8 @@ def _loopback() -> Finding:
 
 
 def _interfaces() -> Finding:
-    words = ", ".join(f"{one.name} {one.address}" for one in interfaces())
-    return Finding("interfaces", None, words or "none")
+    known = ", ".join(f"{interface.name} {interface.address}" for interface in interfaces())
+    return Finding("interfaces", None, known or "none")
 
 
 def _name() -> Finding:
@@ -110,32 +111,30 @@ def _leftovers() -> Finding:
 
 
 def _job() -> Iterator[Finding]:
-    """The variables of rp.connect, where any is set."""
+    """Check the variables of rp.connect, where any is set."""
     if not {"RANK", "SLURM_PROCID", "MASTER_ADDR"} & os.environ.keys():
         yield Finding(
             "multi-host", None, "RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT are not set; rp.launch needs none"
         )
         return
     try:
-        place = Place.of(os.environ)
-        interface = choose_interface(os.environ.get("RPCPIPE_BIND"), place.address)
-        secret(os.environ)
+        env = RankEnvironment.read(os.environ)
+        interface = choose_interface(os.environ.get("RPCPIPE_BIND"), env.address)
+        read_secret(os.environ)
     except RendezvousError as error:
         yield Finding("multi-host", False, str(error))
         return
-    yield Finding(
-        "multi-host", True, f"rank {place.rank} of {place.world_size} on {interface.name} {interface.address}"
-    )
-    yield _port(place, interface.address)
+    yield Finding("multi-host", True, f"rank {env.rank} of {env.world_size} on {interface.name} {interface.address}")
+    yield _port(env, interface.address)
 
 
-def _port(place: Place, address: str) -> Finding:
-    where = f"{place.address}:{place.port}"
+def _port(env: RankEnvironment, address: str) -> Finding:
+    where = f"{env.address}:{env.port}"
     try:
-        if place.rank == 0 and not place.agent_store:
-            socket.create_server((address, place.port)).close()
+        if env.rank == 0 and not env.torchrun_store:
+            socket.create_server((address, env.port)).close()
             return Finding("join port", True, f"{where} is free for the driver")
-        socket.create_connection((resolve(place.address), place.port), 2).close()
+        socket.create_connection((resolve(env.address), env.port), 2).close()
         return Finding("join port", True, f"{where} answers")
     except (OSError, RendezvousError) as error:
         return Finding("join port", False, f"{where}: {error}")

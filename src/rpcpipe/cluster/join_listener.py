@@ -1,4 +1,4 @@
-"""The driver's join port: lets in who knows the secret, and is not held up by who does not."""
+"""Listen, on the driver, for workers that join: admit those that authenticate, and never wait for the others."""
 
 from __future__ import annotations
 
@@ -7,31 +7,35 @@ import logging
 import socket
 import time
 from collections.abc import Mapping
-from typing import Any
 
 import psutil
 
 from rpcpipe.cluster import authentication
-from rpcpipe.cluster.authentication import Refused
-from rpcpipe.cluster.control_channel import Channel, Message, guard
-from rpcpipe.cluster.monitor import Watch, heartbeat_seconds
+from rpcpipe.cluster.authentication import AuthenticationError
+from rpcpipe.cluster.control_channel import MAX_LINE, Channel, Message
+from rpcpipe.cluster.monitor import Monitor, heartbeat_seconds
+from rpcpipe.cluster.network import enable_keepalive
 from rpcpipe.cluster.process import Reader
 from rpcpipe.errors import RendezvousError
 
 _BACKLOG = 128
-# Strangers that may be half-way through the handshake at once; the oldest makes room for the next.
-_NEWCOMERS = 64
+# Peers that may be in the handshake at once; the oldest makes room for the next.
+_MAX_PENDING = 64
 
 log = logging.getLogger("rpcpipe")
 
 
-class Door:
-    """Listens at ``address:port`` (0: any port). Its events: ("hello", (hello, channel))."""
+class JoinListener:
+    """Listens at ``address:port`` (0: any port; ``port`` says which).
 
-    def __init__(self, watch: Watch, secret: bytes, address: str, port: int) -> None:
-        self._watch = watch
+    Reports every authenticated peer to ``monitor`` as an event ("hello", (hello, channel)). Raises
+    RendezvousError where it cannot listen.
+    """
+
+    def __init__(self, monitor: Monitor, secret: bytes, address: str, port: int) -> None:
+        self._monitor = monitor
         self._secret = secret
-        self._newcomers: list[_Newcomer] = []
+        self._pending: list[PendingPeer] = []
         if ipaddress.ip_address(address).is_global:
             log.warning("listening for workers on the public address %s; a private network is meant", address)
         try:
@@ -43,9 +47,15 @@ class Door:
             ) from error
         self._socket.setblocking(False)
         self.port: int = self._socket.getsockname()[1]
-        watch.add(self)
+        monitor.add(self)
 
-    def sources(self) -> Mapping[int, Reader]:
+    @property
+    def pending(self) -> int:
+        """Return how many peers are in the handshake."""
+        return len(self._pending)
+
+    def readers(self) -> Mapping[int, Reader]:
+        """Return what to watch: the listening socket."""
         return {self._socket.fileno(): self._accept}
 
     def _accept(self) -> list[Message]:
@@ -53,46 +63,47 @@ class Door:
             connection, _ = self._socket.accept()
         except OSError:
             return []  # gone again, or no descriptors left
-        self.sweep(_NEWCOMERS - 1)
-        newcomer = _Newcomer(self, connection, self._secret)
-        self._newcomers.append(newcomer)
-        self._watch.add(newcomer)
+        self.drop_late(_MAX_PENDING - 1)
+        peer = PendingPeer(self, connection, self._secret)
+        self._pending.append(peer)
+        self._monitor.add(peer)
         return []
 
-    def sweep(self, most: int = _NEWCOMERS) -> None:
-        """Turn away who has taken too long, and the oldest beyond ``most``."""
+    def drop_late(self, most: int = _MAX_PENDING) -> None:
+        """Disconnect the peers that have taken too long, and the oldest beyond ``most``."""
         now = time.monotonic()
-        late = [one for one in self._newcomers if one.until < now]
-        for newcomer in {*late, *self._newcomers[: max(0, len(self._newcomers) - most)]}:
-            self.dismiss(newcomer)
-            newcomer.channel.close()
+        late = [peer for peer in self._pending if peer.deadline < now]
+        for peer in {*late, *self._pending[: max(0, len(self._pending) - most)]}:
+            self.release(peer)
+            peer.channel.close()
 
-    def dismiss(self, newcomer: _Newcomer) -> None:
-        """It is no newcomer any more."""
-        self._watch.forget(newcomer)
-        self._newcomers.remove(newcomer)
+    def release(self, peer: PendingPeer) -> None:
+        """Forget ``peer``, which is authenticated or refused."""
+        self._monitor.remove(peer)
+        self._pending.remove(peer)
 
     def close(self) -> None:
-        """Listen no longer."""
-        self.sweep(0)
-        self._watch.forget(self)
+        """Listen no longer, and disconnect the peers in the handshake."""
+        self.drop_late(0)
+        self._monitor.remove(self)
         self._socket.close()
 
 
-class _Newcomer:
-    """Somebody who has connected and must prove that they know the secret."""
+class PendingPeer:
+    """A connection whose peer must prove by ``deadline`` (monotonic seconds) that it knows the secret."""
 
-    def __init__(self, door: Door, connection: socket.socket, secret: bytes) -> None:
-        self.until = time.monotonic() + authentication.SECONDS
+    def __init__(self, listener: JoinListener, connection: socket.socket, secret: bytes) -> None:
+        self.deadline = time.monotonic() + authentication.HANDSHAKE_SECONDS
         connection.setblocking(True)
-        self.channel = Channel(connection, longest=authentication.LONGEST, patient=False)
-        guard(connection, heartbeat_seconds())
-        self._door = door
+        self.channel = Channel(connection, longest=authentication.MAX_HELLO, patient=False)
+        enable_keepalive(connection, heartbeat_seconds())
+        self._listener = listener
         self._secret = secret
         self._challenge = authentication.nonce()
         self.channel.send("challenge", self._challenge)
 
-    def sources(self) -> Mapping[int, Reader]:
+    def readers(self) -> Mapping[int, Reader]:
+        """Return what to watch: the connection."""
         return {self.channel.fileno(): self._read}
 
     def _read(self) -> list[Message] | None:
@@ -102,46 +113,25 @@ class _Newcomer:
                 return []
             (kind, payload), *more = messages
             if kind != "hello" or more:
-                raise Refused("not a worker of rpcpipe")
+                raise AuthenticationError("not a worker of rpcpipe")
             hello, proof = authentication.check_answer(self._secret, self._challenge, payload)
-        except (EOFError, ValueError, Refused) as error:
-            if isinstance(error, Refused):
-                log.warning("a newcomer from %s was refused: %s", self._peer(), error)
+        except (EOFError, ValueError, AuthenticationError) as error:
+            if isinstance(error, AuthenticationError):
+                log.warning("a newcomer from %s was refused: %s", self._address(), error)
                 self.channel.send("refused", str(error))
-            self._door.dismiss(self)
+            self._listener.release(self)
             self.channel.close()
             return []
-        self._door.dismiss(self)
-        self.channel.longest = 1 << 20
+        self._listener.release(self)
+        self.channel.longest = MAX_LINE
         self.channel.send("welcome", proof)
         return [("hello", (hello, self.channel))]
 
-    def _peer(self) -> str:
+    def _address(self) -> str:
         try:
             return str(self.channel.sock.getpeername()[0])
         except OSError:
             return "an address that is gone"
-
-
-def knock(connection: socket.socket, secret: bytes, hello: dict[str, Any]) -> Channel:
-    """The worker's side of the handshake over a fresh connection; raises Refused, EOFError, ValueError."""
-    channel = Channel(connection, longest=authentication.LONGEST)
-    until = time.monotonic() + authentication.SECONDS
-    challenge = _one(channel, "challenge", until)
-    sent = authentication.answer(secret, challenge, hello)
-    channel.send("hello", sent)
-    authentication.check_welcome(secret, challenge, sent, _one(channel, "welcome", until))
-    channel.longest = 1 << 20
-    return channel
-
-
-def _one(channel: Channel, wanted: str, until: float) -> Any:
-    kind, payload = channel.next(until)
-    if kind == "refused":
-        raise Refused(str(payload))
-    if kind != wanted:
-        raise Refused("whoever listens there is no rpcpipe driver")
-    return payload
 
 
 def _family(address: str) -> socket.AddressFamily:
@@ -149,13 +139,13 @@ def _family(address: str) -> socket.AddressFamily:
 
 
 def _user_of(port: int) -> str:
-    """Who listens at ``port``, where the system tells."""
+    """Return who listens at ``port``, as words to add to a message; '' where the system does not tell."""
     try:
-        found = [
-            c
-            for c in psutil.net_connections("tcp")
-            if c.status == psutil.CONN_LISTEN and c.laddr and c.laddr.port == port
+        listeners = [
+            connection
+            for connection in psutil.net_connections("tcp")
+            if connection.status == psutil.CONN_LISTEN and connection.laddr and connection.laddr.port == port
         ]
-        return next((f" by {psutil.Process(c.pid).name()} (pid {c.pid})" for c in found if c.pid), "")
+        return next((f" by {psutil.Process(one.pid).name()} (pid {one.pid})" for one in listeners if one.pid), "")
     except psutil.Error:
         return ""

@@ -1,4 +1,4 @@
-"""Workers on this host: ``rp.launch``."""
+"""Start workers on this host (``rp.launch``), and keep the process's live cluster."""
 
 from __future__ import annotations
 
@@ -7,50 +7,56 @@ import importlib
 import os
 import sys
 import threading
-import weakref
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from rpcpipe.cluster.cluster import Cluster, Worker
-from rpcpipe.cluster.group import Group, names_of
-from rpcpipe.cluster.monitor import Watch
-from rpcpipe.cluster.process import WorkerProcess, environment
-from rpcpipe.cluster.rendezvous import form
+from rpcpipe.cluster.monitor import Monitor
+from rpcpipe.cluster.process import WorkerProcess, worker_environment
+from rpcpipe.cluster.rendezvous import WorkerGroup, form, worker_names
 from rpcpipe.cluster.template import PRELOADED, templates
-from rpcpipe.cluster.worker_logs import Logs
-from rpcpipe.transport import rpc
+from rpcpipe.cluster.worker_logs import WorkerLogs
+from rpcpipe.transport.rpc import this_process
 
 _INTERFACE = "lo"
 
-_live: Cluster | None = None
-_shape: weakref.WeakKeyDictionary[Cluster, Any] = weakref.WeakKeyDictionary()
+
+class LiveCluster:
+    """The one cluster that a process may have alive; ``shape`` is anything that says how it was made."""
+
+    def __init__(self) -> None:
+        self._cluster: Cluster | None = None
+        self._shape: Any = None
+
+    def reuse(self, shape: Any) -> Cluster | None:
+        """Return the live cluster if it is healthy and was made as ``shape`` says; close any other."""
+        if self._cluster is not None and not (self._cluster.healthy and self._shape == shape):
+            self._cluster.close()
+            self._cluster = None
+        return self._cluster
+
+    def keep(self, cluster: Cluster, shape: Any) -> Cluster:
+        """Make ``cluster`` the live one, and return it."""
+        self._cluster, self._shape = cluster, shape
+        return cluster
+
+    def close(self) -> None:
+        """Close the live cluster."""
+        if self._cluster is not None:
+            self._cluster.close()
+
+
+live = LiveCluster()
 
 
 @atexit.register
-def _close_live() -> None:
-    """A driver that ends without ``close`` leaves nothing behind (and torch does not abort it)."""
-    if _live is not None:
-        _live.close()
-    rpc.shutdown()
+def _close_all() -> None:
+    """Leave nothing behind where the driver ends without ``close`` (and let torch not abort it)."""
+    live.close()
+    this_process.shutdown()
     templates.close()
-
-
-def adopt(cluster: Cluster, shape: Any) -> Cluster:
-    """``cluster`` is this process's live one now."""
-    global _live
-    _live, _shape[cluster] = cluster, shape
-    return cluster
-
-
-def live(shape: Any) -> Cluster | None:
-    """The live cluster if it was made as ``shape`` says; any other is closed."""
-    global _live
-    if _live is not None and not (_live.healthy and _shape.get(_live) == shape):
-        _live.close()
-        _live = None
-    return _live
 
 
 def launch(
@@ -62,39 +68,40 @@ def launch(
     log_dir: str | os.PathLike[str] | None = None,
     spares: int = 0,
 ) -> Cluster:
-    """Spawn ``workers`` processes on this host; this process is the driver.
+    """Start ``workers`` processes on this host and return their Cluster; this process is the driver.
 
     ``device``: "cpu", "cuda" (worker i on GPU i modulo their number), "cuda:1", or "auto".
     ``threads``: torch's threads per worker, default cores // workers. ``timeout``: seconds without
     any progress after which a wait raises DeadlineExceeded. ``log_dir`` gets a file per worker with
     what it prints; all of it arrives on this process's stdout and stderr as well. ``spares``: further
-    workers, which stay idle (``cluster.spares``). A live cluster that
-    fits is returned again; one that does not is closed first. Raises ValueError for arguments that
-    cannot work and RendezvousError when workers do not start.
+    workers, which stay idle (``cluster.spares``).
+
+    A live cluster that was launched alike is returned again; another one is closed first. Raises
+    ValueError for arguments that cannot work and RendezvousError when workers do not start.
     """
     if workers < 1 or spares < 0:
         raise ValueError(f"workers must be at least 1 and spares 0, not {workers} and {spares}")
     count = max(1, (os.cpu_count() or 1) // workers) if threads is None else threads
     if count < 1 or timeout <= 0:
         raise ValueError(f"threads and timeout must be positive, not {threads} and {timeout}")
-    templates.prepare(environment(count))
+    templates.prepare(worker_environment(count))
     preloading = _preload()
     devices = _devices(device, workers + spares)
     directory = None if log_dir is None else Path(log_dir).absolute()
-    names = [*names_of(workers), *(f"spare{index}" for index in range(spares))]
+    names = [*worker_names(workers), *(f"spare{index}" for index in range(spares))]
     shape = (names, devices, count, timeout, directory)
-    cluster = live(shape)
+    cluster = live.reuse(shape)
     if cluster is None:
         placed = dict(zip(names, devices, strict=True))
-        cluster = adopt(_start(workers, placed, count, timeout, directory), shape)
+        cluster = live.keep(_start(workers, placed, count, timeout, directory), shape)
     preloading.join()  # bounded by the imports; it takes no longer than the first workers do
     return cluster
 
 
 def _preload() -> threading.Thread:
-    """Import what this process's optimizers need, too, while the template does so.
+    """Import what this process's optimizers need while the template does so, too; return the thread that does it.
 
-    In a thread of its own: a Ctrl-C in the midst of an import would leave half-imported modules behind, for ever.
+    On another thread than the main one, because a Ctrl-C amid an import leaves half-imported modules behind.
     """
 
     def load() -> None:
@@ -107,6 +114,7 @@ def _preload() -> threading.Thread:
 
 
 def _devices(device: str, workers: int) -> list[str]:
+    """Return every worker's device; raises ValueError for one that is not there."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     kind = ("cuda" if gpus else "cpu") if device == "auto" else device
     wanted = torch.device(kind)
@@ -120,18 +128,18 @@ def _devices(device: str, workers: int) -> list[str]:
 
 
 def _start(workers: int, devices: dict[str, str], threads: int, timeout: float, directory: Path | None) -> Cluster:
-    group = Group(Watch(), Logs(directory), timeout, list(devices))
-    here = {"threads": threads, "interface": _INTERFACE, "path": sys.path, "argv": sys.argv}
+    group = WorkerGroup(Monitor(), WorkerLogs(directory), timeout, list(devices))
+    local = {"threads": threads, "interface": _INTERFACE, "path": sys.path, "argv": sys.argv}
     try:
         for name, device in devices.items():
-            group.members[name] = member = WorkerProcess({**group.config(name, device), **here})
-            group.watch.add(member)
+            group.members[name] = member = WorkerProcess({**group.worker_config(name, device), **local})
+            group.monitor.add(member)
     except BaseException as error:
         group.abandon(str(error))
         raise
     form(group, _INTERFACE)
-    found = [
+    started = [
         Worker(member.name, rank, member.host, member.pid, devices[member.name])
         for rank, member in enumerate(group.members.values(), 1)
     ]
-    return Cluster(group, found[:workers], found[workers:])
+    return Cluster(group, started[:workers], started[workers:])

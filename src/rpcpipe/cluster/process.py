@@ -1,7 +1,7 @@
-"""Worker processes on this host: start, listen to, end.
+"""Start, hear and end worker processes on this host.
 
-What a worker says on its control channel, what it prints and how it dies are one kind of thing
-here: messages ``(kind, payload)``, as they also come from workers of other hosts.
+What a worker sends on its control channel, what it prints and how it dies are all messages
+``(kind, payload)`` here, as they also come from workers of other hosts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 
 from rpcpipe.cluster.control_channel import Channel, Message
-from rpcpipe.cluster.spawner import exit_words
+from rpcpipe.cluster.spawner import describe_exit
 from rpcpipe.cluster.template import Stdio, Surroundings, templates
 from rpcpipe.cluster.worker_logs import Lines
 
@@ -26,14 +26,14 @@ from rpcpipe.cluster.worker_logs import Lines
 # them: 160 page faults instead of 18,000 a step (bench, single process, d = 512). The user's values win.
 _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(8 << 30)}
 _BLOCK = 1 << 16
-# Whoever lost its parent is a child of the first process.
+# Orphaned processes are re-parented to PID 1.
 _INIT = 1
 
 Reader = Callable[[], "list[Message] | None"]
 
 
-def environment(threads: int) -> dict[str, str]:
-    """What a worker's environment is when it starts: this process's, and what makes it compute well."""
+def worker_environment(threads: int) -> dict[str, str]:
+    """Return the environment that a worker starts with: this process's, and what makes ``threads`` compute well."""
     paths = dict.fromkeys(os.path.abspath(path) for path in sys.path)  # '' is the working directory
     return {
         **_ALLOCATOR,
@@ -46,13 +46,13 @@ def environment(threads: int) -> dict[str, str]:
 
 
 class WorkerProcess:
-    """One worker process and the control channel to it. ``config`` is what ``rpcpipe.worker`` reads."""
+    """One worker process and the control channel to it. ``config`` is what ``rpcpipe.worker.main`` reads."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.name: str = config["name"]
         self.host = socket.gethostname()
         self._oom_kills = _oom_kills()
-        surroundings = Surroundings.now(environment(config["threads"]))
+        surroundings = Surroundings.now(worker_environment(config["threads"]))
         ours, theirs = socket.socketpair()
         self._pipes = [_Pipe("out"), _Pipe("err")]
         stdio = Stdio(theirs, *(pipe.writing for pipe in self._pipes))
@@ -65,11 +65,11 @@ class WorkerProcess:
         return self._child.pid
 
     def send(self, kind: str, payload: Any = None) -> None:
-        """Say something to the worker; a dead one does not hear it."""
+        """Send a message to the worker. Does not raise for a dead one."""
         self.channel.send(kind, payload)
 
-    def sources(self) -> dict[int, Reader]:
-        """What to watch: by file descriptor, a reader of what is there; it gives None at the end."""
+    def readers(self) -> dict[int, Reader]:
+        """Return what to watch: the process, the channel and the two pipes."""
         return {
             self._child.pidfd.fileno(): self._read_death,
             self.channel.fileno(): self._read_channel,
@@ -80,23 +80,23 @@ class WorkerProcess:
         try:
             return self.channel.receive()
         except (EOFError, ValueError):
-            return None  # that it died is for the pidfd to say
+            return None  # its death is reported by the pidfd
 
     def _read_death(self) -> list[Message]:
-        last = [message for pipe in self._pipes for message in pipe.rest()]
+        last = [message for pipe in self._pipes for message in pipe.drain()]
         return [*last, ("died", self._death())]
 
     def _death(self) -> str:
-        """How the process ended, in words."""
+        """Describe how the process ended."""
         code, more = self._child.wait()
-        words = exit_words(code) + more
+        description = describe_exit(code) + more
         if -code == signal.SIGKILL and _oom_kills() > self._oom_kills:
             free = psutil.virtual_memory().available / 2**30
-            words += f" (the kernel has just killed a process for want of memory; {free:.1f} GiB are free now)"
-        return words
+            description += f" (the kernel has just killed a process for want of memory; {free:.1f} GiB are free now)"
+        return description
 
     def state(self) -> str:
-        """What the system says of a process that does not answer."""
+        """Describe what the system says about the process, which does not answer."""
         try:
             status = psutil.Process(self.pid).status()
         except psutil.Error:
@@ -108,19 +108,19 @@ class WorkerProcess:
         }.get(status, f"its state is {status}")
 
     def stopped(self) -> bool:
-        """Is it stopped now, by SIGSTOP or a debugger?"""
+        """Return whether the process is stopped now, by SIGSTOP or a debugger."""
         try:
             return bool(psutil.Process(self.pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP))
         except psutil.Error:
             return False
 
     def kill(self) -> None:
-        """SIGKILL; harmless if it is dead."""
+        """Send SIGKILL; harmless if the process is dead."""
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._child.pidfd.fileno(), signal.SIGKILL)
 
     def close(self) -> None:
-        """Reap the (dying) process and let go of everything."""
+        """Reap the process, which is dead or dying, and close everything."""
         self._child.close()
         for pipe in self._pipes:
             pipe.file.close()
@@ -128,14 +128,14 @@ class WorkerProcess:
 
 
 class _Pipe:
-    """A worker's stdout or stderr, and until it has started the end that it writes to."""
+    """A worker's stdout or stderr. ``writing``: the worker's end, until it has started."""
 
     def __init__(self, stream: str) -> None:
         self.fd, writing = os.pipe()
         self.file, self.writing = FileIO(self.fd), FileIO(writing, "w")
         self._stream = stream
         self._lines = Lines()
-        # Children of the worker may hold its end open: a read must never wait for it.
+        # Children of the worker may hold the writing end open: a read must never wait.
         os.set_blocking(self.fd, False)
 
     def read(self) -> list[Message] | None:
@@ -147,19 +147,19 @@ class _Pipe:
             data = b""
         return self._messages(self._lines.feed(data)) if data else None
 
-    def rest(self) -> list[Message]:
-        """Everything still in the pipe, an unfinished line included."""
-        found: list[Message] = []
+    def drain(self) -> list[Message]:
+        """Return all that is left in the pipe, an unfinished line included."""
+        drained: list[Message] = []
         while messages := self.read():
-            found += messages
-        return found + self._messages(self._lines.end())
+            drained += messages
+        return drained + self._messages(self._lines.end())
 
     def _messages(self, lines: list[str]) -> list[Message]:
         return [("log", [self._stream, line]) for line in lines]
 
 
 def _oom_kills() -> int:
-    """How many processes the kernel has killed for want of memory since it started."""
+    """Return how many processes the kernel has killed for want of memory since it started."""
     try:
         with open("/proc/vmstat") as lines:
             return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
@@ -168,11 +168,11 @@ def _oom_kills() -> int:
 
 
 def leftovers() -> list[psutil.Process]:
-    """Worker processes of this user whose driver is gone."""
-    found = []
+    """Return this user's worker processes whose driver is gone."""
+    orphans = []
     for process in psutil.process_iter(["cmdline", "uids", "ppid"]):
         info = process.info
-        mine = info["uids"] is not None and info["uids"].real == os.getuid()
-        if mine and "rpcpipe.worker" in (info["cmdline"] or []) and info["ppid"] == _INIT:
-            found.append(process)
-    return found
+        own = info["uids"] is not None and info["uids"].real == os.getuid()
+        if own and "rpcpipe.worker" in (info["cmdline"] or []) and info["ppid"] == _INIT:
+            orphans.append(process)
+    return orphans

@@ -1,50 +1,180 @@
-"""From a group's members to a cluster whose workers can call each other."""
+"""Form a group: bring a driver and its workers together until all can call each other."""
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Sequence
-from typing import Any
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
-from rpcpipe.cluster.group import Group, Member, place_of
+from rpcpipe.cluster.join_listener import JoinListener
+from rpcpipe.cluster.monitor import Monitor
+from rpcpipe.cluster.process import Reader
+from rpcpipe.cluster.worker_logs import WorkerLogs
 from rpcpipe.errors import RendezvousError
-from rpcpipe.transport import rpc
+from rpcpipe.transport.base import DRIVER
+from rpcpipe.transport.rpc import RpcTransport, this_process
 from rpcpipe.transport.rpc_store import ExchangeStore
 
+# A worker may be stopped for so long while it starts; a debugger that attaches stops it, too.
 _STOPPED_SECONDS = 1.5
 
+log = logging.getLogger("rpcpipe")
 
-def form(group: Group, interface: str) -> None:
-    """Bring the group together; raises RendezvousError, naming who did not come and its last words.
 
-    Whatever it raises, KeyboardInterrupt included, the group is taken apart then.
+class Member(Protocol):
+    """A worker as its driver sees it: a WorkerProcess on this host, or a RemoteWorker."""
+
+    name: str
+    host: str
+
+    @property
+    def pid(self) -> int: ...
+
+    def send(self, kind: str, payload: Any = None) -> None: ...
+
+    def readers(self) -> Mapping[int, Reader]: ...
+
+    def state(self) -> str: ...
+
+    def stopped(self) -> bool: ...
+
+    def kill(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def describe(member: Member) -> str:
+    """Return name, host and pid, for messages."""
+    return f"{member.name} ({member.host}:{member.pid})"
+
+
+def worker_name(rank: int) -> str:
+    """Return the name of the worker of ``rank``, which counts from 1; rank 0 is the driver."""
+    return f"worker{rank - 1}"
+
+
+def worker_names(workers: int) -> list[str]:
+    """Return the names of ``workers`` workers, by rank from 1."""
+    return [worker_name(rank) for rank in range(1, workers + 1)]
+
+
+@dataclass(eq=False)
+class WorkerGroup:
+    """The workers by name, alive or starting, and what hears them.
+
+    ``timeout``: seconds for the group to form. ``generation`` marks every message between the members;
+    ``numbers`` are torch RPC's numbers for them.
+    """
+
+    monitor: Monitor
+    logs: WorkerLogs
+    timeout: float
+    names: Sequence[str]
+    members: dict[str, Member] = field(default_factory=dict)
+    listener: JoinListener | None = None
+    generation: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    def __post_init__(self) -> None:
+        self.numbers = this_process.number_workers(self.names)
+        self.transport = RpcTransport(self.generation)
+
+    def worker_config(self, name: str, device: str) -> dict[str, Any]:
+        """Return what every worker is told, on whatever host it is."""
+        return {
+            "name": name,
+            "numbers": self.numbers,
+            "device": device,
+            "timeout": self.timeout,
+            "generation": self.generation,
+            "log_level": logging.getLogger().getEffectiveLevel(),
+        }
+
+    def handle(self, source: Any, kind: str, payload: Any) -> bool:
+        """Handle an event that means the same at any time; return False for any other."""
+        if kind == "log":
+            stream, line = payload
+            self.logs.feed(source.name, stream, line, time.monotonic())
+        elif kind == "hello":
+            self._turn_away(*payload)
+        else:
+            return False
+        return True
+
+    def _turn_away(self, hello: Mapping[str, Any], channel: Any) -> None:
+        who = f"rank {hello['rank']} ({hello['host']}:{hello['pid']})"
+        log.warning("%s came when the group was complete, and was sent away", who)
+        channel.send("abort", f"the group is complete; {who} is late, or left from an earlier run")
+        channel.close()
+
+    def housekeeping(self) -> None:
+        """Do what is due from time to time; called after every poll of the monitor."""
+        self.logs.flush(time.monotonic())
+        if self.listener is not None:
+            self.listener.drop_late()
+
+    def close(self) -> None:
+        """Release everything; the members are dead, dying, or told to die."""
+        if self.listener is not None:
+            self.listener.close()
+        for member in self.members.values():
+            self.monitor.remove(member)
+            member.close()
+        self.monitor.close()
+        self.logs.close()
+
+    def abandon(self, reason: str) -> None:
+        """Kill the members and release everything: the group did not form, because of ``reason``."""
+        for member in self.members.values():
+            member.send("abort", reason)
+            member.kill()
+        self.close()
+
+
+def form(group: WorkerGroup, interface: str) -> None:
+    """Wait until all of ``group`` can call each other over the network interface named ``interface``.
+
+    Raises RendezvousError, naming who did not come and its last lines. Whatever it raises,
+    KeyboardInterrupt included, the group is abandoned then.
     """
     try:
-        _Formation(group).run(interface)
+        _Rendezvous(group).run(interface)
     except BaseException as error:
         group.abandon(f"{type(error).__name__}: {error}")
-        rpc.leave()
+        group.transport.leave()
         raise
 
 
-class _Formation:
+class _DriverEndpoint:
+    """What the driver serves: workers only call it to open their connections."""
+
+    def clock(self) -> int:
+        return time.monotonic_ns()
+
+
+class _Rendezvous:
     """The main thread's work while a group forms: hear everybody, pass on addresses, notice deaths."""
 
-    def __init__(self, group: Group) -> None:
+    def __init__(self, group: WorkerGroup) -> None:
         self._group = group
         self._members: list[Member] = list(group.members.values())
-        self._until = time.monotonic() + group.timeout
+        self._deadline = time.monotonic() + group.timeout
         self._values: dict[str, str] = {}
-        self._said: dict[str, set[str]] = {"ready": set(), "joined": set()}
-        self._stopped: dict[str, float] = {}
+        self._reported: dict[str, set[str]] = {"ready": set(), "joined": set()}
+        self._stopped_since: dict[str, float] = {}
 
     def run(self, interface: str) -> None:
-        self._until_all("ready")
+        group = self._group
+        self._await_all("ready")
         for member in self._members:
             member.send("join")
+        # Before a worker can call: its first call opens the connection and must be answered.
+        group.transport.serve(DRIVER, _DriverEndpoint())
         store = ExchangeStore(self._publish, self._fetch)
-        rpc.join(store, rpc.DRIVER, self._group.numbers, self._group.generation, interface=interface)
-        self._until_all("joined")
+        this_process.join(store, DRIVER, group.numbers, group.generation, interface=interface)
+        self._await_all("joined")
 
     def _publish(self, key: str, value: str) -> None:
         self._values[key] = value
@@ -56,39 +186,39 @@ class _Formation:
             self._pump(f"publish {key!r}", self._members)
         return self._values[key]
 
-    def _until_all(self, word: str) -> None:
-        while missing := [member for member in self._members if member.name not in self._said[word]]:
-            self._pump(f"report {word!r}", missing)
+    def _await_all(self, report: str) -> None:
+        while missing := [member for member in self._members if member.name not in self._reported[report]]:
+            self._pump(f"report {report!r}", missing)
 
     def _pump(self, what: str, missing: Sequence[Member]) -> None:
-        """Handle what happens next; raises when it is too late for ``missing`` to do ``what``."""
+        """Handle what happens next; raise RendezvousError once it is too late for ``missing`` to do ``what``."""
         now = time.monotonic()
-        if now > self._until:
+        if now > self._deadline:
             raise RendezvousError(
-                f"{', '.join(map(place_of, missing))} did not {what} within {self._group.timeout:g} s: the host may be"
+                f"{', '.join(map(describe, missing))} did not {what} within {self._group.timeout:g} s: the host may be"
                 " overloaded, or the network between the hosts closed; pass a larger timeout, or see `rpcpipe doctor`"
             )
-        for source, kind, payload in self._group.watch.poll(self._until - now):
-            if not self._group.heard(source, kind, payload):
-                self._hear(source, kind, payload)
+        for source, kind, payload in self._group.monitor.poll(self._deadline - now):
+            if not self._group.handle(source, kind, payload):
+                self._handle(source, kind, payload)
         for member in missing:
             self._check_stopped(member, now)
-        self._group.rest()
+        self._group.housekeeping()
 
-    def _hear(self, source: Any, kind: str, payload: Any) -> None:
+    def _handle(self, source: Any, kind: str, payload: Any) -> None:
         if kind == "set":
             self._publish(*payload)
-        elif kind in self._said:
-            self._said[kind].add(source.name)
+        elif kind in self._reported:
+            self._reported[kind].add(source.name)
         elif kind in ("died", "silent"):
             how = payload if kind == "died" else f"fell silent ({source.state()})"
             last = self._group.logs.tail(source.name)
-            words = f". Its last lines:\n{last}" if last else " without a word"
-            raise RendezvousError(f"{place_of(source)} {how} while starting{words}")
+            said = f". Its last lines:\n{last}" if last else " without a word"
+            raise RendezvousError(f"{describe(source)} {how} while starting{said}")
 
     def _check_stopped(self, member: Member, now: float) -> None:
-        """A worker that does not beat yet may be stopped all the same."""
+        """Raise RendezvousError for a worker that is stopped before its first heartbeat, which nothing else sees."""
         if not member.stopped():
-            self._stopped.pop(member.name, None)
-        elif now - self._stopped.setdefault(member.name, now) > _STOPPED_SECONDS:
-            raise RendezvousError(f"{place_of(member)} does not start: {member.state()}")
+            self._stopped_since.pop(member.name, None)
+        elif now - self._stopped_since.setdefault(member.name, now) > _STOPPED_SECONDS:
+            raise RendezvousError(f"{describe(member)} does not start: {member.state()}")

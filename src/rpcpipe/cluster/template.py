@@ -1,4 +1,4 @@
-"""The template: a process that has imported torch and runs nothing, from which workers are forked.
+"""Fork workers from a template: a process that has imported torch and runs nothing.
 
 Importing torch costs 0.6 s of a core, forking a process that has done so a few milliseconds. A driver
 (and every rank's agent) starts one template, with whatever decides how modules are imported; if that
@@ -26,7 +26,7 @@ from functools import partial
 from io import FileIO
 from typing import NamedTuple
 
-from rpcpipe.cluster.spawner import Child, SpawnedChild, exit_words, popen, spawner
+from rpcpipe.cluster.spawner import Child, SpawnedChild, describe_exit, popen, spawner
 
 # The environment variables that name the inherited sockets: a template's, and a spawned worker's.
 TEMPLATE_FD, CONTROL_FD = "RPCPIPE_TEMPLATE_FD", "RPCPIPE_CONTROL_FD"
@@ -49,13 +49,13 @@ log = logging.getLogger("rpcpipe")
 
 
 class TemplateError(Exception):
-    """No worker can be forked; the message says why."""
+    """A template cannot fork workers; the message says why."""
 
 
 class Stdio(NamedTuple):
     """A worker's ends of its control socket and of the pipes that take its stdout and stderr.
 
-    Whoever starts the worker closes them: a caller that is interrupted must not, while they are being passed on.
+    ``Templates.start`` closes them: a caller that is interrupted must not, while they are being passed on.
     """
 
     control: socket.socket
@@ -82,14 +82,14 @@ class Surroundings:
 
     @classmethod
     def now(cls, env: Mapping[str, str]) -> Surroundings:
-        """This thread's, with ``env`` as the environment."""
-        with open("/proc/self/status") as lines:  # os.umask can only be asked by setting it
+        """Return this thread's surroundings, with ``env`` as the environment."""
+        with open("/proc/self/status") as lines:  # os.umask tells the mask only by changing it
             umask = next((int(line.split()[1], 8) for line in lines if line.startswith("Umask:")), 0o022)
         limits = {name: list(resource.getrlimit(getattr(resource, name))) for name in _LIMITS}
         return cls(dict(env), umask, sorted(os.sched_getaffinity(0)), os.getpriority(os.PRIO_PROCESS, 0), limits)
 
     def adopt(self) -> None:
-        """Make them this process's, as far as it is allowed to."""
+        """Apply them to this process, as far as it is allowed to."""
         os.environ.clear()
         os.environ.update(self.env)
         os.umask(self.umask)
@@ -107,7 +107,8 @@ class Surroundings:
 class Template:
     """The driver's end of a template process. For the spawner's thread alone, which nothing interrupts.
 
-    It ends when nothing refers to it any more, neither whoever forks from it nor a child, which would end with it.
+    The process ends when nothing refers to this object any more: ``Templates`` does, and every child, because
+    children end with their parent.
     """
 
     def __init__(self, env: Mapping[str, str]) -> None:
@@ -115,12 +116,12 @@ class Template:
         self._output = FileIO(os.memfd_create("rpcpipe-template"), "r+")
         fd = self._output.fileno()
         with theirs:
-            told = {**env, **_ONE_THREAD, TEMPLATE_FD: f"{theirs.fileno()} {os.getpid()}"}
-            self._popen = popen(told, stdout=fd, stderr=fd, pass_fds=[theirs.fileno()])
+            environ = {**env, **_ONE_THREAD, TEMPLATE_FD: f"{theirs.fileno()} {os.getpid()}"}
+            self._popen = popen(environ, stdout=fd, stderr=fd, pass_fds=[theirs.fileno()])
         self._socket = ours
         self._ready = False
         self.proven = False
-        # Not by itself at exit: the children would be killed before they are told to stop.
+        # Not at exit: the children would be killed before they are told to stop.
         self._end = weakref.finalize(self, _end, os.getpid(), self._popen, ours, self._output)
         self._end.atexit = False
 
@@ -129,15 +130,15 @@ class Template:
         return self._popen.pid
 
     def state(self) -> str:
-        """How it ended, in words, or that it does not answer."""
+        """Describe how the process ended, or that it does not answer."""
         code = self._popen.poll()
-        return "does not answer" if code is None else exit_words(code)
+        return "does not answer" if code is None else describe_exit(code)
 
     def fork(self, stdio: Stdio, surroundings: Surroundings, timeout: float) -> ForkedChild:
-        """A worker. ``timeout``: seconds for a template that is still starting.
+        """Fork a worker and return it. ``timeout``: seconds for a template that is still starting.
 
-        Raises TemplateError; what is answered after that would be taken for the next answer, so this template must
-        not be asked again.
+        Raises TemplateError. A late answer would be taken for the next request's, so this template must not be
+        used again after that.
         """
         try:
             if not self._ready:
@@ -148,7 +149,7 @@ class Template:
             status, theirs = (FileIO(fd, mode) for fd, mode in zip(os.pipe(), "rw", strict=True))
             with theirs:
                 self._ask(stdio, surroundings, theirs.fileno())
-            words, (pidfd,) = self._answer()
+            pid, (pidfd,) = self._answer()
         except (OSError, EOFError) as error:
             with contextlib.suppress(subprocess.TimeoutExpired):  # its end of the socket closes before it can be reaped
                 self._popen.wait(0.0 if isinstance(error, TimeoutError) else _STATUS_SECONDS)
@@ -156,39 +157,39 @@ class Template:
             last = f"; its last line: {output.splitlines()[-1]}" if output else ""
             raise TemplateError(f"the process to fork them from ({self.pid}) {self.state()}{last}") from error
         self.proven = True
-        return ForkedChild(int(words), FileIO(pidfd), status, self)
+        return ForkedChild(int(pid), FileIO(pidfd), status, self)
 
     def _ask(self, stdio: Stdio, surroundings: Surroundings, status: int) -> None:
         here = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            # In a file of its own: an environment may be larger than any message.
-            with FileIO(os.memfd_create("rpcpipe-surroundings"), "r+") as told:
-                told.write(json.dumps(asdict(surroundings)).encode())
-                told.seek(0)
-                socket.send_fds(self._socket, [b"fork"], [told.fileno(), here, status, *stdio.fds()])
+            # As a file: an environment may be larger than any message.
+            with FileIO(os.memfd_create("rpcpipe-surroundings"), "r+") as file:
+                file.write(json.dumps(asdict(surroundings)).encode())
+                file.seek(0)
+                socket.send_fds(self._socket, [b"fork"], [file.fileno(), here, status, *stdio.fds()])
         finally:
             os.close(here)
 
     def _answer(self) -> tuple[str, list[int]]:
         data, fds, _, _ = socket.recv_fds(self._socket, _OUTPUT, 1, socket.MSG_CMSG_CLOEXEC)
-        kind, _, words = data.decode().partition(" ")
+        kind, _, text = data.decode().partition(" ")
         if kind == "refused":
-            raise TemplateError(words)
+            raise TemplateError(text)
         if not data:
             raise EOFError
-        return words, list(fds)
+        return text, list(fds)
 
 
 def _end(owner: int, process: subprocess.Popen[bytes], *files: socket.socket | FileIO) -> None:
     for file in files:
         file.close()
-    if os.getpid() == owner:  # in a fork of the owner it is somebody else's
+    if os.getpid() == owner:  # a fork of the owner has the object, but is not the process's parent
         process.kill()
         process.wait()
 
 
 class ForkedChild:
-    """A worker forked from a template, whose child it is: the template reaps it and says how it ended."""
+    """A worker forked from a template, whose child it is: the template reaps it and reports how it ended."""
 
     def __init__(self, pid: int, pidfd: FileIO, status: FileIO, template: Template) -> None:
         self.pid = pid
@@ -233,11 +234,11 @@ class Templates:
         self._useless: dict[object, str] = {}
 
     def prepare(self, env: Mapping[str, str]) -> None:
-        """Start the template for a launch that is about to come; returns at once."""
+        """Start the template for a launch that is about to come, and return at once."""
         spawner.submit(lambda: self._prepared(env))
 
     def start(self, stdio: Stdio, surroundings: Surroundings, timeout: float) -> Child:
-        """A worker process, forked, or spawned where it cannot be. Raises OSError where no process can be started."""
+        """Start a worker process: forked, or spawned where forking fails. Raises OSError where neither works."""
 
         def start() -> Child:
             try:
@@ -249,7 +250,7 @@ class Templates:
         return child
 
     def close(self) -> None:
-        """End the template; the workers that were forked from it have been closed."""
+        """End the template. The workers that were forked from it must have been closed."""
         if self._owner == os.getpid():
             self._template = None
 

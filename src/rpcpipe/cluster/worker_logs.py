@@ -1,7 +1,7 @@
-"""What workers print: prefixed, folded, kept for their last words, and in a file each.
+"""Show what workers print, prefixed and folded; keep their last lines, and a file for each.
 
-Many workers say the same (a warning, once each) and one worker may say the same many times; the
-first is shown at once, the others of the next second as one line with their number.
+Many workers print the same (a warning, once each) and one worker may print the same many times; the first
+line is shown at once, its repetitions of the next second as one line with their number.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ _LONGEST = 1 << 16
 
 
 class Lines:
-    """Bytes to lines. Of a progress bar's rewritten line the last state counts."""
+    """Splits bytes into lines. A line that a progress bar has rewritten counts in its last state."""
 
     def __init__(self) -> None:
-        self._rest = b""
+        self._incomplete = b""
 
     def feed(self, data: bytes) -> list[str]:
-        """The lines that ``data`` completes; none is longer than 64 KiB."""
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        while len(self._rest) > _LONGEST:
-            lines.append(self._rest[:_LONGEST])
-            self._rest = self._rest[_LONGEST:]
+        """Return the lines that ``data`` completes; longer ones than 64 KiB are cut."""
+        *lines, self._incomplete = (self._incomplete + data).split(b"\n")
+        while len(self._incomplete) > _LONGEST:
+            lines.append(self._incomplete[:_LONGEST])
+            self._incomplete = self._incomplete[_LONGEST:]
         return [_plain(line) for line in lines]
 
     def end(self) -> list[str]:
-        """What is left without a newline."""
-        rest, self._rest = self._rest, b""
-        return [_plain(rest)] if rest else []
+        """Return what is left without a newline."""
+        last, self._incomplete = self._incomplete, b""
+        return [_plain(last)] if last else []
 
 
 def _plain(line: bytes) -> str:
@@ -45,15 +45,15 @@ def _plain(line: bytes) -> str:
 
 @dataclass
 class _Fold:
-    """Repetitions of a line since it was shown."""
+    """The repetitions of a line since it was shown; ``until``: monotonic seconds."""
 
     stream: str
     until: float
     workers: list[str] = field(default_factory=list)
 
 
-class Logs:
-    """The output of all workers. ``label(worker)`` is the prefix; ``directory`` gets a file per worker."""
+class WorkerLogs:
+    """Shows the output of all workers. ``label(worker)`` is the prefix; ``directory`` gets a file per worker."""
 
     def __init__(self, directory: Path | None = None) -> None:
         self.label: Callable[[str], str] = lambda worker: f"[{worker}]"
@@ -65,7 +65,7 @@ class Logs:
             directory.mkdir(parents=True, exist_ok=True)
 
     def feed(self, worker: str, stream: str, line: str, now: float) -> None:
-        """``worker`` wrote ``line`` on its "out" or "err" at ``now`` (seconds, monotonic)."""
+        """Take ``line``, which ``worker`` printed on ``stream``, "out" or "err", at ``now`` (monotonic seconds)."""
         self._tails.setdefault(worker, deque(maxlen=_KEPT)).append(line)
         self._file(worker, line)
         self.flush(now)
@@ -78,7 +78,7 @@ class Logs:
         _show(stream, f"{self.label(worker)} {line}")
 
     def flush(self, now: float) -> None:
-        """Sum up the repetitions whose second is over."""
+        """Show the repetitions whose second is over at ``now`` (monotonic seconds)."""
         for line in [line for line, fold in self._folds.items() if fold.until <= now]:
             fold = self._folds.pop(line)
             if fold.workers:
@@ -87,11 +87,11 @@ class Logs:
                 _show(fold.stream, f"{labels} ({times}) {line}")
 
     def tail(self, worker: str) -> str:
-        """The last lines of ``worker``, indented; '' if it has printed nothing."""
+        """Return the last lines of ``worker``, indented; '' if it has printed nothing."""
         return "\n".join(f"    {line}" for line in list(self._tails.get(worker, ()))[-_SHOWN:])
 
     def close(self) -> None:
-        """Show what is folded and close the files."""
+        """Show all repetitions that are left, and close the files."""
         self.flush(float("inf"))
         for file in self._files.values():
             file.close()
@@ -101,15 +101,15 @@ class Logs:
         if self._directory is None:
             return
         if worker not in self._files:
-            # Line by line: of a killed worker everything that arrived is in the file.
+            # Buffered by line: all that arrived from a killed worker is in the file.
             self._files[worker] = (self._directory / f"{worker}.log").open("a", buffering=1, encoding="utf-8")
         self._files[worker].write(line + "\n")
 
 
 def _show(stream: str, line: str) -> None:
-    # Looked up at every line: notebooks and tests replace sys.stdout.
+    # Looked up for every line: notebooks and tests replace sys.stdout.
     target = sys.stderr if stream == "err" else sys.stdout
     try:
         print(line, file=target, flush=True)
     except (OSError, ValueError):
-        pass  # nobody reads the driver's output any more
+        pass  # the driver's output is closed

@@ -19,7 +19,7 @@ from rpcpipe.errors import DeadlineExceeded, Failure, StageError
 from rpcpipe.stage import gradients
 from rpcpipe.stage.context import StepPlan
 from rpcpipe.transport.base import Transport
-from rpcpipe.transport.interrupts import Deferred
+from rpcpipe.transport.interrupts import shield_interrupts
 from rpcpipe.worker.messages import Port, Report
 from rpcpipe.worker.operations import (
     BeginStep,
@@ -147,7 +147,7 @@ class Driver:
         found = []
         for _ in range(_CLOCK_CALLS):
             sent = time.monotonic_ns()
-            there: int = self.collect({worker: self._transport.post(worker, "clock")})[worker]
+            there: int = self.collect({worker: self._transport.call(worker, "clock")})[worker]
             back = time.monotonic_ns()
             found.append((back - sent, there - (sent + back) // 2))
         return min(found)[1]
@@ -168,9 +168,9 @@ class Driver:
             if isinstance(task.operation, RunAction) and task.operation.route.action.kind == "U":
                 replies[worker, task.group] = self._post(worker, step, *waiting.pop(worker))
             elif not self._batched:
-                with Deferred():
+                with shield_interrupts():
                     call = self._call(worker, step, *waiting.pop(worker))
-                    held.append(self._transport.hold(worker, "accept", *call))
+                    held.append(self._transport.remote(worker, "accept", *call))
         for worker, (tasks, given) in waiting.items():
             self._post(worker, step, tasks, given)
         return held, replies
@@ -181,7 +181,7 @@ class Driver:
 
     def watch(self, step: int) -> list[Future[Any]]:
         """Each worker's first failure in ``step``, as soon as it is known there."""
-        return [self._transport.post(worker, "watch", self._pipeline, step) for worker in self.workers]
+        return [self._transport.call(worker, "watch", self._pipeline, step) for worker in self.workers]
 
     def places(self) -> dict[str, int]:
         """Each worker's next place, after what rolls back an unsettled step."""
@@ -191,12 +191,12 @@ class Driver:
     def abandon(self, step: int, group: int) -> None:
         """Do no more of the stream from ``group`` on."""
         for worker in self.workers:
-            self._transport.tell(worker, "abandon", self._pipeline, step, group)
+            self._transport.send(worker, "abandon", self._pipeline, step, group)
 
     def cancel(self, step: int, first: Mapping[str, int]) -> None:
         """Drop ``step``, whose tasks have the places from ``first`` on; values that still come are discarded."""
         for worker in self.workers:
-            self._transport.tell(worker, "cancel", self._pipeline, step, first[worker], self._next[worker])
+            self._transport.send(worker, "cancel", self._pipeline, step, first[worker], self._next[worker])
 
     # --- calls ---
 
@@ -210,12 +210,12 @@ class Driver:
 
     def hold(self, worker: str, operation: Operation) -> Any:
         """Like ``post``; the result stays on the worker and an RRef comes back."""
-        with Deferred():
-            return self._transport.hold(worker, "submit", *self._call(worker, -1, [Task(operation)]), later=True)
+        with shield_interrupts():
+            return self._transport.remote(worker, "submit", *self._call(worker, -1, [Task(operation)]), later=True)
 
     def chain(self, worker: str, number: int, inputs: Any) -> Any:
         """An RRef to stage ``number``'s output for ``inputs``, which may hold RRefs."""
-        return self._transport.chain(worker, "forward", self._pipeline, number, inputs)
+        return self._transport.remote_chained(worker, "forward", self._pipeline, number, inputs)
 
     def _note(self, event: Event) -> None:
         """Take note of ``event``; what it makes of the step under way is rolled back on all workers.
@@ -223,7 +223,7 @@ class Driver:
         Nothing is waited for: what comes next comes after it in every worker's sequence, and what workers still send
         for the step is discarded by its number.
         """
-        with Deferred():
+        with shield_interrupts():
             self._recovery, undone = transition(self._recovery, event)
             if undone is None:
                 return
@@ -235,7 +235,7 @@ class Driver:
     def drop(self) -> list[Future[Any]]:
         """Free the stages."""
         self._held.clear()
-        return [self._transport.post(worker, "drop", self._pipeline) for worker in self.workers]
+        return [self._transport.call(worker, "drop", self._pipeline) for worker in self.workers]
 
     def _issue(self, calls: Iterable[Call], plan: StepPlan, values: Mapping[Port, Any]) -> dict[str, Future[Any]]:
         """One asynchronous call per action, whose RRef is kept until the step is over."""
@@ -243,9 +243,9 @@ class Driver:
         begin = {worker: [Task(BeginStep(plan))] for worker in self.workers}
         for worker, tasks in calls:
             tasks = begin.pop(worker, []) + tasks
-            with Deferred():
+            with shield_interrupts():
                 call = self._call(worker, plan.step, tasks, _given(tasks, values))
-                self._held.append(self._transport.hold(worker, "accept", *call))
+                self._held.append(self._transport.remote(worker, "accept", *call))
         return {
             worker: self._post(worker, plan.step, [*begin.get(worker, []), Task(ReportStep())])
             for worker in self.workers
@@ -267,8 +267,8 @@ class Driver:
         return {worker: self._post(worker, step, [task]) for worker in self.workers}
 
     def _post(self, worker: str, step: int, tasks: list[Task], values: Sequence[tuple[Port, Any]] = ()) -> Future[Any]:
-        with Deferred():  # a number taken and not sent would stop the worker's sequence
-            return self._transport.post(worker, "submit", *self._call(worker, step, tasks, values))
+        with shield_interrupts():  # a number taken and not sent would stop the worker's sequence
+            return self._transport.call(worker, "submit", *self._call(worker, step, tasks, values))
 
     def _call(
         self, worker: str, step: int, tasks: list[Task], values: Sequence[tuple[Port, Any]] = ()
@@ -335,7 +335,7 @@ class _Patience:
         self._moved = time.monotonic()
 
     def check(self) -> None:
-        asked = {worker: self._transport.post(worker, "progress") for worker in self._workers}
+        asked = {worker: self._transport.call(worker, "progress") for worker in self._workers}
         pending, until = set(asked.values()), time.monotonic() + min(_POLL, self._timeout / 4)
         while pending and (left := until - time.monotonic()) > 0:
             done, pending = self._transport.wait(pending, left)

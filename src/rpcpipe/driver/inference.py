@@ -16,7 +16,7 @@ from rpcpipe.errors import RpcPipeError, refuse
 from rpcpipe.model.microbatch import Nest, batch_size, merge, unpack
 from rpcpipe.stage.context import StepPlan
 from rpcpipe.stage.metrics import Metric, Sums, means
-from rpcpipe.transport.interrupts import Deferred
+from rpcpipe.transport.interrupts import shield_interrupts
 from rpcpipe.transport.pickling import dumps
 from rpcpipe.worker.messages import Report
 from rpcpipe.worker.operations import SetMetrics, SetSelection
@@ -61,7 +61,7 @@ class Passes:
             while waiting:
                 yield self._collect(*waiting.popleft())
         except BaseException:
-            with Deferred():
+            with shield_interrupts():
                 runtime.driver.cancel(runtime.driver.new_step(), first)
             raise
         finally:

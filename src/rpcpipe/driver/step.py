@@ -21,7 +21,7 @@ from rpcpipe.model.microbatch import Nest
 from rpcpipe.schedules import Timeline
 from rpcpipe.stage import precision
 from rpcpipe.stage.context import StepPlan
-from rpcpipe.transport.interrupts import Deferred
+from rpcpipe.transport.interrupts import shield_interrupts
 from rpcpipe.worker.messages import Report
 
 log = logging.getLogger("rpcpipe")
@@ -49,7 +49,7 @@ class Step:
 
     def __enter__(self) -> Step:
         try:
-            with Deferred():
+            with shield_interrupts():
                 self._runtime.enter(self)
                 self._context = self._runtime.cluster.transport.context()
                 self.context_id = self._context.__enter__()
@@ -59,7 +59,7 @@ class Step:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        with Deferred():
+        with shield_interrupts():
             self._runtime.leave(self)
             if self._context is not None:
                 context, self._context = self._context, None

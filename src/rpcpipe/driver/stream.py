@@ -27,7 +27,7 @@ from rpcpipe.schedules import Action
 from rpcpipe.schedules.asynchronous import StreamOrder
 from rpcpipe.stage import stream_rollback
 from rpcpipe.stage.context import Share, StepPlan
-from rpcpipe.transport.interrupts import Deferred
+from rpcpipe.transport.interrupts import shield_interrupts
 from rpcpipe.worker.messages import Port, Report, Update
 from rpcpipe.worker.operations import BeginStep, EndStream, RunAction, Task
 
@@ -65,7 +65,7 @@ class Stream:
                 while self.results or (self._is_open and len(self._batches) > self._ahead):
                     yield self.take()
         except KeyboardInterrupt:
-            with Deferred():
+            with shield_interrupts():
                 self._drain()  # what was fed will be done; the next call waits for it
             raise
         except BaseException:  # the caller leaves the loop, or has no more batches
@@ -93,7 +93,7 @@ class Stream:
         if len(parts) != len(answers):
             raise ValueError(f"inputs make {len(parts)} micro-batches and targets {len(answers)}: their sizes differ")
         check_inputs(parts[0], runtime.deployment.wires)
-        with Deferred():
+        with shield_interrupts():
             if not self._is_open:
                 runtime.check()
                 self._open()
@@ -192,7 +192,7 @@ class Stream:
         """Drain the pipeline: afterwards all stages have the same updates, and one version of the weights."""
         if not self._is_open:
             return
-        with Deferred():
+        with shield_interrupts():
             self._drain()
             while self._batches:
                 self.results.append(self._collect())
@@ -202,7 +202,7 @@ class Stream:
         """The oldest batch's result."""
         runtime, batch = self._runtime, self._batches[0]
         wanted = {(name, group): self._replies[name, group] for group in batch.groups for name in runtime.names}
-        with Deferred():
+        with shield_interrupts():
             try:
                 reports = runtime.driver.collect(wanted, self._watches)
             except StageError as error:
@@ -251,7 +251,7 @@ class Stream:
         runtime, driver = self._runtime, self._runtime.driver
         group = self._committed if error.chunk is None else self._groups[error.chunk]
         try:
-            with Deferred():
+            with shield_interrupts():
                 driver.abandon(self._step, group)
                 self._drain()
                 outcomes = driver.outcomes(self._replies)
@@ -277,7 +277,7 @@ class Stream:
         self._is_open, runtime.stream = False, None
         if isinstance(error, WorkerLost) or not runtime.cluster.healthy:
             return
-        with Deferred():
+        with shield_interrupts():
             updates = stream_rollback.newest(self._committed)
             runtime.driver.cancel(self._step, self._first)
             for name in runtime.names:

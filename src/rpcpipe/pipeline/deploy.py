@@ -83,7 +83,7 @@ def _create(runtime: Runtime, identity: str, layers: OrderedDict[str, Layer], co
         }
         peers = Peers(deployment.layout.column(worker), replica, deployment.shard)
         spec = cloudpickle.dumps(dataclasses.replace(common, stages=mine, peers=peers))
-        replies[name] = runtime.cluster.transport.post(name, "create", identity, spec)
+        replies[name] = runtime.cluster.transport.call(name, "create", identity, spec)
     infos = runtime.driver.collect(replies)
     runtime.install(deployment, infos)
     groups = [info["groups"] for stages in infos.values() for info in stages.values() if info["groups"]]

@@ -36,7 +36,7 @@ from rpcpipe.schedules.timeline import Timeline
 from rpcpipe.stage.metrics import Metric
 from rpcpipe.stage.optimizer import Factory
 from rpcpipe.stage.recompute import Checkpoint
-from rpcpipe.transport.interrupts import Deferred
+from rpcpipe.transport.interrupts import shield_interrupts
 
 
 class Pipeline:
@@ -233,11 +233,11 @@ class Pipeline:
             stream.feed(inputs, targets)
             stream.flush()
             return stream.take()
-        with Deferred(), self.step() as step:
+        with shield_interrupts(), self.step() as step:
             # Not forward_backward: its wait for the hand-over would cost a round trip.
             step.run(inputs, targets)
             step.optimize()
-            Deferred.check()  # up to here the step can be taken back; from here on it is done
+            shield_interrupts.check()  # up to here the step can be taken back; from here on it is done
             result = step.result()
         tell(self.callbacks, result)
         return result

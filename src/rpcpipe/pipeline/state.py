@@ -25,7 +25,7 @@ from rpcpipe.errors import CheckpointError, Failure, StageError, refuse
 from rpcpipe.model.layers import layer_of
 from rpcpipe.model.tied_weights import Tie, completed
 from rpcpipe.pipeline.arguments import check_state
-from rpcpipe.transport.interrupts import Deferred
+from rpcpipe.transport.interrupts import shield_interrupts
 from rpcpipe.worker.operations import (
     ApplyCheckpoint,
     DropCheckpoint,
@@ -75,7 +75,7 @@ def save(runtime: Runtime, directory: str | Path, stateful: Holders, position: A
     refuse(keep is not None and keep < 1, f"keep must be at least 1, or None for all, not {keep}")
     tensor_file.require()
     directory = Path(directory).absolute()
-    with Deferred():
+    with shield_interrupts():
         tensors: dict[str, torch.Tensor] = {}
         manifest = Manifest(
             runtime.trained,
@@ -108,12 +108,12 @@ def load(runtime: Runtime, directory: str | Path, stateful: Holders) -> Any:
             [manifest.position, manifest.stateful, manifest.parts, manifest.groups], reader.get
         )
     driver, names = runtime.driver, runtime.names
-    with Deferred():
+    with shield_interrupts():
         try:
             calls = dict.fromkeys(names, ReadCheckpoint(folder, manifest))
             found = _outcomes(runtime, calls, "nothing has changed")
             _check_complete(folder, manifest, found.values())
-            Deferred.check()
+            shield_interrupts.check()
             # A part that either side lacks is left as it is: precision, say, may differ.
             own = [
                 (part, parts[name], f"the pipeline's {name}") for name, part in runtime.parts.items() if name in parts

@@ -1,49 +1,119 @@
-"""The seam between what rpcpipe decides and what carries it."""
+"""Define the seam: what rpcpipe needs of whatever carries its messages.
+
+Names are strings, ``DRIVER`` or a worker's; verbs are method names of the receiving ``Endpoint``. Messages
+may arrive in any order. What is received shares no memory with what was sent; but a transport may read a
+tensor as late as it delivers the message, so nobody may modify one that they have sent.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
 
+from rpcpipe.errors import WorkerLost
+
+DRIVER = "driver"
+
+
+class Endpoint(Protocol):
+    """Receives messages: every method is a verb. None may block; a slow one returns a ``Future``.
+
+    The transport's threads call verbs, several at once. A verb reports an error by a ``Failure`` value; it
+    does not raise.
+    """
+
+    def clock(self) -> int:
+        """Return this process's monotonic clock in nanoseconds; the transport also probes with it."""
+        ...
+
+
+class WorkerEndpoint(Endpoint, Protocol):
+    """The verbs that a worker serves. ``tasks``, ``values`` and ``port`` are ``rpcpipe.worker.messages``."""
+
+    def create(self, pipeline: str, spec: bytes) -> Future[Any]: ...
+
+    def drop(self, pipeline: str) -> None: ...
+
+    def submit(
+        self, pipeline: str, step: int, sequence: int, tasks: Sequence[Any], values: Sequence[Any] = ()
+    ) -> Future[Any]: ...
+
+    def accept(
+        self, pipeline: str, step: int, sequence: int, tasks: Sequence[Any], values: Sequence[Any] = ()
+    ) -> str: ...
+
+    def deliver(self, pipeline: str, step: int, port: Any, value: Any) -> None: ...
+
+    def cancel(self, pipeline: str, step: int, first: int, resume: int) -> None: ...
+
+    def abandon(self, pipeline: str, step: int, group: int) -> None: ...
+
+    def watch(self, pipeline: str, step: int) -> Future[Any]: ...
+
+    def run(self, call: bytes) -> Future[Any]: ...
+
+    def forward(self, pipeline: str, number: int, nest: Any) -> Future[Any]: ...
+
+    def progress(self) -> tuple[int, str]: ...
+
 
 class Transport(Protocol):
-    """Messages may arrive in any order. ``post`` and ``hold`` run ``verb`` of ``to``'s endpoint."""
+    """Sends messages to endpoints by name, and hands those for this process to the endpoint it serves."""
 
-    def tell(self, to: str, verb: str, *args: Any) -> None:
-        """Send and forget."""
+    def serve(self, name: str, endpoint: Endpoint) -> None:
+        """Run ``endpoint``'s verbs for messages to ``name`` from now on; ``name`` is in this process."""
         ...
 
-    def post(self, to: str, verb: str, *args: Any) -> Future[Any]:
-        """Send; the future gets the result, or WorkerLost."""
+    def leave(self) -> None:
+        """Stop serving; the others have ended. Messages that still arrive are dropped."""
         ...
 
-    def hold(self, to: str, verb: str, *args: Any, later: bool = False) -> object:
-        """Send; the result stays there until the returned handle (an RRef) is let go.
+    def lose(self, worker: str, error: WorkerLost) -> None:
+        """Fail the pending and all future calls to ``worker``, which is dead, with ``error``."""
+        ...
 
-        ``later``: the verb answers with a future, and its result is meant.
+    def send(self, to: str, verb: str, *args: Any) -> None:
+        """Send without an answer."""
+        ...
+
+    def call(self, to: str, verb: str, *args: Any) -> Future[Any]:
+        """Send; return the future of the result (of the result's result, if it is a future).
+
+        The future raises WorkerLost if ``to`` is lost.
         """
         ...
 
-    def chain(self, to: str, verb: str, *args: Any) -> object:
-        """Like ``hold``; handles among ``args`` are replaced by their values, as part of the graph."""
+    def remote(self, to: str, verb: str, *args: Any, later: bool = False) -> object:
+        """Send; keep the result at ``to`` until the returned handle (an RRef) is deleted.
+
+        ``later``: the verb returns a future, whose result is kept instead. May raise WorkerLost at once;
+        otherwise the loss of ``to`` is noticed where the handle is used.
+        """
+        ...
+
+    def remote_chained(self, to: str, verb: str, *args: Any) -> object:
+        """Send once the handles nested in ``args`` have values, which replace them; return a handle.
+
+        The verb must return a future. Tensors stay in the autograd graph across the message.
+        """
         ...
 
     def wait(self, replies: Collection[Future[Any]], timeout: float) -> tuple[set[Future[Any]], set[Future[Any]]]:
-        """Wait up to ``timeout`` seconds for one of ``replies``: (done, not done)."""
+        """Wait up to ``timeout`` seconds for one of ``replies``; return (done, not done)."""
         ...
 
     def context(self) -> AbstractContextManager[int]:
-        """A distributed-autograd context; what this thread sends inside makes it known there."""
+        """Open a distributed-autograd context; a message sent inside by this thread makes it known there."""
         ...
 
-    def file(self, context_id: int, root: torch.Tensor) -> None:
+    def accumulate(self, context_id: int, root: torch.Tensor) -> None:
         """Backpropagate ``root`` into the context."""
         ...
 
-    def collect(self, context_id: int) -> Mapping[torch.Tensor, torch.Tensor]:
-        """The context's gradients by parameter."""
+    def get_gradients(self, context_id: int) -> Mapping[torch.Tensor, torch.Tensor]:
+        """Return the context's gradients by parameter."""
         ...

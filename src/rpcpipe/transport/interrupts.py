@@ -1,9 +1,9 @@
-"""Ctrl-C held back while bookkeeping must not be torn in two.
+"""Hold Ctrl-C back while bookkeeping must not be torn in two.
 
 A KeyboardInterrupt can come between any two bytecodes of the main thread: between taking a sequence
-number and sending the call that bears it, or at the first one of an ``__exit__``, which then does
-nothing. Inside of ``with Deferred():`` it comes only where a ``with Interruptible():`` waits, or at
-the end.
+number and sending the call that carries it, or at the first bytecode of an ``__exit__``, which then does
+nothing. Inside ``with shield_interrupts():`` it is raised only where a ``with allow_interrupts():`` waits,
+or at the end of the block.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 
 
 class _State:
-    """Of the main thread, the only one that gets signals."""
+    """State of the main thread, the only one that receives signals."""
 
-    before: Any = None
+    handler: Any = None  # SIGINT's handler before the shield
     caught: tuple[int, FrameType | None] | None = None
     waiting = False
 
@@ -25,22 +25,22 @@ class _State:
 def _catch(number: int, frame: FrameType | None) -> None:
     if _State.waiting:
         _State.waiting = False
-        _State.before(number, frame)
+        _State.handler(number, frame)
     else:
         _State.caught = number, frame
 
 
-def _fire() -> None:
-    """Let a Ctrl-C that was held back take effect."""
+def _deliver() -> None:
+    """Run the former handler for a Ctrl-C that was held back, if there was one."""
     if _State.caught is not None:
         caught, _State.caught = _State.caught, None
-        _State.before(*caught)
+        _State.handler(*caught)
 
 
-class Deferred:
-    """Runs its block whole but for its waits; a Ctrl-C in it takes effect there or at its end.
+class shield_interrupts:  # noqa: N801  # used like a function, as contextlib.suppress is
+    """Run the block as a whole: a Ctrl-C in it is raised in its ``allow_interrupts`` blocks or at its end.
 
-    It nests. Off the main thread, and where the program ignores SIGINT, it does nothing.
+    Nests. Does nothing off the main thread, and where the program ignores SIGINT.
     """
 
     _outermost = False
@@ -48,37 +48,37 @@ class Deferred:
     def __enter__(self) -> None:
         if threading.current_thread() is not threading.main_thread():
             return
-        # One call of C: a signal finds either handler, and ours only takes note.
-        before = signal.signal(signal.SIGINT, _catch)
-        if before is _catch:
+        # One C call: a signal finds either the former handler or ours, which only takes note.
+        handler = signal.signal(signal.SIGINT, _catch)
+        if handler is _catch:
             return
-        _State.before, _State.caught = before, None
-        if callable(before):
+        _State.handler, _State.caught = handler, None
+        if callable(handler):
             self._outermost = True
         else:
-            signal.signal(signal.SIGINT, before)
+            signal.signal(signal.SIGINT, handler)
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
         if self._outermost:
-            signal.signal(signal.SIGINT, _State.before)
-            _fire()
+            signal.signal(signal.SIGINT, _State.handler)
+            _deliver()
 
     @staticmethod
     def check() -> None:
-        """Raise now what was held back, while the block can still take back what it did."""
+        """Raise a Ctrl-C that was held back now, while the block can still undo what it did."""
         if threading.current_thread() is threading.main_thread():
-            _fire()
+            _deliver()
 
 
-class Interruptible:
-    """The waits inside of a ``Deferred``; outside of one Ctrl-C works anyway."""
+class allow_interrupts:  # noqa: N801
+    """Let Ctrl-C interrupt the block although a ``shield_interrupts`` encloses it; does nothing otherwise."""
 
     def __enter__(self) -> None:
         if threading.current_thread() is threading.main_thread():
             _State.waiting = True
             if signal.getsignal(signal.SIGINT) is _catch:
                 try:
-                    _fire()
+                    _deliver()
                 except BaseException:
                     _State.waiting = False
                     raise

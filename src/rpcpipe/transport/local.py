@@ -1,4 +1,4 @@
-"""All workers in this process and one thread, in an order drawn from a seed.
+"""Run all workers in this process and one thread, in an order drawn from a seed.
 
 Every message waits in a bag; each turn either delivers a random one or lets a random worker run
 one ready task. So thousands of interleavings, more hostile than any network's, run in seconds and
@@ -7,86 +7,236 @@ each can be repeated. ``drop`` loses messages on purpose.
 
 from __future__ import annotations
 
-import copy
+import io
+import pickle
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
+from torch.utils import _pytree as pytree
 
-Message = tuple[str, str, tuple[Any, ...], Future[Any]]
+from rpcpipe.errors import Failure, RpcPipeError, StageError, WorkerLost
+from rpcpipe.transport.base import Endpoint
+from rpcpipe.transport.pickling import MessagePickler
+from rpcpipe.transport.replies import Replies
+
+
+class LocalHandle:
+    """Stands for a value that stays with its endpoint, as torch's RRef does."""
+
+    def __init__(self, transport: LocalTransport, reply: Future[Any]) -> None:
+        self.reply = reply
+        self._transport = transport
+
+    def to_here(self) -> Any:
+        """Return a copy of the value, once it is there. Raises what torch's RRef does: RuntimeError for a Failure."""
+        self._transport.wait([self.reply], float("inf"))
+        if not self.reply.done():
+            raise RpcPipeError("the value will never come: no message and no task is left")
+        return _copied_with_graph(self.reply.result())
+
+
+@dataclass(eq=False)
+class _Message:
+    """A message in the bag. ``args`` makes the copy that is delivered.
+
+    ``keep``: the result stays with the endpoint. ``later``: if it is a future, its result is meant.
+    ``handles``: the message waits until they have values.
+    """
+
+    to: str
+    verb: str
+    args: Callable[[], tuple[Any, ...]]
+    reply: Future[Any]
+    keep: bool = False
+    later: bool = True
+    handles: list[LocalHandle] = field(default_factory=list)
+
+    @property
+    def deliverable(self) -> bool:
+        return all(handle.reply.done() for handle in self.handles)
 
 
 class LocalTransport:
-    """Carries messages between ``endpoints``, which the caller fills in by name."""
+    """Carries messages between the endpoints of one process. ``endpoints`` holds them by name, for tests."""
 
     def __init__(self, seed: int = 0, *, drop: Callable[[str, str], bool] | None = None) -> None:
         self.endpoints: dict[str, Any] = {}
         self._random = random.Random(seed)
-        self._bag: list[Message] = []
+        self._bag: list[_Message] = []
         self._drop = drop or (lambda to, verb: False)
+        self._replies = Replies()
         self._contexts = 0
 
-    def tell(self, to: str, verb: str, *args: Any) -> None:
-        # What a wire delivers shares no memory with what was sent, and with what others get.
-        self.post(to, verb, *copy.deepcopy(args))
+    def serve(self, name: str, endpoint: Endpoint) -> None:
+        """Serve ``endpoint``, which needs no thread: its ``run_one()`` runs a task, or returns False."""
+        self.endpoints[name] = endpoint
 
-    def post(self, to: str, verb: str, *args: Any) -> Future[Any]:
-        reply: Future[Any] = Future()
-        if not self._drop(to, verb):
-            self._bag.append((to, verb, args, reply))
-        return reply
+    def leave(self) -> None:
+        self.endpoints.clear()
 
-    def hold(self, to: str, verb: str, *args: Any, later: bool = False) -> object:
-        return self.post(to, verb, *args)
+    def lose(self, worker: str, error: WorkerLost) -> None:
+        self.endpoints.pop(worker, None)
+        self._replies.lose(worker, error)
 
-    def chain(self, to: str, verb: str, *args: Any) -> object:
-        return self.hold(to, verb, *args)
+    def send(self, to: str, verb: str, *args: Any) -> None:
+        self.call(to, verb, *args)
+
+    def call(self, to: str, verb: str, *args: Any) -> Future[Any]:
+        return self._post(_Message(to, verb, _packed(args), self._replies.open(to)))
+
+    def remote(self, to: str, verb: str, *args: Any, later: bool = False) -> LocalHandle:
+        reply = self._replies.open(to)
+        return LocalHandle(self, self._post(_Message(to, verb, _packed(args), reply, keep=True, later=later)))
+
+    def remote_chained(self, to: str, verb: str, *args: Any) -> LocalHandle:
+        handles = [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, LocalHandle)]
+        reply = self._replies.open(to)
+        own = _copied_with_graph(args)
+        message = _Message(to, verb, lambda: _with_values(own), reply, keep=True, handles=handles)
+        return LocalHandle(self, self._post(message))
+
+    def _post(self, message: _Message) -> Future[Any]:
+        if not message.reply.done() and not self._drop(message.to, message.verb):
+            self._bag.append(message)
+        return message.reply
 
     def wait(self, replies: Collection[Future[Any]], timeout: float) -> tuple[set[Future[Any]], set[Future[Any]]]:
+        """Take turns until one of ``replies`` is done or nothing can happen any more; ``timeout`` does not count."""
         while not any(reply.done() for reply in replies) and self._turn():
             pass
         done = {reply for reply in replies if reply.done()}
         return done, set(replies) - done
 
     def _turn(self) -> bool:
-        """One random delivery or task; False if nothing can happen any more."""
+        """Make one random delivery or run one task; return False if nothing can happen any more."""
+        if self._bag and self._random.random() < 0.5 and self._deliver_one():
+            return True
         workers = list(self.endpoints.values())
-        if self._bag and self._random.random() < 0.5:
-            self._deliver(self._bag.pop(self._random.randrange(len(self._bag))))
-            return True
         self._random.shuffle(workers)
-        if any(worker.run_one() for worker in workers):
-            return True
-        if self._bag:
-            self._deliver(self._bag.pop(self._random.randrange(len(self._bag))))
-            return True
-        return False
+        return any(worker.run_one() for worker in workers) or self._deliver_one()
 
-    def _deliver(self, message: Message) -> None:
-        to, verb, args, reply = message
-        result = getattr(self.endpoints[to], verb)(*args)
-        if isinstance(result, Future):
-            result.add_done_callback(lambda done: reply.set_result(done.result()))
+    def _deliver_one(self) -> bool:
+        if not self._bag:
+            return False
+        index = self._random.randrange(len(self._bag))
+        if not self._bag[index].deliverable:
+            indices = [index for index, message in enumerate(self._bag) if message.deliverable]
+            if not indices:
+                return False
+            index = self._random.choice(indices)
+        self._deliver(self._bag.pop(index))
+        return True
+
+    def _deliver(self, message: _Message) -> None:
+        if (endpoint := self.endpoints.get(message.to)) is None:
+            return  # lost, or nobody serves any more: the message is dropped
+        try:
+            args = message.args()
+        except Exception as error:
+            self._replies.fail(message.to, message.reply, RuntimeError(f"{type(error).__name__}: {error}"))
+            return
+        result = getattr(endpoint, message.verb)(*args)
+        if isinstance(result, Future) and message.later:
+            result.add_done_callback(lambda done: self._answer(message, done.result()))
         else:
-            reply.set_result(result)
+            self._answer(message, result)
+
+    def _answer(self, message: _Message, result: Any) -> None:
+        try:
+            answer = result if message.keep else _packed(result)()
+        except Exception as error:
+            failed = RpcPipeError(f"the call to {message.to} failed: {error}")
+            self._replies.fail(message.to, message.reply, failed)
+        else:
+            self._replies.complete(message.to, message.reply, answer)
 
     @contextmanager
     def context(self) -> Iterator[int]:
         self._contexts += 1
         yield self._contexts
 
-    def file(self, context_id: int, root: torch.Tensor) -> None:
+    def accumulate(self, context_id: int, root: torch.Tensor) -> None:
         root.backward()  # type: ignore[no-untyped-call]
 
-    def collect(self, context_id: int) -> Mapping[torch.Tensor, torch.Tensor]:
+    def get_gradients(self, context_id: int) -> Mapping[torch.Tensor, torch.Tensor]:
         return _LeafGradients()
 
 
 class _LeafGradients(dict[torch.Tensor, torch.Tensor]):
-    """Without distributed autograd the gradients lie in ``.grad``."""
+    """Gradients by parameter where there is no distributed autograd: they are in ``.grad``."""
 
     def get(self, parameter: torch.Tensor, default: Any = None) -> Any:
         return parameter.grad
+
+
+# --- copies: what a wire delivers shares no memory with what was sent ---
+
+_IMMUTABLE = {str, bytes, int, float, bool, type(None)}
+
+
+class _Pickler(MessagePickler):
+    """Pickles all but tensors, which it collects."""
+
+    def __init__(self, buffer: io.BytesIO) -> None:
+        super().__init__(buffer, protocol=pickle.HIGHEST_PROTOCOL)
+        self.tensors: dict[int, torch.Tensor] = {}
+
+    def persistent_id(self, value: Any) -> int | None:
+        if not isinstance(value, torch.Tensor):
+            return None
+        self.tensors[id(value)] = value
+        return id(value)
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, data: bytes, tensors: Mapping[int, torch.Tensor]) -> None:
+        super().__init__(io.BytesIO(data))
+        self._copies = {key: _detached(tensor) for key, tensor in tensors.items()}
+
+    def persistent_load(self, key: int) -> torch.Tensor:
+        return self._copies[key]
+
+
+def _packed(value: Any) -> Callable[[], Any]:
+    """Pickle ``value`` now; return a function that makes the copy.
+
+    It copies tensors only then, as torch RPC may: a sender that modifies one too early is found out. Pickling
+    is much faster than ``copy.deepcopy`` on tasks and reports.
+    """
+    if type(value) in _IMMUTABLE or (type(value) is tuple and all(type(part) in _IMMUTABLE for part in value)):
+        return lambda: value
+    buffer = io.BytesIO()
+    pickler = _Pickler(buffer)
+    pickler.dump(value)
+    return lambda: _Unpickler(buffer.getvalue(), pickler.tensors).load()
+
+
+def _detached(tensor: torch.Tensor) -> torch.Tensor:
+    copy = tensor.detach().clone()
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(copy, tensor.requires_grad)
+    return copy.requires_grad_(tensor.requires_grad)
+
+
+def _copied_with_graph(value: Any) -> Any:
+    """Return ``value``, a nest, with every tensor cloned such that gradients flow back through the clone.
+
+    Raises RuntimeError for a Failure, as torch's RRef does.
+    """
+    if isinstance(value, Failure):
+        raise RuntimeError(str(StageError(value)))
+    return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, value)
+
+
+def _with_values(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return ``args`` with every handle replaced by its value."""
+    values: tuple[Any, ...] = pytree.tree_map(
+        lambda leaf: _copied_with_graph(leaf.reply.result()) if isinstance(leaf, LocalHandle) else leaf, args
+    )
+    return values

@@ -1,8 +1,8 @@
-"""torch.distributed.rpc: the only file that imports it.
+"""Carry messages by torch.distributed.rpc; the only file that imports it.
 
-The agent is built directly over a store of our own instead of by ``init_rpc``, whose process-wide
-counters make a second group in one process wait for ever, and calls go to the binding below
-``rpc_async``. The private names this takes are pinned by a test.
+The agent is built directly over ``ExchangeStore`` instead of by ``init_rpc``, whose process-wide counters
+make a second group in one process wait for ever, and calls go to the binding below ``rpc_async``. A test
+pins the private names of torch that this takes.
 
 No exception crosses the wire (torch would rebuild it as ``type(message)``): endpoints answer with
 ``errors.Failure`` values. Handlers never block; where the answer takes time they return a future.
@@ -24,7 +24,6 @@ from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from typing import Any
 
-import cloudpickle
 import psutil
 import torch
 from torch import nn
@@ -34,50 +33,46 @@ from torch.distributed.rpc import api, internal
 from torch.utils import _pytree as pytree
 
 from rpcpipe.errors import Failure, RpcPipeError, StageError, WorkerLost
-from rpcpipe.transport.interrupts import Deferred, Interruptible
+from rpcpipe.transport.base import DRIVER, Endpoint
+from rpcpipe.transport.interrupts import allow_interrupts, shield_interrupts
+from rpcpipe.transport.pickling import MessagePickler
+from rpcpipe.transport.replies import Replies
 from rpcpipe.transport.rpc_store import ExchangeStore
 from rpcpipe.transport.torch_log import hush
 
 # uv: the default shm transport keeps a core busy per process even when idle. basic: through the socket.
 _TRANSPORTS, _CHANNELS = ["uv"], ["basic"]
-# Handlers only file what they get, so two threads serve any number of messages.
-_HANDLER_THREADS = 2
-# Seconds that the process watch has to say that a worker has died.
-_GRACE = 0.5
+_HANDLER_THREADS = 2  # handlers only queue what they get, so two serve any number of messages
+_GRACE = 0.5  # seconds that the monitor has to report that a worker has died
 
-# The functions that rpc_async and remote end in.
-_BINDINGS: Any = torch._C._distributed_rpc
-
-# (generation, the object whose methods are the verbs)
-_endpoint: tuple[str, Any] | None = None
+_BINDINGS: Any = torch._C._distributed_rpc  # rpc_async and remote end in its functions
+_MAX_NUMBER = (1 << 15) - 1  # torch numbers workers in 16 bits
 
 log = logging.getLogger("rpcpipe")
 
 
-DRIVER = "driver"
+class _Agent:
+    """This process's torch agent and the other processes it knows.
 
-
-class _Membership:
-    """This process's agent and the others it knows.
-
-    The agent outlives the group: RRefs go through the first agent that a process had and no other
-    (torch's RRefContext), so a second one would never tell owners that their RRefs are let go. Hence
-    a group without fixed members, whose members each process enters itself under names and numbers
-    that are never used again; nothing of torch's own protocol for that, which does not survive a
-    death, is used.
+    The agent outlives a group of workers: RRefs go through the first agent that a process had and no
+    other (torch's RRefContext), so a second one would never tell owners that their RRefs are deleted.
+    Hence a group without fixed members, whose members each process enters itself under names and numbers
+    that are never used again; torch's own protocol for that, which does not survive a death, is not used.
     """
 
-    def __init__(self, agent: Any, store: ExchangeStore, interface: str) -> None:
-        self.agent, self.store, self.interface = agent, store, interface
+    def __init__(self, store: ExchangeStore, name: str, number: int, interface: str) -> None:
+        self.store, self.interface = store, interface
+        self._agent = _start_agent(store, name, number, interface)
         self._others: list[str] = []
 
     def admit(self, others: Mapping[str, int]) -> None:
+        """Enter other processes, names with numbers; each has published its address in the store, or will."""
         for name, number in others.items():
-            self.agent._update_group_membership(rpc.WorkerInfo(name, number), [], {}, True)  # type: ignore[attr-defined]
+            self._agent._update_group_membership(rpc.WorkerInfo(name, number), [], {}, True)  # type: ignore[attr-defined]
             self._others.append(name)
 
     def part(self) -> None:
-        """The others are dead. torch keeps their entries: it hands out references into its tables."""
+        """Close the connections to the others, which are dead; torch keeps their entries, to which it refers."""
         for name in self._others:
             # A message to the dead: the agent looks at a connection only when it is used, and would
             # keep its descriptors otherwise.
@@ -90,65 +85,18 @@ class _Membership:
         return not self._others
 
     @property
+    def port(self) -> int:
+        """Return the port the driver's agent listens at."""
+        return int(self.store.published[f"addrs/{DRIVER}"].rpartition(":")[2])
+
+    @property
     def listening(self) -> bool:
-        """Does the agent still listen? It stops for good when a stranger connects and goes."""
-        port = int(self.store.said[f"addrs/{DRIVER}"].rpartition(":")[2])
-        found = psutil.Process().net_connections("tcp")
-        return any(one.status == psutil.CONN_LISTEN and one.laddr.port == port for one in found)
+        """Return whether the agent still listens: it stops for good when a stranger connects and goes."""
+        connections = psutil.Process().net_connections("tcp")
+        return any(one.status == psutil.CONN_LISTEN and one.laddr.port == self.port for one in connections)
 
 
-_membership: _Membership | None = None
-_numbers = itertools.count(1)
-_MOST = (1 << 15) - 1  # torch numbers workers in 16 bits
-
-
-def fresh_numbers(names: Sequence[str]) -> dict[str, int]:
-    """A number for the driver, 0, and for each worker one that this process has not given before."""
-    found = {DRIVER: 0, **{name: next(_numbers) for name in names}}
-    if max(found.values()) > _MOST:
-        raise RpcPipeError(f"this process has launched {_MOST} workers, all that torch can number; start a fresh one")
-    return found
-
-
-def _wire_name(name: str, generation: str) -> str:
-    """What torch calls a worker: another name in every generation.
-
-    torch retries some messages by name; one to a worker that has died must not reach its successor.
-    """
-    return name if name == DRIVER else f"{name}-{generation[:8]}"
-
-
-def join(store: ExchangeStore, name: str, numbers: Mapping[str, int], generation: str, *, interface: str) -> None:
-    """Form the group of ``numbers``: returns once every other one has published its address in ``store``.
-
-    Raises RpcPipeError if this process is in a group already, and whatever ``store`` raises.
-    """
-    global _membership
-    known = _membership
-    if rpc._is_current_rpc_agent_set() and (known is None or not known.alone):  # type: ignore[attr-defined]
-        raise RpcPipeError("this process already runs torch RPC; close the cluster, or call rpc.shutdown(), first")
-    if known is not None and not known.listening:
-        log.warning(
-            "torch's RPC agent has lost its listener, to a stranger's connection or a worker that died while it"
-            " connected; a second agent works, but RRefs do not know their owners and are not let go there:"
-            " start a fresh process when you can"
-        )
-        shutdown()
-        known = None
-    if known is None:
-        agent = _make_agent(store, _wire_name(name, generation), numbers[name], interface)
-        known = _membership = _Membership(agent, store, interface)
-    elif known.interface != interface:
-        raise RpcPipeError(
-            f"this process's torch RPC listens on {known.interface} and cannot change to {interface};"
-            " use a fresh process for workers of another network"
-        )
-    else:
-        known.store.adopt(store)
-    known.admit({_wire_name(other, generation): number for other, number in numbers.items() if other != name})
-
-
-def _make_agent(store: ExchangeStore, name: str, number: int, interface: str) -> Any:
+def _start_agent(store: ExchangeStore, name: str, number: int, interface: str) -> Any:
     os.environ["TP_SOCKET_IFNAME"] = interface
     dist_autograd._init(number)  # type: ignore[attr-defined]
     options = rpc.TensorPipeRpcBackendOptions(
@@ -163,32 +111,108 @@ def _make_agent(store: ExchangeStore, name: str, number: int, interface: str) ->
     return agent
 
 
-def leave() -> None:
-    """Leave the group, whose other members have ended; the agent stays for the next one."""
-    serve(None)
-    if _membership is not None:
-        _membership.part()
+class RpcProcess:
+    """This process's part in torch RPC: its agent, the group it is in, the endpoint it serves.
+
+    torch has one agent per process, so there is one instance, ``this_process``. The main thread joins and
+    leaves; handler threads read ``_served`` as a whole, so a message meets one endpoint or none.
+    """
+
+    def __init__(self) -> None:
+        self.agent: _Agent | None = None
+        self._served: tuple[str, Endpoint] | None = None  # generation, endpoint
+        self._numbers = itertools.count(1)
+
+    def number_workers(self, names: Sequence[str]) -> dict[str, int]:
+        """Return torch's numbers by name: 0 for the driver, for workers such as were never given before.
+
+        Raises RpcPipeError once torch's 16 bits are used up.
+        """
+        numbers = {DRIVER: 0, **{name: next(self._numbers) for name in names}}
+        if max(numbers.values()) > _MAX_NUMBER:
+            raise RpcPipeError(
+                f"this process has launched {_MAX_NUMBER} workers, all that torch can number; start a fresh one"
+            )
+        return numbers
+
+    def join(
+        self, store: ExchangeStore, name: str, numbers: Mapping[str, int], generation: str, *, interface: str
+    ) -> None:
+        """Form the group of ``numbers``, as ``name``; return once all others' addresses are in ``store``.
+
+        Raises RpcPipeError if this process is in a group already, and whatever ``store`` raises.
+        """
+        agent = self.agent
+        if rpc._is_current_rpc_agent_set() and (agent is None or not agent.alone):  # type: ignore[attr-defined]
+            raise RpcPipeError("this process already runs torch RPC; close the cluster, or call rpc.shutdown(), first")
+        if agent is not None and not agent.listening:
+            log.warning(
+                "torch's RPC agent has lost its listener, to a stranger's connection or a worker that died while it"
+                " connected; a second agent works, but RRefs do not know their owners and are not let go there:"
+                " start a fresh process when you can"
+            )
+            self._stop_agent()
+            agent = None
+        if agent is None:
+            agent = self.agent = _Agent(store, _wire_name(name, generation), numbers[name], interface)
+        elif agent.interface != interface:
+            raise RpcPipeError(
+                f"this process's torch RPC listens on {agent.interface} and cannot change to {interface};"
+                " use a fresh process for workers of another network"
+            )
+        else:
+            agent.store.adopt(store)
+        agent.admit({_wire_name(other, generation): number for other, number in numbers.items() if other != name})
+
+    def serve(self, endpoint: Endpoint, generation: str) -> None:
+        """Run ``endpoint``'s verbs for the messages of ``generation`` from now on, and no others."""
+        self._served = generation, endpoint
+
+    @property
+    def endpoint(self) -> Endpoint | None:
+        """Return the endpoint that is served."""
+        return None if self._served is None else self._served[1]
+
+    def dispatch(self, generation: str, verb: str, args: tuple[Any, ...]) -> Any:
+        """Run a message's verb and return its result; None for a generation that is not served any more."""
+        served = self._served
+        if served is None or served[0] != generation:
+            return None
+        return getattr(served[1], verb)(*args)
+
+    def leave(self) -> None:
+        """Leave the group, whose other members have ended; the agent stays for the next one."""
+        self._served = None
+        if self.agent is not None:
+            self.agent.part()
+
+    def shutdown(self) -> None:
+        """Leave, and end the agent: this process uses torch RPC no longer."""
+        self.leave()
+        self._stop_agent()
+
+    def _stop_agent(self) -> None:
+        if self.agent is not None:
+            self.agent = None
+            rpc.shutdown(graceful=False)
 
 
-def shutdown() -> None:
-    """End the agent, and with it this process's use of torch RPC."""
-    global _membership
-    leave()
-    if _membership is not None:
-        _membership = None
-        rpc.shutdown(graceful=False)
+this_process = RpcProcess()
 
 
-def serve(endpoint: tuple[str, Any] | None) -> None:
-    """From now on messages of the given generation go to the given endpoint."""
-    global _endpoint
-    _endpoint = endpoint
+def _wire_name(name: str, generation: str) -> str:
+    """Return torch's name for a worker, another one in every generation.
+
+    torch retries some messages by name; one to a worker that has died must not reach its successor.
+    """
+    return name if name == DRIVER else f"{name}-{generation[:8]}"
+
+
+# --- handlers: called by torch's threads, never block. Pickled by name: they stay functions of this module ---
 
 
 def _receive(generation: str, verb: str, args: tuple[Any, ...]) -> Any:
-    if _endpoint is None or _endpoint[0] != generation:
-        return None  # a message of a group that is no more
-    return getattr(_endpoint[1], verb)(*args)
+    return this_process.dispatch(generation, verb, args)
 
 
 @rpc.functions.async_execution  # type: ignore[untyped-decorator]
@@ -204,7 +228,7 @@ def _receive_later(generation: str, verb: str, args: tuple[Any, ...]) -> torch.f
 
 @rpc.functions.async_execution  # type: ignore[untyped-decorator]
 def _receive_chained(generation: str, verb: str, args: tuple[Any, ...]) -> torch.futures.Future[Any]:
-    """Like ``_receive_later`` once the RRefs among ``args`` have been fetched.
+    """Do as ``_receive_later`` once the RRefs among ``args`` have been fetched.
 
     The fetches are issued on this handler's thread, where the caller's distributed-autograd context
     is in force, so the graph spans the workers; nothing waits here.
@@ -232,10 +256,8 @@ def _receive_chained(generation: str, verb: str, args: tuple[Any, ...]) -> torch
 
 
 def _raised_by_to_here(message: str) -> internal.RemoteException:
-    """Of calls made by hand the user fetches the value himself, so torch's way of reporting applies.
-
-    torch decodes the message's escapes, which mangles non-ASCII text unless it was escaped here.
-    """
+    """Return the value for which ``to_here()``, called by the user on a handle, raises RuntimeError(message)."""
+    # torch decodes the message's escapes, which mangles non-ASCII text unless it was escaped here.
     return internal.RemoteException(message.encode("unicode_escape").decode("ascii"), RuntimeError)
 
 
@@ -245,25 +267,27 @@ def _is_rref(value: object) -> bool:
 
 @rpc.functions.async_execution  # type: ignore[untyped-decorator]
 def _local_value(rref: Any) -> torch.futures.Future[Any]:
-    """Waits for the value on a thread of its own: calls made by hand are few, handlers must be free."""
+    """Wait for the value on a thread of its own: calls made by hand are few, handlers must be free."""
     answer: torch.futures.Future[Any] = torch.futures.Future()
-    threading.Thread(target=lambda: answer.set_result(rref.local_value()), daemon=True).start()
+
+    def fetch() -> None:
+        try:
+            value = rref.local_value()
+        except Exception as error:  # the call that makes the value has failed
+            value = _raised_by_to_here(str(error))
+        answer.set_result(value)
+
+    threading.Thread(target=fetch, daemon=True).start()
     return answer
 
 
-class _Pickler(pickle.Pickler):
-    """Tensors go beside the bytes, as in torch's own RPC pickler, whose set-up costs more than the pickling."""
+class _Pickler(MessagePickler):
+    """Collects tensors beside the bytes, as torch's own RPC pickler, whose set-up costs more than the pickling."""
 
     def __init__(self, buffer: io.BytesIO) -> None:
         super().__init__(buffer, protocol=pickle.HIGHEST_PROTOCOL)
         self.tensors: list[torch.Tensor] = []
         self.dispatch_table = {**copyreg.dispatch_table, torch.Tensor: self._beside, nn.Parameter: self._beside}
-
-    def reducer_override(self, value: Any) -> Any:
-        """What a script or a REPL defines is sent by value: a worker's ``__main__`` is another one."""
-        if type(value).__module__ == "__main__" or getattr(value, "__module__", None) == "__main__":
-            return cloudpickle.loads, (cloudpickle.dumps(value),)
-        return NotImplemented
 
     def _beside(self, tensor: torch.Tensor) -> tuple[Any, tuple[int]]:
         self.tensors.append(tensor)
@@ -271,13 +295,13 @@ class _Pickler(pickle.Pickler):
 
 
 def _tensor(index: int) -> torch.Tensor:
-    """Runs while torch unpickles a call."""
-    found: torch.Tensor = internal._thread_local_tensor_tables.recv_tables[index]
-    return found
+    """Return the message's tensor ``index``; runs while torch unpickles the message."""
+    tensor: torch.Tensor = internal._thread_local_tensor_tables.recv_tables[index]
+    return tensor
 
 
 def _invoke(send: Any, to: str, function: Any, args: tuple[Any, ...]) -> Any:
-    """``rpc_async`` or ``remote``, at half of their cost: straight to the binding they end in.
+    """Call ``send``, the binding in which ``rpc_async`` or ``remote`` ends; return its future or RRef.
 
     A call costs the compute thread 0.5 ms through the public functions (caches are cold after a
     kernel), 0.27 ms this way.
@@ -290,90 +314,73 @@ def _invoke(send: Any, to: str, function: Any, args: tuple[Any, ...]) -> Any:
 
 
 class RpcTransport:
-    """Messages of one generation of workers, as seen from the driver or from a worker."""
+    """Messages of one ``generation`` of workers, as seen from the driver or from a worker."""
 
     def __init__(self, generation: str) -> None:
-        self._generation = generation
-        self._lock = threading.Lock()
-        self._pending: dict[str, set[Future[Any]]] = {}
-        self._lost: dict[str, WorkerLost] = {}
+        # A random string. Messages that carry another one are dropped where they arrive.
+        self.generation = generation
+        self._replies = Replies()
 
-    def _wire(self, to: str) -> str:
-        return _wire_name(to, self._generation)
+    def serve(self, name: str, endpoint: Endpoint) -> None:
+        this_process.serve(endpoint, self.generation)
 
-    def tell(self, to: str, verb: str, *args: Any) -> None:
-        _invoke(_BINDINGS._invoke_rpc_python_udf, self._wire(to), _receive, (self._generation, verb, args))
-
-    def post(self, to: str, verb: str, *args: Any) -> Future[Any]:
-        reply: Future[Any] = Future()
-        with self._lock:
-            if to in self._lost:
-                reply.set_exception(self._lost[to])
-                return reply
-            self._pending.setdefault(to, set()).add(reply)
-        answer = _invoke(
-            _BINDINGS._invoke_rpc_python_udf, self._wire(to), _receive_later, (self._generation, verb, args)
-        )
-        answer.add_done_callback(lambda done: self._settle(to, reply, done))
-        return reply
-
-    def _settle(self, to: str, reply: Future[Any], answer: torch.futures.Future[Any]) -> None:
-        """Runs on a thread of the agent."""
-        try:
-            outcome, error = answer.value(), None
-        except Exception as raised:
-            outcome, error = None, raised
-        with self._lock:
-            if reply not in self._pending.get(to, ()):
-                return  # failed by `lose` in the meantime
-            if error is None:
-                self._pending[to].discard(reply)
-        if error is None:
-            reply.set_result(outcome)
-        else:
-            # A broken connection is usually a death, which the watch reports in a moment with its
-            # cause; only what is no death is reported as it is.
-            late = threading.Timer(_GRACE, self._fail, (to, reply, RpcPipeError(f"the call to {to} failed: {error}")))
-            late.daemon = True
-            late.start()
-
-    def _fail(self, to: str, reply: Future[Any], error: RpcPipeError) -> None:
-        with self._lock:
-            if reply not in self._pending.get(to, ()):
-                return
-            self._pending[to].discard(reply)
-        reply.set_exception(error)
+    def leave(self) -> None:
+        this_process.leave()
 
     def lose(self, worker: str, error: WorkerLost) -> None:
-        """``worker`` is gone: its pending and future calls end with ``error``."""
-        with self._lock:
-            self._lost.setdefault(worker, error)
-            pending = self._pending.pop(worker, set())
-        for reply in pending:
-            reply.set_exception(error)
+        self._replies.lose(worker, error)
 
-    def hold(self, to: str, verb: str, *args: Any, later: bool = False) -> object:
-        function = _receive_later if later else _receive
-        call = (self._generation, verb, args)
+    def send(self, to: str, verb: str, *args: Any) -> None:
+        self._invoke_call(to, _receive, verb, args)
+
+    def call(self, to: str, verb: str, *args: Any) -> Future[Any]:
+        reply = self._replies.open(to)
+        if not reply.done():
+            answer = self._invoke_call(to, _receive_later, verb, args)
+            answer.add_done_callback(lambda done: self._complete(to, reply, done))
+        return reply
+
+    def _invoke_call(self, to: str, function: Any, verb: str, args: tuple[Any, ...]) -> Any:
+        message = (self.generation, verb, args)
+        return _invoke(_BINDINGS._invoke_rpc_python_udf, _wire_name(to, self.generation), function, message)
+
+    def _complete(self, to: str, reply: Future[Any], answer: torch.futures.Future[Any]) -> None:
+        """Runs on a thread of the agent."""
         try:
-            return _invoke(_BINDINGS._invoke_remote_python_udf, self._wire(to), function, call)
+            outcome = answer.value()
+        except Exception as raised:
+            if self._replies.is_pending(to, reply):
+                # A broken connection is usually a death, which the monitor reports in a moment with its
+                # cause; only what is no death is reported as it is.
+                error = RpcPipeError(f"the call to {to} failed: {raised}")
+                late = threading.Timer(_GRACE, self._replies.fail, (to, reply, error))
+                late.daemon = True
+                late.start()
+        else:
+            self._replies.complete(to, reply, outcome)
+
+    def remote(self, to: str, verb: str, *args: Any, later: bool = False) -> object:
+        function = _receive_later if later else _receive
+        message = (self.generation, verb, args)
+        try:
+            return _invoke(_BINDINGS._invoke_remote_python_udf, _wire_name(to, self.generation), function, message)
         except RuntimeError as broken:
             # Unlike a call, `remote` raises at once where the connection is known to be broken. What a call
             # makes of it is the cause: the death, if it is one.
-            raise self.post(to, "clock").exception() or broken from None
+            raise self.call(to, "clock").exception() or broken from None
 
-    def chain(self, to: str, verb: str, *args: Any) -> object:
-        return rpc.remote(self._wire(to), _receive_chained, args=(self._generation, verb, args))
+    def remote_chained(self, to: str, verb: str, *args: Any) -> object:
+        return rpc.remote(_wire_name(to, self.generation), _receive_chained, args=(self.generation, verb, args))
 
     def wait(self, replies: Collection[Future[Any]], timeout: float) -> tuple[set[Future[Any]], set[Future[Any]]]:
         # Not torch's Future.wait, which ignores Ctrl-C until the call ends, and not concurrent.futures.wait,
         # which a Ctrl-C can leave with the futures' locks held. A SimpleQueue cannot be torn.
         first: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
-        with Deferred():
+        with shield_interrupts():
             for reply in replies:
                 reply.add_done_callback(first.put)
         try:
-            with Interruptible():
+            with allow_interrupts():
                 first.get(timeout=timeout)
         except queue.Empty:
             pass
@@ -383,9 +390,9 @@ class RpcTransport:
     def context(self) -> AbstractContextManager[int]:
         return dist_autograd.context()
 
-    def file(self, context_id: int, root: torch.Tensor) -> None:
+    def accumulate(self, context_id: int, root: torch.Tensor) -> None:
         dist_autograd.backward(context_id, [root])  # type: ignore[attr-defined]
 
-    def collect(self, context_id: int) -> Mapping[torch.Tensor, torch.Tensor]:
+    def get_gradients(self, context_id: int) -> Mapping[torch.Tensor, torch.Tensor]:
         gradients: Mapping[torch.Tensor, torch.Tensor] = dist_autograd.get_gradients(context_id)  # type: ignore[attr-defined]
         return gradients

@@ -1,7 +1,7 @@
-"""The store over which torch RPC's agents exchange names and addresses: the control channels.
+"""Let torch RPC's agents exchange names and addresses over the control channels.
 
-No TCPStore (unauthenticated, a listener more) and no file; a death or a Ctrl-C while the group
-forms surfaces at once in ``fetch`` instead of after the store's timeout.
+Not a TCPStore, which is unauthenticated and one more listener, and not a file: a death or a Ctrl-C while the
+group forms surfaces at once in ``fetch`` instead of after the store's timeout.
 """
 
 from __future__ import annotations
@@ -14,39 +14,39 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 
 
 class ExchangeStore(Store):
-    """``publish(key, text)`` tells all ranks; ``fetch(key)`` waits for what any of them published.
+    """A torch Store. ``publish(key, text)`` tells all ranks; ``fetch(key)`` waits for what any of them published.
 
     Implements what the agent calls; a test pins that list.
     """
 
     def __init__(self, publish: Callable[[str, str], Any], fetch: Callable[[str], str]) -> None:
         super().__init__()
-        self._publish = publish
-        self._fetch = fetch
-        self._said: dict[str, bytes] = {}
+        self.publish = publish
+        self.fetch = fetch
+        self._values: dict[str, bytes] = {}
 
     def adopt(self, other: ExchangeStore) -> None:
-        """Speak to ``other``'s ranks from now on; they are told what the former ones were."""
-        self._publish, self._fetch = other._publish, other._fetch
-        for key, value in self._said.items():
+        """Exchange with ``other``'s ranks from now on, which get what this process has published so far."""
+        self.publish, self.fetch = other.publish, other.fetch
+        for key, value in self._values.items():
             self.set(key, value)
 
     @property
-    def said(self) -> dict[str, str]:
-        """What this process has published, as text."""
-        return {key: value.decode() for key, value in self._said.items()}
+    def published(self) -> dict[str, str]:
+        """Return what this process has published, as text."""
+        return {key: value.decode() for key, value in self._values.items()}
 
     def set(self, key: str, value: bytes) -> None:  # type: ignore[override]
-        self._said[key] = value
-        self._publish(key, base64.b64encode(value).decode())
+        self._values[key] = value
+        self.publish(key, base64.b64encode(value).decode())
 
     def get(self, key: str) -> bytes:
-        return base64.b64decode(self._fetch(key))
+        return base64.b64decode(self.fetch(key))
 
     def compare_set(self, key: str, expected: bytes, desired: bytes) -> bytes:  # type: ignore[override]
-        # Asked for whether the group's members are fixed and whether the own number is free: nobody objects.
+        # The agent asks whether the group's members are fixed and whether its number is free: it gets its wish.
         return desired
 
     def check(self, keys: list[str]) -> bool:
-        # Asked for torch's own list of members, which nobody keeps.
+        # The agent asks for torch's own list of members, which does not exist here.
         return False

@@ -1,4 +1,4 @@
-"""torch's C++ log, which no Python logging reaches."""
+"""Silence torch's C++ log, which no Python logging reaches."""
 
 from __future__ import annotations
 

@@ -58,9 +58,9 @@ class Ledger(Protocol):
 
     def context(self) -> AbstractContextManager[int]: ...
 
-    def file(self, context_id: int, root: torch.Tensor) -> None: ...
+    def accumulate(self, context_id: int, root: torch.Tensor) -> None: ...
 
-    def collect(self, context_id: int) -> Mapping[torch.Tensor, torch.Tensor]: ...
+    def get_gradients(self, context_id: int) -> Mapping[torch.Tensor, torch.Tensor]: ...
 
 
 Send = Callable[[str, int, Port, Any], None]
@@ -281,13 +281,13 @@ class Actor:
             gradients.scale(parameters, factor)
         root = gradients.take(parameters)
         if root is not None:
-            self._ledger.file(context_id, root)
+            self._ledger.accumulate(context_id, root)
 
     def _update_weights(self, context_id: int, changes: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
         """Apply the context's gradients; when that began and ended, in nanoseconds."""
         start = time.monotonic_ns()
         if self.held.optimizer is not None:
-            self.held.optimizer.step(self._ledger.collect(context_id), changes)
+            self.held.optimizer.step(self._ledger.get_gradients(context_id), changes)
         self._updated = start, time.monotonic_ns()
         if self.held.spec.peers.shard:
             for exchange in self.held.exchanges.values():
@@ -331,7 +331,7 @@ class Actor:
             versions.before_update(update.group)
             with self._ledger.context() as context_id:
                 self._publish_gradients(context_id, factor)
-                self.held.optimizer.apply(self._ledger.collect(context_id), update.changes)
+                self.held.optimizer.apply(self._ledger.get_gradients(context_id), update.changes)
         versions.after_update(update.group)
         if self._snapshots is not None:
             self._snapshots.updated(versions.newest, update.committed)

@@ -286,7 +286,7 @@ class Executor:
             if worker == self.name:
                 self._put(pipeline, step, port, value)
             else:
-                self._transport.tell(worker, "deliver", pipeline, step, port, value)
+                self._transport.send(worker, "deliver", pipeline, step, port, value)
 
         built: ActorSpec = cloudpickle.loads(spec)
         actor = Actor(self.name, built, device=self._device, send=send, ledger=self._transport)

@@ -1,0 +1,206 @@
+"""What every transport promises, asked of both: torch RPC between two processes, and the in-process one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future
+from typing import Any
+
+import pytest
+import torch
+
+import rpcpipe as rp
+from rpcpipe.errors import Failure, WorkerLost
+from rpcpipe.transport import Transport
+from rpcpipe.transport.local import LocalTransport
+from rpcpipe.transport.rpc import RpcTransport, this_process
+from support.faults import wait_for
+
+WORKER = "worker0"
+
+
+class Recorder:
+    """An endpoint that keeps what it gets."""
+
+    def __init__(self) -> None:
+        self.notes: list[Any] = []
+        self.waiting: list[tuple[Future[Any], Any]] = []
+
+    def clock(self) -> int:
+        return 7
+
+    def note(self, value: Any) -> Any:
+        """Keep ``value`` and answer with it."""
+        self.notes.append(value)
+        return value
+
+    def noted(self) -> list[Any]:
+        return self.notes
+
+    def later(self, value: Any) -> Future[Any]:
+        """Answer with ``value`` once there is a ``release``."""
+        future: Future[Any] = Future()
+        self.waiting.append((future, value))
+        return future
+
+    def release(self) -> int:
+        released, self.waiting = self.waiting, []
+        for future, value in released:
+            future.set_result(value)
+        return len(released)
+
+    def double(self, nest: dict[str, torch.Tensor]) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(2 * nest["x"])
+        return future
+
+    def fail(self, nest: Any) -> Future[Any]:
+        """Answer as an executor does whose user's code raised."""
+        future: Future[Any] = Future()
+        future.set_result(Failure.of(ValueError("größer"), worker=WORKER, action="forward"))
+        return future
+
+    def progress(self) -> tuple[int, str]:  # asked for by Cluster.close
+        return 0, "idle"
+
+    def run_one(self) -> bool:
+        """There are no tasks here, which the in-process transport would run."""
+        return False
+
+
+def serve_recorder(generation: str) -> None:
+    """Runs on the worker: serve a Recorder instead of the executor."""
+    this_process.serve(Recorder(), generation)
+
+
+@pytest.fixture(params=["rpc", "local"])
+def transport(request: pytest.FixtureRequest) -> Iterator[Transport]:
+    """A transport that reaches a Recorder, named ``WORKER``."""
+    if request.param == "local":
+        local = LocalTransport(seed=3)
+        local.serve(WORKER, Recorder())
+        yield local
+        local.leave()
+        return
+    with rp.launch(workers=1, threads=1, timeout=20.0) as cluster:
+        cluster.call(1, serve_recorder, cluster.transport.generation)
+        yield cluster.transport
+
+
+def result(transport: Transport, reply: Future[Any]) -> Any:
+    done, waiting = transport.wait([reply], 5.0)
+    assert (done, waiting) == ({reply}, set())
+    return reply.result()
+
+
+def ask(transport: Transport, verb: str, *args: Any) -> Any:
+    return result(transport, transport.call(WORKER, verb, *args))
+
+
+def test_what_is_sent_is_delivered_once(transport: Transport) -> None:
+    for number in range(20):
+        transport.send(WORKER, "note", number)
+    wait_for(lambda: len(ask(transport, "noted")) >= 20)
+    assert sorted(ask(transport, "noted")) == list(range(20))
+
+
+def test_a_call_gives_the_result(transport: Transport) -> None:
+    assert ask(transport, "clock") == 7
+    failure = ask(transport, "fail", None)
+    assert isinstance(failure, Failure)
+    assert failure.message == "größer"
+
+
+def test_a_call_gives_a_futures_result(transport: Transport) -> None:
+    reply = transport.call(WORKER, "later", ("a", 1))
+    wait_for(lambda: ask(transport, "release") == 1)
+    assert result(transport, reply) == ("a", 1)
+
+
+def test_what_arrives_shares_no_memory_with_what_was_sent(transport: Transport) -> None:
+    sent: dict[str, Any] = {"tensor": torch.ones(3), "list": [1]}
+    answer = ask(transport, "note", sent)
+    sent["tensor"].add_(1)
+    sent["list"].append(2)
+    answer["tensor"].add_(1)
+    answer["list"].append(3)
+    [kept] = ask(transport, "noted")
+    assert (kept["tensor"].tolist(), kept["list"]) == ([1, 1, 1], [1])
+    sent_without_answer = torch.zeros(2)
+    transport.send(WORKER, "note", sent_without_answer)
+    wait_for(lambda: len(ask(transport, "noted")) == 2)
+    sent_without_answer.add_(1)
+    assert ask(transport, "noted")[1].tolist() == [0, 0]
+
+
+def test_a_tensor_arrives_as_it_was(transport: Transport) -> None:
+    parameter = torch.nn.Parameter(torch.arange(6.0).view(2, 3))
+    sent = [parameter, parameter.detach().t(), torch.arange(10)[2:4], torch.zeros(0), torch.tensor(True)]
+    for one, other in zip(ask(transport, "note", sent), sent, strict=True):
+        assert torch.equal(one, other)
+        assert (one.dtype, one.requires_grad) == (other.dtype, other.requires_grad)
+
+
+def test_remote_keeps_the_result(transport: Transport) -> None:
+    handle: Any = transport.remote(WORKER, "note", [1, 2])
+    assert handle.to_here() == [1, 2]
+    assert ask(transport, "noted") == [[1, 2]]
+
+
+def test_remote_keeps_the_result_that_comes_later(transport: Transport) -> None:
+    handle: Any = transport.remote(WORKER, "later", [3], later=True)
+    wait_for(lambda: ask(transport, "release") == 1)
+    assert handle.to_here() == [3]
+
+
+def test_a_chained_message_gets_the_handles_values(transport: Transport) -> None:
+    first: Any = transport.remote(WORKER, "later", torch.full((2,), 3.0), later=True)
+    second: Any = transport.remote_chained(WORKER, "double", {"x": first})
+    third: Any = transport.remote_chained(WORKER, "double", {"x": second})
+    wait_for(lambda: ask(transport, "release") == 1)
+    assert third.to_here().tolist() == [12, 12]
+    assert second.to_here().tolist() == [6, 6]
+
+
+def test_a_chained_failure_is_raised_where_it_is_fetched(transport: Transport) -> None:
+    failed: Any = transport.remote_chained(WORKER, "fail", {"x": torch.ones(1)})
+    chained: Any = transport.remote_chained(WORKER, "double", {"x": failed})
+    for handle in (failed, chained):
+        with pytest.raises(RuntimeError, match="größer"):
+            handle.to_here()
+
+
+def test_wait_says_what_is_done_and_what_is_not(transport: Transport) -> None:
+    late = transport.call(WORKER, "later", 1)
+    early = transport.call(WORKER, "clock")
+    done, waiting = transport.wait([late, early], 5.0)
+    assert (done, waiting) == ({early}, {late})
+    assert transport.wait([late], 0.05) == (set(), {late})
+    assert transport.wait([early, late], 5.0) == ({early}, {late})
+    wait_for(lambda: ask(transport, "release") == 1)
+    assert result(transport, late) == 1
+
+
+def test_a_lost_worker_fails_pending_and_future_calls(transport: Transport) -> None:
+    pending = transport.call(WORKER, "later", 1)
+    assert ask(transport, "clock") == 7
+    transport.lose(WORKER, WorkerLost("gone", worker=WORKER))
+    transport.lose(WORKER, WorkerLost("gone again", worker=WORKER))  # the first cause counts
+    for reply in (pending, transport.call(WORKER, "clock")):
+        with pytest.raises(WorkerLost, match=r"gone$"):
+            result(transport, reply)
+    transport.send(WORKER, "note", 1)  # nobody hears it, and nothing is raised
+
+
+def test_messages_of_another_generation_are_dropped(transport: Transport) -> None:
+    if not isinstance(transport, RpcTransport):
+        pytest.skip("in one process there is one generation")
+    stranger = RpcTransport(transport.generation[:8] + ", another one")  # it reaches the same worker
+    stranger.send(WORKER, "note", 1)
+    assert stranger.call(WORKER, "note", 2).result(5) is None
+    assert ask(transport, "noted") == []
+
+
+def test_what_cannot_be_pickled_is_refused_where_it_is_sent(transport: Transport) -> None:
+    with pytest.raises(Exception, match="pickle"):
+        transport.call(WORKER, "note", lambda: 1)
