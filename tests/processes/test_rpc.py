@@ -92,7 +92,7 @@ STRANGER = """
 import socket
 import rpcpipe as rp
 from support.faults import wait_for
-from rpcpipe.transport import rpc
+from rpcpipe.transport.rpc import this_process
 for _ in range(2):
     with rp.launch(workers=2, threads=1) as cluster:
         assert cluster.call(2, max, 1, 2) == 2

@@ -25,7 +25,7 @@ class LocalCluster:
         self.pipelines: set[Any] = set()
         for worker in self.workers:
             executor = Executor(worker.name, self.transport, device=torch.device("cpu"), threads=1)
-            self.transport.endpoints[worker.name] = executor
+            self.transport.serve(worker.name, executor)
 
     def relabel(self) -> None:
         pass

@@ -10,7 +10,7 @@ no message, random number, loss or span needs a replica index, and the oracle is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain, zip_longest
 from typing import Any, NamedTuple
 
@@ -19,8 +19,9 @@ from rpcpipe.model.microbatch import Nest, batch_size
 from rpcpipe.model.wiring import DRIVER, Hop, link
 from rpcpipe.schedules import Action, Schedule, forward_only
 from rpcpipe.stage.autograd import Received
+from rpcpipe.stage.context import Share
 from rpcpipe.worker.gradient_exchange import gradients_from, group_of, statistics_from
-from rpcpipe.worker.messages import Bucket, Port, Route, Send
+from rpcpipe.worker.messages import Bucket, Port, Route, Send, Update
 from rpcpipe.worker.operations import (
     AddStatistics,
     Call,
@@ -42,6 +43,14 @@ class Batch(NamedTuple):
     parts: list[Nest]
     weights: tuple[float, ...]
     counts: tuple[int, ...]
+
+
+class Fed(NamedTuple):
+    """A micro-batch that enters a stream: what stages are told of it, its inputs and its targets."""
+
+    share: Share
+    part: Nest
+    target: Nest
 
 
 class Group(NamedTuple):
@@ -124,6 +133,34 @@ class Program:
             schedule = forward_only(self._schedule, max(counts))
             self._made[key] = _in_turns(self._rows(schedule, counts, targets=targets))
         return self._made[key]
+
+    def stream(
+        self,
+        actions: Sequence[tuple[int, Action]],
+        groups: Sequence[int],
+        fed: Fed | None,
+        update: Callable[[int], Update],
+    ) -> list[tuple[str, Task, list[tuple[Port, Any]]]]:
+        """(worker, task, the driver's values for it) for each (worker, action) of a stream.
+
+        ``groups``: by micro-batch, the update that it belongs to. Forwards are of the micro-batch ``fed``.
+        """
+        names, calls = self._layout.names, []
+        for worker, action in actions:
+            group = groups[action.chunk]
+            way = route(self._schedule, action, names, targets=True, hops=self._hops)
+            values: list[tuple[Port, Any]] = []
+            context: Share | Update | None = None
+            if action.kind == "F":
+                assert fed is not None
+                context = fed.share
+                given = entering(fed.part, action.chunk, self._hops)
+                values += [(port, given[port]) for port in way.awaits if port in given]
+                values += [(Port(action, "target"), fed.target)] if worker == len(names) - 1 else []
+            elif action.kind == "U":
+                context = update(group)
+            calls.append((names[worker], Task(RunAction(way, context), way.awaits, group), values))
+        return calls
 
     def after_update(self) -> dict[str, list[Task]]:
         """Where optimizers are sharded, what each worker does after its own to get the others' weights."""

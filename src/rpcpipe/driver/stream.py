@@ -16,7 +16,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from rpcpipe.driver.callbacks import tell
-from rpcpipe.driver.program import entering, route
+from rpcpipe.driver.program import Fed
 from rpcpipe.driver.result import StepResult, of_stream
 from rpcpipe.driver.runtime import Runtime
 from rpcpipe.driver.tracing import spans
@@ -28,8 +28,8 @@ from rpcpipe.schedules.asynchronous import StreamOrder
 from rpcpipe.stage import stream_rollback
 from rpcpipe.stage.context import Share, StepPlan
 from rpcpipe.transport.interrupts import shield_interrupts
-from rpcpipe.worker.messages import Port, Report, Update
-from rpcpipe.worker.operations import BeginStep, EndStream, RunAction, Task
+from rpcpipe.worker.messages import Report, Update
+from rpcpipe.worker.operations import BeginStep, EndStream, Task
 
 log = logging.getLogger("rpcpipe")
 
@@ -44,13 +44,39 @@ class _Batch:
     lr: tuple[float, ...]
 
 
+@dataclasses.dataclass
+class StreamState:
+    """A stream since it last stood empty, which is where versions of the weights are counted from.
+
+    ``step`` names it in every message, ``first`` is each worker's place in its sequence where it began, ``base`` the
+    updates done before. ``groups``: by micro-batch the group, ``changes``: by group the hyperparameters.
+    ``committed``: so many groups have ended well on all workers. ``ended``: by worker, when its last update ended.
+    """
+
+    step: int
+    first: dict[str, int]
+    base: int
+    order: StreamOrder
+    committed: int = 0
+    is_open: bool = True
+    drained: bool = False
+    groups: list[int] = dataclasses.field(default_factory=list)
+    changes: list[list[dict[str, Any]]] = dataclasses.field(default_factory=list)
+    hyperparameters: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    batches: deque[_Batch] = dataclasses.field(default_factory=deque)
+    replies: dict[tuple[str, int], Future[Any]] = dataclasses.field(default_factory=dict)
+    watches: list[Future[Any]] = dataclasses.field(default_factory=list)
+    ended: dict[str, int] = dataclasses.field(default_factory=dict)
+    since: float = dataclasses.field(default_factory=time.perf_counter)
+
+
 class Stream:
     """Batches on their way through ``pipe``; ``results`` are those that came back and nobody has taken."""
 
     def __init__(self, runtime: Runtime) -> None:
         self.results: deque[StepResult] = deque()
         self._runtime = runtime
-        self._is_open = False
+        self._state: StreamState | None = None
         # So many batches are fed before the oldest is awaited: their micro-batches fill the pipeline,
         # and two more hide the driver's own time.
         self._ahead = -(-(len(runtime.names) + 2) // runtime.chunks)
@@ -62,7 +88,7 @@ class Stream:
                 self.feed(inputs, targets)
                 if flush_every is not None and count % flush_every == 0:
                     self.flush()
-                while self.results or (self._is_open and len(self._batches) > self._ahead):
+                while self.results or (self._is_open and len(self._open.batches) > self._ahead):
                     yield self.take()
         except KeyboardInterrupt:
             with shield_interrupts():
@@ -96,42 +122,53 @@ class Stream:
         with shield_interrupts():
             if not self._is_open:
                 runtime.check()
-                self._open()
+                self._begin()
             runtime.enter(self)
             try:
                 runtime.optimizer.step()  # for learning-rate schedulers, which count the calls; leads to apply
             finally:
                 runtime.leave(self)
             double = runtime.policy == "2bw"
-            first = len(self._changes)
+            first = len(self._open.changes)
             groups = range(first, first + (1 if double else len(parts)))
             batch = _Batch(groups, {}, [], runtime.optimizer.lr)
-            self._changes += [self._now] * len(batch.groups)
-            self._batches.append(batch)
+            self._open.changes += [self._open.hyperparameters] * len(batch.groups)
+            self._open.batches.append(batch)
             for index, part in enumerate(parts):
                 last = not double or index == len(parts) - 1
-                chunk, group = self._order.fed, first if double else first + index
-                self._groups.append(group)
+                chunk, group = self._open.order.fed, first if double else first + index
+                self._open.groups.append(group)
                 batch.shares[chunk] = shares[index]
-                share = Share(self._base + group, index, shares[index], group, last, len(parts) == 1)
+                share = Share(self._open.base + group, index, shares[index], group, last, len(parts) == 1)
                 if not double:
-                    share = Share(self._base + group, 0, 1.0, group, last=True, alone=True)
-                self._issue(self._order.feed(last=last), share, part, answers[index], batch.held)
+                    share = Share(self._open.base + group, 0, 1.0, group, last=True, alone=True)
+                self._issue(self._open.order.feed(last=last), Fed(share, part, answers[index]), batch.held)
         if double and len(parts) < len(runtime.names):
             self.flush()  # the next batch's version would not be there in time
 
     def apply(self) -> None:
         """Called through ``pipe.optimizer.step()``: the hyperparameters that hold for the batch being fed."""
-        self._now = self._runtime.optimizer.changes()
+        self._open.hyperparameters = self._runtime.optimizer.changes()
 
     def forget(self) -> None:
         """A stream accumulates nothing."""
 
     def abandon(self) -> None:
         """The pipeline is closed: nothing of the stream matters any more."""
-        self._is_open = False
+        if self._state is not None:
+            self._state.is_open = False
 
-    def _open(self) -> None:
+    @property
+    def _is_open(self) -> bool:
+        return self._state is not None and self._state.is_open
+
+    @property
+    def _open(self) -> StreamState:
+        """The state since the stream last stood empty."""
+        assert self._state is not None
+        return self._state
+
+    def _begin(self) -> None:
         runtime = self._runtime
         if runtime.policy is None:
             raise ScheduleError(
@@ -139,52 +176,35 @@ class Stream:
                 " pipe.train first and begin another"
             )
         runtime.check_policy(runtime.policy)
-        self._step, self._first = runtime.driver.new_step(), runtime.driver.places()
-        self._base, self._committed = runtime.trained, 0
-        self._order, self._hops = StreamOrder(len(runtime.names)), runtime.deployment.hops
-        self._drained = False
-        self._groups: list[int] = []  # by micro-batch
-        self._changes: list[list[dict[str, Any]]] = []  # by group
-        self._batches: deque[_Batch] = deque()
-        self._replies: dict[tuple[str, int], Future[Any]] = {}
-        self._ended: dict[str, int] = {}
-        self._since = time.perf_counter()
+        state = StreamState(
+            runtime.driver.new_step(), runtime.driver.places(), runtime.trained, StreamOrder(len(runtime.names))
+        )
         plan = StepPlan(
-            self._step, self._base, True, (), trace=runtime.tracer is not None, policy=runtime.policy,
+            state.step, state.base, True, (), trace=runtime.tracer is not None, policy=runtime.policy,
             stop=runtime.settings.nonfinite == "stop",
         )  # fmt: skip
         for name in runtime.names:
-            runtime.driver.send(name, self._step, Task(BeginStep(plan)))
-        self._watches = runtime.driver.watch(self._step)
-        self._is_open, runtime.stream = True, self
+            runtime.driver.send(name, state.step, Task(BeginStep(plan)))
+        state.watches = runtime.driver.watch(state.step)
+        self._state, runtime.stream = state, self
 
-    def _issue(
-        self, actions: list[tuple[int, Action]], share: Share | None, part: Nest, answer: Nest, held: list[object]
-    ) -> None:
-        runtime, calls = self._runtime, []
-        last = len(runtime.names) - 1
-        for worker, action in actions:
-            group = self._groups[action.chunk]
-            way = route(runtime.schedule, action, runtime.names, targets=True, hops=self._hops)
-            values: list[tuple[Port, Any]] = []
-            told: Share | Update | None = None
-            if action.kind == "F":
-                told = share
-                given = entering(part, action.chunk, self._hops)
-                values += [(port, given[port]) for port in way.awaits if port in given]
-                values += [(Port(action, "target"), answer)] if worker == last else []
-            elif action.kind == "U":
-                told = Update(group, self._changes[group], runtime.settings.clip_grad_norm, self._committed)
-            calls.append((runtime.names[worker], Task(RunAction(way, told), way.awaits, group), values))
-        handles, replies = runtime.driver.feed(self._step, calls)
+    def _issue(self, actions: list[tuple[int, Action]], fed: Fed | None, held: list[object]) -> None:
+        """Send ``actions``, of which forwards are of the micro-batch ``fed``; handles to keep go to ``held``."""
+        runtime, state = self._runtime, self._open
+
+        def update(group: int) -> Update:
+            return Update(group, state.changes[group], runtime.settings.clip_grad_norm, state.committed)
+
+        calls = runtime.program.stream(actions, state.groups, fed, update)
+        handles, replies = runtime.driver.feed(state.step, calls)
         held += handles
-        self._replies |= replies
+        state.replies |= replies
 
     def _drain(self) -> None:
         """Let all that was fed come to its end."""
-        if self._is_open and not self._drained:
-            self._drained = True
-            self._issue(self._order.drain(), None, None, None, self._batches[-1].held if self._batches else [])
+        if self._is_open and not self._open.drained:
+            self._open.drained = True
+            self._issue(self._open.order.drain(), None, self._open.batches[-1].held if self._open.batches else [])
 
     # --- collecting ---
 
@@ -194,17 +214,17 @@ class Stream:
             return
         with shield_interrupts():
             self._drain()
-            while self._batches:
+            while self._open.batches:
                 self.results.append(self._collect())
             self._close(None)
 
     def _collect(self) -> StepResult:
         """The oldest batch's result."""
-        runtime, batch = self._runtime, self._batches[0]
-        wanted = {(name, group): self._replies[name, group] for group in batch.groups for name in runtime.names}
+        runtime, batch = self._runtime, self._open.batches[0]
+        wanted = {(name, group): self._open.replies[name, group] for group in batch.groups for name in runtime.names}
         with shield_interrupts():
             try:
-                reports = runtime.driver.collect(wanted, self._watches)
+                reports = runtime.driver.collect(wanted, self._open.watches)
             except StageError as error:
                 raise self._stop(error) from None
             except KeyboardInterrupt:
@@ -212,22 +232,22 @@ class Stream:
             except BaseException as error:
                 self._abort(error)
                 raise
-            self._batches.popleft()
+            self._open.batches.popleft()
             for key in wanted:
-                del self._replies[key]
-            self._committed = batch.groups.stop
-            runtime.trained = self._base + self._committed
+                del self._open.replies[key]
+            self._open.committed = batch.groups.stop
+            runtime.trained = self._open.base + self._open.committed
             return self._result(batch, reports)
 
     def _result(self, batch: _Batch, reports: Mapping[tuple[str, int], Report]) -> StepResult:
-        runtime, number = self._runtime, self._base + batch.groups.start
-        since, self._since = self._since, time.perf_counter()
+        runtime, number = self._runtime, self._open.base + batch.groups.start
+        since, self._open.since = self._open.since, time.perf_counter()
         by_worker = {name: Report.joined([reports[name, group] for group in batch.groups]) for name in runtime.names}
         result = of_stream(
             by_worker,
             [[reports[name, group] for name in runtime.names] for group in batch.groups],
-            number=number, base=self._base, groups=batch.groups, shares=batch.shares, lr=batch.lr,
-            seconds=self._since - since, ended=self._ended, name=runtime.schedule.name,
+            number=number, base=self._open.base, groups=batch.groups, shares=batch.shares, lr=batch.lr,
+            seconds=self._open.since - since, ended=self._open.ended, name=runtime.schedule.name,
             spans=spans(by_worker, runtime.offsets, number),
         )  # fmt: skip
         if not result.applied:
@@ -242,22 +262,22 @@ class Stream:
     def _close(self, updates: int | None) -> None:
         """Workers forget the stream; ``updates``: and go back to so many first."""
         runtime = self._runtime
-        self._is_open, runtime.stream = False, None
-        runtime.driver.cancel(self._step, runtime.driver.places())
+        self._open.is_open, runtime.stream = False, None
+        runtime.driver.cancel(self._open.step, runtime.driver.places())
         runtime.driver.collect({name: runtime.driver.post(name, EndStream(updates)) for name in runtime.names})
 
     def _stop(self, error: StageError) -> RpcPipeError:
         """Do what was fed before the failed group, on all stages; the error to raise."""
         runtime, driver = self._runtime, self._runtime.driver
-        group = self._committed if error.chunk is None else self._groups[error.chunk]
+        group = self._open.committed if error.chunk is None else self._open.groups[error.chunk]
         try:
             with shield_interrupts():
-                driver.abandon(self._step, group)
+                driver.abandon(self._open.step, group)
                 self._drain()
-                outcomes = driver.outcomes(self._replies)
+                outcomes = driver.outcomes(self._open.replies)
                 done = {self._leading(name, outcomes) for name in runtime.names}
                 kept = done.pop() if len(done) == 1 else None
-                updates = stream_rollback.newest(self._committed) if kept is None else kept
+                updates = stream_rollback.newest(self._open.committed) if kept is None else kept
                 self._close(updates if kept is None else None)
         except BaseException as worse:
             self._abort(worse)
@@ -266,7 +286,7 @@ class Stream:
 
     def _leading(self, name: str, outcomes: Mapping[tuple[str, int], Any]) -> int:
         """How many groups the worker has done without a gap."""
-        group = self._committed
+        group = self._open.committed
         while not isinstance(outcomes.get((name, group), Failure.cancel(name, "")), Failure):
             group += 1
         return group
@@ -274,12 +294,12 @@ class Stream:
     def _abort(self, error: BaseException) -> None:
         """Something does not move or is gone: drop all, go back to what all stages surely have."""
         runtime = self._runtime
-        self._is_open, runtime.stream = False, None
+        self._open.is_open, runtime.stream = False, None
         if isinstance(error, WorkerLost) or not runtime.cluster.healthy:
             return
         with shield_interrupts():
-            updates = stream_rollback.newest(self._committed)
-            runtime.driver.cancel(self._step, self._first)
+            updates = stream_rollback.newest(self._open.committed)
+            runtime.driver.cancel(self._open.step, self._open.first)
             for name in runtime.names:
                 runtime.driver.post(name, EndStream(updates))
             error.add_note(self._account(updates))
@@ -287,9 +307,9 @@ class Stream:
     def _account(self, updates: int) -> str:
         """Which minibatches are in the weights and which are not; sets ``trained``."""
         runtime = self._runtime
-        runtime.trained = self._base + updates
+        runtime.trained = self._open.base + updates
         unit = "batches" if runtime.policy == "2bw" else "minibatches"
-        fed = self._base + len(self._changes)
+        fed = self._open.base + len(self._open.changes)
         return (
             f"On every stage the {unit} before number {runtime.trained} (pipe.trained) are in the weights and"
             f" numbers {runtime.trained} to {fed - 1} are not; the stream has ended and the pipeline is usable."

@@ -103,7 +103,7 @@ class Executor:
     def accept(
         self, pipeline: str, step: int, sequence: int, tasks: Sequence[Task], values: Sequence[tuple[Port, Any]] = ()
     ) -> str:
-        """Like ``submit`` for calls whose outcome ``settle`` reports: answers as soon as they are filed.
+        """Like ``submit`` for calls whose outcome ``ReportStep`` tells: answers as soon as they are filed.
 
         An answer at the end of every action would cost the compute thread a message each.
         """
