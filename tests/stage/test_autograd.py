@@ -4,12 +4,12 @@ import torch
 from torch import nn
 
 from rpcpipe.stage import autograd
-from rpcpipe.stage.autograd import Received, Saved
+from rpcpipe.stage.autograd import Saved, StageInput
 
 
 def test_gradients_of_inputs_land_in_the_box() -> None:
     linear, x = nn.Linear(3, 3), torch.randn(2, 3)
-    nest, entered = autograd.enter(Received({"x": x, "ids": torch.arange(3), "n": 5}, [True, False]))
+    nest, entered = autograd.enter(StageInput({"x": x, "ids": torch.arange(3), "n": 5}, [True, False]))
     out = linear(nest["x"].mul_(2))  # in place on what came from the stage before: no leaf is touched
     grads = autograd.backward(Saved(autograd.differentiable(out), entered), [torch.ones(2, 3)])
     torch.testing.assert_close(grads[0], 2 * torch.ones(2, 3) @ linear.weight)
@@ -19,7 +19,7 @@ def test_gradients_of_inputs_land_in_the_box() -> None:
 
 def test_an_unused_input_and_an_unused_output_have_no_gradient() -> None:
     linear = nn.Linear(3, 3)
-    nest, entered = autograd.enter(Received((torch.randn(2, 3), torch.randn(2, 3)), [True, True]))
+    nest, entered = autograd.enter(StageInput((torch.randn(2, 3), torch.randn(2, 3)), [True, True]))
     outputs = (linear(nest[0]), linear(nest[0]) * 2)
     grads = autograd.backward(Saved(autograd.differentiable(outputs), entered), [torch.ones(2, 3), None])
     assert grads[0] is not None
@@ -30,7 +30,7 @@ def test_an_unused_input_and_an_unused_output_have_no_gradient() -> None:
 def test_nothing_is_recorded_without_gradients() -> None:
     x = torch.randn(2)
     with torch.no_grad():
-        nest, entered = autograd.enter(Received(x, [True]))
+        nest, entered = autograd.enter(StageInput(x, [True]))
     assert nest is x
     assert entered.box == [None]
     assert entered.edges == []

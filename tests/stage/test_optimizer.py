@@ -35,13 +35,13 @@ def test_undo_brings_back_parameters_and_state(steps_before: int, factory: objec
             other.copy_(mine)
     for _ in range(steps_before):
         apply(optimizer)
-        optimizer.undo.outdate()
+        optimizer.undo.invalidate()
         apply(straight)
-        straight.undo.outdate()
+        straight.undo.invalidate()
     apply(optimizer)
     optimizer.undo.restore()
     assert all(torch.equal(a, b) for a, b in zip(state(optimizer), state(straight), strict=True))
-    optimizer.undo.outdate()
+    optimizer.undo.invalidate()
     apply(optimizer)
     apply(straight)
     assert all(torch.equal(a, b) for a, b in zip(state(optimizer), state(straight), strict=True))
@@ -49,11 +49,11 @@ def test_undo_brings_back_parameters_and_state(steps_before: int, factory: objec
 
 def test_copies_are_made_one_at_a_time_and_kept_up_to_date() -> None:
     optimizer = local()
-    assert [optimizer.undo.copy_one() for _ in range(3)] == [True, True, False]
+    assert [optimizer.undo.refresh_one() for _ in range(3)] == [True, True, False]
     apply(optimizer)
-    assert not optimizer.undo.copy_one()
-    optimizer.undo.outdate()
-    assert optimizer.undo.copy_one()
+    assert not optimizer.undo.refresh_one()
+    optimizer.undo.invalidate()
+    assert optimizer.undo.refresh_one()
 
 
 def test_changed_hyperparameters_reach_the_worker_and_may_come_back() -> None:
@@ -74,10 +74,10 @@ def test_undo_leaves_what_the_optimizer_has_not_touched() -> None:
     """Another worker failed before this one's turn came: the last successful step must stay."""
     optimizer = local()
     apply(optimizer)
-    optimizer.undo.outdate()
+    optimizer.undo.invalidate()
     after = state(optimizer)
     optimizer.undo.restore()
     assert all(torch.equal(a, b) for a, b in zip(state(optimizer), after, strict=True))
-    optimizer.undo.copy_one()
+    optimizer.undo.refresh_one()
     optimizer.undo.restore()
     assert all(torch.equal(a, b) for a, b in zip(state(optimizer), after, strict=True))

@@ -12,7 +12,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rpcpipe.stage import autograd
-from rpcpipe.stage.autograd import Received, Saved
+from rpcpipe.stage.autograd import Saved, StageInput
 from rpcpipe.stage.split_backward import backward_input, backward_weight
 
 
@@ -85,7 +85,7 @@ class First(nn.Module):
 
 
 def run(module: nn.Module, x: torch.Tensor, *, split: bool, requires_grad: bool = True) -> Any:
-    nest, entered = autograd.enter(Received(x, [requires_grad]))
+    nest, entered = autograd.enter(StageInput(x, [requires_grad]))
     if not requires_grad and isinstance(module, nn.Sequential):  # as a first stage does
         hidden = module[0](nest)
         if isinstance(hidden, torch.Tensor) and hidden.requires_grad:
@@ -135,7 +135,7 @@ class Products(TorchDispatchMode):
 
 def test_the_work_is_divided_and_none_is_done_twice() -> None:
     module = nn.Sequential(*[nn.Linear(8, 8) for _ in range(3)])
-    nest, entered = autograd.enter(Received(torch.randn(4, 8), [True]))
+    nest, entered = autograd.enter(StageInput(torch.randn(4, 8), [True]))
     saved = Saved([module(nest)], entered)
     with Products() as first:
         _, deferred = backward_input(saved, [torch.ones(4, 8)])
@@ -146,7 +146,7 @@ def test_the_work_is_divided_and_none_is_done_twice() -> None:
 
 def test_what_only_the_input_gradient_needed_is_freed_after_it() -> None:
     module = nn.Sequential(nn.Linear(8, 8), nn.Sigmoid(), nn.Linear(8, 8), nn.Softmax(-1))
-    nest, entered = autograd.enter(Received(torch.randn(4, 8), [True]))
+    nest, entered = autograd.enter(StageInput(torch.randn(4, 8), [True]))
     hidden = module[:3](nest)
     out = module[3](hidden)
     softmax_result = weakref.ref(out.untyped_storage())

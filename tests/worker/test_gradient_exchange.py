@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from rpcpipe.driver import program
-from rpcpipe.worker.gradient_exchange import Exchange, Push, assign
+from rpcpipe.worker.gradient_exchange import GradientExchange, Push, assign
 from rpcpipe.worker.messages import Port
 from rpcpipe.worker.operations import GatherSums, GatherWeights, Reduce, ReduceScatter, Task
 
 SHAPES = [(3, 4), (4,), (7, 2), (1,), (5,), (6, 6)]
 
 
-def members(count: int, *, limit: int = 64) -> list[Exchange]:
+def members(count: int, *, limit: int = 64) -> list[GradientExchange]:
     """Each with parameters of its own, and gradients drawn for it alone; the last parameter has none anywhere."""
     torch.manual_seed(count)
     workers = [f"w{index}" for index in range(count)]
@@ -28,18 +28,18 @@ def members(count: int, *, limit: int = 64) -> list[Exchange]:
         parameters = [nn.Parameter(torch.randn(shape)) for shape in SHAPES]
         for parameter in parameters[:-1]:
             parameter.grad = torch.randn_like(parameter)
-        found.append(Exchange("g", workers, index, parameters, owners, limit=limit))
+        found.append(GradientExchange("g", workers, index, parameters, owners, limit=limit))
     return found
 
 
-def parameters_of(member: Exchange) -> list[nn.Parameter]:
+def parameters_of(member: GradientExchange) -> list[nn.Parameter]:
     return [parameter for part in member.parts for parameter in part.parameters]
 
 
 class Wire:
     """Pushes that have not been taken yet, by worker and port; the order of tasks is random within what is ready."""
 
-    def __init__(self, group: list[Exchange], seed: int) -> None:
+    def __init__(self, group: list[GradientExchange], seed: int) -> None:
         self.values: dict[tuple[str, Port], list[torch.Tensor | None]] = {}
         self.members = {member.workers[member.index]: member for member in group}
         self.random = random.Random(seed)
@@ -69,7 +69,7 @@ class Wire:
             todo = {worker: tasks for worker, tasks in todo.items() if tasks}
 
 
-def step_tasks(member: Exchange, *, spread: bool) -> list[Task]:
+def step_tasks(member: GradientExchange, *, spread: bool) -> list[Task]:
     owners = member.owners
     tasks = [
         program.reduce_scatter("g"),
@@ -135,7 +135,7 @@ def test_ownership_is_balanced(sizes: list[int], count: int) -> None:
 
 def test_buckets_hold_at_most_the_limit_unless_one_parameter_is_larger() -> None:
     parameters = [nn.Parameter(torch.empty(size)) for size in (4, 4, 20, 3, 9)]
-    parts = Exchange("g", ["a", "b"], 0, parameters, [0, 0, 0, 1, 0], limit=40).parts
+    parts = GradientExchange("g", ["a", "b"], 0, parameters, [0, 0, 0, 1, 0], limit=40).parts
     assert [(part.owner, [p.numel() for p in part.parameters]) for part in parts] == [
         (0, [4, 4]), (0, [20]), (0, [9]), (1, [3]),
     ]  # fmt: skip

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from rpcpipe.driver.layout import Layout, owners, stage_parts
-from rpcpipe.driver.program import Group, Program
+from rpcpipe.driver.program import Group, StepProgram
 from rpcpipe.driver.stage_handle import StageHandle
 from rpcpipe.model import wiring
 from rpcpipe.model.tied_weights import Tie
@@ -58,12 +58,12 @@ class Deployment:
 
     def owners(self) -> list[dict[str, str]]:
         """By replica, the worker of every layer."""
-        rows = map(self.layout.row, range(self.layout.replicas))
+        rows = map(self.layout.pipeline_of, range(self.layout.replicas))
         return [owners(self.layers, self.balance, self.schedule, row) for row in rows]
 
-    def program(self, stages: Sequence[StageHandle]) -> Program:
+    def program(self, stages: Sequence[StageHandle]) -> StepProgram:
         """The calls of its steps, where its workers hold ``stages``."""
-        return Program(self.schedule, self.layout, self.hops, self._groups(stages), shard=self.shard)
+        return StepProgram(self.schedule, self.layout, self.hops, self._groups(stages), shard=self.shard)
 
     def _groups(self, stages: Sequence[StageHandle]) -> list[Group]:
         """Who sums gradients with whom: the replicas of a stage, and all who have a copy of a tied weight."""
@@ -86,4 +86,4 @@ class Deployment:
 
     def _members(self, stages: tuple[int, ...]) -> tuple[str, ...]:
         holders = dict.fromkeys(self.schedule.placement[stage] for stage in stages)
-        return tuple(name for holder in holders for name in self.layout.column(holder))
+        return tuple(name for holder in holders for name in self.layout.replicas_of(holder))

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from rpcpipe.driver.recovery import Begin, Event, Fail, Idle, OtherCall, State, Succeed, TakeBack, transition
 from rpcpipe.errors import DeadlineExceeded, Failure, StageError
 from rpcpipe.stage import gradients
-from rpcpipe.stage.context import StepPlan
+from rpcpipe.stage.context import StepContext
 from rpcpipe.transport.base import Transport
 from rpcpipe.transport.interrupts import shield_interrupts
 from rpcpipe.worker.messages import Port, Report
@@ -42,7 +42,7 @@ K = TypeVar("K")
 
 
 @dataclass(frozen=True)
-class Gate:
+class GradientGate:
     """What all stages together say of a step before any weight changes; ``factor`` clips its gradients."""
 
     grad_norm: float
@@ -53,7 +53,7 @@ class Gate:
         return math.isfinite(self.grad_norm)
 
     @classmethod
-    def of(cls, reports: Mapping[str, Report], max_norm: float | None) -> Gate:
+    def of(cls, reports: Mapping[str, Report], max_norm: float | None) -> GradientGate:
         """The norm of all gradients and what clipping to ``max_norm`` makes of it.
 
         The factor is ``torch.nn.utils.clip_grad_norm_``'s.
@@ -91,12 +91,12 @@ class Driver:
 
     # --- a step, in the order of DESIGN: issue, collect, gate, apply ---
 
-    def run(self, calls: Sequence[Call], plan: StepPlan, values: Mapping[Port, Any]) -> dict[str, Report]:
+    def run(self, calls: Sequence[Call], plan: StepContext, values: Mapping[Port, Any]) -> dict[str, Report]:
         """Execute one step's actions; every worker's report, or one error and a cancelled step."""
         with self._cancelling(plan.step):
             return self.collect(self.issue(calls, plan, values))
 
-    def issue(self, calls: Sequence[Call], plan: StepPlan, values: Mapping[Port, Any]) -> dict[str, Future[Any]]:
+    def issue(self, calls: Sequence[Call], plan: StepContext, values: Mapping[Port, Any]) -> dict[str, Future[Any]]:
         """Send one step's actions; each worker's reply. Several steps without updates may be under way at once."""
         return self._issue_batched(calls, plan, values) if self._batched else self._issue(calls, plan, values)
 
@@ -110,7 +110,7 @@ class Driver:
             for worker, norms in self.collect(self._post_all(step, task)).items():
                 reports[worker].norms = norms
 
-    def publish_gradients(self, step: int, context_id: int, gate: Gate) -> dict[str, Future[Any]]:
+    def publish_gradients(self, step: int, context_id: int, gate: GradientGate) -> dict[str, Future[Any]]:
         """File every stage's gradients in the step's distributed-autograd context."""
         task = Task(PublishGradients(context_id, gate.factor))
         with self._cancelling(step):
@@ -134,7 +134,7 @@ class Driver:
                 {worker: self._post(worker, step, [task, *after.get(worker, ())]) for worker in self.workers}
             )
 
-    def take_back(self, step: int, *, updating: bool) -> None:
+    def roll_back(self, step: int, *, updating: bool) -> None:
         """Undo what ``step`` did, if it began last, before anything else runs; ``updating``: its update too."""
         self._note(TakeBack(step, updating))
 
@@ -237,7 +237,7 @@ class Driver:
         self._held.clear()
         return [self._transport.call(worker, "drop", self._pipeline) for worker in self.workers]
 
-    def _issue(self, calls: Iterable[Call], plan: StepPlan, values: Mapping[Port, Any]) -> dict[str, Future[Any]]:
+    def _issue(self, calls: Iterable[Call], plan: StepContext, values: Mapping[Port, Any]) -> dict[str, Future[Any]]:
         """One asynchronous call per action, whose RRef is kept until the step is over."""
         self._held = []
         begin = {worker: [Task(BeginStep(plan))] for worker in self.workers}
@@ -252,7 +252,7 @@ class Driver:
         }
 
     def _issue_batched(
-        self, calls: Iterable[Call], plan: StepPlan, values: Mapping[Port, Any]
+        self, calls: Iterable[Call], plan: StepContext, values: Mapping[Port, Any]
     ) -> dict[str, Future[Any]]:
         """The same tasks in one message per worker."""
         tasks = {worker: [Task(BeginStep(plan))] for worker in self.workers}

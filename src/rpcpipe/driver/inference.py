@@ -14,7 +14,7 @@ from rpcpipe.driver.result import mean_loss
 from rpcpipe.driver.runtime import Runtime
 from rpcpipe.errors import RpcPipeError, refuse
 from rpcpipe.model.microbatch import Nest, batch_size, merge, unpack
-from rpcpipe.stage.context import StepPlan
+from rpcpipe.stage.context import StepContext
 from rpcpipe.stage.metrics import Metric, Sums, means
 from rpcpipe.transport.interrupts import shield_interrupts
 from rpcpipe.transport.pickling import dumps
@@ -46,7 +46,7 @@ class Passes:
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
         # Their micro-batches fill the pipeline, and two more hide the driver's own time.
-        self.ahead = -(-(runtime.layout.width + 2) // runtime.chunks)
+        self.ahead = -(-(runtime.layout.pipeline_size + 2) // runtime.chunks)
 
     def run(self, batches: Iterable[tuple[Nest, Nest | None]], *, keep_outputs: bool = False) -> Iterator[Passed]:
         """Each (inputs, targets) in their order; targets may be None where outputs are wanted."""
@@ -80,7 +80,7 @@ class Passes:
         answers = None
         if targets is not None:
             answers = runtime.program.cut_targets(targets if keep_outputs else runtime.prepare(targets))
-        plan = StepPlan(runtime.driver.new_step(), runtime.trained, False, weights, keep_outputs=keep_outputs)
+        plan = StepContext(runtime.driver.new_step(), runtime.trained, False, weights, keep_outputs=keep_outputs)
         calls = runtime.program.forward(counts, targets=targets is not None)
         replies = runtime.driver.issue(calls, plan, runtime.given(parts, answers))
         return Passed(batch_size(inputs), weights, {}), replies

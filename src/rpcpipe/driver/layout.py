@@ -17,15 +17,15 @@ class Layout:
     replicas: int = 1
 
     @property
-    def width(self) -> int:
+    def pipeline_size(self) -> int:
         """The schedule's workers."""
         return len(self.names) // self.replicas
 
-    def column(self, worker: int) -> tuple[str, ...]:
+    def replicas_of(self, worker: int) -> tuple[str, ...]:
         """The copies of the schedule's ``worker``."""
         return self.names[worker * self.replicas : (worker + 1) * self.replicas]
 
-    def row(self, replica: int) -> tuple[str, ...]:
+    def pipeline_of(self, replica: int) -> tuple[str, ...]:
         """The schedule's workers in one replica."""
         return self.names[replica :: self.replicas]
 

@@ -10,7 +10,7 @@ no message, random number, loss or span needs a replica index, and the oracle is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain, zip_longest
 from typing import Any, NamedTuple
 
@@ -18,8 +18,8 @@ from rpcpipe.driver.layout import Layout
 from rpcpipe.model.microbatch import Nest, batch_size
 from rpcpipe.model.wiring import DRIVER, Hop, link
 from rpcpipe.schedules import Action, Schedule, forward_only
-from rpcpipe.stage.autograd import Received
-from rpcpipe.stage.context import Share
+from rpcpipe.stage.autograd import StageInput
+from rpcpipe.stage.context import MicroBatch
 from rpcpipe.worker.gradient_exchange import gradients_from, group_of, statistics_from
 from rpcpipe.worker.messages import Bucket, Port, Route, Send, Update
 from rpcpipe.worker.operations import (
@@ -48,7 +48,7 @@ class Batch(NamedTuple):
 class Fed(NamedTuple):
     """A micro-batch that enters a stream: what stages are told of it, its inputs and its targets."""
 
-    share: Share
+    share: MicroBatch
     part: Nest
     target: Nest
 
@@ -67,7 +67,7 @@ class Group(NamedTuple):
     buffered: bool = False
 
 
-class Program:
+class StepProgram:
     """The calls of a pipeline's steps, for batches of any size.
 
     ``hops``: the ways of named values. ``groups``: who exchanges gradients. ``shard``: optimizers have only what
@@ -123,7 +123,7 @@ class Program:
         if (counts, spread) not in self._made:
             rows = self._rows(self._schedule, counts, targets=True)
             ends = [self._sums(replica, row, spread) for replica, row in enumerate(rows)]
-            self._made[counts, spread] = _in_turns(rows) + _in_turns(ends)
+            self._made[counts, spread] = _in_turns([self._with_pushes(row) for row in rows]) + _in_turns(ends)
         return self._made[counts, spread]
 
     def forward(self, counts: tuple[int, ...], *, targets: bool) -> list[Call]:
@@ -150,7 +150,7 @@ class Program:
             group = groups[action.chunk]
             way = route(self._schedule, action, names, targets=True, hops=self._hops)
             values: list[tuple[Port, Any]] = []
-            context: Share | Update | None = None
+            context: MicroBatch | Update | None = None
             if action.kind == "F":
                 assert fed is not None
                 context = fed.share
@@ -175,32 +175,58 @@ class Program:
         rows = []
         for replica, count in enumerate(counts):
             mine = schedule.truncated(count, sum(counts[:replica]))
-            routes = compile_routes(mine, self._layout.row(replica), targets=targets, hops=self._hops)
+            routes = compile_routes(mine, self._layout.pipeline_of(replica), targets=targets, hops=self._hops)
             rows.append([(worker, [Task(RunAction(route), route.awaits)]) for worker, route in routes])
         return rows
 
+    def _with_pushes(self, calls: list[Call]) -> list[Call]:
+        """``calls`` of one replica, each group's gradients pushed behind the last backward that adds to them."""
+        pushes: dict[int, list[Task]] = {}
+        last = _last_backwards(calls)
+        for worker in dict.fromkeys(worker for worker, _ in calls):
+            for group in self._groups_of(worker):
+                if (at := _complete_at(group, worker, calls, last)) is not None:
+                    pushes.setdefault(at, []).append(reduce_scatter(group.name))
+        return [(worker, tasks + pushes.get(at, [])) for at, (worker, tasks) in enumerate(calls)]
+
     def _sums(self, replica: int, calls: list[Call], spread: bool) -> list[Call]:
-        """Adds the pushes to a replica's ``calls``; what its workers do after all of those."""
-        last: dict[int, int] = {}
-        for at, (_, [task, *_]) in enumerate(calls):
-            if isinstance(task.operation, RunAction) and task.operation.route.action.kind in "BW":
-                last[task.operation.route.action.stage] = at
-        ends = []
-        for worker in self._layout.row(replica):
-            end: list[Task] = []
-            groups = [(group, group.members.index(worker)) for group in self._groups if worker in group.members]
-            for group, _ in groups:
-                complete = [last[stage] for stage in group.stages if stage in last and calls[last[stage]][0] == worker]
-                (calls[max(complete)][1] if complete else end).append(reduce_scatter(group.name))
-            for group, at in groups:
+        """What each worker of a replica does after all of its ``calls``.
+
+        push ─▶ sum what one owns ─▶ take the other sums (or, sharded, the weights after the update) ─▶ buffers
+        """
+        ends, last = [], _last_backwards(calls)
+        for worker in self._layout.pipeline_of(replica):
+            groups = self._groups_of(worker)
+            places = [group.members.index(worker) for group in groups]
+            idle = [group for group in groups if _complete_at(group, worker, calls, last) is None]
+            end = [reduce_scatter(group.name) for group in idle]  # no backward here: what the others await all the same
+            for group, at in zip(groups, places, strict=True):
                 end += reduces(group.name, group.members, group.owners, at, spread=spread)
-            for group, at in groups if spread else ():
-                end += gather_sums(group.name, group.owners, at)
-            for group, at in groups:
+            for group, at in zip(groups, places, strict=True):
+                end += gather_sums(group.name, group.owners, at) if spread else []
+            for group, at in zip(groups, places, strict=True):
                 end += follow(group.stages[0], group.members, at) if group.buffered else []
-            if end:
-                ends.append((worker, end))
+            ends += [(worker, end)] if end else []
         return ends
+
+    def _groups_of(self, worker: str) -> list[Group]:
+        return [group for group in self._groups if worker in group.members]
+
+
+def _last_backwards(calls: Sequence[Call]) -> dict[int, int]:
+    """By stage, where in ``calls`` its parameters' gradients grow last."""
+    return {
+        task.operation.route.action.stage: at
+        for at, (_, [task, *_]) in enumerate(calls)
+        if isinstance(task.operation, RunAction) and task.operation.route.action.kind in "BW"
+    }
+
+
+def _complete_at(group: Group, worker: str, calls: Sequence[Call], last: Mapping[int, int]) -> int | None:
+    """Where in ``calls`` the group's gradients on ``worker`` are complete; None if nothing adds to them there."""
+    return max(
+        (last[stage] for stage in group.stages if stage in last and calls[last[stage]][0] == worker), default=None
+    )
 
 
 def _in_turns(rows: Sequence[list[Call]]) -> list[Call]:
@@ -244,14 +270,14 @@ def route(schedule: Schedule, action: Action, workers: Sequence[str], targets: b
     return Route(action, tuple(Port(action, slot) for slot in awaits), tuple(sends))
 
 
-def entering(part: Nest, chunk: int, hops: Sequence[Hop]) -> dict[Port, Received]:
+def entering(part: Nest, chunk: int, hops: Sequence[Hop]) -> dict[Port, StageInput]:
     """What each stage gets from the driver of micro-batch ``chunk``'s inputs ``part``."""
     names: dict[int, list[str]] = {0: []}
     for hop in hops:
         if hop.source == DRIVER:
             names.setdefault(hop.target, []).append(hop.name)
     return {
-        Port(Action("F", stage, chunk), link(stage, DRIVER)): Received.constant(
+        Port(Action("F", stage, chunk), link(stage, DRIVER)): StageInput.constant(
             (None if stage else part, {name: part[name] for name in wanted})
         )
         for stage, wanted in names.items()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from rpcpipe import _tables
-from rpcpipe.schedules import Span, Timeline
+from rpcpipe.schedules import Timeline
 from rpcpipe.stage import gradients
 from rpcpipe.worker.messages import Report
 
@@ -105,23 +105,36 @@ def by_stage(reports: Mapping[str, Report], field: str, joined: Callable[[list[i
     return tuple(joined(found[stage]) for stage in sorted(found))
 
 
+@dataclass(frozen=True)
+class StreamedBatch:
+    """A batch of a stream: the groups of micro-batches that its updates are made of, counted from update ``base`` on.
+
+    ``shares``: by micro-batch, its share of the batch. ``lr``: by parameter group.
+    """
+
+    base: int
+    groups: range
+    shares: Mapping[int, float]
+    lr: tuple[float, ...]
+
+    @property
+    def number(self) -> int:
+        """The batch's first update."""
+        return self.base + self.groups.start
+
+
 def of_stream(
+    batch: StreamedBatch,
     reports: Mapping[str, Report],
     updates: Sequence[Sequence[Report]],
+    timeline: Timeline,
     *,
-    number: int,
-    base: int,
-    groups: range,
-    shares: Mapping[int, float],
-    lr: tuple[float, ...],
     seconds: float,
-    ended: dict[str, int],
-    name: str,
-    spans: Sequence[Span],
+    ended: Mapping[str, int],
 ) -> StepResult:
     """A batch's result from its workers' ``reports``, joined, and those of each of its ``updates``.
 
-    ``ended``: when each worker's last update before ended, by its own clock; renewed.
+    ``ended``: when each worker's last update before ended, by its own clock.
     """
     done = [group for group in updates if not group[0].skipped]
     norms = [
@@ -129,35 +142,43 @@ def of_stream(
         for group in done
     ]
     used = [
-        [span.version for span in spans if span.stage == stage and span.kind == "B" and span.chunk in shares]
+        [
+            span.version
+            for span in timeline.spans
+            if span.stage == stage and span.kind == "B" and span.chunk in batch.shares
+        ]
         for stage in range(len(reports))
     ]
     held = [report.versions[stage] for stage, report in enumerate(reports.values())]
-    owners = [group for group in groups for _ in range(len(shares) // len(groups))]
+    owners = [group for group in batch.groups for _ in range(len(batch.shares) // len(batch.groups))]
     return StepResult(
-        number,
-        mean_loss(reports, shares)[0],
+        batch.number,
+        mean_loss(reports, batch.shares)[0],
         sum(norms) / len(norms) if norms else math.nan,
         seconds,
         by_stage(reports, "peak_in_flight"),
         len(done) == len(updates),
-        Timeline(spans, workers=len(reports), name=name),
+        timeline,
         peak_activation_bytes=by_stage(reports, "peak_bytes"),
         recomputed=by_stage(reports, "recomputed"),
-        lr=lr,
+        lr=batch.lr,
         skipped=len(updates) - len(done),
-        versions=tuple(tuple(base + version for version in versions) for versions in used),
+        versions=tuple(tuple(batch.base + version for version in versions) for versions in used),
         staleness=tuple(max(g - v for g, v in zip(owners, versions, strict=True)) for versions in used),
         peak_versions=tuple(count for count, _ in held),
         peak_version_bytes=tuple(count * size for count, size in held),
-        idle=sum(_idle(report, ended) for report in reports.values()) / len(reports),
+        idle=sum(_idle(report, ended.get(name)) for name, report in reports.items()) / len(reports),
     )
 
 
-def _idle(report: Report, ended: dict[str, int]) -> float:
-    """Idle share between the worker's last update before and its last one in ``report``."""
-    end = max(end for kind, _, _, _, end, _ in report.spans if kind == "U")
-    start = ended.get(report.worker, min(start for _, _, _, start, _, _ in report.spans))
+def last_update(report: Report) -> int:
+    """When the worker's last update in ``report`` ended, by its own clock in ns."""
+    return max(end for kind, _, _, _, end, _ in report.spans if kind == "U")
+
+
+def _idle(report: Report, since: int | None) -> float:
+    """Idle share from ``since``, the end of the update before if there was one, to the worker's last update."""
+    end = last_update(report)
+    start = min(begin for _, _, _, begin, _, _ in report.spans) if since is None else since
     busy = sum(max(0, stop - max(start, begin)) for _, _, _, begin, stop, _ in report.spans)
-    ended[report.worker] = end
     return max(0.0, 1.0 - busy / max(1, end - start))

@@ -25,7 +25,7 @@ from rpcpipe.model.layers import check_inputs
 from rpcpipe.model.microbatch import Nest
 from rpcpipe.schedules import Schedule
 from rpcpipe.schedules.timeline import Timeline
-from rpcpipe.worker.messages import Port
+from rpcpipe.worker.messages import Port, StageInfo
 
 
 class Active(Protocol):
@@ -135,12 +135,14 @@ class Runtime:
         """Micro-batches of a full batch."""
         return self.schedule.chunks
 
-    def install(self, deployment: Deployment, infos: Mapping[str, Mapping[int, Any]] | None = None) -> None:
+    def install(self, deployment: Deployment, infos: Mapping[str, Mapping[int, StageInfo]] | None = None) -> None:
         """The workers now hold ``deployment``; ``infos``: what each says of its stages, if they have changed."""
         self.deployment = deployment
         if infos is not None:
             self.stages = tuple(
-                StageHandle(self.driver, stage, {name: infos[name][stage] for name in deployment.layout.column(holder)})
+                StageHandle(
+                    self.driver, stage, {name: infos[name][stage] for name in deployment.layout.replicas_of(holder)}
+                )
                 for stage, holder in enumerate(deployment.schedule.placement)
             )
         self.program = deployment.program(self.stages)

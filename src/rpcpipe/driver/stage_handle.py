@@ -13,6 +13,7 @@ from rpcpipe.driver.driver import Driver
 from rpcpipe.errors import RpcPipeError
 from rpcpipe.model.microbatch import Nest
 from rpcpipe.transport.pickling import dumps, loads
+from rpcpipe.worker.messages import StageInfo
 from rpcpipe.worker.operations import CallModule, GetModule, GetParameter
 
 HEADER = ("stage", "worker", "device", "layers", "parameters", "weights", "busy in the last step")
@@ -24,17 +25,17 @@ class StageHandle:
     ``infos``: what each of them says of it.
     """
 
-    def __init__(self, driver: Driver, index: int, infos: Mapping[str, Mapping[str, Any]]) -> None:
+    def __init__(self, driver: Driver, index: int, infos: Mapping[str, StageInfo]) -> None:
         self.index = index
         self.workers = tuple(infos)
         self.worker = self.workers[0]
         self._infos = infos
         self._info = infos[self.worker]
-        self.layers: list[str] = self._info["layers"]
-        self.sizes: dict[str, int] = self._info["sizes"]
-        self.buckets: list[int] = self._info["buckets"]
-        self.trainable: list[str] = self._info["trainable"]
-        self.buffered: bool = self._info["buffered"]
+        self.layers: list[str] = self._info.layers
+        self.sizes: dict[str, int] = self._info.sizes
+        self.buckets: list[int] = self._info.buckets
+        self.trainable: list[str] = self._info.trainable
+        self.buffered: bool = self._info.buffered
         self._driver = driver
 
     def __repr__(self) -> str:
@@ -48,8 +49,8 @@ class StageHandle:
         several = len(self.workers) > 1
         return [
             [
-                f"{self.index} of replica {replica}" if several else str(self.index), worker, info["device"], names,
-                f"{info['parameters']:,}", _tables.mebibytes(info["bytes"]),
+                f"{self.index} of replica {replica}" if several else str(self.index), worker, info.device, names,
+                f"{info.parameters:,}", _tables.mebibytes(info.bytes),
                 f"{busy[worker]:.1%}" if worker in busy else "-",
             ]
             for replica, (worker, info) in enumerate(self._infos.items())
@@ -77,7 +78,7 @@ class StageHandle:
         Inside ``dist_autograd.context()`` its graph is recorded across the workers. Raises RpcPipeError
         for a stage with Wired layers: what they take does not come by hand.
         """
-        if self._info["wired"]:
+        if self._info.wired:
             raise RpcPipeError(
                 f"stage {self.index} has layers that take or give named values; it runs in steps only (train_step,"
                 " evaluate, pipe(inputs)), or by pipe.stages[k].call(function)"
@@ -86,7 +87,7 @@ class StageHandle:
 
     def parameter_rrefs(self) -> list[Any]:
         """An RRef to every trainable parameter of the stage, on every replica: beside all lie the same gradients."""
-        if self._info["sharded"]:
+        if self._info.sharded:
             raise RpcPipeError(
                 "with shard_optimizer=True a gradient lies on one replica only and s.optimize() spreads the new"
                 " weights; for an optimizer of your own make the pipeline with shard_optimizer=False"

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from rpcpipe.driver.accumulation import Progress
-from rpcpipe.driver.driver import Gate
+from rpcpipe.driver.driver import GradientGate
 from rpcpipe.driver.result import StepResult, by_stage, mean_loss
 from rpcpipe.driver.runtime import Runtime
 from rpcpipe.driver.tracing import spans
@@ -20,7 +20,7 @@ from rpcpipe.errors import Failure, RpcPipeError, StageError
 from rpcpipe.model.microbatch import Nest
 from rpcpipe.schedules import Timeline
 from rpcpipe.stage import precision
-from rpcpipe.stage.context import StepPlan
+from rpcpipe.stage.context import StepContext
 from rpcpipe.transport.interrupts import shield_interrupts
 from rpcpipe.worker.messages import Report
 
@@ -66,7 +66,7 @@ class Step:
                 context.__exit__(None, None, None)
             if kind is not None and (isinstance(error, KeyboardInterrupt) or not self._updated):
                 # An interrupt may come after the last worker has updated, before the caller can know of it.
-                self._runtime.driver.take_back(self._message, updating=self._updated)
+                self._runtime.driver.roll_back(self._message, updating=self._updated)
             elif kind is None and self.done:
                 self._advance()
 
@@ -76,7 +76,7 @@ class Step:
         runtime.trained += 1
         runtime.progress = self._progress
         if runtime.scaler is not None and not result.accumulated:
-            precision.judge(runtime.scaler, finite=not self._overflowed)
+            precision.update_loss_scale(runtime.scaler, finite=not self._overflowed)
 
     @property
     def done(self) -> bool:
@@ -104,7 +104,7 @@ class Step:
         if not gate.finite:
             self._refuse_nonfinite(plan, loss, reports)
             if not math.isfinite(loss):
-                driver.take_back(self._message, updating=False)  # statistics of NaN would never be mended
+                driver.roll_back(self._message, updating=False)  # statistics of NaN would never be mended
             log.warning("step %d: the gradient's norm is %s; no weight changes", self._number, gate.grad_norm)
         self._progress = self._progress.later(self._message, count)
         self._result = StepResult(
@@ -123,32 +123,32 @@ class Step:
         runtime.note(self._result.timeline)
         return driver.publish_gradients(self._message, self.context_id, gate) if self._result.applied else {}
 
-    def _plan(self, weights: Sequence[float]) -> StepPlan:
+    def _plan(self, weights: Sequence[float]) -> StepContext:
         runtime, progress = self._runtime, self._progress
-        return StepPlan(
+        return StepContext(
             self._message,
             self._number,
             True,
             tuple(weight / progress.calls for weight in weights),
             trace=runtime.tracer is not None,
             scale=1.0 if runtime.scaler is None else runtime.scaler.get_scale(),
-            after=progress.after,
+            accumulates_on=progress.after,
             updates=progress.is_last,
         )
 
-    def _gate(self, plan: StepPlan, reports: Mapping[str, Report], count: float | None) -> Gate:
+    def _gate(self, plan: StepContext, reports: Mapping[str, Report], count: float | None) -> GradientGate:
         """What the gradients come to: those of the update, or those accumulated so far."""
         runtime, total = self._runtime, self._progress.counted(count)
         # As GradScaler sees them: that nothing counted, 0/0, is no matter of the scale.
-        self._overflowed = not Gate.of(reports, None).finite
+        self._overflowed = not GradientGate.of(reports, None).finite
         if plan.updates and total is not None:
             runtime.driver.normalize_gradients(self._message, total, reports)
-        gate = Gate.of(reports, runtime.settings.clip_grad_norm)
+        gate = GradientGate.of(reports, runtime.settings.clip_grad_norm)
         if plan.updates:
             return gate
         return dataclasses.replace(gate, grad_norm=gate.grad_norm / plan.scale / (total or 1.0))
 
-    def _refuse_nonfinite(self, plan: StepPlan, loss: float, reports: Mapping[str, Report]) -> None:
+    def _refuse_nonfinite(self, plan: StepContext, loss: float, reports: Mapping[str, Report]) -> None:
         """Where the user wants to stop: name a stage whose gradient is NaN or Inf, the latest, as backwards go.
 
         A smaller loss scale mends the overflow of a finite loss.

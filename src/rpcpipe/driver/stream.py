@@ -17,16 +17,16 @@ from typing import Any
 
 from rpcpipe.driver.callbacks import tell
 from rpcpipe.driver.program import Fed
-from rpcpipe.driver.result import StepResult, of_stream
+from rpcpipe.driver.result import StepResult, StreamedBatch, last_update, of_stream
 from rpcpipe.driver.runtime import Runtime
 from rpcpipe.driver.tracing import spans
 from rpcpipe.errors import Failure, RpcPipeError, ScheduleError, StageError, WorkerLost
 from rpcpipe.model.layers import check_inputs
 from rpcpipe.model.microbatch import Nest
-from rpcpipe.schedules import Action
+from rpcpipe.schedules import Action, Timeline
 from rpcpipe.schedules.asynchronous import StreamOrder
 from rpcpipe.stage import stream_rollback
-from rpcpipe.stage.context import Share, StepPlan
+from rpcpipe.stage.context import MicroBatch, StepContext
 from rpcpipe.transport.interrupts import shield_interrupts
 from rpcpipe.worker.messages import Report, Update
 from rpcpipe.worker.operations import BeginStep, EndStream, Task
@@ -139,9 +139,9 @@ class Stream:
                 chunk, group = self._open.order.fed, first if double else first + index
                 self._open.groups.append(group)
                 batch.shares[chunk] = shares[index]
-                share = Share(self._open.base + group, index, shares[index], group, last, len(parts) == 1)
+                share = MicroBatch(self._open.base + group, index, shares[index], group, last, len(parts) == 1)
                 if not double:
-                    share = Share(self._open.base + group, 0, 1.0, group, last=True, alone=True)
+                    share = MicroBatch(self._open.base + group, 0, 1.0, group, last=True, alone=True)
                 self._issue(self._open.order.feed(last=last), Fed(share, part, answers[index]), batch.held)
         if double and len(parts) < len(runtime.names):
             self.flush()  # the next batch's version would not be there in time
@@ -179,7 +179,7 @@ class Stream:
         state = StreamState(
             runtime.driver.new_step(), runtime.driver.places(), runtime.trained, StreamOrder(len(runtime.names))
         )
-        plan = StepPlan(
+        plan = StepContext(
             state.step, state.base, True, (), trace=runtime.tracer is not None, policy=runtime.policy,
             stop=runtime.settings.nonfinite == "stop",
         )  # fmt: skip
@@ -243,13 +243,13 @@ class Stream:
         runtime, number = self._runtime, self._open.base + batch.groups.start
         since, self._open.since = self._open.since, time.perf_counter()
         by_worker = {name: Report.joined([reports[name, group] for group in batch.groups]) for name in runtime.names}
-        result = of_stream(
-            by_worker,
-            [[reports[name, group] for name in runtime.names] for group in batch.groups],
-            number=number, base=self._open.base, groups=batch.groups, shares=batch.shares, lr=batch.lr,
-            seconds=self._open.since - since, ended=self._open.ended, name=runtime.schedule.name,
-            spans=spans(by_worker, runtime.offsets, number),
-        )  # fmt: skip
+        streamed = StreamedBatch(self._open.base, batch.groups, batch.shares, batch.lr)
+        updates = [[reports[name, group] for name in runtime.names] for group in batch.groups]
+        measured = spans(by_worker, runtime.offsets, number)
+        timeline = Timeline(measured, workers=len(by_worker), name=runtime.schedule.name)
+        seconds = self._open.since - since
+        result = of_stream(streamed, by_worker, updates, timeline, seconds=seconds, ended=self._open.ended)
+        self._open.ended |= {name: last_update(report) for name, report in by_worker.items()}
         if not result.applied:
             log.warning("step %d: loss or gradient is not finite; %d updates skipped", number, result.skipped)
         if runtime.tracer is not None:

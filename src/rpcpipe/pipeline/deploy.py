@@ -26,7 +26,7 @@ from rpcpipe.schedules import Schedule, weight_versions
 from rpcpipe.stage import precision
 from rpcpipe.stage.profiler import profile
 from rpcpipe.transport.pickling import dumps
-from rpcpipe.worker.gradient_exchange import Peers
+from rpcpipe.worker.gradient_exchange import ReplicaGroup
 from rpcpipe.worker.operations import GetOptimizerState, ReleaseLayers, Repartition
 from rpcpipe.worker.stage_set import ActorSpec
 
@@ -35,7 +35,9 @@ def start(model: Model, cluster: Cluster, options: Options) -> Runtime:
     """Cut ``model``, bring its stages to their workers, and return what runs it."""
     cluster.check()
     layout = layout_of(cluster, options.schedule, options.balance, options.virtual_stages, options.replicas)
-    schedule = make_schedule(options.schedule, layout.width, options.chunks, options.virtual_stages, options.replicas)
+    schedule = make_schedule(
+        options.schedule, layout.pipeline_size, options.chunks, options.virtual_stages, options.replicas
+    )
     policy = weight_versions.choose(schedule.name, options.weights)
     scaler = precision.loss_scaler(options.autocast)
     options.settings.check(policy, scaled=scaler is not None)
@@ -81,12 +83,12 @@ def _create(runtime: Runtime, identity: str, layers: OrderedDict[str, Layer], co
             stage: (OrderedDict((key, layers[key]) for key in keys), first)
             for stage, (keys, first) in deployment.parts_on(name).items()
         }
-        peers = Peers(deployment.layout.column(worker), replica, deployment.shard)
+        peers = ReplicaGroup(deployment.layout.replicas_of(worker), replica, deployment.shard)
         spec = cloudpickle.dumps(dataclasses.replace(common, stages=mine, peers=peers))
         replies[name] = runtime.cluster.transport.call(name, "create", identity, spec)
     infos = runtime.driver.collect(replies)
     runtime.install(deployment, infos)
-    groups = [info["groups"] for stages in infos.values() for info in stages.values() if info["groups"]]
+    groups = [info.groups for stages in infos.values() for info in stages.values() if info.groups]
     check_groups(groups)
     runtime.make_optimizer(groups[0])
 
@@ -98,7 +100,7 @@ def change_schedule(runtime: Runtime, wanted: str | Schedule) -> None:
     virtual = settings.virtual_stages
     if isinstance(wanted, str):
         virtual = schedules.suited_virtual_stages(wanted, virtual)
-    workers = before.layout.width
+    workers = before.layout.pipeline_size
     new = make_schedule(wanted, workers, runtime.chunks, virtual, before.layout.replicas)
     refuse(new.workers != workers, f"{new.name!r} is for {new.workers} workers, not {workers}")
     policy = weight_versions.choose(new.name, settings.weights if new.name == before.schedule.name else None)

@@ -43,7 +43,7 @@ _SHARED = "A checkpoint needs one file system that all hosts have at the same pa
 def state_dict(runtime: Runtime) -> OrderedDict[str, torch.Tensor]:
     """All parameters and buffers, on the CPU."""
     driver = runtime.driver
-    found = driver.collect({name: driver.post(name, GetState()) for name in runtime.layout.row(0)})
+    found = driver.collect({name: driver.post(name, GetState()) for name in runtime.layout.pipeline_of(0)})
     by_stage = {stage: state for stages in found.values() for stage, state in stages.items()}
     return OrderedDict((key, value) for stage in sorted(by_stage) for key, value in by_stage[stage].items())
 
@@ -136,7 +136,7 @@ def load(runtime: Runtime, directory: str | Path, stateful: Holders) -> Any:
 def _write_shards(runtime: Runtime, folder: Path) -> list[Written]:
     """Every worker writes its own, all at once."""
     # Replicas hold the same, but for optimizers that are sharded over them.
-    names = runtime.names if runtime.deployment.shard else runtime.layout.row(0)
+    names = runtime.names if runtime.deployment.shard else runtime.layout.pipeline_of(0)
     calls = {name: SaveShard(folder, f"{number:05}-of-{len(names):05}") for number, name in enumerate(names, 1)}
     found = _outcomes(runtime, calls, "the checkpoints before are as they were")
     for name, shard in found.items():

@@ -35,20 +35,20 @@ class Entry(torch.autograd.Function):
 
 
 @dataclass
-class Received:
+class StageInput:
     """A nest from the stage before, with one flag per tensor: does a gradient go back?"""
 
     nest: Nest
     wants_grad: list[bool]
 
     @classmethod
-    def constant(cls, nest: Nest) -> Received:
+    def constant(cls, nest: Nest) -> StageInput:
         """The driver's input: no gradient goes back."""
         return cls(nest, [False] * len(tensors(nest)))
 
 
 @dataclass
-class Entered:
+class GraphEntry:
     """Where a micro-batch entered the graph: ``edges`` to the Entry node, ``box`` for gradients.
 
     Where nothing entered that needs a gradient (the first stage), ``inner`` edges lead to the first
@@ -65,33 +65,33 @@ class Saved:
     """What a stage keeps of one micro-batch between its forward and its backward."""
 
     outputs: list[torch.Tensor]
-    entered: Entered
+    entered: GraphEntry
 
 
-def copied(received: Received) -> Received:
+def copied(received: StageInput) -> StageInput:
     """The same in memory of its own."""
-    return Received(map_tensors(lambda leaf: leaf.detach().clone(), received.nest), received.wants_grad)
+    return StageInput(map_tensors(lambda leaf: leaf.detach().clone(), received.nest), received.wants_grad)
 
 
-def enter(received: Received) -> tuple[Nest, Entered]:
+def enter(received: StageInput) -> tuple[Nest, GraphEntry]:
     """The nest with gradients flowing to a box, and where that is."""
     leaves = tensors(received.nest)
     wanted = [leaf for leaf, wants in zip(leaves, received.wants_grad, strict=True) if wants]
     box: Gradients = [None] * len(wanted)
     if not wanted or not torch.is_grad_enabled():
-        return received.nest, Entered(box=box)
+        return received.nest, GraphEntry(box=box)
     anchor = torch.empty(0, requires_grad=True)
     entered = Entry.apply(box, anchor, *wanted)  # type: ignore[no-untyped-call]
     edges = [get_gradient_edge(tensor) for tensor in entered]
     replaced, flags = iter(entered), iter(received.wants_grad)
     nest = map_tensors(lambda leaf: next(replaced) if next(flags) else leaf, received.nest)
-    return nest, Entered(edges, box)
+    return nest, GraphEntry(edges, box)
 
 
-def leave(outputs: Nest) -> Received:
+def leave(outputs: Nest) -> StageInput:
     """What goes to the next stage: the outputs cut off from this stage's graph."""
     flags = [leaf.requires_grad for leaf in tensors(outputs)]
-    return Received(map_tensors(lambda leaf: leaf.detach(), outputs), flags)
+    return StageInput(map_tensors(lambda leaf: leaf.detach(), outputs), flags)
 
 
 def differentiable(outputs: Nest) -> list[torch.Tensor]:

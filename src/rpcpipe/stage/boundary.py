@@ -9,28 +9,28 @@ from collections.abc import Mapping, Sequence
 
 from rpcpipe.model.microbatch import Nest, tensors
 from rpcpipe.model.wiring import Flow
-from rpcpipe.stage.autograd import Gradients, Received
+from rpcpipe.stage.autograd import Gradients, StageInput
 
 
-def join(parcels: Mapping[str, Received]) -> tuple[Received, dict[str, int]]:
-    """One Received of a Flow from what came by each link, and how many gradients go back by each."""
+def join(parcels: Mapping[str, StageInput]) -> tuple[StageInput, dict[str, int]]:
+    """One StageInput of a Flow from what came by each link, and how many gradients go back by each."""
     x = None
     values: dict[str, Nest] = {}
     for link, parcel in parcels.items():
         x = parcel.nest[0] if link == "input" else x
         values |= parcel.nest[1]
     flags = [flag for parcel in parcels.values() for flag in parcel.wants_grad]
-    return Received((x, values), flags), {link: sum(parcel.wants_grad) for link, parcel in parcels.items()}
+    return StageInput((x, values), flags), {link: sum(parcel.wants_grad) for link, parcel in parcels.items()}
 
 
-def part(flow: Received, exits: Mapping[str, Sequence[str]]) -> dict[str, Received]:
+def part(flow: StageInput, exits: Mapping[str, Sequence[str]]) -> dict[str, StageInput]:
     """Inverse of ``join``: what leaves by each link. The values in ``flow`` have the order of ``exits``."""
     x, values = flow.nest
     flags = iter(flow.wants_grad)
     parcels = {}
     for link, names in exits.items():
         nest = (x if link == "input" else None, {name: values[name] for name in names})
-        parcels[link] = Received(nest, [next(flags) for _ in tensors(nest)])
+        parcels[link] = StageInput(nest, [next(flags) for _ in tensors(nest)])
     return parcels
 
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import NamedTuple
 
 
-class Share(NamedTuple):
+class MicroBatch(NamedTuple):
     """What a stage is told of one micro-batch.
 
-    ``draw`` and ``position`` seed its random numbers, its loss counts ``weight``. In a stream ``group``
+    ``rng_step`` and ``position`` seed its random numbers, its loss counts ``weight``. In a stream ``group``
     numbers the update that it belongs to, ``last`` is set on the group's last micro-batch, and
     ``alone`` where it is the only one.
     """
 
-    draw: int
+    rng_step: int
     position: int
     weight: float
     group: int | None = None
@@ -21,21 +21,21 @@ class Share(NamedTuple):
     alone: bool = False
 
 
-class StepPlan(NamedTuple):
+class StepContext(NamedTuple):
     """What a worker knows about the step it executes.
 
-    ``step`` names it in every message and is never used again. ``draw`` seeds its random numbers:
+    ``step`` names it in every message and is never used again. ``rng_step`` seeds its random numbers:
     the number of training steps done so far, so that neither a failed step nor an evaluation in
     between changes what is drawn. ``weights[chunk]`` is the micro-batch's share of the batch: its
     loss counts that much. A stream is one step without end; ``policy`` says which version of the
     weights its minibatches use, ``stop`` that a loss or gradient that is not finite ends it.
 
-    Gradients add to those after step ``after``, if any; ``updates`` says that an update follows. The loss
+    Gradients add to those of step ``accumulates_on``, if any; ``updates`` says that an update follows. The loss
     is multiplied by ``scale`` for the backward, and before the update the gradients are divided by it.
     """
 
     step: int
-    draw: int
+    rng_step: int
     training: bool
     weights: tuple[float, ...]
     keep_outputs: bool = False
@@ -43,9 +43,9 @@ class StepPlan(NamedTuple):
     policy: str | None = None
     stop: bool = False
     scale: float = 1.0
-    after: int | None = None
+    accumulates_on: int | None = None
     updates: bool = True
 
-    def share(self, chunk: int) -> Share:
+    def micro_batch(self, chunk: int) -> MicroBatch:
         """What a stage is told of micro-batch ``chunk`` of a synchronous step."""
-        return Share(self.draw, chunk, self.weights[chunk] if self.weights else 1.0)
+        return MicroBatch(self.rng_step, chunk, self.weights[chunk] if self.weights else 1.0)

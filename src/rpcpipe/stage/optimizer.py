@@ -66,11 +66,11 @@ class LocalOptimizer:
             self.optimizer.state.pop(parameter, None)
             if entries:
                 self.optimizer.state[parameter] = entries
-        self.undo.outdate()
+        self.undo.invalidate()
 
     def step(self, gradients: Mapping[torch.Tensor, torch.Tensor], changes: Sequence[Mapping[str, Any]]) -> None:
         """``apply``, or if that raises, nothing."""
-        self.undo.complete()
+        self.undo.refresh()
         try:
             self.apply(gradients, changes)
         except BaseException:

@@ -26,7 +26,7 @@ def check(dtype: torch.dtype | None) -> None:
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[None]:
     """``torch.autocast`` to ``dtype`` on ``device``; None: nothing.
 
-    Entered once for a run of layers, as a plain loop enters it once for the model: a weight that is
+    GraphEntry once for a run of layers, as a plain loop enters it once for the model: a weight that is
     used twice inside is cast once, and its gradient is the sum in ``dtype``.
     """
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
@@ -37,7 +37,7 @@ def loss_scaler(dtype: torch.dtype | None) -> torch.amp.GradScaler | None:
     return torch.amp.GradScaler("cpu") if dtype is torch.float16 else None
 
 
-def judge(scaler: torch.amp.GradScaler, *, finite: bool) -> None:
+def update_loss_scale(scaler: torch.amp.GradScaler, *, finite: bool) -> None:
     """``scaler.update()`` after a step; a stand-in's gradient tells it whether all were finite."""
     stand_in = nn.Parameter(torch.zeros(()))
     optimizer = torch.optim.SGD([stand_in], lr=0.0)

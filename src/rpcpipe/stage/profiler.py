@@ -99,9 +99,9 @@ def _walk(
     model.check_inputs(sample, wires)
     sample = map_tensors(lambda leaf: leaf.to(device), sample)
     direct = {name: sample[name] for name in inputs(wires)}
-    received = autograd.Received.constant((sample, {}))
+    received = autograd.StageInput.constant((sample, {}))
     found: list[LayerCost] = []
-    known: dict[Any, tuple[LayerCost, autograd.Received, _Run]] = {}
+    known: dict[Any, tuple[LayerCost, autograd.StageInput, _Run]] = {}
     before: _Run = _Run(None, Memory())
     previous: Any = None
     needed = kept(list(wires.values()))
@@ -190,8 +190,8 @@ class _Measure:
     repeats: bool = False
 
     def __call__(
-        self, name: str, module: nn.Module, received: autograd.Received, before: _Run
-    ) -> tuple[LayerCost, autograd.Received, _Run]:
+        self, name: str, module: nn.Module, received: autograd.StageInput, before: _Run
+    ) -> tuple[LayerCost, autograd.StageInput, _Run]:
         buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
         cuda = any(leaf.is_cuda for leaf in tensors(received.nest))
         # A layer that changes its input in place must find it whole every time.
@@ -220,12 +220,12 @@ class _Measure:
         return result, leaving, _Run(outputs, meter.saved)
 
 
-def _forward(module: nn.Module, received: autograd.Received) -> tuple[Nest, autograd.Entered]:
+def _forward(module: nn.Module, received: autograd.StageInput) -> tuple[Nest, autograd.GraphEntry]:
     nest, entered = autograd.enter(received)
     return module(nest), entered
 
 
-def _round(module: nn.Module, received: autograd.Received, clock: Timer) -> tuple[float, float, float, float]:
+def _round(module: nn.Module, received: autograd.StageInput, clock: Timer) -> tuple[float, float, float, float]:
     """Seconds of forward, backward, and of the backward's halves: input gradient, weight gradient."""
     clock.tick()
     outputs, entered = _forward(module, autograd.copied(received))

@@ -100,7 +100,7 @@ def merge(chosen: Sequence[bool]) -> list[Run]:
 
 
 # (first layer, one past the last, nest, where it entered, is it run again?) -> outputs
-Forward = Callable[[int, int, Nest, autograd.Entered, bool], Nest]
+Forward = Callable[[int, int, Nest, autograd.GraphEntry, bool], Nest]
 
 
 @dataclass
@@ -110,7 +110,7 @@ class Segment:
     run: Run
     forward: Forward
     saved: autograd.Saved | None = None
-    received: autograd.Received | None = None
+    received: autograd.StageInput | None = None
     bytes: int = 0
     recomputing: bool = False
 
@@ -177,7 +177,7 @@ class SegmentRunner:
         self._bytes: dict[Any, int] = {}
         self._mutates: dict[int, bool] = {}
 
-    def run(self, chunk: int, received: autograd.Received, forward: Forward) -> tuple[MicroBatchGraph, Nest]:
+    def run(self, chunk: int, received: autograd.StageInput, forward: Forward) -> tuple[MicroBatchGraph, Nest]:
         """(what is kept, the outputs with their graph if that is kept)."""
         segments: list[Segment] = []
         learning = self._recompute.learns
@@ -195,7 +195,7 @@ class SegmentRunner:
             self._recompute.learn(costs)
         return MicroBatchGraph(segments, self._again), outputs
 
-    def _keep(self, segment: Segment, received: autograd.Received) -> Nest:
+    def _keep(self, segment: Segment, received: autograd.StageInput) -> Nest:
         """Run a segment and keep its graph."""
         key = (segment.run, tuple((leaf.shape, leaf.dtype) for leaf in tensors(received.nest)))
         if key in self._bytes:
@@ -210,13 +210,13 @@ class SegmentRunner:
     def _known(self) -> list[torch.Tensor]:
         return [*self._module.parameters(), *self._module.buffers()]
 
-    def _forward(self, segment: Segment, received: autograd.Received) -> Nest:
+    def _forward(self, segment: Segment, received: autograd.StageInput) -> Nest:
         nest, entered = autograd.enter(received)
         outputs = segment.forward(segment.run.start, segment.run.stop, nest, entered, segment.recomputing)
         segment.saved = autograd.Saved(autograd.differentiable(outputs), entered)
         return outputs
 
-    def _drop(self, segment: Segment, received: autograd.Received) -> Nest:
+    def _drop(self, segment: Segment, received: autograd.StageInput) -> Nest:
         """Run a segment and keep its input alone, as it was before a layer changed it in place."""
         start, given = segment.run.start, tensors(received.nest)
         kept = received if self._mutates.get(start) is False else autograd.copied(received)

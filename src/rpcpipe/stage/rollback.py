@@ -28,11 +28,11 @@ class Undo:
         self._copies: dict[nn.Parameter, tuple[torch.Tensor, dict[str, Any]]] = {}
         self._stale = list(self._parameters)
 
-    def outdate(self) -> None:
+    def invalidate(self) -> None:
         """The live values have changed; the copies are to be made again."""
         self._stale = list(self._parameters)
 
-    def copy_one(self) -> bool:
+    def refresh_one(self) -> bool:
         """Bring one parameter's copy up to date; False if all are."""
         if not self._stale:
             return False
@@ -46,9 +46,9 @@ class Undo:
         self._stale.pop()
         return True
 
-    def complete(self) -> None:
+    def refresh(self) -> None:
         """Bring all copies up to date."""
-        while self.copy_one():
+        while self.refresh_one():
             pass
 
     @torch.no_grad()

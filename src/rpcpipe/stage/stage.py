@@ -20,9 +20,9 @@ from rpcpipe.model.layers import Loss, Named
 from rpcpipe.model.microbatch import Nest, map_tensors
 from rpcpipe.model.wiring import Flow, Wire, advance, kept
 from rpcpipe.stage import autograd, precision
-from rpcpipe.stage.autograd import Gradients, Received
+from rpcpipe.stage.autograd import Gradients, StageInput
 from rpcpipe.stage.boundary import cut, join, leaving, part
-from rpcpipe.stage.context import Share, StepPlan
+from rpcpipe.stage.context import MicroBatch, StepContext
 from rpcpipe.stage.metrics import Metric, Sums, measure
 from rpcpipe.stage.recompute import MicroBatchGraph, Recompute, SegmentRunner
 from rpcpipe.stage.split_backward import Deferred, backward_weight
@@ -83,7 +83,7 @@ class Stage:
         recompute = options.recompute or Recompute("never", index, index, len(self.module))
         self.segments = SegmentRunner(self.module, recompute, self._measure)
         self.versions: Versions | None = None
-        self.shares: dict[int, Share] = {}
+        self.micro_batches: dict[int, MicroBatch] = {}
         self._saved: dict[int, MicroBatchGraph] = {}
         self._deferred: dict[int, tuple[list[Deferred], int]] = {}
 
@@ -105,17 +105,17 @@ class Stage:
         ]
 
     def forward(
-        self, plan: StepPlan, share: Share, chunk: int, parcels: Mapping[str, Received], target: Nest
-    ) -> dict[str, Received]:
+        self, context: StepContext, micro_batch: MicroBatch, chunk: int, parcels: Mapping[str, StageInput], target: Nest
+    ) -> dict[str, StageInput]:
         """Run the layers on what came by each link; returns what leaves by each."""
-        if self.module.training != plan.training:
-            self.module.train(plan.training)
+        if self.module.training != context.training:
+            self.module.train(context.training)
         received, returns = join(parcels)
         received = self._to_device(received)
-        if not plan.training:
-            return self._infer(plan, share, chunk, received, target)
-        self.shares[chunk], self._returns[chunk], self._scale = share, returns, plan.scale
-        run = partial(self._run_segment, share, chunk, target)
+        if not context.training:
+            return self._infer(context, micro_batch, chunk, received, target)
+        self.micro_batches[chunk], self._returns[chunk], self._scale = micro_batch, returns, context.scale
+        run = partial(self._run_segment, micro_batch, chunk, target)
         self._saved[chunk], outputs = self.segments.run(chunk, received, run)
         self.peak_in_flight = max(self.peak_in_flight, self.in_flight)
         self._measure()
@@ -123,45 +123,49 @@ class Stage:
 
     def _run_segment(
         self,
-        share: Share,
+        micro_batch: MicroBatch,
         chunk: int,
         target: Nest,
         start: int,
         stop: int,
         flow: Flow,
-        entered: autograd.Entered,
+        entered: autograd.GraphEntry,
         recomputing: bool,
     ) -> Nest:
         """Run layers ``start`` … ``stop - 1`` in training, and the loss behind the last one."""
         with precision.autocast(self.device, self._autocast):
-            flow = self._run_layers(share, flow, entered, start, stop)
+            flow = self._run_layers(micro_batch, flow, entered, start, stop)
             if stop < len(self.module):
                 return flow
             if self.loss is None:
                 return leaving(flow, self._exits)
             return self._take_loss(chunk, flow[0], target, again=recomputing)
 
-    def _leave(self, flow: Flow) -> dict[str, Received]:
+    def _leave(self, flow: Flow) -> dict[str, StageInput]:
         return part(autograd.leave(map_tensors(_to_host, flow)), self._exits)
 
-    def _infer(self, plan: StepPlan, share: Share, chunk: int, received: Received, target: Nest) -> dict[str, Received]:
+    def _infer(
+        self, context: StepContext, micro_batch: MicroBatch, chunk: int, received: StageInput, target: Nest
+    ) -> dict[str, StageInput]:
         with torch.no_grad(), precision.autocast(self.device, self._autocast):
-            flow = self._run_layers(share, received.nest, autograd.Entered(), 0, len(self.module))
+            flow = self._run_layers(micro_batch, received.nest, autograd.GraphEntry(), 0, len(self.module))
             if self.loss is None:
                 return self._leave(leaving(flow, self._exits))
             output, target = flow[0], map_tensors(lambda leaf: leaf.to(self.device), target)
-            if plan.keep_outputs:
+            if context.keep_outputs:
                 self.outputs[chunk] = output if target is None or self.select is None else self.select(output, target)
             else:
                 self._take_loss(chunk, output, target)
                 self.measured[chunk] = measure(self.metrics, output, target)
         return {}
 
-    def _run_layers(self, share: Share, flow: Flow, entered: autograd.Entered, start: int, stop: int) -> Flow:
-        number = self.version(share)
+    def _run_layers(
+        self, micro_batch: MicroBatch, flow: Flow, entered: autograd.GraphEntry, start: int, stop: int
+    ) -> Flow:
+        number = self.version(micro_batch)
         for at in range(start, stop):
             layer = self.module[at]
-            rng.seed_layer(self.seed, share.draw, share.position, self.first_layer + at)
+            rng.seed_layer(self.seed, micro_batch.rng_step, micro_batch.position, self.first_layer + at)
             call = layer if self.versions is None else partial(self.versions.call, layer, number)
             flow = advance(call, self._wires[at], flow, self._kept[at])
             if at == start and not entered.edges:
@@ -192,9 +196,9 @@ class Stage:
             self.losses[chunk] = (value.detach(), count)
         return value
 
-    def version(self, share: Share) -> int:
-        """Of the weights that ``share`` is computed with; -1 where they have only one."""
-        return -1 if self.versions is None or share.group is None else self.versions.of(share.group)
+    def version(self, micro_batch: MicroBatch) -> int:
+        """Of the weights that ``micro_batch`` is computed with; -1 where they have only one."""
+        return -1 if self.versions is None or micro_batch.group is None else self.versions.of(micro_batch.group)
 
     def backward(self, chunk: int, grads: Mapping[str, Gradients]) -> dict[str, Gradients]:
         """Run the full backward of ``chunk``. Accumulates into ``.grad``; returns the input gradients, by link."""
@@ -232,14 +236,14 @@ class Stage:
     def _output_grads(self, chunk: int, grads: Mapping[str, Gradients]) -> Gradients:
         if self.loss is None:
             return [None if grad is None else grad.to(self.device) for link in self._exits for grad in grads[link]]
-        weight = _weight(self.shares[chunk], self.losses[chunk][1])
+        weight = _weight(self.micro_batches[chunk], self.losses[chunk][1])
         # In this order, as autograd has it for scaler.scale(loss * weight).backward().
         return [torch.full_like(loss, self._scale).mul_(weight) for loss in self._saved[chunk].outputs]
 
-    def _to_device(self, received: Received) -> Received:
+    def _to_device(self, received: StageInput) -> StageInput:
         if self.device.type == "cpu":
             return received
-        return Received(map_tensors(lambda leaf: leaf.to(self.device), received.nest), received.wants_grad)
+        return StageInput(map_tensors(lambda leaf: leaf.to(self.device), received.nest), received.wants_grad)
 
     def loss_values(self) -> dict[int, tuple[float, float | None]]:
         """(value, count) per micro-batch so far; waits for the device."""
@@ -260,7 +264,7 @@ class Stage:
         """Forget the step before, all that a failed one left included."""
         self.losses, self.outputs, self.measured, self.peak_in_flight, self.peak_bytes = {}, {}, {}, 0, 0
         self.segments.recomputed = 0
-        self.shares, self._returns = {}, {}
+        self.micro_batches, self._returns = {}, {}
         self._saved.clear()
         self._deferred.clear()
         for norm in self.norms:
@@ -269,13 +273,13 @@ class Stage:
             parameter.grad = None
 
 
-def _weight(share: Share, count: Any) -> float:
+def _weight(micro_batch: MicroBatch, count: Any) -> float:
     """A loss that is a mean counts by the micro-batch's share of the batch; sums are divided at the end."""
     if count is None:
-        return share.weight
-    if share.group is None:
+        return micro_batch.weight
+    if micro_batch.group is None:
         return 1.0
-    if not share.alone:
+    if not micro_batch.alone:
         raise TypeError(
             "under pipedream-2bw the loss must return the mean, not (sum, count): a batch's count is not known"
             " when its first micro-batch is backpropagated; schedule='pipedream' takes both"

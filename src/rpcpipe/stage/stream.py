@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from rpcpipe.stage import gradients
 from rpcpipe.stage.autograd import Gradients
-from rpcpipe.stage.context import StepPlan
+from rpcpipe.stage.context import StepContext
 from rpcpipe.stage.stage import Stage
 
 
@@ -28,7 +28,7 @@ class StreamBackward:
         self._skipped: set[int] = set()
 
     def run(
-        self, context: StepPlan, chunk: int, grads: Mapping[str, Gradients | Skipped]
+        self, context: StepContext, chunk: int, grads: Mapping[str, Gradients | Skipped]
     ) -> Mapping[str, Gradients | Skipped]:
         """Run the backward of ``chunk``; returns what goes back by each link.
 
@@ -36,25 +36,25 @@ class StreamBackward:
         gradient that is not finite is to end the stream.
         """
         stage = self._stage
-        share, versions = stage.shares[chunk], stage.versions
+        micro_batch, versions = stage.micro_batches[chunk], stage.versions
         assert versions is not None
-        assert share.group is not None
+        assert micro_batch.group is not None
         given = {link: grad for link, grad in grads.items() if not isinstance(grad, Skipped)}
         found: Mapping[str, Gradients | Skipped]
         if len(given) < len(grads) or not stage.loss_counts(chunk):
             found = dict.fromkeys(stage.give_up(chunk), Skipped())
-            self._skip(context, share.group, f"its loss is {stage.losses[chunk][0]}" if stage.loss else "")
+            self._skip(context, micro_batch.group, f"its loss is {stage.losses[chunk][0]}" if stage.loss else "")
         else:
             found = stage.backward(chunk, given)
-        if share.last:
-            versions.collect(versions.of(share.group))
+        if micro_batch.last:
+            versions.collect(versions.of(micro_batch.group))
             if stage.loss is not None and not gradients.finite(stage.parameters):
-                self._skip(context, share.group, "a gradient of the last stage is not finite")
+                self._skip(context, micro_batch.group, "a gradient of the last stage is not finite")
                 found = dict.fromkeys(found, Skipped())
-        del stage.shares[chunk]
+        del stage.micro_batches[chunk]
         return found
 
-    def _skip(self, context: StepPlan, group: int, why: str) -> None:
+    def _skip(self, context: StepContext, group: int, why: str) -> None:
         if context.stop and why:
             raise FloatingPointError(f"{why} (nonfinite='stop'); nonfinite='skip' leaves such a minibatch out")
         self._skipped.add(group)

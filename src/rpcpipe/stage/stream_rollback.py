@@ -24,7 +24,7 @@ class Snapshots:
     def __init__(self, optimizer: LocalOptimizer) -> None:
         self._optimizer = optimizer
         self._slots = {0: optimizer.undo}
-        optimizer.undo.complete()
+        optimizer.undo.refresh()
 
     def updated(self, count: int, committed: int) -> None:
         """``count`` updates are in the weights here, ``committed`` in those of all stages."""
@@ -32,7 +32,7 @@ class Snapshots:
         self._slots = {at: slot for at, slot in self._slots.items() if at >= kept}
         if count % EVERY == 0:
             self._slots[count] = Undo(self._optimizer.parameters, self._optimizer.optimizer)
-            self._slots[count].complete()
+            self._slots[count].refresh()
 
     def restore(self, count: int) -> None:
         """Go back to ``count`` updates."""
@@ -41,4 +41,4 @@ class Snapshots:
     def close(self) -> None:
         """The stream is over; one copy goes on as what takes back a failed step."""
         self._optimizer.undo = self._slots[max(self._slots)]
-        self._optimizer.undo.outdate()
+        self._optimizer.undo.invalidate()

@@ -18,14 +18,14 @@ from torch import nn
 from rpcpipe.model.microbatch import map_tensors, pack
 from rpcpipe.schedules import Action
 from rpcpipe.stage import gradients
-from rpcpipe.stage.context import Share, StepPlan
+from rpcpipe.stage.context import MicroBatch, StepContext
 from rpcpipe.stage.rollback import Buffers
 from rpcpipe.stage.stage import Stage
 from rpcpipe.stage.stream import StreamBackward
 from rpcpipe.stage.stream_rollback import Snapshots
 from rpcpipe.stage.weight_stash import Versions
 from rpcpipe.worker.gradient_exchange import Push, Tensors, group_of, statistics_from
-from rpcpipe.worker.messages import Bucket, Port, Report, Route, Update
+from rpcpipe.worker.messages import Bucket, Port, Report, Route, StageInfo, Update
 from rpcpipe.worker.operations import (
     AddStatistics,
     BeginStep,
@@ -77,7 +77,7 @@ class Actor:
         self._snapshots: Snapshots | None = None
         self._stream_backwards: dict[int, StreamBackward] = {}
         self._buffers = Buffers()
-        self._plan = StepPlan(-1, 0, False, ())
+        self._plan = StepContext(-1, 0, False, ())
         self._report = Report(name)
         self._updated = 0, 0
         self._arrivals: deque[tuple[int, Port, int]] = deque()  # handlers append
@@ -90,13 +90,13 @@ class Actor:
         """
         if action is not None and action.kind in "BI" and self.held.stages[action.stage].prepare(action.chunk):
             return True
-        return self.held.optimizer is not None and self.held.optimizer.undo.copy_one()
+        return self.held.optimizer is not None and self.held.optimizer.undo.refresh_one()
 
     def arrived(self, step: int, port: Port) -> None:
         """A value for ``port`` came from another worker; called by a handler's thread."""
         self._arrivals.append((step, port, time.monotonic_ns()))
 
-    def describe(self) -> dict[int, dict[str, Any]]:
+    def describe(self) -> dict[int, StageInfo]:
         """Describe the stages here, by number."""
         return self.held.describe()
 
@@ -147,7 +147,7 @@ class Actor:
 
     # --- operations of a step, in the order in which they come ---
 
-    def _begin_step(self, plan: StepPlan) -> None:
+    def _begin_step(self, plan: StepContext) -> None:
         """Start ``plan.step``. That it starts means that the step before is settled everywhere."""
         self._clear()
         self._plan = plan
@@ -155,11 +155,11 @@ class Actor:
             self._open_stream(plan.policy)
         elif plan.training:
             self._buffers.take(stage.module for stage in self.held.stages.values())
-            self.held.kept.resume(plan.after, self.held.parameters)
-            if plan.after is None and self.held.optimizer is not None:  # since then no weight has changed
-                self.held.optimizer.undo.outdate()
+            self.held.kept.resume(plan.accumulates_on, self.held.parameters)
+            if plan.accumulates_on is None and self.held.optimizer is not None:  # since then no weight has changed
+                self.held.optimizer.undo.invalidate()
 
-    def _run_action(self, route: Route, context: Share | Update | None, values: Mapping[str, Any]) -> Any:
+    def _run_action(self, route: Route, context: MicroBatch | Update | None, values: Mapping[str, Any]) -> Any:
         """Execute one action of the schedule and send its results on; an update returns a Report.
 
         ``values`` came by the links that the route awaits.
@@ -170,10 +170,10 @@ class Actor:
         results: Mapping[str, Any] = {}
         if isinstance(context, Update):
             return self._update(stage, chunk, context, start)
-        share = context or stage.shares.get(chunk) or plan.share(chunk)
+        micro_batch = context or stage.micro_batches.get(chunk) or plan.micro_batch(chunk)
         if kind == "F":
             parcels = {link: parcel for link, parcel in values.items() if link != "target"}
-            results = stage.forward(plan, share, chunk, parcels, values.get("target"))
+            results = stage.forward(plan, micro_batch, chunk, parcels, values.get("target"))
         elif kind == "B" and plan.policy is not None:
             results = self._stream_backwards[number].run(plan, chunk, values)
         elif kind == "B":
@@ -182,7 +182,7 @@ class Actor:
             results = stage.backward_input(chunk, values)
         else:
             stage.backward_weight(chunk)
-        self._report.spans.append((kind, number, chunk, start, time.monotonic_ns(), stage.version(share)))
+        self._report.spans.append((kind, number, chunk, start, time.monotonic_ns(), stage.version(micro_batch)))
         for link, worker, port in route.sends:
             if plan.trace and worker != self.name:
                 self._report.sends.append((route.action, port, time.monotonic_ns()))

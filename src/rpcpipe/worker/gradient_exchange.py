@@ -47,7 +47,7 @@ def assign(sizes: Sequence[int], members: int) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Peers:
+class ReplicaGroup:
     """The workers that hold copies of the same stages, and which of them this is.
 
     ``shard``: each one's optimizer has only what it owns and spreads the new weights instead of the sums
@@ -63,14 +63,14 @@ class Peers:
         """This worker's."""
         return self.workers[self.index]
 
-    def exchanges(self, stages: Mapping[int, Sequence[nn.Parameter]]) -> dict[str, Exchange]:
+    def exchanges(self, stages: Mapping[int, Sequence[nn.Parameter]]) -> dict[str, GradientExchange]:
         """By group, one per stage; each worker owns its part of all stages' parameters together."""
         if len(self.workers) < 2:
             return {}
         sizes = [_bytes(parameter) for parameters in stages.values() for parameter in parameters]
         owners = iter(assign(sizes, len(self.workers)))
         return {
-            group_of(stage): Exchange(
+            group_of(stage): GradientExchange(
                 group_of(stage), self.workers, self.index, parameters, [next(owners) for _ in parameters],
             )
             for stage, parameters in stages.items()
@@ -89,7 +89,7 @@ class Part(NamedTuple):
     parameters: list[nn.Parameter]
 
 
-class Exchange:
+class GradientExchange:
     """What member ``index`` does in ``group``; all members pass ``parameters`` of the same shapes and ``owners``.
 
     ``workers``: the members', each another one, in the order of summation.

@@ -102,3 +102,25 @@ class Report:
             joined.sends += report.sends
             joined.arrivals += report.arrivals
         return joined
+
+
+@dataclass(frozen=True)
+class StageInfo:
+    """What a worker says of a stage that it holds.
+
+    ``sizes``: parameters by layer. ``trainable``: names of those that require gradients. ``bytes``: of all parameters.
+    ``groups``: the optimizer's hyperparameters by group. ``wired``: do its layers take or give named values?
+    ``sharded``: is its optimizer? ``buckets``: by bucket of gradients, the replica that sums it.
+    """
+
+    layers: list[str]
+    sizes: dict[str, int]
+    trainable: list[str]
+    parameters: int
+    bytes: int
+    buffered: bool
+    device: str
+    groups: list[dict[str, Any]]
+    wired: bool
+    sharded: bool
+    buckets: list[int]

@@ -16,7 +16,7 @@ import torch
 from rpcpipe.checkpoint.manifest import Manifest
 from rpcpipe.model.wiring import Links
 from rpcpipe.schedules.action import NAMES
-from rpcpipe.stage.context import Share, StepPlan
+from rpcpipe.stage.context import MicroBatch, StepContext
 from rpcpipe.worker.messages import Port, Route, Update
 
 # --- of a step, in the order in which they come ---
@@ -25,14 +25,14 @@ from rpcpipe.worker.messages import Port, Route, Update
 class BeginStep(NamedTuple):
     """Start a step; that it starts means that the step before is settled everywhere."""
 
-    plan: StepPlan
+    plan: StepContext
 
 
 class RunAction(NamedTuple):
     """Execute one action of the schedule and send its results on; an update replies with a Report."""
 
     route: Route
-    context: Share | Update | None = None
+    context: MicroBatch | Update | None = None
 
 
 class ReduceScatter(NamedTuple):

@@ -23,7 +23,8 @@ from rpcpipe.stage.accumulation import Kept
 from rpcpipe.stage.optimizer import Factory, LocalOptimizer, Parameters
 from rpcpipe.stage.recompute import Checkpoint, Recompute
 from rpcpipe.stage.stage import Stage, StageOptions
-from rpcpipe.worker.gradient_exchange import Exchange, Peers, group_of
+from rpcpipe.worker.gradient_exchange import GradientExchange, ReplicaGroup, group_of
+from rpcpipe.worker.messages import StageInfo
 from rpcpipe.worker.operations import (
     ApplyCheckpoint,
     CallModule,
@@ -62,7 +63,7 @@ class ActorSpec:
     wires: Mapping[str, Wire] = field(default_factory=dict)
     ties: tuple[Tie, ...] = ()
     links: Links = field(default_factory=Links)
-    peers: Peers = field(default_factory=Peers)
+    peers: ReplicaGroup = field(default_factory=ReplicaGroup)
 
 
 class StageSet:
@@ -70,7 +71,7 @@ class StageSet:
 
     def __init__(self, spec: ActorSpec, device: torch.device) -> None:
         self.stages: dict[int, Stage] = {}
-        self.exchanges: dict[str, Exchange] = {}
+        self.exchanges: dict[str, GradientExchange] = {}
         self._device = device
         self.spec = replace(spec, stages={})
         self.optimizer: LocalOptimizer | None = None
@@ -122,7 +123,7 @@ class StageSet:
             if len(members[group]) > 1:
                 mine = [parameter] if parameter.requires_grad else []
                 at = members[group].index(peers.name)
-                self.exchanges[group] = Exchange(group, members[group], at, mine, [0] * len(mine))
+                self.exchanges[group] = GradientExchange(group, members[group], at, mine, [0] * len(mine))
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -149,27 +150,26 @@ class StageSet:
     def _updated_elsewhere(self) -> set[nn.Parameter]:
         return self.owned_elsewhere if self.spec.peers.shard else set()
 
-    def describe(self) -> dict[int, dict[str, Any]]:
-        """Per stage: layers, parameters, bytes, device, and the optimizer's groups."""
-        groups = self.optimizer.groups() if self.optimizer is not None else []
-        return {
-            number: {
-                "layers": [name for name, _ in stage.module.named_children()],
-                "sizes": {
-                    name: sum(p.numel() for p in layer.parameters()) for name, layer in stage.module.named_children()
-                },
-                "trainable": [name for name, p in stage.module.named_parameters() if p in set(stage.parameters)],
-                "parameters": sum(p.numel() for p in stage.module.parameters()),
-                "bytes": sum(p.numel() * p.element_size() for p in stage.module.parameters()),
-                "buffered": any(True for _ in stage.module.buffers()),
-                "device": str(stage.device),
-                "groups": groups,
-                "wired": any(self.spec.wires[name] != Wire() for name, _ in stage.module.named_children()),
-                "sharded": self.spec.peers.shard,
-                "buckets": self.exchanges[group_of(number)].owners if group_of(number) in self.exchanges else [],
-            }
-            for number, stage in self.stages.items()
-        }
+    def describe(self) -> dict[int, StageInfo]:
+        """Describe the stages, by number."""
+        return {number: self._info(number, stage) for number, stage in self.stages.items()}
+
+    def _info(self, number: int, stage: Stage) -> StageInfo:
+        named, exchange = list(stage.module.named_children()), self.exchanges.get(group_of(number))
+        parameters, trained = list(stage.module.parameters()), set(stage.parameters)
+        return StageInfo(
+            layers=[name for name, _ in named],
+            sizes={name: sum(p.numel() for p in layer.parameters()) for name, layer in named},
+            trainable=[name for name, p in stage.module.named_parameters() if p in trained],
+            parameters=sum(p.numel() for p in parameters),
+            bytes=sum(p.numel() * p.element_size() for p in parameters),
+            buffered=any(True for _ in stage.module.buffers()),
+            device=str(stage.device),
+            groups=self.optimizer.groups() if self.optimizer is not None else [],
+            wired=any(self.spec.wires[name] != Wire() for name, _ in named),
+            sharded=self.spec.peers.shard,
+            buckets=[] if exchange is None else exchange.owners,
+        )
 
     def execute(self, operation: HoldingOperation) -> Any:
         """Do what is asked for between steps."""
@@ -267,7 +267,7 @@ class StageSet:
         """By layer and parameter."""
         return {name: self._states_of(module) for name, module in self._modules().items()}
 
-    def _repartition(self, wanted: Repartition) -> dict[int, dict[str, Any]]:
+    def _repartition(self, wanted: Repartition) -> dict[int, StageInfo]:
         parts, last_stage, links, given, others = wanted
         modules, states = self._modules(), self._optimizer_state()
         for name, module, state, kept in (entry for blob in given for entry in cloudpickle.loads(blob)):
@@ -306,4 +306,4 @@ class StageSet:
 
     def _weights_changed(self) -> None:
         if self.optimizer is not None:
-            self.optimizer.undo.outdate()
+            self.optimizer.undo.invalidate()
