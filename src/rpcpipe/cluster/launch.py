@@ -84,16 +84,16 @@ def launch(
     count = max(1, (os.cpu_count() or 1) // workers) if threads is None else threads
     if count < 1 or timeout <= 0:
         raise ValueError(f"threads and timeout must be positive, not {threads} and {timeout}")
-    templates.prepare(worker_environment(count))
-    preloading = _preload()
     devices = _devices(device, workers + spares)
     directory = None if log_dir is None else Path(log_dir).absolute()
     names = [*worker_names(workers), *(f"spare{index}" for index in range(spares))]
     shape = (names, devices, count, timeout, directory)
-    cluster = live.reuse(shape)
-    if cluster is None:
-        placed = dict(zip(names, devices, strict=True))
-        cluster = live.keep(_start(workers, placed, count, timeout, directory), shape)
+    if (cluster := live.reuse(shape)) is not None:
+        return cluster
+    templates.prepare(worker_environment(count))
+    preloading = _preload()
+    placed = dict(zip(names, devices, strict=True))
+    cluster = live.keep(_start(workers, placed, count, timeout, directory), shape)
     preloading.join()  # bounded by the imports; it takes no longer than the first workers do
     return cluster
 

@@ -231,7 +231,7 @@ class Templates:
         self._owner = 0
         self._key: object = None
         self._template: Template | None = None
-        self._useless: dict[object, str] = {}
+        self._useless: set[object] = set()
 
     def prepare(self, env: Mapping[str, str]) -> None:
         """Start the template for a launch that is about to come, and return at once."""
@@ -269,7 +269,7 @@ class Templates:
             except TemplateError as error:
                 self._template = None
                 if not template.proven:
-                    self._useless[self._key] = str(error)
+                    self._useless.add(self._key)
                     log.warning("workers are spawned, which takes longer than forking them: %s", error)
         control, out, err = stdio.fds()
         env = {**surroundings.env, CONTROL_FD: f"{control} {os.getpid()}"}
