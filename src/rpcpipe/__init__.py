@@ -10,6 +10,7 @@ from rpcpipe import schedules
 from rpcpipe.cluster import Cluster, connect, launch
 from rpcpipe.driver import StepResult, callbacks
 from rpcpipe.errors import (
+    ArgumentError,
     CheckpointError,
     DeadlineExceeded,
     PartitionError,
@@ -19,7 +20,7 @@ from rpcpipe.errors import (
     StageError,
     WorkerLost,
 )
-from rpcpipe.model import LayerSpec, Wired, layers
+from rpcpipe.model import LayerSpec, Sequential, Wired, layers
 from rpcpipe.pipeline import (
     Pipeline,
     balance_by_memory,
@@ -39,6 +40,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Action",
+    "ArgumentError",
     "CheckpointError",
     "Cluster",
     "DeadlineExceeded",
@@ -50,6 +52,7 @@ __all__ = [
     "RpcPipeError",
     "Schedule",
     "ScheduleError",
+    "Sequential",
     "StageError",
     "StepResult",
     "Timeline",

@@ -6,6 +6,8 @@ import html
 import re
 from collections.abc import Sequence
 
+from rpcpipe.errors import ArgumentError
+
 
 def text(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns as wide as their widest cell; no line ends in blanks."""
@@ -33,8 +35,8 @@ _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "
 
 
 def parse_bytes(text: str) -> float:
-    """Bytes from what a person writes: 80GiB, 1.5 TB, 4096. Raises ValueError for anything else."""
+    """Bytes from what a person writes: 80GiB, 1.5 TB, 4096. Raises ArgumentError for anything else."""
     found = re.fullmatch(r"([0-9.]+) *([kMGT]?i?)B?", text.strip())
     if found is None or found[2] not in _UNITS:
-        raise ValueError(f"{text!r} is no number of bytes: write such as 80GiB, 80GB or 85899345920")
+        raise ArgumentError(f"{text!r} is no number of bytes: write such as 80GiB, 80GB or 85899345920")
     return float(found[1]) * _UNITS[found[2]]

@@ -1,6 +1,7 @@
 """Everything rpcpipe raises, as one tree.
 
     RpcPipeError
+    ├── ArgumentError      (also ValueError)    a value that a call does not take
     ├── ScheduleError      (also ValueError)    a schedule that cannot run
     ├── PartitionError     (also ValueError)    a cut of the model that cannot be made
     ├── RendezvousError                         processes that do not come together
@@ -24,6 +25,10 @@ from typing import Any
 
 class RpcPipeError(Exception):
     """Base of all errors of rpcpipe."""
+
+
+class ArgumentError(RpcPipeError, ValueError):
+    """An argument has a value that a call does not take."""
 
 
 class ScheduleError(RpcPipeError, ValueError):
@@ -225,7 +230,7 @@ def _mixed(kind: type[Exception]) -> type[StageError]:
     return type("StageError", (StageError, kind), {"__module__": __name__, "__doc__": StageError.__doc__})
 
 
-def refuse(condition: bool, message: str) -> None:
-    """ValueError with ``message`` if ``condition`` holds."""
-    if condition:
-        raise ValueError(message)
+def require(condition: bool, message: str) -> None:
+    """Raise ArgumentError with ``message`` unless ``condition`` holds."""
+    if not condition:
+        raise ArgumentError(message)

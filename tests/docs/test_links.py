@@ -1,4 +1,4 @@
-"""Links between the pages lead to files, and to headings, that exist."""
+"""StageLinks between the pages lead to files, and to headings, that exist."""
 
 from __future__ import annotations
 

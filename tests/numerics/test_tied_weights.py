@@ -195,7 +195,7 @@ def test_with_replicas(schedule: str, shard: bool) -> None:
 
 def states_of(pipe: rp.Pipeline, replica: int) -> dict[str, torch.Tensor]:
     driver = pipe.runtime.driver
-    found = driver.collect({name: driver.post(name, GetState()) for name in pipe.runtime.layout.pipeline_of(replica)})
+    found = driver.collect({name: driver.call(name, GetState()) for name in pipe.runtime.layout.pipeline_of(replica)})
     return {name: value for stages in found.values() for state in stages.values() for name, value in state.items()}
 
 

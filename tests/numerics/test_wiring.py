@@ -13,7 +13,7 @@ from torch import nn
 
 import rpcpipe as rp
 from rpcpipe.model.microbatch import split
-from rpcpipe.model.wiring import DRIVER, Hop, Wire, exits, hops, inputs, kept
+from rpcpipe.model.wiring import DRIVER, ValueRoute, Wiring, live_names, outgoing, required_inputs, value_routes
 from rpcpipe.schedules import weight_versions
 from rpcpipe.stage.profiler import profile
 from support.local_cluster import LocalCluster
@@ -83,28 +83,34 @@ def train_both(pipe: rp.Pipeline, oracle: Oracle, steps: int = 3, size: int = 10
 
 
 def test_a_value_goes_from_user_to_user_and_through_nobody_else() -> None:
-    wires = [Wire(gives=("r",)), Wire(), Wire(("r",)), Wire(("r", "m")), Wire(), Wire(("r", "m"))]
-    assert hops(wires, [1] * 6) == (
-        Hop("m", DRIVER, 3), Hop("m", DRIVER, 5), Hop("r", 0, 2), Hop("r", 2, 3), Hop("r", 3, 5)
+    wirings = [Wiring(gives=("r",)), Wiring(), Wiring(("r",)), Wiring(("r", "m")), Wiring(), Wiring(("r", "m"))]
+    assert value_routes(wirings, [1] * 6) == (
+        ValueRoute("m", DRIVER, 3), ValueRoute("m", DRIVER, 5),
+        ValueRoute("r", 0, 2), ValueRoute("r", 2, 3), ValueRoute("r", 3, 5),
     )  # fmt: skip
-    assert hops(wires, [6]) == (Hop("m", DRIVER, 0),)
-    assert hops(wires, [2, 2, 2]) == (Hop("m", DRIVER, 1), Hop("m", DRIVER, 2), Hop("r", 0, 1), Hop("r", 1, 2))
-    assert exits(hops(wires, [1] * 6), 0, 5) == {"input": (), "value of stage 2": ("r",)}
-    assert exits(hops(wires, [1] * 6), 2, 5) == {"input": ("r",)}
-    assert exits(hops(wires, [1] * 6), 5, 5) == {}
+    assert value_routes(wirings, [6]) == (ValueRoute("m", DRIVER, 0),)
+    assert value_routes(wirings, [2, 2, 2]) == (
+        ValueRoute("m", DRIVER, 1),
+        ValueRoute("m", DRIVER, 2),
+        ValueRoute("r", 0, 1),
+        ValueRoute("r", 1, 2),
+    )
+    assert outgoing(value_routes(wirings, [1] * 6), 0, 5) == {"input": (), "value of stage 2": ("r",)}
+    assert outgoing(value_routes(wirings, [1] * 6), 2, 5) == {"input": ("r",)}
+    assert outgoing(value_routes(wirings, [1] * 6), 5, 5) == {}
 
 
 def test_a_name_means_what_was_last_given_under_it() -> None:
-    wires = [Wire(gives=("r",)), Wire(("r",)), Wire(gives=("r",)), Wire(("r",), ("r",)), Wire(("r",))]
-    assert hops(wires, [1] * 5) == (Hop("r", 0, 1), Hop("r", 2, 3), Hop("r", 3, 4))
-    assert inputs({str(at): wire for at, wire in enumerate(wires)}) == {}
-    assert inputs({"a": Wire(("m", "n"), ("m",)), "b": Wire(("m", "n"))}) == {"m": "a", "n": "a"}
+    wirings = [Wiring(gives=("r",)), Wiring(("r",)), Wiring(gives=("r",)), Wiring(("r",), ("r",)), Wiring(("r",))]
+    assert value_routes(wirings, [1] * 5) == (ValueRoute("r", 0, 1), ValueRoute("r", 2, 3), ValueRoute("r", 3, 4))
+    assert required_inputs({str(at): wiring for at, wiring in enumerate(wirings)}) == {}
+    assert required_inputs({"a": Wiring(("m", "n"), ("m",)), "b": Wiring(("m", "n"))}) == {"m": "a", "n": "a"}
 
 
 def test_only_what_is_still_needed_is_kept() -> None:
-    wires = [Wire(gives=("a", "b")), Wire(("a",)), Wire(("b",), ("b",)), Wire()]
-    assert kept(wires, ("b",)) == [{"a", "b"}, {"b"}, {"b"}, {"b"}]
-    assert kept(wires) == [{"a", "b"}, {"b"}, set(), set()]
+    wirings = [Wiring(gives=("a", "b")), Wiring(("a",)), Wiring(("b",), ("b",)), Wiring()]
+    assert live_names(wirings, ("b",)) == [{"a", "b"}, {"b"}, {"b"}, {"b"}]
+    assert live_names(wirings) == [{"a", "b"}, {"b"}, set(), set()]
 
 
 # --- the bits ---

@@ -18,7 +18,7 @@ from torch.func import functional_call
 import rpcpipe as rp
 from rpcpipe.model import rng
 from rpcpipe.model.microbatch import split
-from rpcpipe.model.wiring import Wire
+from rpcpipe.model.wiring import Wiring
 from support.models import batches
 
 
@@ -95,14 +95,14 @@ class Oracle:
 
 def chained(model: nn.Sequential, x: Any, call: Callable[..., Any]) -> Any:
     """``model``'s layers one after the other, each by ``call(index, layer, x, *taken)``."""
-    wires = model.wires if isinstance(model, rp.layers.Sequential) else {}
+    wirings = model.wirings if isinstance(model, rp.layers.Sequential) else {}
     values = dict(x) if isinstance(x, dict) else {}
     for index, (name, layer) in enumerate(model.named_children()):
-        wire = wires.get(name, Wire())
-        x = call(index, layer, x, *(values[taken] for taken in wire.takes))
-        if wire.gives:
+        wiring = wirings.get(name, Wiring())
+        x = call(index, layer, x, *(values[taken] for taken in wiring.takes))
+        if wiring.gives:
             x, *given = x
-            values.update(zip(wire.gives, given, strict=True))
+            values.update(zip(wiring.gives, given, strict=True))
     return x
 
 

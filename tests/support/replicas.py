@@ -27,7 +27,7 @@ def make(cluster: Any, model: nn.Module | None = None, **arguments: Any) -> rp.P
 def states(pipe: rp.Pipeline, replica: int) -> list[torch.Tensor]:
     """All weights of one replica, by way of its workers."""
     driver = pipe.runtime.driver
-    found = driver.collect({name: driver.post(name, GetState()) for name in pipe.runtime.layout.pipeline_of(replica)})
+    found = driver.collect({name: driver.call(name, GetState()) for name in pipe.runtime.layout.pipeline_of(replica)})
     by_stage = {stage: state for stages in found.values() for stage, state in stages.items()}
     return [value for stage in sorted(by_stage) for value in by_stage[stage].values()]
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from rpcpipe import _tables
 from rpcpipe.cluster.rendezvous import Member, WorkerGroup, describe
-from rpcpipe.errors import Failure, RpcPipeError, StageError, WorkerLost
+from rpcpipe.errors import ArgumentError, Failure, RpcPipeError, StageError, WorkerLost
 from rpcpipe.transport.pickling import dumps, loads
 
 log = logging.getLogger("rpcpipe")
@@ -114,7 +114,7 @@ class Cluster:
         for known in everybody:
             if worker in (known, known.name, known.rank):
                 return known.name
-        raise ValueError(f"no worker {worker!r}; there are {', '.join(known.name for known in everybody)}")
+        raise ArgumentError(f"no worker {worker!r}; there are {', '.join(known.name for known in everybody)}")
 
     # --- what workers report; runs on the monitor's thread ---
 

@@ -18,6 +18,7 @@ from rpcpipe.cluster.process import WorkerProcess, worker_environment
 from rpcpipe.cluster.rendezvous import WorkerGroup, form, worker_names
 from rpcpipe.cluster.template import PRELOADED, templates
 from rpcpipe.cluster.worker_logs import WorkerLogs
+from rpcpipe.errors import ArgumentError
 from rpcpipe.transport.rpc import this_process
 
 _INTERFACE = "lo"
@@ -77,13 +78,13 @@ def launch(
     workers, which stay idle (``cluster.spares``).
 
     A live cluster that was launched alike is returned again; another one is closed first. Raises
-    ValueError for arguments that cannot work and RendezvousError when workers do not start.
+    ArgumentError for arguments that cannot work and RendezvousError when workers do not start.
     """
     if workers < 1 or spares < 0:
-        raise ValueError(f"workers must be at least 1 and spares 0, not {workers} and {spares}")
+        raise ArgumentError(f"workers must be at least 1 and spares 0, not {workers} and {spares}")
     count = max(1, (os.cpu_count() or 1) // workers) if threads is None else threads
     if count < 1 or timeout <= 0:
-        raise ValueError(f"threads and timeout must be positive, not {threads} and {timeout}")
+        raise ArgumentError(f"threads and timeout must be positive, not {threads} and {timeout}")
     devices = _devices(device, workers + spares)
     directory = None if log_dir is None else Path(log_dir).absolute()
     names = [*worker_names(workers), *(f"spare{index}" for index in range(spares))]
@@ -114,16 +115,16 @@ def _preload() -> threading.Thread:
 
 
 def _devices(device: str, workers: int) -> list[str]:
-    """Return every worker's device; raises ValueError for one that is not there."""
+    """Return every worker's device; raises ArgumentError for one that is not there."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     kind = ("cuda" if gpus else "cpu") if device == "auto" else device
     wanted = torch.device(kind)
     if wanted.type not in ("cpu", "cuda"):
-        raise ValueError(f"device={device!r}: rpcpipe runs on cpu and cuda")
+        raise ArgumentError(f"device={device!r}: rpcpipe runs on cpu and cuda")
     if wanted.type == "cpu":
         return ["cpu"] * workers
     if (wanted.index or 0) >= gpus:
-        raise ValueError(f"device={device!r} is not there: this host has {gpus} CUDA devices; use device='cpu'")
+        raise ArgumentError(f"device={device!r} is not there: this host has {gpus} CUDA devices; use device='cpu'")
     return [kind if wanted.index is not None else f"cuda:{index % gpus}" for index in range(workers)]
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from rpcpipe.errors import ArgumentError
+
 
 class Progress(NamedTuple):
     """How far the driver has come in one accumulation of ``calls`` calls.
@@ -25,7 +27,7 @@ class Progress(NamedTuple):
     def counted(self, count: float | None) -> float | None:
         """``count`` with that of the calls before."""
         if self.done and (self.total is None) != (count is None):
-            raise TypeError(
+            raise ArgumentError(
                 "the loss returned the mean in some calls of one accumulation and (sum, count) in others;"
                 " return the same form in all"
             )

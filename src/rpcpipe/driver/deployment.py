@@ -11,7 +11,7 @@ from rpcpipe.driver.program import Group, StepProgram
 from rpcpipe.driver.stage_handle import StageHandle
 from rpcpipe.model import wiring
 from rpcpipe.model.tied_weights import Tie
-from rpcpipe.model.wiring import Hop, Links, Wire
+from rpcpipe.model.wiring import StageLinks, ValueRoute, Wiring
 from rpcpipe.schedules import Schedule
 from rpcpipe.worker.gradient_exchange import group_of
 
@@ -20,21 +20,21 @@ from rpcpipe.worker.gradient_exchange import group_of
 class Deployment:
     """The model's layers, cut by ``balance`` (layers per stage), on the workers that ``schedule`` gives them.
 
-    ``wires``: by layer, the named values that it takes and gives. ``ties``: the weights that layers share.
+    ``wirings``: by layer, the named values that it takes and gives. ``ties``: the weights that layers share.
     ``shard``: every replica's optimizer has its part of the parameters alone.
     """
 
     layout: Layout
     schedule: Schedule
     balance: Sequence[int]
-    wires: Mapping[str, Wire]
+    wirings: Mapping[str, Wiring]
     ties: tuple[Tie, ...]
     shard: bool
 
     @property
     def layers(self) -> list[str]:
         """The layers' names in the model's order."""
-        return list(self.wires)
+        return list(self.wirings)
 
     @property
     def parts(self) -> dict[int, tuple[list[str], int]]:
@@ -42,14 +42,14 @@ class Deployment:
         return stage_parts(self.layers, self.balance)
 
     @cached_property
-    def hops(self) -> tuple[Hop, ...]:
+    def value_routes(self) -> tuple[ValueRoute, ...]:
         """The routes of named values between the stages."""
-        return wiring.hops(self.wires.values(), self.balance)
+        return wiring.value_routes(self.wirings.values(), self.balance)
 
     @property
-    def links(self) -> Links:
+    def stage_links(self) -> StageLinks:
         """The routes of named values, and the workers that share each tied weight, replicas included."""
-        return Links(self.hops, {tie.group: self._members(self._tied_stages(tie)) for tie in self.ties})
+        return StageLinks(self.value_routes, {tie.group: self._members(self._tied_stages(tie)) for tie in self.ties})
 
     def parts_on(self, worker: str) -> dict[int, tuple[list[str], int]]:
         """Of ``parts`` those of the stages on ``worker``."""
@@ -63,7 +63,7 @@ class Deployment:
 
     def program(self, stages: Sequence[StageHandle]) -> StepProgram:
         """The calls of its steps, where its workers hold ``stages``."""
-        return StepProgram(self.schedule, self.layout, self.hops, self._groups(stages), shard=self.shard)
+        return StepProgram(self.schedule, self.layout, self.value_routes, self._groups(stages), shard=self.shard)
 
     def _groups(self, stages: Sequence[StageHandle]) -> list[Group]:
         """Who sums gradients with whom: the replicas of a stage, and all who have a copy of a tied weight."""

@@ -202,18 +202,18 @@ class Driver:
 
     def control(self, worker: str, operation: Operation) -> Any:
         """One operation of ``worker``'s actor, between steps."""
-        return self.collect({worker: self.post(worker, operation)})[worker]
+        return self.collect({worker: self.call(worker, operation)})[worker]
 
-    def post(self, worker: str, operation: Operation) -> Future[Any]:
+    def call(self, worker: str, operation: Operation) -> Future[Any]:
         """Like ``control``, without waiting."""
         return self._post(worker, -1, [Task(operation)])
 
-    def hold(self, worker: str, operation: Operation) -> Any:
-        """Like ``post``; the result stays on the worker and an RRef comes back."""
+    def remote(self, worker: str, operation: Operation) -> Any:
+        """Like ``call``; the result stays on the worker and an RRef comes back."""
         with shield_interrupts():
             return self._transport.remote(worker, "submit", *self._call(worker, -1, [Task(operation)]), later=True)
 
-    def chain(self, worker: str, number: int, inputs: Any) -> Any:
+    def remote_chained(self, worker: str, number: int, inputs: Any) -> Any:
         """An RRef to stage ``number``'s output for ``inputs``, which may hold RRefs."""
         return self._transport.remote_chained(worker, "forward", self._pipeline, number, inputs)
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from rpcpipe.driver.result import mean_loss
 from rpcpipe.driver.runtime import Runtime
-from rpcpipe.errors import RpcPipeError, refuse
+from rpcpipe.errors import ArgumentError, RpcPipeError, require
 from rpcpipe.model.microbatch import Nest, batch_size, merge, unpack
 from rpcpipe.stage.context import StepContext
 from rpcpipe.stage.metrics import Metric, Sums, means
@@ -98,14 +98,14 @@ def outputs(runtime: Runtime, batches: Iterable[Nest]) -> Iterator[Nest]:
 def tell_last_stage(runtime: Runtime, operation: SetMetrics | SetSelection) -> None:
     """Send ``operation``, about the outputs of the passes that follow, to the last stage in all replicas."""
     driver = runtime.driver
-    driver.collect({worker: driver.post(worker, operation) for worker in runtime.stages[-1].workers})
+    driver.collect({worker: driver.call(worker, operation) for worker in runtime.stages[-1].workers})
 
 
 def evaluate(
     runtime: Runtime, batches: Iterable[tuple[Nest, Nest]], metrics: Mapping[str, Metric]
 ) -> tuple[float, dict[str, float]]:
     """(mean loss over all samples, or over all that a loss of (sum, count) counts; each metric's mean)."""
-    refuse("loss" in metrics, "a metric cannot be named 'loss': the loss is reported beside the metrics")
+    require("loss" not in metrics, "a metric cannot be named 'loss': the loss is reported beside the metrics")
     tell_last_stage(runtime, SetMetrics(dumps(dict(metrics), "what to measure")))
     total, samples, sums = 0.0, 0.0, list[Sums]()
     for size, weights, reports in Passes(runtime).run(batches):
@@ -116,5 +116,5 @@ def evaluate(
         if share:
             total, samples = total + loss * share, samples + share
     if not samples:
-        raise ValueError("evaluate needs at least one batch in which something counts")
+        raise ArgumentError("evaluate needs at least one batch in which something counts")
     return total / samples, means(sums)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rpcpipe.errors import ArgumentError
 from rpcpipe.stage.optimizer import hyperparameters
 
 
@@ -54,7 +55,7 @@ class PipelineOptimizer(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Apply the gradients of the open step on all workers: what ``s.optimize()`` does."""
         if closure is not None:
-            raise TypeError(
+            raise ArgumentError(
                 "a pipeline's optimizer takes no closure: its gradients come from train_step or pipe.step()"
             )
         self._apply()

@@ -15,8 +15,9 @@ from itertools import chain, zip_longest
 from typing import Any, NamedTuple
 
 from rpcpipe.driver.layout import Layout
+from rpcpipe.errors import require
 from rpcpipe.model.microbatch import Nest, batch_size
-from rpcpipe.model.wiring import DRIVER, Hop, link
+from rpcpipe.model.wiring import DRIVER, ValueRoute, link
 from rpcpipe.schedules import Action, Schedule, forward_only
 from rpcpipe.stage.autograd import StageInput
 from rpcpipe.stage.context import MicroBatch
@@ -70,20 +71,20 @@ class Group(NamedTuple):
 class StepProgram:
     """The calls of a pipeline's steps, for batches of any size.
 
-    ``hops``: the ways of named values. ``groups``: who exchanges gradients. ``shard``: optimizers have only what
-    they own.
+    ``value_routes``: the ways of named values. ``groups``: who exchanges gradients. ``shard``: optimizers have only
+    what they own.
     """
 
     def __init__(
         self,
         schedule: Schedule,
         layout: Layout,
-        hops: Sequence[Hop],
+        value_routes: Sequence[ValueRoute],
         groups: Sequence[Group],
         *,
         shard: bool,
     ) -> None:
-        self._schedule, self._layout, self._hops = schedule, layout, hops
+        self._schedule, self._layout, self._value_routes = schedule, layout, value_routes
         self._groups, self._shard = groups, shard
         self._made: dict[tuple[Any, ...], list[Call]] = {}
 
@@ -98,17 +99,14 @@ class StepProgram:
         return list(chain.from_iterable(self._layout.cut(targets, self._schedule.chunks)))
 
     def given(self, inputs: list[Nest], targets: list[Nest] | None) -> dict[Port, Any]:
-        """The driver's inputs and targets by the port that awaits them; ValueError if their sizes differ."""
+        """The driver's inputs and targets by the port that awaits them; ArgumentError if their sizes differ."""
         values = {
             port: value
             for chunk, part in enumerate(inputs)
-            for port, value in entering(part, chunk, self._hops).items()
+            for port, value in entering(part, chunk, self._value_routes).items()
         }
         if targets is not None:
-            if len(targets) != len(inputs):
-                raise ValueError(
-                    f"inputs make {len(inputs)} micro-batches and targets {len(targets)}: their batch sizes differ"
-                )
+            check_sizes(inputs, targets)
             last = self._schedule.stages - 1
             values |= {Port(Action("F", last, chunk), "target"): part for chunk, part in enumerate(targets)}
         return values
@@ -148,13 +146,13 @@ class StepProgram:
         names, calls = self._layout.names, []
         for worker, action in actions:
             group = groups[action.chunk]
-            way = route(self._schedule, action, names, targets=True, hops=self._hops)
+            way = route(self._schedule, action, names, targets=True, value_routes=self._value_routes)
             values: list[tuple[Port, Any]] = []
             context: MicroBatch | Update | None = None
             if action.kind == "F":
                 assert fed is not None
                 context = fed.share
-                given = entering(fed.part, action.chunk, self._hops)
+                given = entering(fed.part, action.chunk, self._value_routes)
                 values += [(port, given[port]) for port in way.awaits if port in given]
                 values += [(Port(action, "target"), fed.target)] if worker == len(names) - 1 else []
             elif action.kind == "U":
@@ -175,7 +173,9 @@ class StepProgram:
         rows = []
         for replica, count in enumerate(counts):
             mine = schedule.truncated(count, sum(counts[:replica]))
-            routes = compile_routes(mine, self._layout.pipeline_of(replica), targets=targets, hops=self._hops)
+            routes = compile_routes(
+                mine, self._layout.pipeline_of(replica), targets=targets, value_routes=self._value_routes
+            )
             rows.append([(worker, [Task(RunAction(route), route.awaits)]) for worker, route in routes])
         return rows
 
@@ -235,20 +235,22 @@ def _in_turns(rows: Sequence[list[Call]]) -> list[Call]:
 
 
 def compile_routes(
-    schedule: Schedule, workers: Sequence[str], *, targets: bool, hops: Sequence[Hop] = ()
+    schedule: Schedule, workers: Sequence[str], *, targets: bool, value_routes: Sequence[ValueRoute] = ()
 ) -> list[tuple[str, Route]]:
     """(worker, route) for every action, in an order in which everything could run one by one.
 
-    ``targets``: the last stage awaits the targets as well. ``hops``: the ways of named values.
+    ``targets``: the last stage awaits the targets as well. ``value_routes``: the ways of named values.
     """
-    return [(workers[at], route(schedule, action, workers, targets, hops)) for at, action, _ in schedule.walk()]
+    return [(workers[at], route(schedule, action, workers, targets, value_routes)) for at, action, _ in schedule.walk()]
 
 
-def route(schedule: Schedule, action: Action, workers: Sequence[str], targets: bool, hops: Sequence[Hop] = ()) -> Route:
+def route(
+    schedule: Schedule, action: Action, workers: Sequence[str], targets: bool, value_routes: Sequence[ValueRoute] = ()
+) -> Route:
     """What ``action`` awaits and where its results go."""
     kind, stage, chunk = action
-    before = {hop.source for hop in hops if hop.target == stage and hop.source != stage - 1}
-    behind = {hop.target for hop in hops if hop.source == stage and hop.target != stage + 1}
+    before = {way.source for way in value_routes if way.target == stage and way.source != stage - 1}
+    behind = {way.target for way in value_routes if way.source == stage and way.target != stage + 1}
     awaits: list[str] = []
     ends: list[Action] = []
     if schedule.upstream(action) is not None or (kind == "F" and stage == 0):
@@ -270,12 +272,20 @@ def route(schedule: Schedule, action: Action, workers: Sequence[str], targets: b
     return Route(action, tuple(Port(action, slot) for slot in awaits), tuple(sends))
 
 
-def entering(part: Nest, chunk: int, hops: Sequence[Hop]) -> dict[Port, StageInput]:
+def check_sizes(inputs: Sequence[Nest], targets: Sequence[Nest]) -> None:
+    """Raise ArgumentError unless inputs and targets make as many micro-batches."""
+    require(
+        len(inputs) == len(targets),
+        f"inputs make {len(inputs)} micro-batches and targets {len(targets)}: their batch sizes differ",
+    )
+
+
+def entering(part: Nest, chunk: int, value_routes: Sequence[ValueRoute]) -> dict[Port, StageInput]:
     """What each stage gets from the driver of micro-batch ``chunk``'s inputs ``part``."""
     names: dict[int, list[str]] = {0: []}
-    for hop in hops:
-        if hop.source == DRIVER:
-            names.setdefault(hop.target, []).append(hop.name)
+    for way in value_routes:
+        if way.source == DRIVER:
+            names.setdefault(way.target, []).append(way.name)
     return {
         Port(Action("F", stage, chunk), link(stage, DRIVER)): StageInput.constant(
             (None if stage else part, {name: part[name] for name in wanted})

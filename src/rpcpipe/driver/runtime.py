@@ -161,8 +161,8 @@ class Runtime:
         return self.layout.replica_of(worker)
 
     def given(self, parts: list[Nest], targets: list[Nest] | None) -> dict[Port, Any]:
-        """The micro-batches' inputs and targets by the port that awaits them; ValueError if a name is missing."""
-        check_inputs(parts[0], self.deployment.wires)
+        """The micro-batches' inputs and targets by the port that awaits them; ArgumentError if a name is missing."""
+        check_inputs(parts[0], self.deployment.wirings)
         return self.program.given(parts, targets)
 
     def title(self) -> str:

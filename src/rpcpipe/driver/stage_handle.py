@@ -59,7 +59,7 @@ class StageHandle:
     @property
     def rref(self) -> Any:
         """An RRef to the stage's module, on its worker."""
-        return self._driver.hold(self.worker, GetModule(self.index))
+        return self._driver.remote(self.worker, GetModule(self.index))
 
     def call(self, function: Callable[[nn.Module], Any]) -> Any:
         """``function(module)`` on the stage's worker; it may change the weights.
@@ -69,7 +69,7 @@ class StageHandle:
         """
         data = dumps(function, "the call's function")
         seed = None if len(self.workers) == 1 else int(torch.randint(1 << 62, ()))
-        replies = {worker: self._driver.post(worker, CallModule(self.index, data, seed)) for worker in self.workers}
+        replies = {worker: self._driver.call(worker, CallModule(self.index, data, seed)) for worker in self.workers}
         return loads(self._driver.collect(replies)[self.worker])
 
     def forward(self, inputs: Nest) -> Any:
@@ -83,7 +83,7 @@ class StageHandle:
                 f"stage {self.index} has layers that take or give named values; it runs in steps only (train_step,"
                 " evaluate, pipe(inputs)), or by pipe.stages[k].call(function)"
             )
-        return self._driver.chain(self.worker, self.index, inputs)
+        return self._driver.remote_chained(self.worker, self.index, inputs)
 
     def parameter_rrefs(self) -> list[Any]:
         """An RRef to every trainable parameter of the stage, on every replica: beside all lie the same gradients."""
@@ -93,7 +93,7 @@ class StageHandle:
                 " weights; for an optimizer of your own make the pipeline with shard_optimizer=False"
             )
         return [
-            self._driver.hold(worker, GetParameter(self.index, name))
+            self._driver.remote(worker, GetParameter(self.index, name))
             for worker in self.workers
             for name in self.trainable
         ]

@@ -16,7 +16,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from rpcpipe.driver.callbacks import tell
-from rpcpipe.driver.program import Fed
+from rpcpipe.driver.program import Fed, check_sizes
 from rpcpipe.driver.result import StepResult, StreamedBatch, last_update, of_stream
 from rpcpipe.driver.runtime import Runtime
 from rpcpipe.driver.tracing import spans
@@ -116,9 +116,8 @@ class Stream:
         runtime = self._runtime
         parts, shares, _ = runtime.program.cut(inputs)
         answers = runtime.program.cut_targets(runtime.prepare(targets))
-        if len(parts) != len(answers):
-            raise ValueError(f"inputs make {len(parts)} micro-batches and targets {len(answers)}: their sizes differ")
-        check_inputs(parts[0], runtime.deployment.wires)
+        check_sizes(parts, answers)
+        check_inputs(parts[0], runtime.deployment.wirings)
         with shield_interrupts():
             if not self._is_open:
                 runtime.check()
@@ -264,7 +263,7 @@ class Stream:
         runtime = self._runtime
         self._open.is_open, runtime.stream = False, None
         runtime.driver.cancel(self._open.step, runtime.driver.places())
-        runtime.driver.collect({name: runtime.driver.post(name, EndStream(updates)) for name in runtime.names})
+        runtime.driver.collect({name: runtime.driver.call(name, EndStream(updates)) for name in runtime.names})
 
     def _stop(self, error: StageError) -> RpcPipeError:
         """Do what was fed before the failed group, on all stages; the error to raise."""
@@ -301,7 +300,7 @@ class Stream:
             updates = stream_rollback.newest(self._open.committed)
             runtime.driver.cancel(self._open.step, self._open.first)
             for name in runtime.names:
-                runtime.driver.post(name, EndStream(updates))
+                runtime.driver.call(name, EndStream(updates))
             error.add_note(self._account(updates))
 
     def _account(self, updates: int) -> str:

@@ -15,10 +15,12 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from rpcpipe.errors import ArgumentError
+
 MODES = ("micro_batch", "deferred")
 
 
-class Deferred(_BatchNorm):
+class DeferredBatchNorm(_BatchNorm):
     """``pending_*`` hold count, mean and sum of squared deviations of the step's micro-batches so far.
 
     They are buffers so that what restores buffers, after a recomputation or a failed step, restores
@@ -87,19 +89,19 @@ class Deferred(_BatchNorm):
             pending.zero_()
 
 
-class Deferred1d(Deferred, nn.BatchNorm1d):
+class DeferredBatchNorm1d(DeferredBatchNorm, nn.BatchNorm1d):
     """An ``nn.BatchNorm1d``, deferred."""
 
 
-class Deferred2d(Deferred, nn.BatchNorm2d):
+class DeferredBatchNorm2d(DeferredBatchNorm, nn.BatchNorm2d):
     """An ``nn.BatchNorm2d``, deferred."""
 
 
-class Deferred3d(Deferred, nn.BatchNorm3d):
+class DeferredBatchNorm3d(DeferredBatchNorm, nn.BatchNorm3d):
     """An ``nn.BatchNorm3d``, deferred."""
 
 
-_KINDS = {nn.BatchNorm1d: Deferred1d, nn.BatchNorm2d: Deferred2d, nn.BatchNorm3d: Deferred3d}
+_KINDS = {nn.BatchNorm1d: DeferredBatchNorm1d, nn.BatchNorm2d: DeferredBatchNorm2d, nn.BatchNorm3d: DeferredBatchNorm3d}
 
 
 def defer(module: nn.Module) -> nn.Module:
@@ -108,19 +110,19 @@ def defer(module: nn.Module) -> nn.Module:
     Raises TypeError for a subclass of BatchNorm, whose forward is unknown.
     """
     for norm in module.modules():
-        if not isinstance(norm, _BatchNorm) or isinstance(norm, Deferred) or not norm.track_running_stats:
+        if not isinstance(norm, _BatchNorm) or isinstance(norm, DeferredBatchNorm) or not norm.track_running_stats:
             continue
         kind = _KINDS.get(type(norm))
         if kind is None:
-            raise TypeError(
+            raise ArgumentError(
                 f"batch_norm='deferred' takes nn.BatchNorm1d, 2d and 3d, not {type(norm).__name__};"
                 " replace it, or pass batch_norm='micro_batch'"
             )
         norm.__class__ = kind
-        cast(Deferred, norm).open()
+        cast(DeferredBatchNorm, norm).open()
     return module
 
 
-def deferred(module: nn.Module) -> list[Deferred]:
+def deferred(module: nn.Module) -> list[DeferredBatchNorm]:
     """The deferred ones in ``module``."""
-    return [norm for norm in module.modules() if isinstance(norm, Deferred)]
+    return [norm for norm in module.modules() if isinstance(norm, DeferredBatchNorm)]

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
-from rpcpipe.errors import PartitionError
+from rpcpipe.errors import ArgumentError, PartitionError
 from rpcpipe.model import rng, tied_weights
 from rpcpipe.model.microbatch import Nest
-from rpcpipe.model.wiring import Wire, advance, inputs, kept
+from rpcpipe.model.wiring import Wiring, advance, live_names, required_inputs
 
 # loss(output, target): the mean as a scalar tensor, or (sum, count).
 Loss = Callable[[Any, Any], Any]
@@ -64,12 +64,12 @@ class Wired:
         self, layer: nn.Module | LayerSpec, takes: str | Sequence[str] = (), gives: str | Sequence[str] = ()
     ) -> None:
         if not isinstance(layer, (nn.Module, LayerSpec)):
-            raise TypeError(f"Wired takes an nn.Module or rp.LayerSpec, not a {type(layer).__name__}")
+            raise ArgumentError(f"Wired takes an nn.Module or rp.LayerSpec, not a {type(layer).__name__}")
         self.layer = layer
-        self.wire = Wire(*((names,) if isinstance(names, str) else tuple(names) for names in (takes, gives)))
+        self.wiring = Wiring(*((names,) if isinstance(names, str) else tuple(names) for names in (takes, gives)))
 
     def __repr__(self) -> str:
-        return f"Wired({self.layer!r}, takes={self.wire.takes}, gives={self.wire.gives})"
+        return f"Wired({self.layer!r}, takes={self.wiring.takes}, gives={self.wiring.gives})"
 
 
 Layer = nn.Module | LayerSpec | Wired
@@ -109,7 +109,7 @@ class Sequential(Named):
 
     Its outputs, initial weights and ``state_dict`` are those of ``Pipeline(layers, seed=seed)``, which takes
     a Sequential as well. LayerSpecs are built here. ``forward`` takes the inputs as a pipeline does;
-    raises ValueError if they lack a name that a layer takes.
+    raises ArgumentError if they lack a name that a layer takes.
     """
 
     def __init__(self, layers: Model, *, seed: int = 0) -> None:
@@ -117,14 +117,14 @@ class Sequential(Named):
         built = OrderedDict((name, build(layer, seed=seed, index=at)) for at, (name, layer) in enumerate(named.items()))
         tied_weights.join(built, find_ties(named), built, seed)
         super().__init__(built)
-        self.wires = {name: wire_of(layer) for name, layer in named.items()}
+        self.wirings = {name: wiring_of(layer) for name, layer in named.items()}
 
     def forward(self, inputs: Nest) -> Nest:
-        check_inputs(inputs, self.wires)
+        check_inputs(inputs, self.wirings)
         flow = inputs, dict(inputs) if isinstance(inputs, Mapping) else {}
-        steps = zip(self, self.wires.values(), kept(list(self.wires.values())), strict=True)
-        for layer, wire, needed in steps:
-            flow = advance(layer, wire, flow, needed)
+        steps = zip(self, self.wirings.values(), live_names(list(self.wirings.values())), strict=True)
+        for layer, wiring, needed in steps:
+            flow = advance(layer, wiring, flow, needed)
         return flow[0]
 
 
@@ -133,17 +133,17 @@ def unwired(layer: Layer) -> nn.Module | LayerSpec:
     return layer.layer if isinstance(layer, Wired) else layer
 
 
-def wire_of(layer: Layer) -> Wire:
+def wiring_of(layer: Layer) -> Wiring:
     """What ``layer`` takes and gives."""
-    return layer.wire if isinstance(layer, Wired) else Wire()
+    return layer.wiring if isinstance(layer, Wired) else Wiring()
 
 
-def check_inputs(given: Nest, wires: Mapping[str, Wire]) -> None:
-    """ValueError unless ``given`` has every name that no layer gives before another one takes it."""
-    for name, layer in inputs(wires).items():
+def check_inputs(given: Nest, wirings: Mapping[str, Wiring]) -> None:
+    """ArgumentError unless ``given`` has every name that no layer gives before another one takes it."""
+    for name, layer in required_inputs(wirings).items():
         if not isinstance(given, Mapping) or name not in given:
             what = f"their keys are {list(given)}" if isinstance(given, Mapping) else f"a {type(given).__name__}"
-            raise ValueError(
+            raise ArgumentError(
                 f"layer {layer} takes {name!r}, which no layer before it gives and the inputs do not have ({what});"
                 f" pass inputs as a dict with {name!r}, or let an earlier layer give it"
             )
@@ -155,7 +155,7 @@ def named_layers(model: Model) -> OrderedDict[str, Layer]:
     Raises PartitionError for anything but an ``nn.Sequential``, or a sequence or mapping of layers.
     """
     if isinstance(model, Sequential):
-        return OrderedDict((name, Wired(layer, *model.wires[name])) for name, layer in model.named_children())
+        return OrderedDict((name, Wired(layer, *model.wirings[name])) for name, layer in model.named_children())
     if isinstance(model, nn.Sequential):
         return _distinct(model._modules)  # named_children leaves out what comes again
     if isinstance(model, nn.Module) or not isinstance(model, (Sequence, Mapping)):
@@ -184,7 +184,7 @@ def _distinct(layers: Mapping[str, Any]) -> OrderedDict[str, Layer]:
                     " use two modules"
                 )
             module = copy.deepcopy(module, {id(parameter): parameter for parameter in module.parameters()})
-            layer = Wired(module, *layer.wire) if isinstance(layer, Wired) else module
+            layer = Wired(module, *layer.wiring) if isinstance(layer, Wired) else module
         found[name] = layer
     return found
 

@@ -14,6 +14,8 @@ import cloudpickle
 import torch
 from torch.utils import _pytree as pytree
 
+from rpcpipe.errors import ArgumentError
+
 Nest = Any
 
 
@@ -61,11 +63,11 @@ class _Place:
 def batch_size(nest: Nest) -> int:
     """Length of dimension 0, the same for all tensors of ``nest`` that have a dimension.
 
-    Raises ValueError if there is none, if it is 0, or if two disagree.
+    Raises ArgumentError if there is none, if it is 0, or if two disagree.
     """
     sizes = {leaf.shape[0] for leaf in tensors(nest) if leaf.dim()}
     if len(sizes) != 1 or 0 in sizes:
-        raise ValueError(
+        raise ArgumentError(
             "a batch needs tensors that agree on a dimension 0 of at least 1;"
             f" their sizes are {sorted(sizes) or 'none'}."
             " Expand what all micro-batches share along dimension 0, or pass it to the layer's constructor"

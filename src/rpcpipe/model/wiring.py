@@ -20,14 +20,14 @@ from rpcpipe.model.microbatch import Nest
 DRIVER = -1
 
 
-class Wire(NamedTuple):
+class Wiring(NamedTuple):
     """What one layer takes and gives beside the running value."""
 
     takes: tuple[str, ...] = ()
     gives: tuple[str, ...] = ()
 
 
-class Hop(NamedTuple):
+class ValueRoute(NamedTuple):
     """The value ``name`` goes from stage ``source``, or the driver, to stage ``target``."""
 
     name: str
@@ -36,44 +36,46 @@ class Hop(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Links:
+class StageLinks:
     """What joins stages beside the running value, as the model is cut and placed now.
 
     ``members``: by a tied weight's group, the workers that have a copy, in the stages' order.
     """
 
-    hops: tuple[Hop, ...] = ()
+    value_routes: tuple[ValueRoute, ...] = ()
     members: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
-def hops(wires: Iterable[Wire], sizes: Sequence[int]) -> tuple[Hop, ...]:
-    """Every value's way between stages of ``sizes`` layers; ``wires``: of all layers, in order."""
+def value_routes(wirings: Iterable[Wiring], sizes: Sequence[int]) -> tuple[ValueRoute, ...]:
+    """Every value's way between stages of ``sizes`` layers; ``wirings``: of all layers, in order."""
     stage_of = [stage for stage, size in enumerate(sizes) for _ in range(size)]
     holder: dict[str, int] = {}
-    found: set[Hop] = set()
-    for stage, wire in zip(stage_of, wires, strict=True):
-        found |= {Hop(name, holder.get(name, DRIVER), stage) for name in wire.takes}
-        holder |= {name: stage for name in wire.takes if name in holder} | dict.fromkeys(wire.gives, stage)
-    return tuple(sorted(hop for hop in found if hop.source != hop.target))
+    found: set[ValueRoute] = set()
+    for stage, wiring in zip(stage_of, wirings, strict=True):
+        found |= {ValueRoute(name, holder.get(name, DRIVER), stage) for name in wiring.takes}
+        holder |= {name: stage for name in wiring.takes if name in holder} | dict.fromkeys(wiring.gives, stage)
+    return tuple(sorted(route for route in found if route.source != route.target))
 
 
-def inputs(wires: Mapping[str, Wire]) -> dict[str, str]:
+def required_inputs(wirings: Mapping[str, Wiring]) -> dict[str, str]:
     """The names that must be among the inputs, and the first layer that takes each."""
     given: set[str] = set()
     found: dict[str, str] = {}
-    for layer, wire in wires.items():
-        for name in wire.takes:
+    for layer, wiring in wirings.items():
+        for name in wiring.takes:
             if name not in given:
                 found.setdefault(name, layer)
-        given |= set(wire.gives)
+        given |= set(wiring.gives)
     return found
 
 
-def exits(hops: Iterable[Hop], stage: int, last_stage: int) -> dict[str, tuple[str, ...]]:
+def outgoing(value_routes: Iterable[ValueRoute], stage: int, last_stage: int) -> dict[str, tuple[str, ...]]:
     """The names that leave ``stage`` by each of its links, ascending by the stage where it ends."""
-    mine = [hop for hop in hops if hop.source == stage]
-    targets = {hop.target for hop in mine} | ({stage + 1} if stage < last_stage else set())
-    return {link(stage, target): tuple(hop.name for hop in mine if hop.target == target) for target in sorted(targets)}
+    mine = [route for route in value_routes if route.source == stage]
+    targets = {route.target for route in mine} | ({stage + 1} if stage < last_stage else set())
+    return {
+        link(stage, target): tuple(route.name for route in mine if route.target == target) for target in sorted(targets)
+    }
 
 
 def link(stage: int, other: int) -> str:
@@ -83,13 +85,13 @@ def link(stage: int, other: int) -> str:
     return "inputs" if other == DRIVER else f"value of stage {other}"
 
 
-def kept(wires: Sequence[Wire], leaving: Iterable[str] = ()) -> list[frozenset[str]]:
+def live_names(wirings: Sequence[Wiring], leaving: Iterable[str] = ()) -> list[frozenset[str]]:
     """For every layer the names that are needed after it: by later layers, or as they are ``leaving``."""
     needed = frozenset(leaving)
     found = []
-    for wire in reversed(wires):
+    for wiring in reversed(wirings):
         found.append(needed)
-        needed = needed - set(wire.gives) | set(wire.takes)
+        needed = needed - set(wiring.gives) | set(wiring.takes)
     return found[::-1]
 
 
@@ -97,21 +99,21 @@ def kept(wires: Sequence[Wire], leaving: Iterable[str] = ()) -> list[frozenset[s
 Flow = tuple[Nest, dict[str, Nest]]
 
 
-def advance(layer: Callable[..., Any], wire: Wire, flow: Flow, kept: Collection[str]) -> Flow:
-    """What flows on behind ``layer``; of the named values those that are ``kept``."""
+def advance(layer: Callable[..., Any], wiring: Wiring, flow: Flow, live_names: Collection[str]) -> Flow:
+    """What flows on behind ``layer``; of the named values those that are ``live_names``."""
     x, values = flow
-    result = layer(x, *(values[name] for name in wire.takes))
-    if not (wire.takes or wire.gives):
+    result = layer(x, *(values[name] for name in wiring.takes))
+    if not (wiring.takes or wiring.gives):
         return result, values
-    if wire.gives:
-        if not isinstance(result, (tuple, list)) or len(result) != 1 + len(wire.gives):
+    if wiring.gives:
+        if not isinstance(result, (tuple, list)) or len(result) != 1 + len(wiring.gives):
             raise TypeError(
-                f"a layer that gives {', '.join(map(repr, wire.gives))} returns (x, {', '.join(wire.gives)}),"
-                f" a tuple of {1 + len(wire.gives)}, not {_shape(result)}"
+                f"a layer that gives {', '.join(map(repr, wiring.gives))} returns (x, {', '.join(wiring.gives)}),"
+                f" a tuple of {1 + len(wiring.gives)}, not {_shape(result)}"
             )
         result, *given = result
-        values = values | dict(zip(wire.gives, given, strict=True))
-    return result, {name: value for name, value in values.items() if name in kept}
+        values = values | dict(zip(wiring.gives, given, strict=True))
+    return result, {name: value for name, value in values.items() if name in live_names}
 
 
 def _shape(result: Any) -> str:

@@ -12,7 +12,7 @@ import torch
 from rpcpipe import schedules
 from rpcpipe.driver.layout import Layout, stage_parts
 from rpcpipe.driver.runtime import Settings
-from rpcpipe.errors import CheckpointError, PartitionError, ScheduleError, refuse
+from rpcpipe.errors import CheckpointError, PartitionError, ScheduleError, require
 from rpcpipe.model.batchnorm import MODES
 from rpcpipe.model.layers import Layer, Loss, parameter_counts
 from rpcpipe.model.microbatch import Nest
@@ -64,7 +64,7 @@ class Options:
         )  # fmt: skip
 
     def checked(self) -> Options:
-        """Return the options; raises ValueError for what can be seen to be wrong without model and cluster."""
+        """Return the options; raises ArgumentError for what can be seen to be wrong without model and cluster."""
         check_functions(self.loss, self.optimizer, self.dispatch, self.chunks)
         check_checkpoint(self.checkpoint)
         check_training(self.nonfinite, self.flush_every, self.accumulate, self.autocast, self.batch_norm)
@@ -83,7 +83,7 @@ def layout_of(
     cluster: Any, schedule: str | Schedule, balance: str | Sequence[int], virtual: int, replicas: int
 ) -> Layout:
     """The workers that the pipeline uses."""
-    refuse(replicas < 1, f"replicas must be at least 1, not {replicas}")
+    require(replicas >= 1, f"replicas must be at least 1, not {replicas}")
     names = [worker.name for worker in cluster.workers]
     wanted, rest = divmod(len(names), replicas)
     if isinstance(schedule, Schedule):
@@ -127,7 +127,7 @@ def cut_layers(
             f"the model has {len(layers)} layers and the schedule {stages} stages; use fewer workers or split layers"
         )
     if isinstance(balance, str):
-        refuse(balance not in _BALANCES, f"balance must be layers per stage or one of {_BALANCES}, not {balance!r}")
+        require(balance in _BALANCES, f"balance must be layers per stage or one of {_BALANCES}, not {balance!r}")
         if balance == "parameters":
             sizes = partition.balance(parameter_counts(layers), stages)
         else:
@@ -142,21 +142,21 @@ def cut_layers(
 
 def check_functions(loss: Any, optimizer: Any, dispatch: str, chunks: int) -> None:
     """Refuse what can be seen to be wrong without running it."""
-    refuse(not callable(loss), f"loss must be callable as loss(output, target), not {loss!r}")
-    refuse(not callable(optimizer), f"optimizer must be a function of the parameters, not {optimizer!r}")
-    refuse(dispatch not in _DISPATCH, f"dispatch must be one of {_DISPATCH}, not {dispatch!r}")
-    refuse(chunks < 1, f"chunks must be at least 1, not {chunks}")
+    require(callable(loss), f"loss must be callable as loss(output, target), not {loss!r}")
+    require(callable(optimizer), f"optimizer must be a function of the parameters, not {optimizer!r}")
+    require(dispatch in _DISPATCH, f"dispatch must be one of {_DISPATCH}, not {dispatch!r}")
+    require(chunks >= 1, f"chunks must be at least 1, not {chunks}")
 
 
 def check_training(
     nonfinite: str, flush_every: int | None, accumulate: int, autocast: torch.dtype | None, batch_norm: str
 ) -> None:
     """How a step ends and in what it computes."""
-    refuse(nonfinite not in ("skip", "stop"), f"nonfinite must be 'skip' or 'stop', not {nonfinite!r}")
-    refuse(flush_every is not None and flush_every < 1, f"flush_every must be at least 1, not {flush_every}")
-    refuse(accumulate < 1, f"accumulate must be at least 1, not {accumulate}")
+    require(nonfinite in ("skip", "stop"), f"nonfinite must be 'skip' or 'stop', not {nonfinite!r}")
+    require(flush_every is None or flush_every >= 1, f"flush_every must be at least 1, not {flush_every}")
+    require(accumulate >= 1, f"accumulate must be at least 1, not {accumulate}")
     precision.check(autocast)
-    refuse(batch_norm not in MODES, f"batch_norm must be one of {MODES}, not {batch_norm!r}")
+    require(batch_norm in MODES, f"batch_norm must be one of {MODES}, not {batch_norm!r}")
 
 
 def check_ties(policy: str | None, ties: Sequence[Tie], layers: Sequence[str], sizes: Sequence[int]) -> None:
@@ -174,9 +174,9 @@ def check_ties(policy: str | None, ties: Sequence[Tie], layers: Sequence[str], s
 
 def check_groups(groups: Sequence[Sequence[Any]]) -> None:
     """There is an optimizer, and every worker's has as many parameter groups as the others'."""
-    refuse(not groups, "no parameter of the model requires a gradient: there is nothing to train")
-    refuse(
-        len({len(group) for group in groups}) > 1,
+    require(bool(groups), "no parameter of the model requires a gradient: there is nothing to train")
+    require(
+        len({len(group) for group in groups}) == 1,
         f"optimizer made {sorted({len(group) for group in groups})} parameter groups on different workers;"
         " return the same number of groups everywhere, empty ones too",
     )

@@ -17,8 +17,8 @@ from rpcpipe.cluster.cluster import Cluster
 from rpcpipe.driver.deployment import Deployment
 from rpcpipe.driver.driver import Driver
 from rpcpipe.driver.runtime import Runtime, release
-from rpcpipe.errors import refuse
-from rpcpipe.model.layers import Layer, Model, find_ties, named_layers, wire_of
+from rpcpipe.errors import require
+from rpcpipe.model.layers import Layer, Model, find_ties, named_layers, wiring_of
 from rpcpipe.model.microbatch import Nest
 from rpcpipe.pipeline.arguments import Options, check_groups, check_ties, cut_layers, layout_of, make_schedule
 from rpcpipe.planning import LayerCost, partition
@@ -42,10 +42,10 @@ def start(model: Model, cluster: Cluster, options: Options) -> Runtime:
     scaler = precision.loss_scaler(options.autocast)
     options.settings.check(policy, scaled=scaler is not None)
     layers, seed = named_layers(model), options.seed
-    ties, wires = find_ties(layers), {name: wire_of(layer) for name, layer in layers.items()}
+    ties, wirings = find_ties(layers), {name: wiring_of(layer) for name, layer in layers.items()}
     sizes = cut_layers(layers, options.balance, schedule.stages, lambda: measure(cluster, layers, options.sample, seed))
     check_ties(policy, ties, list(layers), sizes)
-    deployment = Deployment(layout, schedule, sizes, wires, ties, options.shard_optimizer)
+    deployment = Deployment(layout, schedule, sizes, wirings, ties, options.shard_optimizer)
     identity = uuid.uuid4().hex
     batched = options.dispatch == "batched"
     driver = Driver(cluster.transport, identity, layout.names, timeout=cluster.timeout, batched=batched)
@@ -56,7 +56,7 @@ def start(model: Model, cluster: Cluster, options: Options) -> Runtime:
     weakref.finalize(runtime, release, cluster, driver).atexit = False
     common = ActorSpec(
         {}, schedule.stages - 1, options.loss, options.optimizer, seed, options.checkpoint, options.autocast,
-        options.batch_norm, wires, ties, deployment.links,
+        options.batch_norm, wirings, ties, deployment.stage_links,
     )  # fmt: skip
     try:
         _create(runtime, identity, layers, common)
@@ -68,7 +68,9 @@ def start(model: Model, cluster: Cluster, options: Options) -> Runtime:
 
 def measure(cluster: Cluster, layers: OrderedDict[str, Layer], sample: Nest, seed: int) -> list[LayerCost]:
     """Return every layer's costs on the first worker for ``sample``, one micro-batch of inputs."""
-    refuse(sample is None, "balance='time' or 'memory' needs sample=…: one micro-batch of inputs to run the layers on")
+    require(
+        sample is not None, "balance='time' or 'memory' needs sample=…: one micro-batch of inputs to run the layers on"
+    )
     first = cluster.workers[0]
     return list(cluster.call(first, functools.partial(profile, seed=seed, device=first.device), layers, sample))
 
@@ -95,14 +97,14 @@ def _create(runtime: Runtime, identity: str, layers: OrderedDict[str, Layer], co
 
 def change_schedule(runtime: Runtime, wanted: str | Schedule) -> None:
     """Go on under another schedule; refusals leave everything as it was."""
-    refuse(runtime.active is not None, "the schedule cannot change inside a step")
+    require(runtime.active is None, "the schedule cannot change inside a step")
     before, settings = runtime.deployment, runtime.settings
     virtual = settings.virtual_stages
     if isinstance(wanted, str):
         virtual = schedules.suited_virtual_stages(wanted, virtual)
     workers = before.layout.pipeline_size
     new = make_schedule(wanted, workers, runtime.chunks, virtual, before.layout.replicas)
-    refuse(new.workers != workers, f"{new.name!r} is for {new.workers} workers, not {workers}")
+    require(new.workers == workers, f"{new.name!r} is for {new.workers} workers, not {workers}")
     policy = weight_versions.choose(new.name, settings.weights if new.name == before.schedule.name else None)
     runtime.check_policy(policy)
     balance = before.balance
@@ -139,7 +141,7 @@ def _move(runtime: Runtime, after: Deployment) -> None:
             mine = after.parts_on(name)
             others = {layer: states[layer] for layers, _ in mine.values() for layer in layers if layer in states}
             last = after.schedule.stages - 1
-            replies[name] = driver.post(name, Repartition(mine, last, after.links, given[name], others))
+            replies[name] = driver.call(name, Repartition(mine, last, after.stage_links, given[name], others))
         runtime.install(after, driver.collect(replies))
     except BaseException:
         runtime.close()
@@ -151,7 +153,7 @@ def _sharded_states(runtime: Runtime) -> Mapping[str, dict[str, Any]]:
     if not runtime.deployment.shard:
         return {}
     driver, whole = runtime.driver, dict[str, dict[str, Any]]()
-    for part in driver.collect({name: driver.post(name, GetOptimizerState()) for name in runtime.names}).values():
+    for part in driver.collect({name: driver.call(name, GetOptimizerState()) for name in runtime.names}).values():
         for layer, state in part.items():
             whole.setdefault(layer, {}).update(state)
     return whole

@@ -14,7 +14,7 @@ import copy
 from typing import Any
 
 from rpcpipe.cluster.cluster import Cluster
-from rpcpipe.errors import refuse
+from rpcpipe.errors import require
 from rpcpipe.pipeline.pipeline import Pipeline
 from rpcpipe.pipeline.planning import balance_by_parameters
 
@@ -37,7 +37,7 @@ def from_transformers(
     the logits, (batch, time, vocabulary); for BertForPreTraining a dict of prediction_logits and
     seq_relationship_logits.
 
-    Raises ImportError without the extra ``hf``, ValueError for another model or an option that a
+    Raises ImportError without the extra ``hf``, ArgumentError for another model or an option that a
     pipeline cannot carry, and what Pipeline raises.
     """
     try:
@@ -47,6 +47,6 @@ def from_transformers(
     source = config_or_model if hasattr(config_or_model, "config") else copy.deepcopy(config_or_model)
     layers, loss = family_of(source)(source)
     if stages is not None:
-        refuse("balance" in pipeline_arguments, "stages=… and balance=… say the same; pass one of them")
+        require("balance" not in pipeline_arguments, "stages=… and balance=… say the same; pass one of them")
         pipeline_arguments["balance"] = balance_by_parameters(layers, stages)
     return Pipeline(layers, cluster, **{"loss": loss, **pipeline_arguments})

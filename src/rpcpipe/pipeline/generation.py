@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from rpcpipe.driver.inference import Passes, tell_last_stage
-from rpcpipe.errors import refuse
+from rpcpipe.errors import require
 from rpcpipe.model import rng
 from rpcpipe.model.microbatch import Nest
 from rpcpipe.pipeline.pipeline import Pipeline
@@ -77,13 +77,13 @@ def generate(
     in its output, on the last stage's worker.
 
     The model must be causal: shorter rows are filled up on the right, with zeros that no position
-    before them may see. Raises ValueError for arguments that cannot be.
+    before them may see. Raises ArgumentError for arguments that cannot be.
     """
-    refuse(new_tokens < 0, f"new_tokens must not be negative, is {new_tokens}")
-    refuse(temperature < 0, f"temperature must not be negative, is {temperature}")
-    refuse(top_k is not None and top_k < 1, f"top_k must be at least 1, not {top_k}")
-    refuse(context is not None and context < 1, f"context must be at least 1, not {context}")
-    refuse(any(row.dim() != 1 or not len(row) for row in prompts), "every prompt must be a row of at least one token")
+    require(new_tokens >= 0, f"new_tokens must not be negative, is {new_tokens}")
+    require(temperature >= 0, f"temperature must not be negative, is {temperature}")
+    require(top_k is None or top_k >= 1, f"top_k must be at least 1, not {top_k}")
+    require(context is None or context >= 1, f"context must be at least 1, not {context}")
+    require(all(row.dim() == 1 and len(row) for row in prompts), "every prompt must be a row of at least one token")
     pipe.runtime.check()
     tell_last_stage(pipe.runtime, SetSelection(dumps(_LastLogits(logits), "what to select")))
     rows = [_row(prompt, new_tokens, rng.derive(seed, index)) for index, prompt in enumerate(prompts)]

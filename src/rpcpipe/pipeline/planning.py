@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from rpcpipe.cluster.cluster import Cluster, Worker
-from rpcpipe.errors import refuse
+from rpcpipe.errors import require
 from rpcpipe.model.layers import Layer, Model, named_layers, parameter_counts
 from rpcpipe.model.microbatch import Nest, batch_size, split, tensors
 from rpcpipe.planning import CostModel, LayerCost, partition
@@ -59,12 +59,12 @@ def plan(
     state in copies of the parameters (Adam's 2). ``chunks``: the numbers of micro-batches to try,
     ``replicas``: how many, or None to try all. Raises PartitionError where nothing fits, and says what would.
     """
-    refuse(memory is not None and memory <= 0, f"memory must be positive, not {memory} bytes a worker")
-    refuse(flops is not None and flops <= 0, f"flops must be positive, not {flops}")
+    require(memory is None or memory > 0, f"memory must be positive, not {memory} bytes a worker")
+    require(flops is None or flops > 0, f"flops must be positive, not {flops}")
     known = set(SIMPLEST)
-    refuse(not schedules or not known.issuperset(schedules), f"schedules must be among {SIMPLEST}, not {schedules}")
+    require(bool(schedules) and known.issuperset(schedules), f"schedules must be among {SIMPLEST}, not {schedules}")
     count = len(workers.workers) if isinstance(workers, Cluster) else workers
-    refuse(count < 1, f"workers must be at least 1, not {count}")
+    require(count >= 1, f"workers must be at least 1, not {count}")
     layers, size = named_layers(model), batch_size(sample)
     parts = _micro_batches(size, count, chunks)
     if flops is None:
@@ -84,7 +84,7 @@ def plan(
 def _micro_batches(size: int, workers: int, chunks: Sequence[int] | None) -> list[int]:
     """Sizes of micro-batches to profile, largest first."""
     wanted = chunks or [workers * factor for factor in (1, 2, 4, 8)]
-    refuse(min(wanted) < 1, f"chunks must be at least 1, not {wanted}")
+    require(min(wanted) >= 1, f"chunks must be at least 1, not {wanted}")
     return sorted({-(-size // min(count, size)) for count in wanted}, reverse=True)
 
 

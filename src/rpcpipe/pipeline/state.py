@@ -21,7 +21,7 @@ from rpcpipe.checkpoint.plain_state import Holders, Stateful, decode, encode
 from rpcpipe.checkpoint.shard import Written, some
 from rpcpipe.checkpoint.tensor_file import Reader
 from rpcpipe.driver.runtime import Runtime
-from rpcpipe.errors import CheckpointError, Failure, StageError, refuse
+from rpcpipe.errors import CheckpointError, Failure, StageError, require
 from rpcpipe.model.layers import layer_of
 from rpcpipe.model.tied_weights import Tie, completed
 from rpcpipe.pipeline.arguments import check_state
@@ -43,7 +43,7 @@ _SHARED = "A checkpoint needs one file system that all hosts have at the same pa
 def state_dict(runtime: Runtime) -> OrderedDict[str, torch.Tensor]:
     """All parameters and buffers, on the CPU."""
     driver = runtime.driver
-    found = driver.collect({name: driver.post(name, GetState()) for name in runtime.layout.pipeline_of(0)})
+    found = driver.collect({name: driver.call(name, GetState()) for name in runtime.layout.pipeline_of(0)})
     by_stage = {stage: state for stages in found.values() for stage, state in stages.items()}
     return OrderedDict((key, value) for stage in sorted(by_stage) for key, value in by_stage[stage].items())
 
@@ -61,18 +61,18 @@ def load_state_dict(runtime: Runtime, state: Mapping[str, torch.Tensor]) -> None
         stage = owner[layer_of(key, owner)]
         for worker in stage.workers:
             parts[worker].setdefault(stage.index, {})[key] = value
-    runtime.driver.collect({name: runtime.driver.post(name, LoadState(parts[name])) for name in runtime.names})
+    runtime.driver.collect({name: runtime.driver.call(name, LoadState(parts[name])) for name in runtime.names})
 
 
 def save(runtime: Runtime, directory: str | Path, stateful: Holders, position: Any, keep: int | None) -> Path:
     """What ``pipe.save`` does; a Ctrl-C ends it where it waits for the workers, or comes when it is done."""
-    refuse(runtime.active is not None, "a step is open: save after its with-block")
+    require(runtime.active is None, "a step is open: save after its with-block")
     done = runtime.progress.done
-    refuse(
-        done > 0,
+    require(
+        done == 0,
         f"{done} of {runtime.settings.accumulate} calls of an accumulation are done: save after the one that updates",
     )
-    refuse(keep is not None and keep < 1, f"keep must be at least 1, or None for all, not {keep}")
+    require(keep is None or keep >= 1, f"keep must be at least 1, or None for all, not {keep}")
     tensor_file.require()
     directory = Path(directory).absolute()
     with shield_interrupts():
@@ -98,7 +98,7 @@ def save(runtime: Runtime, directory: str | Path, stateful: Holders, position: A
 
 def load(runtime: Runtime, directory: str | Path, stateful: Holders) -> Any:
     """What ``pipe.load`` does: everybody reads and checks, then everybody changes."""
-    refuse(runtime.active is not None, "a step is open: load after its with-block")
+    require(runtime.active is None, "a step is open: load after its with-block")
     tensor_file.require()
     folder = newest(Path(directory).absolute())
     manifest = Manifest.read(folder)
@@ -122,10 +122,10 @@ def load(runtime: Runtime, directory: str | Path, stateful: Holders) -> Any:
         except BaseException:
             if runtime.cluster.healthy:
                 for name in names:
-                    driver.post(name, DropCheckpoint())
+                    driver.call(name, DropCheckpoint())
             raise
         # From here on it is done: what is posted happens, whatever interrupts the wait.
-        replies = {name: driver.post(name, ApplyCheckpoint(manifest.seed)) for name in names}
+        replies = {name: driver.call(name, ApplyCheckpoint(manifest.seed)) for name in names}
         runtime.optimizer.adopt(groups)
         runtime.trained = manifest.step
         runtime.forget_accumulated()
@@ -150,7 +150,7 @@ def _write_shards(runtime: Runtime, folder: Path) -> list[Written]:
 def _outcomes(runtime: Runtime, calls: Mapping[str, Operation], after: str) -> dict[str, Any]:
     """Every worker's result once all are done; one CheckpointError, which ends with ``after``, if any failed."""
     driver = runtime.driver
-    found = driver.outcomes({name: driver.post(name, operation) for name, operation in calls.items()})
+    found = driver.outcomes({name: driver.call(name, operation) for name, operation in calls.items()})
     failed = {name: outcome for name, outcome in found.items() if isinstance(outcome, Failure)}
     for name, failure in failed.items():
         error = StageError.of(failure)

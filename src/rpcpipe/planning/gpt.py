@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rpcpipe.errors import ArgumentError
 from rpcpipe.planning.layer_cost import LayerCost
 
 _PARAMETER = 4  # bytes: weights are kept in single precision, whatever autocast computes in
@@ -20,7 +21,7 @@ _PARAMETER = 4  # bytes: weights are kept in single precision, whatever autocast
 class GPT:
     """The sizes of a GPT: ``layers`` blocks between an embedding and a head, which are layers too.
 
-    Raises ValueError where these sizes make no model.
+    Raises ArgumentError where these sizes make no model.
     """
 
     layers: int
@@ -31,9 +32,9 @@ class GPT:
 
     def __post_init__(self) -> None:
         if min(self.layers, self.hidden, self.heads, self.vocabulary, self.sequence) < 1:
-            raise ValueError(f"a GPT's sizes must be at least 1: {self}")
+            raise ArgumentError(f"a GPT's sizes must be at least 1: {self}")
         if self.hidden % self.heads:
-            raise ValueError(f"hidden={self.hidden} cannot be shared among heads={self.heads}")
+            raise ArgumentError(f"hidden={self.hidden} cannot be shared among heads={self.heads}")
 
     @property
     def parameters(self) -> int:

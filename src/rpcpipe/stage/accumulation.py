@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 
-class Kept:
+class AccumulatedGradients:
     """One worker's gradients that await their update, by the step that added to them last.
 
     Invariant: what is kept does not change. A step whose end the driver has not seen may have left

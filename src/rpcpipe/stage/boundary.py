@@ -23,20 +23,20 @@ def join(parcels: Mapping[str, StageInput]) -> tuple[StageInput, dict[str, int]]
     return StageInput((x, values), flags), {link: sum(parcel.wants_grad) for link, parcel in parcels.items()}
 
 
-def part(flow: StageInput, exits: Mapping[str, Sequence[str]]) -> dict[str, StageInput]:
-    """Inverse of ``join``: what leaves by each link. The values in ``flow`` have the order of ``exits``."""
+def part(flow: StageInput, outgoing: Mapping[str, Sequence[str]]) -> dict[str, StageInput]:
+    """Inverse of ``join``: what leaves by each link. The values in ``flow`` have the order of ``outgoing``."""
     x, values = flow.nest
     flags = iter(flow.wants_grad)
     parcels = {}
-    for link, names in exits.items():
+    for link, names in outgoing.items():
         nest = (x if link == "input" else None, {name: values[name] for name in names})
         parcels[link] = StageInput(nest, [next(flags) for _ in tensors(nest)])
     return parcels
 
 
-def leaving(flow: Flow, exits: Mapping[str, Sequence[str]]) -> Flow:
-    """``flow`` with its values in the order in which ``exits`` has them."""
-    return flow[0], {name: flow[1][name] for names in exits.values() for name in names}
+def leaving(flow: Flow, outgoing: Mapping[str, Sequence[str]]) -> Flow:
+    """``flow`` with its values in the order in which ``outgoing`` has them."""
+    return flow[0], {name: flow[1][name] for names in outgoing.values() for name in names}
 
 
 def cut(grads: Gradients, counts: Mapping[str, int]) -> dict[str, Gradients]:

@@ -14,13 +14,15 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
+from rpcpipe.errors import ArgumentError
+
 DTYPES = (torch.bfloat16, torch.float16)
 
 
 def check(dtype: torch.dtype | None) -> None:
-    """ValueError unless ``dtype`` is None or one that autocast computes in."""
+    """ArgumentError unless ``dtype`` is None or one that autocast computes in."""
     if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"autocast must be torch.bfloat16, torch.float16 or None, not {dtype!r}")
+        raise ArgumentError(f"autocast must be torch.bfloat16, torch.float16 or None, not {dtype!r}")
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[None]:

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rpcpipe.model import layers as model
 from rpcpipe.model.microbatch import Nest, map_tensors, tensors
-from rpcpipe.model.wiring import Flow, Wire, advance, inputs, kept
+from rpcpipe.model.wiring import Flow, Wiring, advance, live_names, required_inputs
 from rpcpipe.planning.layer_cost import LayerCost
 from rpcpipe.stage import autograd
 from rpcpipe.stage.activation_memory import Memory, Meter
@@ -95,24 +95,24 @@ def _walk(
     build: Callable[[int, model.Layer], nn.Module],
     measure: _Measure,
 ) -> list[LayerCost]:
-    wires = {name: model.wire_of(layer) for name, layer in layers.items()}
-    model.check_inputs(sample, wires)
+    wirings = {name: model.wiring_of(layer) for name, layer in layers.items()}
+    model.check_inputs(sample, wirings)
     sample = map_tensors(lambda leaf: leaf.to(device), sample)
-    direct = {name: sample[name] for name in inputs(wires)}
+    direct = {name: sample[name] for name in required_inputs(wirings)}
     received = autograd.StageInput.constant((sample, {}))
     found: list[LayerCost] = []
     known: dict[Any, tuple[LayerCost, autograd.StageInput, _Run]] = {}
     before: _Run = _Run(None, Memory())
     previous: Any = None
-    needed = kept(list(wires.values()))
+    needed = live_names(list(wirings.values()))
     for index, (name, layer) in enumerate(layers.items()):
         last = index == len(layers) - 1
         # What a layer costs depends on what comes in, and on what the layer before has saved of it.
-        mine = _kind(layer), wires[name], needed[index], last
+        mine = _kind(layer), wirings[name], needed[index], last
         shapes = tuple((leaf.shape, leaf.dtype) for leaf in tensors(received.nest))
         key = (mine, previous, shapes) if measure.repeats else index
         if key not in known:
-            module = closing.around(_Flowing(build(index, layer).train(), wires[name], needed[index], direct), last)
+            module = closing.around(_Flowing(build(index, layer).train(), wirings[name], needed[index], direct), last)
             known[key] = measure(name, module, received, before)
         result, received, before = known[key] if measure.repeats else known.pop(key)
         found.append(dataclasses.replace(result, name=name))
@@ -150,12 +150,12 @@ class _Closing:
 class _Flowing(nn.Module):
     """A layer as a function of what flows into it; what the driver gives ``direct`` flows through no layer."""
 
-    def __init__(self, module: nn.Module, wire: Wire, needed: Collection[str], direct: Mapping[str, Nest]) -> None:
+    def __init__(self, module: nn.Module, wiring: Wiring, needed: Collection[str], direct: Mapping[str, Nest]) -> None:
         super().__init__()
-        self.module, self.wire, self.needed, self.direct = module, wire, needed, direct
+        self.module, self.wiring, self.needed, self.direct = module, wiring, needed, direct
 
     def forward(self, flow: Flow) -> Flow:
-        x, values = advance(self.module, self.wire, (flow[0], {**self.direct, **flow[1]}), self.needed)
+        x, values = advance(self.module, self.wiring, (flow[0], {**self.direct, **flow[1]}), self.needed)
         return x, {name: value for name, value in values.items() if value is not self.direct.get(name, self)}
 
 

@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from rpcpipe.errors import ArgumentError
 from rpcpipe.model.microbatch import Nest, tensors
 from rpcpipe.stage import autograd
 from rpcpipe.stage.activation_memory import Memory, Meter, forgetting
 from rpcpipe.stage.autograd import Gradients
-from rpcpipe.stage.split_backward import Deferred, backward_input
+from rpcpipe.stage.split_backward import WeightBackward, backward_input
 
 Checkpoint = str | float | Callable[[int, int], bool]
 
@@ -35,10 +36,10 @@ class Run(NamedTuple):
 
 
 def check(checkpoint: Checkpoint) -> None:
-    """ValueError unless ``checkpoint`` is a mode, a ratio, or a function of (stage, chunk)."""
+    """ArgumentError unless ``checkpoint`` is a mode, a ratio, or a function of (stage, chunk)."""
     ratio = isinstance(checkpoint, (int, float)) and not isinstance(checkpoint, bool) and 0 <= checkpoint <= 1
     if not (ratio or checkpoint in MODES or callable(checkpoint)):
-        raise ValueError(
+        raise ArgumentError(
             f"checkpoint must be one of {', '.join(map(repr, MODES))}, a ratio from 0 to 1, or a function of"
             f" (stage, chunk), not {checkpoint!r}"
         )
@@ -146,7 +147,7 @@ class MicroBatchGraph:
             self._segments.pop()
         return grads
 
-    def backward_input(self, grads: Gradients) -> tuple[Gradients, list[Deferred], int]:
+    def backward_input(self, grads: Gradients) -> tuple[Gradients, list[WeightBackward], int]:
         """The inputs' gradients, what is left to do for the weights, and how many bytes that may hold."""
         deferred = []
         for segment in reversed(self._segments):

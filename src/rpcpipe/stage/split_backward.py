@@ -31,7 +31,7 @@ class Branch:
 
 
 @dataclass
-class Deferred:
+class WeightBackward:
     """What ``W`` has still to do for one micro-batch."""
 
     branches: list[Branch] = field(default_factory=list)
@@ -42,7 +42,7 @@ class Deferred:
     shared: list[tuple[GradientEdge, torch.Tensor]] = field(default_factory=list)
 
 
-def backward_input(saved: Saved, grads: list[torch.Tensor | None]) -> tuple[list[torch.Tensor | None], Deferred]:
+def backward_input(saved: Saved, grads: list[torch.Tensor | None]) -> tuple[list[torch.Tensor | None], WeightBackward]:
     """(the inputs' gradients, what is left for the weights)."""
     pairs = [(out, grad) for out, grad in zip(saved.outputs, grads, strict=True) if grad is not None]
     entries = saved.entered.edges or saved.entered.inner
@@ -50,7 +50,8 @@ def backward_input(saved: Saved, grads: list[torch.Tensor | None]) -> tuple[list
     # An output may be an input passed through: its gradient is the input's. The first layer's own
     # output, where the trunk ends inside the stage, is left to W with all below it.
     leading = trunk.nodes if saved.entered.edges else trunk.inside
-    deferred = Deferred(roots=[(get_gradient_edge(out), grad) for out, grad in pairs if out.grad_fn not in leading])
+    roots = [(get_gradient_edge(out), grad) for out, grad in pairs if out.grad_fn not in leading]
+    deferred = WeightBackward(roots=roots)
     through = [pair for pair in pairs if pair[0].grad_fn in leading]
     if not through:
         return [None] * len(saved.entered.edges), deferred
@@ -78,7 +79,7 @@ def backward_input(saved: Saved, grads: list[torch.Tensor | None]) -> tuple[list
     return inputs, deferred
 
 
-def backward_weight(deferred: Deferred) -> None:
+def backward_weight(deferred: WeightBackward) -> None:
     """Accumulate the weights' gradients; autograd's order and bits are those of a whole backward."""
     ends: list[tuple[GradientEdge, torch.Tensor]] = []
     for edge, grad in deferred.shared:

@@ -18,14 +18,14 @@ from torch.autograd.graph import get_gradient_edge
 from rpcpipe.model import batchnorm, rng
 from rpcpipe.model.layers import Loss, Named
 from rpcpipe.model.microbatch import Nest, map_tensors
-from rpcpipe.model.wiring import Flow, Wire, advance, kept
+from rpcpipe.model.wiring import Flow, Wiring, advance, live_names
 from rpcpipe.stage import autograd, precision
 from rpcpipe.stage.autograd import Gradients, StageInput
 from rpcpipe.stage.boundary import cut, join, leaving, part
 from rpcpipe.stage.context import MicroBatch, StepContext
 from rpcpipe.stage.metrics import Metric, Sums, measure
 from rpcpipe.stage.recompute import MicroBatchGraph, Recompute, SegmentRunner
-from rpcpipe.stage.split_backward import Deferred, backward_weight
+from rpcpipe.stage.split_backward import WeightBackward, backward_weight
 from rpcpipe.stage.weight_stash import Versions
 
 
@@ -44,8 +44,8 @@ class StageOptions:
 class Stage:
     """Stage ``index`` of the model: some of its layers, on one device.
 
-    ``wires``: what the layers take and give beside the running value; ``exits``: the names that leave by each link to
-    a later stage; ``shared``: tied parameters that an earlier stage on the same worker has as well. ``versions`` is
+    ``wirings``: what the layers take and give beside the running value; ``outgoing``: the names that leave by each link
+    to a later stage; ``shared``: tied parameters that an earlier stage on the same worker has as well. ``versions`` is
     set while a stream runs.
     """
 
@@ -55,8 +55,8 @@ class Stage:
         layers: OrderedDict[str, nn.Module],
         options: StageOptions,
         *,
-        wires: Sequence[Wire] | None = None,
-        exits: Mapping[str, Sequence[str]] | None = None,
+        wirings: Sequence[Wiring] | None = None,
+        outgoing: Mapping[str, Sequence[str]] | None = None,
         shared: Collection[nn.Parameter] = (),
     ) -> None:
         self.index = index
@@ -68,9 +68,9 @@ class Stage:
         self._shared = set(shared)
         self._autocast = options.autocast
         self._scale = 1.0
-        self._wires = wires or [Wire()] * len(layers)
-        self._exits = exits or {}
-        self._kept = kept(self._wires, (name for names in self._exits.values() for name in names))
+        self._wirings = wirings or [Wiring()] * len(layers)
+        self._outgoing = outgoing or {}
+        self._live_names = live_names(self._wirings, (name for names in self._outgoing.values() for name in names))
         # By micro-batch, how many gradients go back by each link.
         self._returns: dict[int, dict[str, int]] = {}
         self.losses: dict[int, tuple[torch.Tensor, Any]] = {}
@@ -85,7 +85,7 @@ class Stage:
         self.versions: Versions | None = None
         self.micro_batches: dict[int, MicroBatch] = {}
         self._saved: dict[int, MicroBatchGraph] = {}
-        self._deferred: dict[int, tuple[list[Deferred], int]] = {}
+        self._deferred: dict[int, tuple[list[WeightBackward], int]] = {}
 
     @property
     def in_flight(self) -> int:
@@ -138,11 +138,11 @@ class Stage:
             if stop < len(self.module):
                 return flow
             if self.loss is None:
-                return leaving(flow, self._exits)
+                return leaving(flow, self._outgoing)
             return self._take_loss(chunk, flow[0], target, again=recomputing)
 
     def _leave(self, flow: Flow) -> dict[str, StageInput]:
-        return part(autograd.leave(map_tensors(_to_host, flow)), self._exits)
+        return part(autograd.leave(map_tensors(_to_host, flow)), self._outgoing)
 
     def _infer(
         self, context: StepContext, micro_batch: MicroBatch, chunk: int, received: StageInput, target: Nest
@@ -150,7 +150,7 @@ class Stage:
         with torch.no_grad(), precision.autocast(self.device, self._autocast):
             flow = self._run_layers(micro_batch, received.nest, autograd.GraphEntry(), 0, len(self.module))
             if self.loss is None:
-                return self._leave(leaving(flow, self._exits))
+                return self._leave(leaving(flow, self._outgoing))
             output, target = flow[0], map_tensors(lambda leaf: leaf.to(self.device), target)
             if context.keep_outputs:
                 self.outputs[chunk] = output if target is None or self.select is None else self.select(output, target)
@@ -167,7 +167,7 @@ class Stage:
             layer = self.module[at]
             rng.seed_layer(self.seed, micro_batch.rng_step, micro_batch.position, self.first_layer + at)
             call = layer if self.versions is None else partial(self.versions.call, layer, number)
-            flow = advance(call, self._wires[at], flow, self._kept[at])
+            flow = advance(call, self._wirings[at], flow, self._live_names[at])
             if at == start and not entered.edges:
                 # One output only: of several, one may lead to another and be counted twice.
                 leaves = autograd.differentiable(flow)
@@ -235,7 +235,7 @@ class Stage:
 
     def _output_grads(self, chunk: int, grads: Mapping[str, Gradients]) -> Gradients:
         if self.loss is None:
-            return [None if grad is None else grad.to(self.device) for link in self._exits for grad in grads[link]]
+            return [None if grad is None else grad.to(self.device) for link in self._outgoing for grad in grads[link]]
         weight = _weight(self.micro_batches[chunk], self.losses[chunk][1])
         # In this order, as autograd has it for scaler.scale(loss * weight).backward().
         return [torch.full_like(loss, self._scale).mul_(weight) for loss in self._saved[chunk].outputs]

@@ -155,7 +155,7 @@ class Actor:
             self._open_stream(plan.policy)
         elif plan.training:
             self._buffers.take(stage.module for stage in self.held.stages.values())
-            self.held.kept.resume(plan.accumulates_on, self.held.parameters)
+            self.held.accumulated.resume(plan.accumulates_on, self.held.parameters)
             if plan.accumulates_on is None and self.held.optimizer is not None:  # since then no weight has changed
                 self.held.optimizer.undo.invalidate()
 
@@ -249,7 +249,7 @@ class Actor:
                 report.norms[number] = self._norms(stage)
             stage.outputs = {}
         if self._plan.training and not self._plan.updates:
-            self.held.kept.keep(self._plan.step, self.held.parameters)
+            self.held.accumulated.keep(self._plan.step, self.held.parameters)
         return report
 
     def _norms(self, stage: Stage) -> dict[int, float]:

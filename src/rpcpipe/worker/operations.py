@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from rpcpipe.checkpoint.manifest import Manifest
-from rpcpipe.model.wiring import Links
+from rpcpipe.model.wiring import StageLinks
 from rpcpipe.schedules.action import NAMES
 from rpcpipe.stage.context import MicroBatch, StepContext
 from rpcpipe.worker.messages import Port, Route, Update
@@ -216,7 +216,7 @@ class Repartition(NamedTuple):
 
     parts: Mapping[int, tuple[Sequence[str], int]]
     last_stage: int
-    links: Links
+    stage_links: StageLinks
     given: Sequence[bytes]
     others: Mapping[str, Mapping[str, Any]]
 

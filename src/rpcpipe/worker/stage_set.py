@@ -18,8 +18,8 @@ from rpcpipe.errors import CheckpointError
 from rpcpipe.model import batchnorm, layers, tied_weights
 from rpcpipe.model.layers import Loss
 from rpcpipe.model.tied_weights import Tie
-from rpcpipe.model.wiring import Links, Wire, exits
-from rpcpipe.stage.accumulation import Kept
+from rpcpipe.model.wiring import StageLinks, Wiring, outgoing
+from rpcpipe.stage.accumulation import AccumulatedGradients
 from rpcpipe.stage.optimizer import Factory, LocalOptimizer, Parameters
 from rpcpipe.stage.recompute import Checkpoint, Recompute
 from rpcpipe.stage.stage import Stage, StageOptions
@@ -60,9 +60,9 @@ class ActorSpec:
     autocast: torch.dtype | None = None
     batch_norm: str = "micro_batch"
     # Of all the model's layers.
-    wires: Mapping[str, Wire] = field(default_factory=dict)
+    wirings: Mapping[str, Wiring] = field(default_factory=dict)
     ties: tuple[Tie, ...] = ()
-    links: Links = field(default_factory=Links)
+    stage_links: StageLinks = field(default_factory=StageLinks)
     peers: ReplicaGroup = field(default_factory=ReplicaGroup)
 
 
@@ -75,11 +75,11 @@ class StageSet:
         self._device = device
         self.spec = replace(spec, stages={})
         self.optimizer: LocalOptimizer | None = None
-        self.kept = Kept()
+        self.accumulated = AccumulatedGradients()
         self._loaded: shard.Loaded | None = None
-        self._build(spec.stages, spec.last_stage, spec.links)
+        self._build(spec.stages, spec.last_stage, spec.stage_links)
 
-    def _build(self, parts: Parts, last_stage: int, links: Links) -> None:
+    def _build(self, parts: Parts, last_stage: int, stage_links: StageLinks) -> None:
         """Make the stages, and an optimizer over all their parameters."""
         self.last_stage = last_stage
         built = {
@@ -91,9 +91,9 @@ class StageSet:
         tied = tied_weights.join(modules, self.spec.ties, drawn, self.spec.seed)
         self.stages, seen = {}, set[nn.Parameter]()
         for number, named in built.items():
-            self.stages[number] = self._stage(number, named, parts[number][1], links, seen)
+            self.stages[number] = self._stage(number, named, parts[number][1], stage_links, seen)
             seen.update(self.stages[number].module.parameters())
-        self._exchange(tied, links.members)
+        self._exchange(tied, stage_links.members)
         spec = self.spec
         parameters = Parameters(pair for stage in self.stages.values() for pair in stage.named_parameters)
         self.optimizer = LocalOptimizer(spec.optimizer, parameters, self._updated_elsewhere) if parameters else None
@@ -103,15 +103,27 @@ class StageSet:
         return batchnorm.defer(module) if self.spec.batch_norm == "deferred" else module
 
     def _stage(
-        self, number: int, named: OrderedDict[str, nn.Module], first: int, links: Links, seen: Collection[nn.Parameter]
+        self,
+        number: int,
+        named: OrderedDict[str, nn.Module],
+        first: int,
+        stage_links: StageLinks,
+        seen: Collection[nn.Parameter],
     ) -> Stage:
         spec, last_stage = self.spec, self.last_stage
         options = StageOptions(
             first, spec.seed, self._device, spec.loss if number == last_stage else None,
             Recompute(spec.checkpoint, number, last_stage, len(named)), spec.autocast,
         )  # fmt: skip
-        wires = [spec.wires[name] for name in named]
-        return Stage(number, named, options, wires=wires, exits=exits(links.hops, number, last_stage), shared=seen)
+        wirings = [spec.wirings[name] for name in named]
+        return Stage(
+            number,
+            named,
+            options,
+            wirings=wirings,
+            outgoing=outgoing(stage_links.value_routes, number, last_stage),
+            shared=seen,
+        )
 
     def _exchange(self, tied: Mapping[str, nn.Parameter], members: Mapping[str, tuple[str, ...]]) -> None:
         """Whom gradients are summed with: every parameter is in one group, a tied one in its own."""
@@ -166,7 +178,7 @@ class StageSet:
             buffered=any(True for _ in stage.module.buffers()),
             device=str(stage.device),
             groups=self.optimizer.groups() if self.optimizer is not None else [],
-            wired=any(self.spec.wires[name] != Wire() for name, _ in named),
+            wired=any(self.spec.wirings[name] != Wiring() for name, _ in named),
             sharded=self.spec.peers.shard,
             buckets=[] if exchange is None else exchange.owners,
         )
@@ -261,18 +273,18 @@ class StageSet:
     def _release(self, names: Sequence[str]) -> bytes:
         """The named layers with their optimizer state and kept gradients, for another worker's ``Repartition``."""
         modules = [(name, module) for name, module in self._modules().items() if name in names]
-        return bytes(cloudpickle.dumps([(name, m, self._states_of(m), self.kept.of(m)) for name, m in modules]))
+        return bytes(cloudpickle.dumps([(name, m, self._states_of(m), self.accumulated.of(m)) for name, m in modules]))
 
     def _optimizer_state(self) -> dict[str, dict[str, Any]]:
         """By layer and parameter."""
         return {name: self._states_of(module) for name, module in self._modules().items()}
 
     def _repartition(self, wanted: Repartition) -> dict[int, StageInfo]:
-        parts, last_stage, links, given, others = wanted
+        parts, last_stage, stage_links, given, others = wanted
         modules, states = self._modules(), self._optimizer_state()
         for name, module, state, kept in (entry for blob in given for entry in cloudpickle.loads(blob)):
             modules[name], states[name] = module, state
-            self.kept.take(module, kept)
+            self.accumulated.take(module, kept)
         for name, state in others.items():
             states[name] = {**states[name], **state}
         self._build(
@@ -281,9 +293,9 @@ class StageSet:
                 for number, (names, first) in parts.items()
             },
             last_stage,
-            links,
+            stage_links,
         )
-        self.kept.forget(self._tied_elsewhere)
+        self.accumulated.forget(self._tied_elsewhere)
         elsewhere = self._updated_elsewhere
         for name in (name for names, _ in parts.values() for name in names):
             for key, state in states[name].items():

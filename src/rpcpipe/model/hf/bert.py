@@ -15,7 +15,7 @@ from transformers.models.bert.modeling_bert import (
     BertPreTrainingHeads,
 )
 
-from rpcpipe.errors import refuse
+from rpcpipe.errors import require
 from rpcpipe.model.hf.common import IGNORED, MaskedLoss, Parts, label, summed, take
 from rpcpipe.model.layers import Layer, Wired
 
@@ -92,7 +92,7 @@ class PreTrainingLoss:
 
 def _encoder(parts: Parts) -> dict[str, Layer]:
     config = parts.config
-    refuse(config.is_decoder, "BERT as a decoder is not cut into stages; pass a config with is_decoder=False")
+    require(not config.is_decoder, "BERT as a decoder is not cut into stages; pass a config with is_decoder=False")
     return {
         "bert.embeddings": Wired(
             parts.layer("bert.embeddings", Embeddings, config, embedding="word_embeddings.weight"), gives=_MASK

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from rpcpipe.errors import ArgumentError
 from rpcpipe.model.layers import LayerSpec
 
 IGNORED = -100  # a label that counts nowhere, in all of transformers
@@ -75,7 +76,7 @@ def take(inputs: Any, *names: str) -> list[Any]:
     """The inputs called ``names``, None where one is missing; input_ids must be there and nothing else may."""
     if not isinstance(inputs, Mapping) or "input_ids" not in inputs or not inputs.keys() <= set(names):
         found = sorted(inputs) if isinstance(inputs, Mapping) else f"a {type(inputs).__name__}"
-        raise ValueError(f"inputs must be a dict with input_ids and at most {', '.join(names)}, not {found}")
+        raise ArgumentError(f"inputs must be a dict with input_ids and at most {', '.join(names)}, not {found}")
     return [inputs.get(name) for name in names]
 
 
@@ -87,7 +88,7 @@ def positions(ids: torch.Tensor, given: torch.Tensor | None) -> torch.Tensor:
 def label(targets: Any, name: str) -> torch.Tensor:
     """The targets called ``name``."""
     if not isinstance(targets, Mapping) or name not in targets:
-        raise ValueError(f"targets must be a dict with {name!r}")
+        raise ArgumentError(f"targets must be a dict with {name!r}")
     found: torch.Tensor = targets[name]
     return found
 

@@ -9,7 +9,7 @@ from torch import nn
 from transformers.masking_utils import create_causal_mask
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block, GPT2PreTrainedModel
 
-from rpcpipe.errors import refuse
+from rpcpipe.errors import require
 from rpcpipe.model.hf.common import CausalLoss, Parts, positions, take
 from rpcpipe.model.layers import Layer, Wired
 
@@ -48,7 +48,7 @@ def lm_head(source: Any) -> tuple[dict[str, Layer], CausalLoss]:
     """GPT2LMHeadModel's layers, and its loss."""
     parts = Parts(source, GPT2PreTrainedModel)
     config = parts.config
-    refuse(config.add_cross_attention, "GPT-2 with cross-attention has a second input; a pipeline has one")
+    require(not config.add_cross_attention, "GPT-2 with cross-attention has a second input; a pipeline has one")
     layers: dict[str, Layer] = {
         "transformer": Wired(parts.layer("transformer", Embeddings, config, embedding="wte.weight"), gives=_WIRES),
         **{

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from rpcpipe.errors import ArgumentError
 from rpcpipe.model.hf import bert, gpt2, llama
 from rpcpipe.model.layers import Layer, Loss
 
@@ -21,7 +22,7 @@ _DEFAULTS = {"gpt2": "GPT2LMHeadModel", "bert": "BertForPreTraining", "llama": "
 
 
 def family_of(source: Any) -> Family:
-    """What cuts ``source``, a config or a model; ValueError if nothing does."""
+    """What cuts ``source``, a config or a model; ArgumentError if nothing does."""
     if isinstance(source, PreTrainedModel):
         name = type(source).__name__
     else:
@@ -29,7 +30,7 @@ def family_of(source: Any) -> Family:
         named = getattr(source, "architectures", None) or [default]
         name = named[0] if default and named[0] in _FAMILIES else default
     if name not in _FAMILIES:
-        raise ValueError(
+        raise ArgumentError(
             f"from_transformers takes {', '.join(_FAMILIES)}, or their configs, not {type(source).__name__};"
             " any other model is a pipeline once it is written as a list of layers (docs/guide/models.md)"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from rpcpipe.errors import ArgumentError
 from rpcpipe.schedules.render.html import to_html
 from rpcpipe.schedules.render.perfetto import to_chrome
 from rpcpipe.schedules.render.plot import draw
@@ -14,7 +15,7 @@ from rpcpipe.schedules.spans import Spans
 def save(timelines: Sequence[Spans], path: Path) -> None:
     """Write ``path`` in the format of its suffix.
 
-    Raises ValueError for an unknown suffix, ImportError where matplotlib is needed and missing.
+    Raises ArgumentError for an unknown suffix, ImportError where matplotlib is needed and missing.
     """
     if path.suffix == ".json":
         path.write_text(to_chrome(timelines), encoding="utf-8")
@@ -23,4 +24,4 @@ def save(timelines: Sequence[Spans], path: Path) -> None:
     elif path.suffix in (".svg", ".png"):
         draw(timelines, path)
     else:
-        raise ValueError(f"{path.name}: write .json, .html, .svg or .png")
+        raise ArgumentError(f"{path.name}: write .json, .html, .svg or .png")
