@@ -34,7 +34,7 @@ def test_progress() -> None:
         assert progress.done == done
     assert progress == Progress(3)
     assert Progress(3, 1, 5, 4.0).counted(2.0) == 6.0
-    with pytest.raises(TypeError, match="same form in all"):
+    with pytest.raises(rp.ArgumentError, match="same form in all"):
         Progress(3, 1, 5, 4.0).counted(None)
 
 

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from rpcpipe.driver.optimizer import PipelineOptimizer
+from rpcpipe.errors import ArgumentError
 from rpcpipe.stage.optimizer import LocalOptimizer, Parameters
 from support.models import adamw, sgd
 
@@ -66,7 +67,7 @@ def test_changed_hyperparameters_reach_the_worker_and_may_come_back() -> None:
     driver.param_groups[0]["lr"] = 1e-2
     apply(worker, driver.changes())
     assert worker.optimizer.param_groups[0]["lr"] == 1e-2
-    with pytest.raises(TypeError, match="takes no closure"):
+    with pytest.raises(ArgumentError, match="takes no closure"):
         driver.step(lambda: 0.0)
 
 
