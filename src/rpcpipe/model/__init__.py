@@ -1,4 +1,4 @@
-"""A model as named layers, in one process: how they are built, wired, tied, seeded, and cut into micro-batches."""
+"""A model as named layers in one process: building, wiring, tied weights, seeding, and splitting into micro-batches."""
 
 from rpcpipe.model.layers import LayerSpec, Sequential, Wired
 

@@ -1,10 +1,10 @@
-"""BatchNorm whose running statistics are the whole batch's, as torchgpipe's DeferredBatchNorm.
+"""BatchNorm whose running statistics are those of the whole batch, as in torchgpipe's DeferredBatchNorm.
 
 Every micro-batch is normalised by its own statistics, deferred or not, as in gradient accumulation.
-An ordinary BatchNorm also lets each of them move the running statistics, which then are those of
-small batches with a large momentum. Deferred, the micro-batches' moments are merged (Chan et al.,
-"Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979) and the running
-statistics move once, when the step's last one has passed.
+An ordinary BatchNorm also updates the running statistics for every micro-batch, so that they become those
+of small batches with a large momentum. A deferred BatchNorm merges the moments of the micro-batches (Chan
+et al., "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979) and updates the
+running statistics once, after the last micro-batch of the step.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ MODES = ("micro_batch", "deferred")
 
 
 class DeferredBatchNorm(_BatchNorm):
-    """``pending_*`` hold count, mean and sum of squared deviations of the step's micro-batches so far.
+    """A BatchNorm with pending statistics: ``pending_count``, ``pending_mean``, ``pending_squares``.
 
-    They are buffers so that what restores buffers, after a recomputation or a failed step, restores
-    them too; not persistent, so that ``state_dict`` is a BatchNorm's.
+    They hold count, mean and sum of squared deviations of the step's micro-batches so far, per channel.
+    They are buffers, so that a recomputation or a failed step restores them with the other buffers, and not
+    persistent, so that ``state_dict`` equals that of a BatchNorm.
     """
 
     pending_count: torch.Tensor
@@ -32,7 +33,7 @@ class DeferredBatchNorm(_BatchNorm):
     pending_squares: torch.Tensor
 
     def open(self) -> None:
-        """Make the pending sums, zero."""
+        """Create the pending statistics, all zero."""
         assert self.running_mean is not None
         zeros = torch.zeros_like(self.running_mean, dtype=torch.float64)
         self.register_buffer("pending_count", zeros.new_zeros(()), persistent=False)
@@ -40,26 +41,26 @@ class DeferredBatchNorm(_BatchNorm):
         self.register_buffer("pending_squares", zeros.clone(), persistent=False)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """What the BatchNorm gives; in training the running statistics do not move yet."""
+        """Return the output of the BatchNorm; in training, merge the moments into the pending statistics."""
         if not self.training:
             return super().forward(input)
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         mean, variance = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)  # type: ignore[arg-type]
-        # With momentum 1 they become this micro-batch's mean and unbiased variance.
+        # With momentum 1 ``mean`` and ``variance`` become this micro-batch's mean and unbiased variance.
         output = nn.functional.batch_norm(input, mean, variance, self.weight, self.bias, True, 1.0, self.eps)
         count = input.numel() // input.shape[1]
         self.merge(torch.tensor(float(count), dtype=torch.float64), mean.double(), variance.double() * (count - 1))
         return output
 
     def give(self) -> list[torch.Tensor]:
-        """What is pending, for ``merge`` on another replica; nothing is pending here then."""
+        """Return the pending statistics, for ``merge`` on another replica, and reset them here to zero."""
         pending = [self.pending_count, self.pending_mean, self.pending_squares]
         self.open()
         return pending
 
     @torch.no_grad()
     def merge(self, count: torch.Tensor, mean: torch.Tensor, squares: torch.Tensor) -> None:
-        """Add ``count`` values with that mean and sum of squared deviations to what is pending."""
+        """Add ``count`` values with mean ``mean`` and squared deviations ``squares`` to the pending statistics."""
         if not count:
             return
         total = self.pending_count + count
@@ -70,7 +71,7 @@ class DeferredBatchNorm(_BatchNorm):
 
     @torch.no_grad()
     def commit(self) -> None:
-        """Move the running statistics by what is pending, as one forward of the whole batch would."""
+        """Update the running statistics from the pending ones, as one forward of the whole batch would."""
         if not self.pending_count:
             return
         assert self.running_mean is not None
@@ -84,7 +85,7 @@ class DeferredBatchNorm(_BatchNorm):
         self.clear()
 
     def clear(self) -> None:
-        """Nothing is pending."""
+        """Reset the pending statistics to zero."""
         for pending in (self.pending_count, self.pending_mean, self.pending_squares):
             pending.zero_()
 
@@ -101,28 +102,32 @@ class DeferredBatchNorm3d(DeferredBatchNorm, nn.BatchNorm3d):
     """An ``nn.BatchNorm3d``, deferred."""
 
 
-_KINDS = {nn.BatchNorm1d: DeferredBatchNorm1d, nn.BatchNorm2d: DeferredBatchNorm2d, nn.BatchNorm3d: DeferredBatchNorm3d}
+_DEFERRED_CLASSES = {
+    nn.BatchNorm1d: DeferredBatchNorm1d,
+    nn.BatchNorm2d: DeferredBatchNorm2d,
+    nn.BatchNorm3d: DeferredBatchNorm3d,
+}
 
 
 def defer(module: nn.Module) -> nn.Module:
-    """``module`` with every BatchNorm in it deferred, in place: hooks, parameters and names stay.
+    """Make every BatchNorm in ``module`` deferred, in place, and return ``module``.
 
-    Raises TypeError for a subclass of BatchNorm, whose forward is unknown.
+    Hooks, parameters and names stay. Raises ArgumentError for a subclass of BatchNorm, whose forward is unknown.
     """
     for norm in module.modules():
         if not isinstance(norm, _BatchNorm) or isinstance(norm, DeferredBatchNorm) or not norm.track_running_stats:
             continue
-        kind = _KINDS.get(type(norm))
-        if kind is None:
+        deferred_class = _DEFERRED_CLASSES.get(type(norm))
+        if deferred_class is None:
             raise ArgumentError(
                 f"batch_norm='deferred' takes nn.BatchNorm1d, 2d and 3d, not {type(norm).__name__};"
                 " replace it, or pass batch_norm='micro_batch'"
             )
-        norm.__class__ = kind
+        norm.__class__ = deferred_class
         cast(DeferredBatchNorm, norm).open()
     return module
 
 
 def deferred(module: nn.Module) -> list[DeferredBatchNorm]:
-    """The deferred ones in ``module``."""
+    """Return the deferred BatchNorms in ``module``."""
     return [norm for norm in module.modules() if isinstance(norm, DeferredBatchNorm)]

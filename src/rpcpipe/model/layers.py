@@ -1,4 +1,4 @@
-"""A model as named layers, some of which exist only as a recipe until they are on their worker."""
+"""A model as named layers: modules, or LayerSpecs from which the modules are built on their workers."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from rpcpipe.model import rng, tied_weights
 from rpcpipe.model.microbatch import Nest
 from rpcpipe.model.wiring import Wiring, advance, live_names, required_inputs
 
-# loss(output, target): the mean as a scalar tensor, or (sum, count).
+# loss(output, target) returns the mean as a scalar tensor, or (sum, count).
 Loss = Callable[[Any, Any], Any]
 
 
 class LayerSpec:
-    """``cls(*args, **kwargs)``, built on the layer's worker and never on the driver.
+    """The module ``cls(*args, **kwargs)``, built on the layer's worker and never on the driver.
 
-    Its weights are drawn from a generator seeded by (pipeline's seed, layer index), so they do
-    not depend on where the model is cut.
+    The initial weights come from a generator seeded by (pipeline's seed, layer index), so they do not
+    depend on the partition.
 
-    ``tied="key"``: all layers with this key share the parameter that they call ``weight``, on whatever
-    stages they are; it is drawn as the first of them draws it. ``tied={"key": "token.weight"}`` for a
-    parameter of another name, or for several.
+    ``tied="key"``: all layers with this key, on any stage, share their parameter ``weight``; its initial
+    value is that of the first of these layers. Pass ``tied={"key": "token.weight"}`` where the parameter
+    has another name, or to tie several parameters.
     """
 
     def __init__(self, cls: Any, *args: Any, tied: str | Mapping[str, str] | None = None, **kwargs: Any) -> None:
@@ -38,26 +38,26 @@ class LayerSpec:
         self.kwargs = kwargs
 
     def build(self) -> nn.Module:
-        """The module; raises TypeError if ``cls`` does not make one."""
+        """Return the module; raises TypeError if ``cls`` does not make an ``nn.Module``."""
         module = self.cls(*self.args, **self.kwargs)
         if not isinstance(module, nn.Module):
             raise TypeError(f"{self!r} made a {type(module).__name__}, not an nn.Module")
         return module
 
     def __repr__(self) -> str:
-        given = [repr(arg) for arg in self.args] + [f"{key}={value!r}" for key, value in self.kwargs.items()]
-        given += [f"tied={self.tied}"] if self.tied else []
-        return f"LayerSpec({getattr(self.cls, '__name__', self.cls)}, {', '.join(given)})"
+        arguments = [repr(arg) for arg in self.args] + [f"{key}={value!r}" for key, value in self.kwargs.items()]
+        arguments += [f"tied={self.tied}"] if self.tied else []
+        return f"LayerSpec({getattr(self.cls, '__name__', self.cls)}, {', '.join(arguments)})"
 
 
 class Wired:
-    """A layer that takes and gives named values, beside the running value that goes from layer to layer.
+    """A layer that takes and gives named values, beside the running value that passes from layer to layer.
 
-    It is called ``layer(x, *taken)`` and returns x, or with ``gives`` the tuple ``(x, *given)``. ``takes``
-    and ``gives`` are names. A name means what the last layer before has given under it; one that no
-    layer before gives must be a key of the inputs, which then are a dict (all of it is the first
-    layer's x). Names reach the stages that take them directly, from the driver or from the stage that
-    uses them before, and so do their gradients on the way back.
+    The layer is called as ``layer(x, *taken)`` and returns x, or with ``gives`` the tuple ``(x, *given)``.
+    ``takes`` and ``gives`` are names. A name stands for the value that the nearest earlier layer gives under
+    it; a name that no earlier layer gives must be a key of the inputs, which are a dict then (the whole
+    dict is the first layer's x). A value is sent directly to the stages that take it, by the driver or by
+    the stage that uses it before, and its gradient returns along the same route.
     """
 
     def __init__(
@@ -77,9 +77,10 @@ Model = nn.Sequential | Sequence[Layer] | Mapping[str, Layer]
 
 
 class Named(nn.Sequential):
-    """Layers in a row whose names may have dots: ``bert.encoder.layer.3``, as in the unsplit model's ``state_dict``.
+    """A chain of layers whose names may contain dots (``bert.encoder.layer.3``), as in the model's ``state_dict``.
 
-    To torch a dot begins a level, so what it looks up by name is done here.
+    torch reads a dot as a submodule, and ``transformer`` and ``transformer.h.0`` may both be layers, so the
+    methods that look up names are overridden.
     """
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
@@ -107,14 +108,16 @@ class Named(nn.Sequential):
 class Sequential(Named):
     """The layers of a pipeline as one module in this process.
 
-    Its outputs, initial weights and ``state_dict`` are those of ``Pipeline(layers, seed=seed)``, which takes
-    a Sequential as well. LayerSpecs are built here. ``forward`` takes the inputs as a pipeline does;
-    raises ArgumentError if they lack a name that a layer takes.
+    Its outputs, initial weights and ``state_dict`` equal those of ``Pipeline(layers, seed=seed)``, which
+    accepts a Sequential as well. The constructor builds LayerSpecs. ``forward`` takes the inputs as a
+    pipeline does; it raises ArgumentError if they lack a name that a layer takes.
     """
 
     def __init__(self, layers: Model, *, seed: int = 0) -> None:
         named = named_layers(layers)
-        built = OrderedDict((name, build(layer, seed=seed, index=at)) for at, (name, layer) in enumerate(named.items()))
+        built = OrderedDict[str, nn.Module]()
+        for index, (name, layer) in enumerate(named.items()):
+            built[name] = build(layer, seed=seed, index=index)
         tied_weights.join(built, find_ties(named), built, seed)
         super().__init__(built)
         self.wirings = {name: wiring_of(layer) for name, layer in named.items()}
@@ -129,35 +132,35 @@ class Sequential(Named):
 
 
 def unwired(layer: Layer) -> nn.Module | LayerSpec:
-    """The layer itself."""
+    """Return the module or LayerSpec inside ``layer``, without its wiring."""
     return layer.layer if isinstance(layer, Wired) else layer
 
 
 def wiring_of(layer: Layer) -> Wiring:
-    """What ``layer`` takes and gives."""
+    """Return the names that ``layer`` takes and gives; none unless it is Wired."""
     return layer.wiring if isinstance(layer, Wired) else Wiring()
 
 
-def check_inputs(given: Nest, wirings: Mapping[str, Wiring]) -> None:
-    """ArgumentError unless ``given`` has every name that no layer gives before another one takes it."""
+def check_inputs(inputs: Nest, wirings: Mapping[str, Wiring]) -> None:
+    """Raise ArgumentError unless ``inputs`` has every name that a layer takes and no earlier layer gives."""
     for name, layer in required_inputs(wirings).items():
-        if not isinstance(given, Mapping) or name not in given:
-            what = f"their keys are {list(given)}" if isinstance(given, Mapping) else f"a {type(given).__name__}"
+        if not isinstance(inputs, Mapping) or name not in inputs:
+            actual = f"their keys are {list(inputs)}" if isinstance(inputs, Mapping) else f"a {type(inputs).__name__}"
             raise ArgumentError(
-                f"layer {layer} takes {name!r}, which no layer before it gives and the inputs do not have ({what});"
+                f"layer {layer} takes {name!r}, which no layer before it gives and the inputs do not have ({actual});"
                 f" pass inputs as a dict with {name!r}, or let an earlier layer give it"
             )
 
 
 def named_layers(model: Model) -> OrderedDict[str, Layer]:
-    """The model's layers by the names they have in the unsplit model's ``state_dict``.
+    """Return the model's layers, in order, by their names in the unsplit model's ``state_dict``.
 
     Raises PartitionError for anything but an ``nn.Sequential``, or a sequence or mapping of layers.
     """
     if isinstance(model, Sequential):
         return OrderedDict((name, Wired(layer, *model.wirings[name])) for name, layer in model.named_children())
     if isinstance(model, nn.Sequential):
-        return _distinct(model._modules)  # named_children leaves out what comes again
+        return _distinct(model._modules)  # named_children omits a module's second use
     if isinstance(model, nn.Module) or not isinstance(model, (Sequence, Mapping)):
         raise PartitionError(
             "model must be an nn.Sequential, or a list or dict of nn.Module / rp.LayerSpec, not"
@@ -171,12 +174,15 @@ def named_layers(model: Model) -> OrderedDict[str, Layer]:
 
 
 def _distinct(layers: Mapping[str, Any]) -> OrderedDict[str, Layer]:
-    """``layers`` where a module that comes again is another module with the same parameters."""
-    found = OrderedDict[str, Layer]()
-    before = dict[nn.Module | LayerSpec, str]()
+    """Return ``layers`` with each repeated module replaced by a copy that has the same parameters.
+
+    Raises PartitionError for a repeated module with buffers.
+    """
+    distinct = OrderedDict[str, Layer]()
+    first_names = dict[nn.Module | LayerSpec, str]()
     for name, layer in layers.items():
         module = unwired(layer)
-        first = before.setdefault(module, name)
+        first = first_names.setdefault(module, name)
         if first != name and isinstance(module, nn.Module):
             if any(True for _ in module.buffers()):
                 raise PartitionError(
@@ -185,17 +191,17 @@ def _distinct(layers: Mapping[str, Any]) -> OrderedDict[str, Layer]:
                 )
             module = copy.deepcopy(module, {id(parameter): parameter for parameter in module.parameters()})
             layer = Wired(module, *layer.wiring) if isinstance(layer, Wired) else module
-        found[name] = layer
-    return found
+        distinct[name] = layer
+    return distinct
 
 
 def find_ties(layers: Mapping[str, Layer]) -> tuple[tied_weights.Tie, ...]:
-    """The weights that several layers share."""
+    """Return the weights that several layers share."""
     return tied_weights.find({name: unwired(layer) for name, layer in layers.items()})
 
 
 def layer_of(key: str, layers: Container[str]) -> str:
-    """The layer whose state has ``key``: the longest of ``layers`` that it begins with."""
+    """Return the layer to which state entry ``key`` belongs: the longest name in ``layers`` that is its prefix."""
     name = key.rpartition(".")[0]
     while name not in layers:
         name = name.rpartition(".")[0]
@@ -203,7 +209,7 @@ def layer_of(key: str, layers: Container[str]) -> str:
 
 
 def build(layer: Layer, *, seed: int, index: int) -> nn.Module:
-    """The module itself: built where this is called if it is a spec, as it is otherwise."""
+    """Return the module of ``layer``: built from a spec with the seed of layer ``index``, or the given module."""
     layer = unwired(layer)
     if isinstance(layer, nn.Module):
         return layer
@@ -212,9 +218,9 @@ def build(layer: Layer, *, seed: int, index: int) -> nn.Module:
 
 
 def parameter_counts(layers: Mapping[str, Layer]) -> list[int]:
-    """Parameters per layer; specs are built without memory, on the meta device.
+    """Return the number of parameters of each layer; specs are built on the meta device, without memory.
 
-    Raises PartitionError for a spec whose constructor cannot do that (it reads a tensor's value).
+    Raises PartitionError for a spec that cannot be built there (its constructor reads a tensor's value).
     """
     counts = []
     for name, layer in layers.items():

@@ -1,7 +1,7 @@
-"""Batches as nests of tensors: cut into micro-batches, put together again.
+"""Batches as nests of tensors: split into micro-batches, and merged again.
 
-A nest is a tensor, a plain value, or tuples, lists and dicts of nests (anything torch's pytree
-knows). The batch is dimension 0 of every tensor that has one.
+A nest is a tensor, a plain value, or a tuple, list or dict of nests (any container that torch's pytree
+knows). Dimension 0 of every tensor that has a dimension is the batch dimension.
 """
 
 from __future__ import annotations
@@ -20,50 +20,51 @@ Nest = Any
 
 
 def tensors(nest: Nest) -> list[torch.Tensor]:
-    """The tensors in ``nest``, in a fixed order."""
+    """Return the tensors in ``nest``, in a fixed order."""
     return [leaf for leaf in pytree.tree_leaves(nest) if isinstance(leaf, torch.Tensor)]
 
 
 def map_tensors(function: Any, nest: Nest) -> Nest:
-    """``nest`` with every tensor replaced by ``function(tensor)``."""
+    """Return ``nest`` with every tensor replaced by ``function(tensor)``."""
     return pytree.tree_map_only(torch.Tensor, function, nest)
 
 
-# A nest as it travels: its tensors, which the transport carries beside the bytes, and all else pickled.
+# A nest in a message: its tensors, which the transport sends beside the bytes, and everything else pickled.
 Packed = tuple[list[torch.Tensor], bytes]
 
 
 def pack(nest: Nest) -> Packed:
-    """``nest`` with its structure by cloudpickle, which knows the classes of a script or a REPL.
+    """Return ``nest`` packed for a message, with its structure pickled by cloudpickle.
 
-    Raises what pickling raises, here rather than on a thread of the transport.
+    cloudpickle also handles classes defined in a script or a REPL. Errors of pickling are raised here
+    and not on a thread of the transport.
     """
-    found: list[torch.Tensor] = []
+    leaves: list[torch.Tensor] = []
 
     def put_aside(tensor: torch.Tensor) -> _Place:
-        found.append(tensor)
-        return _Place(len(found) - 1)
+        leaves.append(tensor)
+        return _Place(len(leaves) - 1)
 
-    return found, cloudpickle.dumps(map_tensors(put_aside, nest))
+    return leaves, cloudpickle.dumps(map_tensors(put_aside, nest))
 
 
 def unpack(packed: Packed) -> Nest:
-    """Inverse of ``pack``."""
-    found, data = packed
-    return pytree.tree_map_only(_Place, lambda place: found[place.index], cloudpickle.loads(data))
+    """Return the nest that ``pack`` has packed."""
+    leaves, data = packed
+    return pytree.tree_map_only(_Place, lambda place: leaves[place.index], cloudpickle.loads(data))
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor was."""
+    """Stands in the pickled nest for tensor ``index``."""
 
     index: int
 
 
 def batch_size(nest: Nest) -> int:
-    """Length of dimension 0, the same for all tensors of ``nest`` that have a dimension.
+    """Return the length of dimension 0, equal for all tensors of ``nest`` that have a dimension.
 
-    Raises ArgumentError if there is none, if it is 0, or if two disagree.
+    Raises ArgumentError if no tensor has a dimension, if the length is 0, or if two tensors disagree.
     """
     sizes = {leaf.shape[0] for leaf in tensors(nest) if leaf.dim()}
     if len(sizes) != 1 or 0 in sizes:
@@ -76,7 +77,7 @@ def batch_size(nest: Nest) -> int:
 
 
 def split(nest: Nest, chunks: int) -> list[Nest]:
-    """Micro-batches as ``tensor.chunk(chunks)`` makes them: possibly fewer, the last smaller.
+    """Return the micro-batches that ``tensor.chunk(chunks)`` makes: possibly fewer, the last one smaller.
 
     Values without a batch dimension go into every micro-batch.
     """
@@ -90,9 +91,9 @@ def split(nest: Nest, chunks: int) -> list[Nest]:
 
 
 def merge(nests: Sequence[Nest]) -> Nest:
-    """One nest from micro-batches' outputs: tensors concatenated along dimension 0.
+    """Return one nest of the micro-batches' outputs, with tensors concatenated along dimension 0.
 
-    Scalars and plain values cannot be concatenated and come as a list, one per micro-batch.
+    Scalars and plain values cannot be concatenated; they are returned as a list with one entry per micro-batch.
     """
     flat = [pytree.tree_flatten(nest) for nest in nests]
     spec = flat[0][1]

@@ -1,7 +1,7 @@
-"""Random numbers as a function of (seed, step, micro-batch, layer), and of nothing else.
+"""Random numbers that depend on (seed, step, micro-batch, layer) only.
 
-So dropout draws the same bits on any number of stages, under any schedule, in a recomputation
-and in a replay. A plain loop reproduces a pipeline by calling ``seed_layer`` before each layer.
+Dropout therefore draws the same bits on any number of stages, under any schedule, and in a
+recomputation. A plain loop reproduces a pipeline by calling ``seed_layer`` before each layer.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 import torch
 
 _MASK = (1 << 64) - 1
-# Where the layer's weights are drawn, no step is running.
+# Takes the place of the step's number when a layer's initial weights are drawn.
 _INITIAL = _MASK
 
 
 def derive(*parts: int) -> int:
-    """A 64-bit seed from integers: splitmix64 (Steele et al., OOPSLA 2014) over their sequence."""
+    """Return a 64-bit seed computed from integers: splitmix64 (Steele et al., OOPSLA 2014) over their sequence."""
     state = 0
     for part in parts:
         state = (state ^ (part & _MASK)) + 0x9E3779B97F4A7C15 & _MASK

@@ -1,7 +1,8 @@
-"""One weight that several layers share, wherever they are.
+"""Tied weights: one weight that several layers share, on the same or on different workers.
 
-On a worker the layers share the parameter itself. Workers have a copy each, drawn alike; their
-gradients are summed before the update (``exchange``), and the same update keeps them alike to the bit.
+Layers on one worker share the parameter itself. Each worker has one copy, with the same initial value. The
+gradients of the copies are summed before the update, and applying the same update keeps the copies
+identical to the bit.
 """
 
 from __future__ import annotations
@@ -18,19 +19,19 @@ from rpcpipe.model import rng
 
 
 class Holder(NamedTuple):
-    """A layer that shares a weight, and what it calls the parameter."""
+    """A layer that shares a weight, and the parameter's name within the layer."""
 
     layer: str
     parameter: str
 
     @property
     def name(self) -> str:
-        """The parameter's name in the unsplit model."""
+        """Name of the parameter in the unsplit model."""
         return f"{self.layer}.{self.parameter}"
 
 
 class Spec(Protocol):
-    """What is used of a LayerSpec here; ``tied``: parameters' names by the key under which others share them."""
+    """The part of a LayerSpec used here; ``tied`` maps the key that layers share to a parameter's name."""
 
     @property
     def tied(self) -> Mapping[str, str]: ...
@@ -40,7 +41,10 @@ class Spec(Protocol):
 
 @dataclass(frozen=True)
 class Tie:
-    """``holders``: in the model's order. ``spec``: the first one's, if it is one, and ``index`` its place."""
+    """One tied weight and its ``holders``, in the model's order.
+
+    ``spec`` is the first holder's LayerSpec, or None if that layer is a module; ``index`` is the layer's index.
+    """
 
     holders: tuple[Holder, ...]
     spec: Spec | None
@@ -48,32 +52,32 @@ class Tie:
 
     @property
     def group(self) -> str:
-        """What messages call it."""
+        """Name of the tied weight in messages between workers."""
         return f"the weight {self.holders[0].name}"
 
 
 def find(layers: Mapping[str, nn.Module | Spec]) -> tuple[Tie, ...]:
-    """Specs' keys, and the parameters that several modules have in common.
+    """Return the weights tied by specs' keys, and the parameters that several modules share.
 
     Raises PartitionError for a key that only one layer has.
     """
-    found: dict[str | nn.Parameter, list[tuple[int, Holder]]] = {}
+    holders_of: dict[str | nn.Parameter, list[tuple[int, Holder]]] = {}
     specs = dict[int, Spec]()
     for index, (name, layer) in enumerate(layers.items()):
         if isinstance(layer, nn.Module):
             for path, parameter in layer.named_parameters():
-                found.setdefault(parameter, []).append((index, Holder(name, path)))
+                holders_of.setdefault(parameter, []).append((index, Holder(name, path)))
         else:
             specs[index] = layer
             for key, path in layer.tied.items():
-                found.setdefault(key, []).append((index, Holder(name, path)))
-    for shared, holders in found.items():
+                holders_of.setdefault(key, []).append((index, Holder(name, path)))
+    for shared, holders in holders_of.items():
         if isinstance(shared, str) and len(holders) == 1:
             alone = holders[0][1].layer
             raise PartitionError(f"tied={shared!r} is said of layer {alone} alone; say it of another one too")
     return tuple(
         Tie(tuple(holder for _, holder in holders), specs.get(holders[0][0]), holders[0][0])
-        for holders in found.values()
+        for holders in holders_of.values()
         if len(holders) > 1
     )
 
@@ -81,12 +85,13 @@ def find(layers: Mapping[str, nn.Module | Spec]) -> tuple[Tie, ...]:
 def join(
     modules: Mapping[str, nn.Module], ties: Sequence[Tie], drawn: Collection[str], seed: int
 ) -> dict[str, nn.Parameter]:
-    """Let those of ``modules`` that are tied share the parameter itself; the parameters by group.
+    """Make tied layers among ``modules`` share one parameter; return the parameters, by group.
 
-    Those of ``drawn`` were just built from a spec: where the first holder is elsewhere, their values
-    become its, from its spec. Raises PartitionError where the parameters are not alike.
+    The modules named in ``drawn`` were just built from specs. Where a weight's first holder is on another
+    worker, the shared parameter takes the initial value that the first holder's spec gives. Raises
+    PartitionError where shapes, dtypes or ``requires_grad`` differ.
     """
-    found = {}
+    weights = {}
     for tie in ties:
         here = [holder for holder in tie.holders if holder.layer in modules]
         if not here:
@@ -101,8 +106,8 @@ def join(
             own = _parameter(modules[holder.layer], holder)
             _check_alike(here[0], weight, holder, own)
             _replace(modules[holder.layer], own, weight)
-        found[tie.group] = weight
-    return found
+        weights[tie.group] = weight
+    return weights
 
 
 def _parameter(module: nn.Module, holder: Holder) -> nn.Parameter:
@@ -117,26 +122,26 @@ def _parameter(module: nn.Module, holder: Holder) -> nn.Parameter:
 
 def _check_alike(first: Holder, a: nn.Parameter, second: Holder, b: nn.Parameter) -> None:
     if (a.shape, a.dtype, a.requires_grad) != (b.shape, b.dtype, b.requires_grad):
-        raise PartitionError(f"{first.name} and {second.name} cannot be one weight: {_words(a)} and {_words(b)}")
+        raise PartitionError(f"{first.name} and {second.name} cannot be one weight: {_describe(a)} and {_describe(b)}")
 
 
-def _words(parameter: nn.Parameter) -> str:
+def _describe(parameter: nn.Parameter) -> str:
     return f"{tuple(parameter.shape)} of {parameter.dtype}{'' if parameter.requires_grad else ', frozen'}"
 
 
 def _replace(module: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
-    for part in module.modules():
-        for name, parameter in part.named_parameters(recurse=False, remove_duplicate=False):
+    for submodule in module.modules():
+        for name, parameter in submodule.named_parameters(recurse=False, remove_duplicate=False):
             if parameter is old:
-                setattr(part, name, new)
+                setattr(submodule, name, new)
 
 
 def completed(ties: Sequence[Tie], state: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """``state`` with each tied weight under all its names, if it has it under one.
+    """Return ``state`` with each tied weight that it contains under all of the weight's names.
 
     Raises CheckpointError where two names have different values.
     """
-    whole = dict(state)
+    complete = dict(state)
     for tie in ties:
         names = [holder.name for holder in tie.holders]
         present = [name for name in names if name in state]
@@ -145,5 +150,5 @@ def completed(ties: Sequence[Tie], state: Mapping[str, torch.Tensor]) -> dict[st
                 raise CheckpointError(
                     f"{present[0]} and {other} are one weight of the model and differ in the state; give one of them"
                 )
-        whole |= {name: state[present[0]] for name in names if present}
-    return whole
+        complete |= {name: state[present[0]] for name in names if present}
+    return complete

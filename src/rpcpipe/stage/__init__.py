@@ -1,4 +1,4 @@
-"""Compute one stage: forward, backward in one or two halves, recomputation, its optimizer; knows no message."""
+"""Compute one stage: forward, full or split backward, recomputation, optimizer. Nothing here sends a message."""
 
 from rpcpipe.stage.stage import Stage
 

@@ -1,4 +1,4 @@
-"""What autograd keeps of a forward pass: counted, or not kept at all."""
+"""The tensors that autograd saves during a forward: measure their memory, or save none."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 
 class Memory:
-    """Distinct memory behind tensors: of a storage that several views share, as much as they cover."""
+    """Distinct memory of tensors. A storage shared by several views counts with the bytes that the views cover."""
 
     def __init__(self, tensors: Iterable[torch.Tensor] = ()) -> None:
         self._parts: dict[int, set[tuple[int, int]]] = {}
@@ -20,13 +20,14 @@ class Memory:
             self.add(tensor)
 
     def add(self, tensor: torch.Tensor) -> None:
+        """Add the memory of ``tensor``."""
         storage = tensor.untyped_storage()
-        address = storage.data_ptr() or storage._cdata  # on the meta device there is no memory
+        address = storage.data_ptr() or storage._cdata  # the meta device has no memory, so data_ptr is 0
         self._sizes[address] = storage.nbytes()
         self._parts.setdefault(address, set()).add((int(tensor.storage_offset()), tensor.nbytes))
 
     def without(self, *others: Memory) -> int:
-        """Bytes, but for the storages in ``others``."""
+        """Return the bytes, without the storages in ``others``."""
         return sum(
             min(self._sizes[address], sum(size for _, size in parts))
             for address, parts in self._parts.items()
@@ -35,7 +36,7 @@ class Memory:
 
 
 class Meter:
-    """Counts the distinct memory that autograd saves inside the with-block, but for what is in ``known``."""
+    """Measures the distinct memory that autograd saves inside the with-block, without the tensors in ``known``."""
 
     def __init__(self, known: Iterable[torch.Tensor]) -> None:
         self._known = Memory(known)
@@ -44,15 +45,16 @@ class Meter:
 
     @property
     def bytes(self) -> int:
+        """Saved bytes."""
         return self.saved.without(self._known)
 
     def beside(self, other: Memory) -> int:
-        """``bytes``, but for what is in ``other`` too."""
+        """Return the saved bytes, also without the storages in ``other``."""
         return self.saved.without(self._known, other)
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
         self.saved.add(tensor)
-        # The tensor itself may be an output of the node that saves it: a cycle that is never freed.
+        # Detached: the tensor may be an output of the node that saves it, which makes a cycle that is never freed.
         return tensor.detach()
 
     def __enter__(self) -> Meter:
@@ -64,9 +66,9 @@ class Meter:
 
 
 def forgetting() -> AbstractContextManager[None]:
-    """Inside, autograd builds its graph, which says what needs a gradient, and saves nothing.
+    """Return a context in which autograd builds its graph, which tells what needs a gradient, but saves no tensor.
 
-    Unlike under ``no_grad`` every operation takes the path that it takes when it is recomputed.
+    Unlike under ``no_grad``, every operation takes the same code path as in its recomputation.
     """
     return saved_tensors_hooks(_nothing, _gone)
 

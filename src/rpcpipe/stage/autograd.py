@@ -1,8 +1,8 @@
 """Autograd inside one stage, for one micro-batch.
 
-A micro-batch enters through ``Entry``, a node of the graph that stands for the stages before: the
-input is no leaf (so a stage may begin with an in-place layer, as it may in the unsplit model) and
-its gradient ends in a box instead of an accumulator.
+A micro-batch enters through ``Entry``, a node of the graph that stands for the earlier stages. The input
+is therefore not a leaf, so a stage may begin with an in-place layer, as the unsplit model may; and its
+gradient is stored in a list, ``box``, and not accumulated in ``.grad``.
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from rpcpipe.model.microbatch import Nest, map_tensors, tensors
 
-# By tensor, None where nothing flows back.
+# One gradient per tensor; None for a tensor to which no gradient flows back.
 Gradients = list[torch.Tensor | None]
 
 
 class Entry(torch.autograd.Function):
-    """Identity on the inputs; its backward puts their gradients into ``box`` and ends there."""
+    """Identity on the inputs whose backward stores their gradients in ``box`` and stops there.
+
+    ``anchor`` is an empty leaf that requires a gradient, so that autograd records the node.
+    """
 
     @staticmethod
     def forward(ctx: Any, box: list[Any], anchor: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -36,23 +39,23 @@ class Entry(torch.autograd.Function):
 
 @dataclass
 class StageInput:
-    """A nest from the stage before, with one flag per tensor: does a gradient go back?"""
+    """A nest that a stage receives, with one flag per tensor: whether to send a gradient back."""
 
     nest: Nest
     wants_grad: list[bool]
 
     @classmethod
     def constant(cls, nest: Nest) -> StageInput:
-        """The driver's input: no gradient goes back."""
+        """Return ``nest`` as an input to which no gradient flows back, such as the driver's."""
         return cls(nest, [False] * len(tensors(nest)))
 
 
 @dataclass
 class GraphEntry:
-    """Where a micro-batch entered the graph: ``edges`` to the Entry node, ``box`` for gradients.
+    """The point where a micro-batch enters the graph: ``edges`` to the Entry node, ``box`` for gradients.
 
-    Where nothing entered that needs a gradient (the first stage), ``inner`` edges lead to the first
-    layer's outputs: a split backward stops there, so that its halves cost what they cost elsewhere.
+    If no input needs a gradient (on the first stage), ``inner`` holds the edges to the first layer's
+    outputs. A split backward stops there, so that its halves cost the same as on other stages.
     """
 
     edges: list[GradientEdge] = field(default_factory=list)
@@ -62,19 +65,19 @@ class GraphEntry:
 
 @dataclass
 class Saved:
-    """What a stage keeps of one micro-batch between its forward and its backward."""
+    """The ends of one micro-batch's graph, kept from the forward to the backward."""
 
     outputs: list[torch.Tensor]
     entered: GraphEntry
 
 
 def copied(received: StageInput) -> StageInput:
-    """The same in memory of its own."""
+    """Return a copy of ``received`` that shares no memory with it."""
     return StageInput(map_tensors(lambda leaf: leaf.detach().clone(), received.nest), received.wants_grad)
 
 
 def enter(received: StageInput) -> tuple[Nest, GraphEntry]:
-    """The nest with gradients flowing to a box, and where that is."""
+    """Return the nest with its gradients directed to a box, and the GraphEntry that holds the box."""
     leaves = tensors(received.nest)
     wanted = [leaf for leaf, wants in zip(leaves, received.wants_grad, strict=True) if wants]
     box: Gradients = [None] * len(wanted)
@@ -89,20 +92,20 @@ def enter(received: StageInput) -> tuple[Nest, GraphEntry]:
 
 
 def leave(outputs: Nest) -> StageInput:
-    """What goes to the next stage: the outputs cut off from this stage's graph."""
+    """Return ``outputs`` detached from this stage's graph, as the input of the next stage."""
     flags = [leaf.requires_grad for leaf in tensors(outputs)]
     return StageInput(map_tensors(lambda leaf: leaf.detach(), outputs), flags)
 
 
 def differentiable(outputs: Nest) -> list[torch.Tensor]:
-    """The output tensors that need a gradient, in the order in which their gradients come back."""
+    """Return the output tensors that need a gradient, in the order in which their gradients come back."""
     return [leaf for leaf in tensors(outputs) if leaf.requires_grad]
 
 
 def backward(saved: Saved, grads: Gradients) -> Gradients:
     """Accumulate into the parameters' ``.grad``; return the inputs' gradients.
 
-    An output that nothing downstream used has gradient None and is left out.
+    An output that no later layer used has gradient None and is left out.
     """
     pairs = [(out, grad) for out, grad in zip(saved.outputs, grads, strict=True) if grad is not None]
     if pairs:

@@ -1,6 +1,6 @@
-"""What flows through a stage: the running value and the named values beside it, as one nest.
+"""The inputs and outputs of a stage as one nest: the running value and the named values beside it.
 
-So all that holds for a nest (gradients by tensor, recomputation, split backwards) holds for them.
+Everything that works on a nest (gradients by tensor, recomputation, split backwards) works on this one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from rpcpipe.stage.autograd import Gradients, StageInput
 
 
 def join(parcels: Mapping[str, StageInput]) -> tuple[StageInput, dict[str, int]]:
-    """One StageInput of a Flow from what came by each link, and how many gradients go back by each."""
+    """Return the inputs of all links as one StageInput of a Flow, and the number of gradients per link to return."""
     x = None
     values: dict[str, Nest] = {}
     for link, parcel in parcels.items():
@@ -24,7 +24,7 @@ def join(parcels: Mapping[str, StageInput]) -> tuple[StageInput, dict[str, int]]
 
 
 def part(flow: StageInput, outgoing: Mapping[str, Sequence[str]]) -> dict[str, StageInput]:
-    """Inverse of ``join``: what leaves by each link. The values in ``flow`` have the order of ``outgoing``."""
+    """Return the outputs by link, the inverse of ``join``. The values in ``flow`` have the order of ``outgoing``."""
     x, values = flow.nest
     flags = iter(flow.wants_grad)
     parcels = {}
@@ -35,11 +35,11 @@ def part(flow: StageInput, outgoing: Mapping[str, Sequence[str]]) -> dict[str, S
 
 
 def leaving(flow: Flow, outgoing: Mapping[str, Sequence[str]]) -> Flow:
-    """``flow`` with its values in the order in which ``outgoing`` has them."""
+    """Return ``flow`` with the values that leave the stage, in the order of ``outgoing``."""
     return flow[0], {name: flow[1][name] for names in outgoing.values() for name in names}
 
 
 def cut(grads: Gradients, counts: Mapping[str, int]) -> dict[str, Gradients]:
-    """``grads`` by the links by which they go back."""
-    rest = iter(grads)
-    return {link: [next(rest) for _ in range(count)] for link, count in counts.items()}
+    """Return ``grads`` by link; ``counts`` holds the number of gradients for each link, in order."""
+    remaining = iter(grads)
+    return {link: [next(remaining) for _ in range(count)] for link, count in counts.items()}

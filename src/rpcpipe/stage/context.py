@@ -1,4 +1,4 @@
-"""What a stage knows of the step and the micro-batch that it computes."""
+"""The parameters of the step and of the micro-batch that a stage computes."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 
 class MicroBatch(NamedTuple):
-    """What a stage is told of one micro-batch.
+    """The parameters of one micro-batch on a stage.
 
-    ``rng_step`` and ``position`` seed its random numbers, its loss counts ``weight``. In a stream ``group``
-    numbers the update that it belongs to, ``last`` is set on the group's last micro-batch, and
-    ``alone`` where it is the only one.
+    ``rng_step`` and ``position`` seed the random numbers; ``weight`` is the factor of the loss. In a stream
+    ``group`` is the number of the update that the micro-batch contributes to, ``last`` is set on the group's
+    last micro-batch, and ``alone`` on a group's only one.
     """
 
     rng_step: int
@@ -22,16 +22,17 @@ class MicroBatch(NamedTuple):
 
 
 class StepContext(NamedTuple):
-    """What a worker knows about the step it executes.
+    """The parameters of the step that a worker executes.
 
-    ``step`` names it in every message and is never used again. ``rng_step`` seeds its random numbers:
-    the number of training steps done so far, so that neither a failed step nor an evaluation in
-    between changes what is drawn. ``weights[chunk]`` is the micro-batch's share of the batch: its
-    loss counts that much. A stream is one step without end; ``policy`` says which version of the
-    weights its minibatches use, ``stop`` that a loss or gradient that is not finite ends it.
+    ``step`` identifies the step in every message and is never reused. ``rng_step``, the number of training
+    steps done before, seeds the random numbers, so that neither a failed step nor an evaluation changes
+    them. ``weights[chunk]`` is the micro-batch's share of the batch and the factor of its loss. A stream is
+    one step without end; ``policy`` determines the version of the weights that its minibatches use, and with
+    ``stop`` a loss or gradient that is not finite ends the stream.
 
-    Gradients add to those of step ``accumulates_on``, if any; ``updates`` says that an update follows. The loss
-    is multiplied by ``scale`` for the backward, and before the update the gradients are divided by it.
+    Gradients are added to those of step ``accumulates_on``, if any; ``updates`` is set if an update follows.
+    The loss is multiplied by ``scale`` for the backward, and the gradients are divided by ``scale`` before
+    the update.
     """
 
     step: int
@@ -47,5 +48,5 @@ class StepContext(NamedTuple):
     updates: bool = True
 
     def micro_batch(self, chunk: int) -> MicroBatch:
-        """What a stage is told of micro-batch ``chunk`` of a synchronous step."""
+        """Return the parameters of micro-batch ``chunk`` in a synchronous step."""
         return MicroBatch(self.rng_step, chunk, self.weights[chunk] if self.weights else 1.0)

@@ -1,9 +1,9 @@
-"""From a stage's ``.grad`` to the step's distributed-autograd context, without a copy.
+"""Gradients in ``.grad``: pass them to the step's distributed-autograd context without a copy; norms and scaling.
 
-Running every micro-batch's backward through the distributed engine costs 10-15 % of a step. The
-stage accumulates locally instead and files the sums once: a function of all parameters whose
-backward hands the engine the finished gradients. The list is emptied as they are handed out, so
-the engine is their only owner and the context keeps the tensors themselves.
+Running every micro-batch's backward through the distributed engine costs 10-15 % of a step. The stage
+therefore accumulates locally and passes the sums to the engine once per step, as the gradients that the
+backward of one function of all parameters returns. The backward empties its list of gradients, so that
+the engine is their only owner and the context keeps the tensors without a copy.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import nn
 
 
 class HandOver(torch.autograd.Function):
-    """A zero whose gradient with respect to each parameter is the list's entry."""
+    """A scalar zero whose gradient with respect to each parameter is that parameter's entry in ``gradients``."""
 
     @staticmethod
     def forward(ctx: Any, gradients: list[torch.Tensor], *parameters: torch.Tensor) -> torch.Tensor:
@@ -26,13 +26,13 @@ class HandOver(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        given = ctx.gradients[::-1]
+        reversed_gradients = ctx.gradients[::-1]
         ctx.gradients.clear()
-        return (None, *(given.pop() for _ in range(len(given))))
+        return (None, *(reversed_gradients.pop() for _ in range(len(reversed_gradients))))
 
 
 def take(parameters: Sequence[nn.Parameter]) -> torch.Tensor | None:
-    """A scalar whose backward yields the parameters' ``.grad``, which are cleared; None if all are."""
+    """Clear the parameters' ``.grad`` and return a scalar whose backward yields them; None if there are none."""
     owners = [parameter for parameter in parameters if parameter.grad is not None]
     if not owners:
         return None
@@ -44,47 +44,47 @@ def take(parameters: Sequence[nn.Parameter]) -> torch.Tensor | None:
 
 
 def norms(parameters: Sequence[nn.Parameter]) -> list[float]:
-    """The 2-norm of every gradient, in the order of those parameters that have one."""
-    present = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    found: list[float] = torch.stack(torch._foreach_norm(present)).tolist() if present else []
-    return found
+    """Return the 2-norms of the gradients, in the order of ``parameters``; those without a gradient are left out."""
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    values: list[float] = torch.stack(torch._foreach_norm(grads)).tolist() if grads else []
+    return values
 
 
 def finite(parameters: Sequence[nn.Parameter]) -> bool:
-    """Is no gradient's norm NaN or Inf?"""
+    """Return whether the norm of every gradient is finite."""
     return all(map(math.isfinite, norms(parameters)))
 
 
 def total_norm(per_parameter: Sequence[float]) -> float:
-    """The whole model's gradient norm: to the bit what ``torch.nn.utils.get_total_norm`` gives.
+    """Return the gradient norm of the whole model, with the bits of ``torch.nn.utils.get_total_norm``.
 
-    Holds for float32 gradients given in the model's parameter order.
+    The bits agree for float32 gradients whose norms are in the order of the model's parameters.
     """
     return float(torch.linalg.vector_norm(torch.tensor(per_parameter, dtype=torch.float32)))
 
 
 def clip_factor(norm: float, max_norm: float) -> float:
-    """What ``torch.nn.utils.clip_grad_norm_`` multiplies by, computed in float32 as it does."""
+    """Return the factor by which ``torch.nn.utils.clip_grad_norm_`` multiplies, computed in float32 as there."""
     return float(torch.clamp(max_norm / (torch.tensor(norm, dtype=torch.float32) + 1e-6), max=1.0))
 
 
 def unscale(parameters: Sequence[nn.Parameter], scale: float) -> None:
-    """Take the loss scale out again, with the bits of ``torch.amp.GradScaler.unscale_``."""
+    """Divide the gradients by the loss scale, with the bits of ``torch.amp.GradScaler.unscale_``."""
     if scale != 1.0:
         inverse = torch.tensor(scale, dtype=torch.float64).reciprocal().float()
         for parameter in parameters:
             if parameter.grad is not None:
-                # Not in place: what was pushed to another replica may still be on its way.
+                # Not in place: a message to another replica may still read the old tensor.
                 parameter.grad = parameter.grad * float(inverse)
 
 
 def divide(parameters: Sequence[nn.Parameter], divisor: float) -> None:
-    """Turn sums of per-sample gradients into means, in place."""
+    """Divide the gradients by ``divisor`` in place, which turns sums over samples into means."""
     _each(parameters, lambda grads: torch._foreach_div_(grads, divisor))
 
 
 def scale(parameters: Sequence[nn.Parameter], factor: float) -> None:
-    """Multiply the gradients in place (clipping)."""
+    """Multiply the gradients by ``factor`` in place, for clipping."""
     _each(parameters, lambda grads: torch._foreach_mul_(grads, factor))
 
 

@@ -1,4 +1,4 @@
-"""Figures beside the loss, computed where the outputs are: on the last stage's worker."""
+"""Metrics beside the loss, computed from the outputs on the worker of the last stage."""
 
 from __future__ import annotations
 
@@ -8,31 +8,34 @@ from typing import Any
 
 from rpcpipe.model.microbatch import Nest
 
-# (output, target) -> (sum, count), numbers or scalar tensors.
+# metric(output, target) returns (sum, count), two numbers or scalar tensors.
 Metric = Callable[[Any, Any], tuple[Any, Any]]
 Sums = dict[str, tuple[float, float]]
 
 
 def measure(metrics: Mapping[str, Metric], output: Nest, target: Nest) -> Sums:
-    """Every metric's (sum, count) for one micro-batch; TypeError for anything else, by name."""
-    found = {}
+    """Return every metric's (sum, count) for one micro-batch, by name.
+
+    Raises TypeError if a metric returns anything else.
+    """
+    sums = {}
     for name, metric in metrics.items():
         value = metric(output, target)
         try:
             total, count = value
-            found[name] = float(total), float(count)
+            sums[name] = float(total), float(count)
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(
                 f"metric {name!r} must return (sum, count), two numbers or scalar tensors, not {value!r}"
             ) from error
-    return found
+    return sums
 
 
 def means(sums: Iterable[Sums]) -> dict[str, float]:
-    """Sum of the sums over sum of the counts, by name; NaN where nothing counted."""
+    """Return the total sum divided by the total count of every metric, by name; NaN where the count is 0."""
     totals: dict[str, tuple[float, float]] = {}
-    for part in sums:
-        for name, (value, count) in part.items():
+    for micro_batch in sums:
+        for name, (value, count) in micro_batch.items():
             so_far = totals.get(name, (0.0, 0.0))
             totals[name] = so_far[0] + value, so_far[1] + count
     return {name: value / count if count else math.nan for name, (value, count) in totals.items()}

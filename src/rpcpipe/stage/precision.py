@@ -1,9 +1,9 @@
 """Mixed precision: torch.autocast on the workers, torch's dynamic loss scale on the driver.
 
-float16 gradients below 6e-8 are lost, so the loss is multiplied by a scale as large as it can be
-without overflow, and the summed gradients are divided by it (Micikevicius et al., "Mixed Precision
-Training", section 3.2). The rule by which it moves is ``torch.amp.GradScaler``'s, by that class
-itself; it need only be told whether the gradients on the workers were finite.
+float16 gradients below 6e-8 are lost, so the loss is multiplied by the largest scale that causes no
+overflow, and the summed gradients are divided by the scale (Micikevicius et al., "Mixed Precision
+Training", section 3.2). ``torch.amp.GradScaler`` on the driver adjusts the scale; its only input is
+whether the gradients on the workers were finite.
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ DTYPES = (torch.bfloat16, torch.float16)
 
 
 def check(dtype: torch.dtype | None) -> None:
-    """ArgumentError unless ``dtype`` is None or one that autocast computes in."""
+    """Raise ArgumentError unless ``dtype`` is None or in DTYPES."""
     if dtype is not None and dtype not in DTYPES:
         raise ArgumentError(f"autocast must be torch.bfloat16, torch.float16 or None, not {dtype!r}")
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[None]:
-    """``torch.autocast`` to ``dtype`` on ``device``; None: nothing.
+    """Return ``torch.autocast`` to ``dtype`` on ``device``, or a null context if ``dtype`` is None.
 
-    GraphEntry once for a run of layers, as a plain loop enters it once for the model: a weight that is
-    used twice inside is cast once, and its gradient is the sum in ``dtype``.
+    The context is entered once for a run of layers, as a plain loop enters it once for the model: a weight
+    that is used twice inside is cast once, and its gradients are summed in ``dtype``.
     """
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 def loss_scaler(dtype: torch.dtype | None) -> torch.amp.GradScaler | None:
-    """The loss scale that ``dtype`` needs: bfloat16 has float32's range, float16 has not."""
+    """Return a GradScaler for float16, else None: bfloat16 has the range of float32 and needs no loss scale."""
     return torch.amp.GradScaler("cpu") if dtype is torch.float16 else None
 
 
 def update_loss_scale(scaler: torch.amp.GradScaler, *, finite: bool) -> None:
-    """``scaler.update()`` after a step; a stand-in's gradient tells it whether all were finite."""
+    """Call ``scaler.update()`` after a step, with a stand-in parameter whose gradient is finite or infinite."""
     stand_in = nn.Parameter(torch.zeros(()))
     optimizer = torch.optim.SGD([stand_in], lr=0.0)
-    scaler.scale(stand_in.detach())  # makes its state, if it has none yet
+    scaler.scale(stand_in.detach())  # initializes the scaler's state on first use
     stand_in.grad = torch.tensor(0.0 if finite else math.inf)
     scaler.unscale_(optimizer)
     scaler.update()

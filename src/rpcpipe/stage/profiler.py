@@ -1,7 +1,7 @@
-"""What every layer costs, measured layer by layer: the numbers that a cut of the model is made of.
+"""Measure or estimate the cost of every layer, from which the model's partition is computed.
 
-Where nothing may run (the model fits no machine here), the operations are counted on the meta device
-instead and divided by what a device does in a second.
+``profile`` runs the layers one by one. ``estimate`` is for models that fit on no available machine: it
+counts the operations on the meta device and divides them by the operations per second of a device.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ def profile(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> list[LayerCost]:
-    """Run every layer on what the layer before gives for ``sample``, one micro-batch of inputs.
+    """Run every layer on its inputs for ``sample``, one micro-batch; return their costs in seconds and bytes.
 
-    With ``loss`` and ``target`` the last layer's figures include the loss; ``optimizer`` is timed too. One
-    layer is in memory at a time if they are LayerSpecs. What two layers save of the same memory counts
-    once, in the first.
+    With ``loss`` and ``target`` the last layer's cost includes the loss; with ``optimizer`` the update is
+    timed too. Of LayerSpecs only one is in memory at a time. Memory that two consecutive layers save for
+    their backwards counts once, for the first of them. Raises ArgumentError if ``sample`` lacks a name.
     """
     rounds = _ROUNDS + 1
 
@@ -63,10 +63,10 @@ def estimate(
     loss: Callable[[Any, Any], Any] | None = None,
     target: Nest = None,
 ) -> list[LayerCost]:
-    """``profile`` without running or holding anything: operations counted on the meta device ÷ ``flops`` a second.
+    """Return the costs of ``profile`` without running a layer: operations on the meta device ÷ ``flops`` per second.
 
-    Products and convolutions count, as in torch's FlopCounterMode; what is bound by memory does not, so
-    these are lower bounds. Equal LayerSpecs are counted once.
+    Only matrix products and convolutions count, as in torch's FlopCounterMode. Memory-bound operations do
+    not, so the seconds are lower bounds. Equal LayerSpecs are counted once.
     """
     counter = FlopCounterMode(display=False)
     with counter:
@@ -75,13 +75,13 @@ def estimate(
 
 
 def _on_meta(layer: model.Layer) -> nn.Module:
-    """The layer without memory; a module itself stays where it is."""
+    """Return the layer's module, or a copy of the given module, on the meta device."""
     layer = model.unwired(layer)
     if isinstance(layer, model.LayerSpec):
         with torch.device("meta"):
             return layer.build()
-    held = [*layer.parameters(), *layer.buffers()]
-    memo = {id(tensor): tensor.data.to("meta") for tensor in held}
+    owned = [*layer.parameters(), *layer.buffers()]
+    memo = {id(tensor): tensor.data.to("meta") for tensor in owned}
     for tensor in layer.parameters():
         memo[id(tensor)] = nn.Parameter(memo[id(tensor)], requires_grad=tensor.requires_grad)
     return copy.deepcopy(layer, memo)
@@ -95,47 +95,48 @@ def _walk(
     build: Callable[[int, model.Layer], nn.Module],
     measure: _Measure,
 ) -> list[LayerCost]:
+    """Return the costs of all layers; ``build`` makes each module, and ``measure`` runs it on its inputs."""
     wirings = {name: model.wiring_of(layer) for name, layer in layers.items()}
     model.check_inputs(sample, wirings)
     sample = map_tensors(lambda leaf: leaf.to(device), sample)
     direct = {name: sample[name] for name in required_inputs(wirings)}
     received = autograd.StageInput.constant((sample, {}))
-    found: list[LayerCost] = []
+    costs: list[LayerCost] = []
     known: dict[Any, tuple[LayerCost, autograd.StageInput, _Run]] = {}
     before: _Run = _Run(None, Memory())
     previous: Any = None
     needed = live_names(list(wirings.values()))
     for index, (name, layer) in enumerate(layers.items()):
         last = index == len(layers) - 1
-        # What a layer costs depends on what comes in, and on what the layer before has saved of it.
-        mine = _kind(layer), wirings[name], needed[index], last
+        # A layer's cost depends on its inputs, and on which of these the layer before has saved.
+        identity = _identity(layer), wirings[name], needed[index], last
         shapes = tuple((leaf.shape, leaf.dtype) for leaf in tensors(received.nest))
-        key = (mine, previous, shapes) if measure.repeats else index
+        key = (identity, previous, shapes) if measure.repeats else index
         if key not in known:
             module = closing.around(_Flowing(build(index, layer).train(), wirings[name], needed[index], direct), last)
             known[key] = measure(name, module, received, before)
-        result, received, before = known[key] if measure.repeats else known.pop(key)
-        found.append(dataclasses.replace(result, name=name))
-        previous = mine
-    return found
+        cost, received, before = known[key] if measure.repeats else known.pop(key)
+        costs.append(dataclasses.replace(cost, name=name))
+        previous = identity
+    return costs
 
 
-def _kind(layer: model.Layer) -> Any:
-    """Equal for layers that cost the same."""
+def _identity(layer: model.Layer) -> Any:
+    """Return a key that is equal for layers of equal cost: a spec's class and arguments, else the module's id."""
     layer = model.unwired(layer)
     if isinstance(layer, model.LayerSpec):
         try:
-            kind = layer.cls, layer.args, tuple(sorted(layer.kwargs.items()))
-            hash(kind)
-            return kind
+            identity = layer.cls, layer.args, tuple(sorted(layer.kwargs.items()))
+            hash(identity)
+            return identity
         except TypeError:
-            pass
+            pass  # an argument cannot be hashed or compared
     return id(layer)
 
 
 @dataclass
 class _Closing:
-    """Puts the loss behind the last layer."""
+    """Appends the loss to the last layer."""
 
     loss: Callable[[Any, Any], Any] | None
     target: Nest
@@ -148,7 +149,7 @@ class _Closing:
 
 
 class _Flowing(nn.Module):
-    """A layer as a function of what flows into it; what the driver gives ``direct`` flows through no layer."""
+    """A layer as a function of its Flow; values that the driver sends ``direct`` are not part of the Flow."""
 
     def __init__(self, module: nn.Module, wiring: Wiring, needed: Collection[str], direct: Mapping[str, Nest]) -> None:
         super().__init__()
@@ -160,6 +161,8 @@ class _Flowing(nn.Module):
 
 
 class _WithLoss(nn.Module):
+    """The last layer with the loss, or the sum of a loss that returns (sum, count), as its running value."""
+
     def __init__(self, module: nn.Module, loss: Callable[[Any, Any], Any], target: Nest) -> None:
         super().__init__()
         self.module, self.loss, self.target = module, loss, target
@@ -171,7 +174,7 @@ class _WithLoss(nn.Module):
 
 @dataclass
 class _Run:
-    """A layer's outputs, whose graph keeps what is in ``saved`` alive and its addresses valid."""
+    """A layer's outputs. Their graph keeps the memory in ``saved`` alive, so that its addresses stay valid."""
 
     outputs: Nest
     saved: Memory
@@ -179,9 +182,9 @@ class _Run:
 
 @dataclass
 class _Measure:
-    """Runs a layer ``rounds`` times; the first is a warm-up where there are several.
+    """Measures one layer in ``rounds`` runs, of which the first is a warm-up if there are several.
 
-    ``repeats``: equal layers give equal figures.
+    ``repeats``: equal layers have equal costs, so that each is measured once.
     """
 
     clock: Callable[[bool], Timer]
@@ -192,9 +195,10 @@ class _Measure:
     def __call__(
         self, name: str, module: nn.Module, received: autograd.StageInput, before: _Run
     ) -> tuple[LayerCost, autograd.StageInput, _Run]:
+        """Return the layer's cost, its outputs as the next layer's input, and the run that saved them."""
         buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
         cuda = any(leaf.is_cuda for leaf in tensors(received.nest))
-        # A layer that changes its input in place must find it whole every time.
+        # A layer may change its input in place, so that every round needs a copy.
         times = [_round(module, autograd.copied(received), self.clock(cuda)) for _ in range(self.rounds)]
         update = _update(module, self.optimizer) if self.optimizer is not None else 0.0
         for parameter in module.parameters():
@@ -206,7 +210,7 @@ class _Measure:
         warm = times[len(times) > 1 :]
         forward, backward, inputs, weights = (statistics.median(column) for column in zip(*warm, strict=True))
         leaving = autograd.leave(outputs)
-        result = LayerCost(
+        cost = LayerCost(
             name,
             forward,
             backward,
@@ -217,24 +221,24 @@ class _Measure:
             output_bytes=Memory(tensors(leaving.nest)).without(),
             update=update,
         )
-        return result, leaving, _Run(outputs, meter.saved)
+        return cost, leaving, _Run(outputs, meter.saved)
 
 
 def _forward(module: nn.Module, received: autograd.StageInput) -> tuple[Nest, autograd.GraphEntry]:
-    nest, entered = autograd.enter(received)
-    return module(nest), entered
+    nest, entry = autograd.enter(received)
+    return module(nest), entry
 
 
 def _round(module: nn.Module, received: autograd.StageInput, clock: Timer) -> tuple[float, float, float, float]:
-    """Seconds of forward, backward, and of the backward's halves: input gradient, weight gradient."""
+    """Return the seconds of forward, full backward, input gradient and weight gradient."""
     clock.tick()
-    outputs, entered = _forward(module, autograd.copied(received))
+    outputs, entry = _forward(module, autograd.copied(received))
     clock.tick()
-    saved = autograd.Saved(autograd.differentiable(outputs), entered)
+    saved = autograd.Saved(autograd.differentiable(outputs), entry)
     autograd.backward(saved, [torch.ones_like(out) for out in saved.outputs])
     clock.tick()
-    outputs, entered = _forward(module, received)
-    saved = autograd.Saved(autograd.differentiable(outputs), entered)
+    outputs, entry = _forward(module, received)
+    saved = autograd.Saved(autograd.differentiable(outputs), entry)
     clock.tick()
     _, deferred = backward_input(saved, [torch.ones_like(out) for out in saved.outputs])
     clock.tick()
@@ -245,7 +249,7 @@ def _round(module: nn.Module, received: autograd.StageInput, clock: Timer) -> tu
 
 
 def _update(module: nn.Module, factory: Factory) -> float:
-    """Seconds of the optimizer, on a copy of the parameters."""
+    """Return the median seconds of an optimizer step, on a copy of the parameters."""
     parameters = Parameters(
         (name, nn.Parameter(parameter.detach().clone()))
         for name, parameter in module.named_parameters()
@@ -266,7 +270,7 @@ def _update(module: nn.Module, factory: Factory) -> float:
 
 
 class Timer(Protocol):
-    """Seconds between ticks."""
+    """Measures the seconds between ticks."""
 
     def tick(self) -> None: ...
 
@@ -274,7 +278,7 @@ class Timer(Protocol):
 
 
 class _Count:
-    """What the operations between ticks take at ``flops`` a second."""
+    """Timer that converts the operations between ticks into seconds, at ``flops`` operations per second."""
 
     def __init__(self, counter: FlopCounterMode, flops: float) -> None:
         self._counter, self._flops = counter, flops
@@ -288,7 +292,7 @@ class _Count:
 
 
 class Clock:
-    """Seconds between ticks: of the device's stream where that is CUDA, else of this thread."""
+    """Timer of wall-clock time: between events in the current stream on CUDA, else in this thread."""
 
     def __init__(self, cuda: bool) -> None:
         self._cuda = cuda

@@ -1,7 +1,8 @@
 """Activation checkpointing (Chen et al., "Training Deep Nets with Sublinear Memory Cost", section 3).
 
-A stage's forward is a sequence of segments, runs of layers. A segment either keeps its activations, or keeps its
-input alone and is run again when its backward is due. ``Recompute`` decides which, ``SegmentRunner`` does it.
+A stage's forward is a sequence of segments, runs of consecutive layers. A segment keeps its activations, or keeps
+only its input and is run again before its backward. ``Recompute`` decides between the two; ``SegmentRunner`` runs
+the segments.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ MODES = ("never", "except_last", "always")
 
 
 class Run(NamedTuple):
-    """Layers ``start`` … ``stop - 1`` of a stage; ``drop``: their activations are recomputed."""
+    """Layers ``start`` … ``stop - 1`` of a stage; ``drop``: their activations are dropped and recomputed."""
 
     start: int
     stop: int
@@ -36,7 +37,7 @@ class Run(NamedTuple):
 
 
 def check(checkpoint: Checkpoint) -> None:
-    """ArgumentError unless ``checkpoint`` is a mode, a ratio, or a function of (stage, chunk)."""
+    """Raise ArgumentError unless ``checkpoint`` is a mode, a ratio, or a function of (stage, chunk)."""
     ratio = isinstance(checkpoint, (int, float)) and not isinstance(checkpoint, bool) and 0 <= checkpoint <= 1
     if not (ratio or checkpoint in MODES or callable(checkpoint)):
         raise ArgumentError(
@@ -46,7 +47,7 @@ def check(checkpoint: Checkpoint) -> None:
 
 
 class Recompute:
-    """The choice for one stage of ``layers`` layers."""
+    """Decides which layers of one stage with ``layers`` layers are recomputed."""
 
     def __init__(self, checkpoint: Checkpoint, stage: int, last_stage: int, layers: int) -> None:
         self._checkpoint, self._stage, self._last_stage, self._layers = checkpoint, stage, last_stage, layers
@@ -54,12 +55,12 @@ class Recompute:
 
     @property
     def learns(self) -> bool:
-        """Are the layers' costs wanted, one run each?"""
+        """Whether the next forward must measure each layer's costs, with one run per layer."""
         ratio = self._checkpoint
         return isinstance(ratio, (int, float)) and 0 < ratio < 1 and self._learnt is None
 
     def runs(self, chunk: int) -> list[Run]:
-        """How the stage forwards micro-batch ``chunk``."""
+        """Return the runs of layers in which the stage computes the forward of micro-batch ``chunk``."""
         if self.learns:
             return [Run(layer, layer + 1, drop=False) for layer in range(self._layers)]
         return self._learnt or [Run(0, self._layers, drop=self._drops(chunk))]
@@ -73,17 +74,24 @@ class Recompute:
         return mode in ("always", 1)
 
     def learn(self, costs: Sequence[tuple[int, float]]) -> None:
-        """``costs``: each layer's bytes and seconds."""
+        """Choose the layers to recompute from ``costs``, each layer's (bytes, seconds)."""
         assert not isinstance(self._checkpoint, str)
         assert not callable(self._checkpoint)
         self._learnt = merge(select(costs, float(self._checkpoint)))
 
 
 def select(costs: Sequence[tuple[int, float]], ratio: float) -> list[bool]:
-    """Which layers to recompute: most bytes per second first, up to ``ratio`` of all bytes."""
+    """Return per layer whether to recompute it: most bytes per second first, up to ``ratio`` of all bytes.
+
+    ``costs`` holds each layer's (activation bytes, forward seconds).
+    """
     left = ratio * sum(size for size, _ in costs)
     chosen = [False] * len(costs)
-    for layer in sorted(range(len(costs)), key=lambda at: costs[at][0] / max(costs[at][1], 1e-9), reverse=True):
+
+    def bytes_per_second(layer: int) -> float:
+        return costs[layer][0] / max(costs[layer][1], 1e-9)
+
+    for layer in sorted(range(len(costs)), key=bytes_per_second, reverse=True):
         if 0 < costs[layer][0] <= left:
             left -= costs[layer][0]
             chosen[layer] = True
@@ -91,7 +99,7 @@ def select(costs: Sequence[tuple[int, float]], ratio: float) -> list[bool]:
 
 
 def merge(chosen: Sequence[bool]) -> list[Run]:
-    """Neighbours that are treated alike, as one run."""
+    """Return the runs of consecutive layers with the same choice."""
     runs, start = [], 0
     for drop, group in groupby(chosen):
         stop = start + len(list(group))
@@ -100,13 +108,13 @@ def merge(chosen: Sequence[bool]) -> list[Run]:
     return runs
 
 
-# (first layer, one past the last, nest, where it entered, is it run again?) -> outputs
+# (first layer, one past the last layer, nest, its graph entry, whether this is a recomputation) -> outputs
 Forward = Callable[[int, int, Nest, autograd.GraphEntry, bool], Nest]
 
 
 @dataclass
 class Segment:
-    """A run of layers for one micro-batch: ``saved``, or the ``received`` from which to run it again."""
+    """A run of layers for one micro-batch, with its graph in ``saved`` or the input to recompute it in ``received``."""
 
     run: Run
     forward: Forward
@@ -117,7 +125,7 @@ class Segment:
 
 
 class MicroBatchGraph:
-    """What a stage keeps of one micro-batch between its forward and its backward."""
+    """The segments of one micro-batch, kept by a stage from the forward to the backward."""
 
     def __init__(self, segments: list[Segment], replay: Callable[[Segment], None]) -> None:
         self._segments = segments
@@ -125,34 +133,37 @@ class MicroBatchGraph:
 
     @property
     def bytes(self) -> int:
-        """Activations alive now."""
+        """Bytes of the activations in memory."""
         return sum(segment.bytes for segment in self._segments)
 
     @property
     def outputs(self) -> list[torch.Tensor]:
-        """The last segment's, which need a gradient. Runs it again if it was dropped."""
+        """Outputs of the last segment that need a gradient. Recomputes the segment if it was dropped."""
         return self._ready(self._segments[-1]).outputs
 
     def prepare(self) -> bool:
-        """Run the last segment again, ahead of its gradient; False if there is nothing to do."""
+        """Recompute the last segment before its gradient arrives; return False if there is nothing to recompute."""
         if not self._segments or self._segments[-1].saved is not None:
             return False
         self._ready(self._segments[-1])
         return True
 
     def backward(self, grads: Gradients) -> Gradients:
-        """Parameters' ``.grad`` grow; the inputs' gradients."""
+        """Run the full backward: accumulate into ``.grad`` and return the input gradients."""
         while self._segments:
             grads = autograd.backward(self._ready(self._segments[-1]), grads)
             self._segments.pop()
         return grads
 
     def backward_input(self, grads: Gradients) -> tuple[Gradients, list[WeightBackward], int]:
-        """The inputs' gradients, what is left to do for the weights, and how many bytes that may hold."""
+        """Run the first half of the backward.
+
+        Returns the input gradients, the deferred weight gradients, and the bytes that these hold at most.
+        """
         deferred = []
         for segment in reversed(self._segments):
-            grads, rest = backward_input(self._ready(segment), grads)
-            deferred.append(rest)
+            grads, weight_backward = backward_input(self._ready(segment), grads)
+            deferred.append(weight_backward)
             segment.saved = None
         return grads, deferred, self.bytes
 
@@ -164,10 +175,11 @@ class MicroBatchGraph:
 
 
 class SegmentRunner:
-    """Runs chains for a stage and counts what they keep.
+    """Runs a stage's segments and counts the bytes that they keep.
 
-    The bytes of a segment are measured on the first micro-batch of every shape and hold for the
-    others: hooks on every saved tensor of every micro-batch would cost a per cent.
+    The bytes of a segment are measured on the first micro-batch of every shape and reused for later ones,
+    because hooks on every saved tensor of every micro-batch would cost a per cent. ``replayed`` is called
+    after every recomputation.
     """
 
     def __init__(self, module: nn.Module, recompute: Recompute, replayed: Callable[[], None]) -> None:
@@ -179,7 +191,7 @@ class SegmentRunner:
         self._mutates: dict[int, bool] = {}
 
     def run(self, chunk: int, received: autograd.StageInput, forward: Forward) -> tuple[MicroBatchGraph, Nest]:
-        """(what is kept, the outputs with their graph if that is kept)."""
+        """Run the forward of ``chunk``; return its graph, and the outputs with their autograd graph if that is kept."""
         segments: list[Segment] = []
         learning = self._recompute.learns
         costs: list[tuple[int, float]] = []
@@ -197,7 +209,7 @@ class SegmentRunner:
         return MicroBatchGraph(segments, self._again), outputs
 
     def _keep(self, segment: Segment, received: autograd.StageInput) -> Nest:
-        """Run a segment and keep its graph."""
+        """Run a segment, keep its graph, and return its outputs."""
         key = (segment.run, tuple((leaf.shape, leaf.dtype) for leaf in tensors(received.nest)))
         if key in self._bytes:
             outputs = self._forward(segment, received)
@@ -212,33 +224,32 @@ class SegmentRunner:
         return [*self._module.parameters(), *self._module.buffers()]
 
     def _forward(self, segment: Segment, received: autograd.StageInput) -> Nest:
-        nest, entered = autograd.enter(received)
-        outputs = segment.forward(segment.run.start, segment.run.stop, nest, entered, segment.recomputing)
-        segment.saved = autograd.Saved(autograd.differentiable(outputs), entered)
+        nest, entry = autograd.enter(received)
+        outputs = segment.forward(segment.run.start, segment.run.stop, nest, entry, segment.recomputing)
+        segment.saved = autograd.Saved(autograd.differentiable(outputs), entry)
         return outputs
 
     def _drop(self, segment: Segment, received: autograd.StageInput) -> Nest:
-        """Run a segment and keep its input alone, as it was before a layer changed it in place."""
-        start, given = segment.run.start, tensors(received.nest)
-        kept = received if self._mutates.get(start) is False else autograd.copied(received)
-        before = [leaf._version for leaf in given]
+        """Run a segment, keep only its input, as it was before any in-place change, and return its outputs."""
+        start, inputs = segment.run.start, tensors(received.nest)
+        original = received if self._mutates.get(start) is False else autograd.copied(received)
+        versions = [leaf._version for leaf in inputs]
         with forgetting():
             outputs = self._forward(segment, received)
-        segment.saved = None
-        mutated = [leaf._version for leaf in given] != before
+        segment.saved = None  # the graph, although it saves no tensors, would keep intermediate results alive
+        mutated = [leaf._version for leaf in inputs] != versions
         if mutated and self._mutates.get(start) is False:
             raise RuntimeError(
                 f"layer {start} of the stage changed its input in place for this micro-batch and not for others;"
                 " it cannot be recomputed: pass checkpoint='never' or a function that spares this stage"
             )
         self._mutates[start] = mutated or self._mutates.get(start, False)
-        segment.received = kept if mutated else received
+        segment.received = original if mutated else received
         segment.bytes = Memory(tensors(segment.received.nest)).without()
-        # The graph, empty as it is, would keep intermediate results alive.
         return outputs
 
     def _again(self, segment: Segment) -> None:
-        """Recompute; buffers (BatchNorm's statistics) have seen this micro-batch already."""
+        """Recompute a segment and restore the buffers: BatchNorm's statistics already include this micro-batch."""
         assert segment.received is not None
         self.recomputed += segment.run.stop - segment.run.start
         received, segment.received, segment.recomputing = segment.received, None, True

@@ -1,9 +1,10 @@
-"""Takes back what a failed step did: its updates, and what its forwards did to buffers.
+"""Roll back a failed step: its updates, and the changes of its forwards to buffers.
 
-A step changes no weight unless all stages could apply it, and an optimizer may raise after others
-have succeeded. The only general way back is a copy of the parameters and the optimizer's state.
-It is made piece by piece while the worker waits for input, so that it costs the pipeline's bubble
-and no time; its memory (parameters + optimizer state once more) is the price of the guarantee.
+A step must change no weight unless every stage has applied its update, but an optimizer may raise after
+others have succeeded. The only general way to restore the weights is a copy of the parameters and the
+optimizer's state. The copy is made parameter by parameter while the worker waits for input, so that it
+uses the pipeline's bubble and adds no time. The guarantee costs memory: parameters and optimizer state
+are held twice.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from torch import nn
 
 
 class Undo:
-    """A copy of ``parameters`` and of ``optimizer.state``, kept up to date by ``copy_one``.
+    """A copy of ``parameters`` and of ``optimizer.state``, kept up to date by ``refresh_one``.
 
-    Invariant: what is in ``_copies`` and not in ``_stale`` equals the live values.
+    Invariant: the copies of parameters that are not in ``_stale`` equal the live values, until an update.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
@@ -29,11 +30,11 @@ class Undo:
         self._stale = list(self._parameters)
 
     def invalidate(self) -> None:
-        """The live values have changed; the copies are to be made again."""
+        """Mark all copies as stale, because the live values have changed."""
         self._stale = list(self._parameters)
 
     def refresh_one(self) -> bool:
-        """Bring one parameter's copy up to date; False if all are."""
+        """Copy one stale parameter and its state; return False if no copy is stale."""
         if not self._stale:
             return False
         parameter = self._stale[-1]
@@ -47,16 +48,16 @@ class Undo:
         return True
 
     def refresh(self) -> None:
-        """Bring all copies up to date."""
+        """Copy all stale parameters and their state."""
         while self.refresh_one():
             pass
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put the copies back into the live parameters and the optimizer's state.
+        """Copy the saved values back into the live parameters and the optimizer's state.
 
-        A stale copy is left alone: the optimizer has not run since, or ``complete`` would have
-        renewed it, so the live values are right.
+        Stale copies are skipped: every update is preceded by ``refresh``, so a copy is stale only if no
+        update has run since ``invalidate``, and then the live values are correct.
         """
         fresh = [parameter for parameter in self._copies if parameter not in set(self._stale)]
         for parameter in fresh:
@@ -69,16 +70,16 @@ class Undo:
 
 
 class Buffers:
-    """A copy of all buffers (BatchNorm's statistics) as they were when a step began.
+    """A copy of all buffers (such as BatchNorm's statistics) at the beginning of a step.
 
-    A forward may change a buffer in place, also behind autograd's back, or put another tensor in its place.
+    A forward may change a buffer in place, also without autograd's notice, or replace it by another tensor.
     """
 
     def __init__(self) -> None:
         self._copies: dict[tuple[nn.Module, str], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def take(self, modules: Iterable[nn.Module]) -> None:
-        """Copy the buffers of ``modules``, into the memory of the copies before."""
+        """Copy the buffers of ``modules``, reusing the memory of the previous copies."""
         live = {
             (owner, name): buffer
             for module in modules
@@ -86,17 +87,20 @@ class Buffers:
             for name, buffer in owner._buffers.items()
             if buffer is not None
         }
-        before = self._copies
-        self._copies = {key: (buffer, _copy(buffer, before.get(key, (None, None))[1])) for key, buffer in live.items()}
+        previous = self._copies
+        self._copies = {
+            key: (buffer, _copy(buffer, previous.get(key, (None, None))[1])) for key, buffer in live.items()
+        }
 
     def restore(self) -> None:
-        """Put them back."""
+        """Set every buffer back to its tensor and value at the beginning of the step."""
         for (owner, name), (buffer, copied) in self._copies.items():
             owner._buffers[name] = buffer
             buffer.data.copy_(copied)
 
 
 def _copy(value: Any, buffer: Any) -> Any:
+    """Return a copy of ``value``, in the memory of ``buffer`` if that is a tensor of the same shape and dtype."""
     if not isinstance(value, torch.Tensor):
         return copy.deepcopy(value)
     if isinstance(buffer, torch.Tensor) and buffer.shape == value.shape and buffer.dtype == value.dtype:

@@ -1,12 +1,12 @@
-"""The backward in two halves: the input's gradient now, the weights' gradients later.
+"""The backward in two halves: the gradient of the input first, the gradients of the weights later.
 
-Zero-bubble schedules send the input's gradient on first (``I``) and do the weights' share of the
-work (``W``) when nothing else is due (Qi et al., "Zero Bubble Pipeline Parallelism", section 2).
+Zero-bubble schedules compute and send the input gradient first (``I``) and compute the weight gradients
+(``W``) when no other action is due (Qi et al., "Zero Bubble Pipeline Parallelism", section 2).
 
-The trunk is the part of the graph that leads back to the stage's input. Where an edge leaves the
-trunk towards parameters, the trunk's node computes both kinds of gradient, and autograd computes
-only what is asked for: ``I`` asks for the input's gradients and for what arrives at each such node;
-``W`` runs those nodes again for the other edges alone. No product is computed twice.
+The trunk is the part of the graph that leads back to the stage's input. A node of the trunk with an edge
+towards parameters can compute both kinds of gradient, and autograd computes only those that are requested:
+``I`` requests the input gradients and the gradients that arrive at each such node; ``W`` runs these nodes
+again for the edges towards parameters only. No product is computed twice.
 """
 
 from __future__ import annotations
@@ -32,23 +32,27 @@ class Branch:
 
 @dataclass
 class WeightBackward:
-    """What ``W`` has still to do for one micro-batch."""
+    """The work left to ``W`` for one micro-batch."""
 
     branches: list[Branch] = field(default_factory=list)
-    # Where the whole backward from here on is weight gradient: outputs that do not depend on the
+    # Edges below which the whole backward is weight gradient: outputs that do not depend on the
     # stage's input, and the first layer of the first stage.
     roots: list[tuple[GradientEdge, torch.Tensor]] = field(default_factory=list)
-    # Parameters used at several places: autograd has summed their gradient in ``I``.
+    # Parameters that several branches use: autograd has summed their gradients in ``I``.
     shared: list[tuple[GradientEdge, torch.Tensor]] = field(default_factory=list)
 
 
 def backward_input(saved: Saved, grads: list[torch.Tensor | None]) -> tuple[list[torch.Tensor | None], WeightBackward]:
-    """(the inputs' gradients, what is left for the weights)."""
+    """Run the first half of the backward; return the input gradients and the deferred weight gradients.
+
+    ``grads`` are the gradients of ``saved.outputs``, None for an output that no later layer used. Accumulates
+    nothing into ``.grad``.
+    """
     pairs = [(out, grad) for out, grad in zip(saved.outputs, grads, strict=True) if grad is not None]
     entries = saved.entered.edges or saved.entered.inner
     trunk = _Trunk([out.grad_fn for out, _ in pairs if out.grad_fn is not None], entries)
-    # An output may be an input passed through: its gradient is the input's. The first layer's own
-    # output, where the trunk ends inside the stage, is left to W with all below it.
+    # An output may be an input passed through; its gradient is the input's gradient. Where the trunk ends at
+    # the first layer's output, inside the stage, that output and everything below it are left to W.
     leading = trunk.nodes if saved.entered.edges else trunk.inside
     roots = [(get_gradient_edge(out), grad) for out, grad in pairs if out.grad_fn not in leading]
     deferred = WeightBackward(roots=roots)
@@ -56,22 +60,25 @@ def backward_input(saved: Saved, grads: list[torch.Tensor | None]) -> tuple[list
     if not through:
         return [None] * len(saved.entered.edges), deferred
     branches, shared = trunk.branches()
-    arrivals = [GradientEdge(b.node, i) for b in branches for i in range(len(b.node._input_metadata))]
-    found = torch.autograd.grad(
+    arrivals = [
+        GradientEdge(branch.node, index) for branch in branches for index in range(len(branch.node._input_metadata))
+    ]
+    captured = torch.autograd.grad(
         [out for out, _ in through],
         [*entries, *arrivals, *shared],
         [grad for _, grad in through],
         retain_graph=True,
         allow_unused=True,
     )
-    inputs: list[torch.Tensor | None] = list(found[: len(entries)])
-    rest = found[len(entries) :]
+    inputs: list[torch.Tensor | None] = list(captured[: len(entries)])
+    rest = captured[len(entries) :]
     by_node = {id(branch.node): branch for branch in branches}
     for edge, grad in zip(arrivals, rest, strict=False):
         if grad is not None:
             by_node[id(edge.node)].arrived.append((edge, grad))
     deferred.branches = branches
-    deferred.shared = [(e, g) for e, g in zip(shared, rest[len(arrivals) :], strict=True) if g is not None]
+    shared_grads = rest[len(arrivals) :]
+    deferred.shared = [(edge, grad) for edge, grad in zip(shared, shared_grads, strict=True) if grad is not None]
     trunk.release({id(branch.node) for branch in branches})
     if saved.entered.inner:
         deferred.roots += [(edge, grad) for edge, grad in zip(entries, inputs, strict=True) if grad is not None]
@@ -80,10 +87,10 @@ def backward_input(saved: Saved, grads: list[torch.Tensor | None]) -> tuple[list
 
 
 def backward_weight(deferred: WeightBackward) -> None:
-    """Accumulate the weights' gradients; autograd's order and bits are those of a whole backward."""
+    """Accumulate the weight gradients into ``.grad``, with the order and bits of a full backward."""
     ends: list[tuple[GradientEdge, torch.Tensor]] = []
     for edge, grad in deferred.shared:
-        # By hand: autograd has run the parameter's hooks when it captured the sum.
+        # Accumulated without autograd, which ran the parameter's hooks when it captured the sum.
         parameter = edge.node.variable  # type: ignore[attr-defined]
         parameter.grad = grad.clone() if parameter.grad is None else parameter.grad.add_(grad)
     for branch in deferred.branches:
@@ -95,9 +102,10 @@ def backward_weight(deferred: WeightBackward) -> None:
 
 
 def _leave(branch: Branch) -> list[tuple[GradientEdge, torch.Tensor]]:
-    """Run the branch's node for its edges: (edge, gradient) of those that lead to more than a parameter.
+    """Run the branch's node; return (edge, gradient) for its edges that do not end at a parameter.
 
-    Edges straight to a parameter end in it here; captured first, its hooks would run twice.
+    For edges that end at a parameter the gradient is accumulated here: if it were captured first, the
+    parameter's hooks would run twice.
     """
     edges, grads = (list(column) for column in zip(*branch.arrived, strict=True))
     variables = [edge.node.variable for edge in branch.edges if hasattr(edge.node, "variable")]
@@ -106,8 +114,8 @@ def _leave(branch: Branch) -> list[tuple[GradientEdge, torch.Tensor]]:
         torch.autograd.backward(edges, grads, inputs=variables, retain_graph=bool(further))
     if not further:
         return []
-    found = torch.autograd.grad(edges, further, grads, allow_unused=True)
-    return [(edge, grad) for edge, grad in zip(further, found, strict=True) if grad is not None]
+    further_grads = torch.autograd.grad(edges, further, grads, allow_unused=True)
+    return [(edge, grad) for edge, grad in zip(further, further_grads, strict=True) if grad is not None]
 
 
 class _Trunk:
@@ -123,20 +131,21 @@ class _Trunk:
         self.inside = self.nodes - entry
 
     def branches(self) -> tuple[list[Branch], list[GradientEdge]]:
-        """(edges that leave the trunk, by node; accumulators reached by more than one of them)."""
+        """Return the edges that leave the trunk, by node, and the accumulators that several of these edges reach."""
         uses: dict[Node, int] = {}
         leaving = list(self._leaving())
         for _, edge in leaving:
             for accumulator in _accumulators(edge.node):
                 uses[accumulator] = uses.get(accumulator, 0) + 1
         several = {accumulator for accumulator, count in uses.items() if count > 1}
-        found: dict[Node, Branch] = {}
+        branches: dict[Node, Branch] = {}
         for node, edge in leaving:
             if not several & _accumulators(edge.node):
-                found.setdefault(node, Branch(node, [])).edges.append(edge)
-        return list(found.values()), [GradientEdge(accumulator, 0) for accumulator in several]
+                branches.setdefault(node, Branch(node, [])).edges.append(edge)
+        return list(branches.values()), [GradientEdge(accumulator, 0) for accumulator in several]
 
     def _leaving(self) -> Iterator[tuple[Node, GradientEdge]]:
+        """Yield (trunk node, edge) for every edge from the trunk towards parameters."""
         for node in reversed(self._order):
             if node in self.inside:
                 for child, index in node.next_functions:
@@ -144,7 +153,7 @@ class _Trunk:
                         yield node, GradientEdge(child, index)
 
     def release(self, kept: set[int]) -> None:
-        """Free the tensors that only ``I`` needed: those of trunk nodes that ``W`` does not run."""
+        """Free the saved tensors of trunk nodes that ``W`` does not run; ``kept`` holds the ids of those it runs."""
         for node in self.inside:
             if id(node) not in kept:
                 for name in _saved_names(node):
@@ -152,7 +161,7 @@ class _Trunk:
 
 
 def _children_first(roots: list[Node]) -> list[Node]:
-    """All nodes below ``roots``, every node after those it leads to (no recursion: graphs are deep)."""
+    """Return all nodes below ``roots``, every node after its children. No recursion, since graphs are deep."""
     order: list[Node] = []
     state: dict[Node, bool] = {}
     stack = list(roots)
@@ -170,7 +179,7 @@ def _children_first(roots: list[Node]) -> list[Node]:
 
 
 def _accumulators(node: Node) -> set[Node]:
-    """The parameters' accumulators below ``node``, itself included."""
+    """Return the parameters' accumulators below ``node``, including ``node``."""
     return {below for below in _children_first([node]) if hasattr(below, "variable")}
 
 
@@ -186,12 +195,12 @@ def _saved_names(node: Node) -> list[str]:
 
 
 def _drop(saved: Any) -> None:
-    """Make autograd forget a saved tensor by packing it into nothing."""
+    """Free a saved tensor, or several, by hooks that pack it into None."""
     for entry in saved if isinstance(saved, tuple) else (saved,):
         try:
             entry.register_hooks(lambda tensor: None, _gone)
         except RuntimeError:
-            continue  # nothing is saved there, or the user's own hooks hold it
+            continue  # no tensor is saved, or the user's hooks hold it
 
 
 def _gone(_: None) -> torch.Tensor:

@@ -1,6 +1,6 @@
-"""One stage of the model: its layers, and what it remembers of the micro-batches in flight.
+"""One stage of the model: its layers, and the state of its micro-batches in flight.
 
-Knows no transport, no schedule and no other stage.
+A stage does not depend on the transport, the schedule or other stages.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ from rpcpipe.stage.weight_stash import Versions
 
 @dataclass(frozen=True)
 class StageOptions:
-    """How a stage computes. ``first_layer``: its place in the model. ``loss`` is set on the last stage alone."""
+    """How a stage computes.
+
+    ``first_layer`` is the index in the model of the stage's first layer. Only the last stage has a ``loss``.
+    """
 
     first_layer: int
     seed: int
@@ -42,11 +45,11 @@ class StageOptions:
 
 
 class Stage:
-    """Stage ``index`` of the model: some of its layers, on one device.
+    """Stage ``index`` of the model: consecutive layers on one device.
 
-    ``wirings``: what the layers take and give beside the running value; ``outgoing``: the names that leave by each link
-    to a later stage; ``shared``: tied parameters that an earlier stage on the same worker has as well. ``versions`` is
-    set while a stream runs.
+    ``wirings``: the values that each layer takes and gives beside the running value; ``outgoing``: the names of the
+    values that leave by each link to a later stage; ``shared``: tied parameters that an earlier stage on the same
+    worker also holds. ``versions`` is set while a stream runs.
     """
 
     def __init__(
@@ -60,7 +63,7 @@ class Stage:
         shared: Collection[nn.Parameter] = (),
     ) -> None:
         self.index = index
-        # A new container says it trains whatever its children do; from here on all of them agree.
+        # A new container is in training mode whatever its children are in; ``train`` makes all of them agree.
         self.module = Named(layers).to(options.device).train()
         self.norms = batchnorm.deferred(self.module)
         self.first_layer, self.seed = options.first_layer, options.seed
@@ -71,7 +74,7 @@ class Stage:
         self._wirings = wirings or [Wiring()] * len(layers)
         self._outgoing = outgoing or {}
         self._live_names = live_names(self._wirings, (name for names in self._outgoing.values() for name in names))
-        # By micro-batch, how many gradients go back by each link.
+        # By micro-batch, the number of gradients to send back by each link.
         self._returns: dict[int, dict[str, int]] = {}
         self.losses: dict[int, tuple[torch.Tensor, Any]] = {}
         self.outputs: dict[int, Nest] = {}
@@ -89,17 +92,17 @@ class Stage:
 
     @property
     def in_flight(self) -> int:
-        """Micro-batches whose activations are alive."""
+        """Number of micro-batches whose activations are in memory."""
         return len(self._saved) + len(self._deferred)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """The trainable parameters, in the model's order, but for those counted in an earlier stage here."""
+        """Trainable parameters in the model's order, without those that an earlier stage on this worker counts."""
         return [parameter for _, parameter in self.named_parameters]
 
     @property
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """The same with their names in the unsplit model."""
+        """``parameters`` as (name in the unsplit model, parameter)."""
         return [
             pair for pair in self.module.named_parameters() if pair[1].requires_grad and pair[1] not in self._shared
         ]
@@ -107,7 +110,12 @@ class Stage:
     def forward(
         self, context: StepContext, micro_batch: MicroBatch, chunk: int, parcels: Mapping[str, StageInput], target: Nest
     ) -> dict[str, StageInput]:
-        """Run the layers on what came by each link; returns what leaves by each."""
+        """Run the layers, and the loss on the last stage, for micro-batch ``chunk``; return the outputs by link.
+
+        ``parcels`` holds the inputs by link. The activations are kept for the backward if ``context`` is a training
+        step. A stage with a loss returns no outputs. Raises TypeError if the loss returns neither a scalar tensor nor
+        (sum, count).
+        """
         if self.module.training != context.training:
             self.module.train(context.training)
         received, returns = join(parcels)
@@ -129,17 +137,17 @@ class Stage:
         start: int,
         stop: int,
         flow: Flow,
-        entered: autograd.GraphEntry,
+        entry: autograd.GraphEntry,
         recomputing: bool,
     ) -> Nest:
-        """Run layers ``start`` … ``stop - 1`` in training, and the loss behind the last one."""
+        """Run layers ``start`` … ``stop - 1`` in training, and the loss after the stage's last layer."""
         with precision.autocast(self.device, self._autocast):
-            flow = self._run_layers(micro_batch, flow, entered, start, stop)
+            flow = self._run_layers(micro_batch, flow, entry, start, stop)
             if stop < len(self.module):
                 return flow
             if self.loss is None:
                 return leaving(flow, self._outgoing)
-            return self._take_loss(chunk, flow[0], target, again=recomputing)
+            return self._take_loss(chunk, flow[0], target, recomputing=recomputing)
 
     def _leave(self, flow: Flow) -> dict[str, StageInput]:
         return part(autograd.leave(map_tensors(_to_host, flow)), self._outgoing)
@@ -160,29 +168,33 @@ class Stage:
         return {}
 
     def _run_layers(
-        self, micro_batch: MicroBatch, flow: Flow, entered: autograd.GraphEntry, start: int, stop: int
+        self, micro_batch: MicroBatch, flow: Flow, entry: autograd.GraphEntry, start: int, stop: int
     ) -> Flow:
-        number = self.version(micro_batch)
-        for at in range(start, stop):
-            layer = self.module[at]
-            rng.seed_layer(self.seed, micro_batch.rng_step, micro_batch.position, self.first_layer + at)
-            call = layer if self.versions is None else partial(self.versions.call, layer, number)
-            flow = advance(call, self._wirings[at], flow, self._live_names[at])
-            if at == start and not entered.edges:
-                # One output only: of several, one may lead to another and be counted twice.
+        version = self.version(micro_batch)
+        for index in range(start, stop):
+            layer = self.module[index]
+            rng.seed_layer(self.seed, micro_batch.rng_step, micro_batch.position, self.first_layer + index)
+            call = layer if self.versions is None else partial(self.versions.call, layer, version)
+            flow = advance(call, self._wirings[index], flow, self._live_names[index])
+            if index == start and not entry.edges:
+                # Only for a single output: one of several might depend on another, and be counted twice.
                 leaves = autograd.differentiable(flow)
-                entered.inner = [get_gradient_edge(leaf) for leaf in leaves] if len(leaves) == 1 else []
+                entry.inner = [get_gradient_edge(leaf) for leaf in leaves] if len(leaves) == 1 else []
         return flow
 
     def _measure(self) -> None:
-        alive = sum(chain.bytes for chain in self._saved.values()) + sum(size for _, size in self._deferred.values())
-        self.peak_bytes = max(self.peak_bytes, alive)
+        saved = sum(graph.bytes for graph in self._saved.values())
+        deferred = sum(size for _, size in self._deferred.values())
+        self.peak_bytes = max(self.peak_bytes, saved + deferred)
 
     def prepare(self, chunk: int) -> bool:
-        """Recompute what ``chunk``'s backward needs first, while its gradient is under way; False if nothing."""
+        """Recompute the segment that ``chunk``'s backward needs first; return False if there is none to recompute.
+
+        A worker calls this while it waits for the gradient.
+        """
         return chunk in self._saved and self._saved[chunk].prepare()
 
-    def _take_loss(self, chunk: int, outputs: Nest, target: Nest, *, again: bool = False) -> torch.Tensor:
+    def _take_loss(self, chunk: int, outputs: Nest, target: Nest, *, recomputing: bool = False) -> torch.Tensor:
         assert self.loss is not None
         value = self.loss(outputs, map_tensors(lambda leaf: leaf.to(self.device), target))
         value, count = value if isinstance(value, tuple) else (value, None)
@@ -192,44 +204,44 @@ class Stage:
                 f"loss must return a scalar tensor (the mean), or (sum, count), not {shape};"
                 " reduce it, for instance by .mean()"
             )
-        if not again:
+        if not recomputing:
             self.losses[chunk] = (value.detach(), count)
         return value
 
     def version(self, micro_batch: MicroBatch) -> int:
-        """Of the weights that ``micro_batch`` is computed with; -1 where they have only one."""
+        """Return the version of the weights for ``micro_batch``; -1 outside a stream, where there is only one."""
         return -1 if self.versions is None or micro_batch.group is None else self.versions.of(micro_batch.group)
 
     def backward(self, chunk: int, grads: Mapping[str, Gradients]) -> dict[str, Gradients]:
-        """Run the full backward of ``chunk``. Accumulates into ``.grad``; returns the input gradients, by link."""
-        found = self._saved[chunk].backward(self._output_grads(chunk, grads))
+        """Run the full backward of ``chunk``: accumulate into ``.grad`` and return the input gradients by link."""
+        input_grads = self._saved[chunk].backward(self._output_grads(chunk, grads))
         del self._saved[chunk]
-        return self._send_back(chunk, found)
+        return self._send_back(chunk, input_grads)
 
     def _send_back(self, chunk: int, grads: Gradients) -> dict[str, Gradients]:
         return cut([None if grad is None else _to_host(grad) for grad in grads], self._returns.pop(chunk))
 
     def loss_counts(self, chunk: int) -> bool:
-        """Is the loss of ``chunk`` finite, and does anything count in it? True on a stage without a loss."""
+        """Return whether ``chunk``'s loss is finite and its count positive; True on a stage without a loss."""
         if self.loss is None:
             return True
         value, count = self.losses[chunk]
         return bool(value.isfinite()) and (count is None or float(count) > 0)
 
     def give_up(self, chunk: int) -> list[str]:
-        """Forget ``chunk``'s activations without a backward; the links by which its gradients would go back."""
+        """Free ``chunk``'s activations without a backward; return the links for its input gradients."""
         del self._saved[chunk]
         return list(self._returns.pop(chunk))
 
     def backward_input(self, chunk: int, grads: Mapping[str, Gradients]) -> dict[str, Gradients]:
-        """The half of the backward that earlier stages wait for."""
-        found, rest, size = self._saved[chunk].backward_input(self._output_grads(chunk, grads))
+        """Run the first half of ``chunk``'s backward, for which earlier stages wait; return input gradients by link."""
+        input_grads, deferred, size = self._saved[chunk].backward_input(self._output_grads(chunk, grads))
         del self._saved[chunk]
-        self._deferred[chunk] = rest, size
-        return self._send_back(chunk, found)
+        self._deferred[chunk] = deferred, size
+        return self._send_back(chunk, input_grads)
 
     def backward_weight(self, chunk: int) -> None:
-        """The other half: parameters' ``.grad`` grow."""
+        """Run the second half of ``chunk``'s backward: accumulate the weight gradients into ``.grad``."""
         for deferred in self._deferred.pop(chunk)[0]:
             backward_weight(deferred)
 
@@ -237,7 +249,7 @@ class Stage:
         if self.loss is None:
             return [None if grad is None else grad.to(self.device) for link in self._outgoing for grad in grads[link]]
         weight = _weight(self.micro_batches[chunk], self.losses[chunk][1])
-        # In this order, as autograd has it for scaler.scale(loss * weight).backward().
+        # scale * weight, in the order in which autograd multiplies for scaler.scale(loss * weight).backward().
         return [torch.full_like(loss, self._scale).mul_(weight) for loss in self._saved[chunk].outputs]
 
     def _to_device(self, received: StageInput) -> StageInput:
@@ -246,14 +258,14 @@ class Stage:
         return StageInput(map_tensors(lambda leaf: leaf.to(self.device), received.nest), received.wants_grad)
 
     def loss_values(self) -> dict[int, tuple[float, float | None]]:
-        """(value, count) per micro-batch so far; waits for the device."""
+        """Return (value, count) of the loss by micro-batch; waits for the device."""
         return {
             chunk: (float(value), None if count is None else float(count))
             for chunk, (value, count) in self.losses.items()
         }
 
     def take_losses(self) -> dict[int, tuple[float, float | None]]:
-        """``loss_values`` of the micro-batches whose backward is done, which are then forgotten."""
+        """Return ``loss_values`` of the micro-batches whose backward is done, and remove those losses."""
         done = {chunk: loss for chunk, loss in self.losses.items() if chunk not in self._saved}
         self.losses = {chunk: loss for chunk, loss in self.losses.items() if chunk in self._saved}
         return {
@@ -261,7 +273,7 @@ class Stage:
         }
 
     def reset(self) -> None:
-        """Forget the step before, all that a failed one left included."""
+        """Discard the state of the previous step, including what a failed step left behind."""
         self.losses, self.outputs, self.measured, self.peak_in_flight, self.peak_bytes = {}, {}, {}, 0, 0
         self.segments.recomputed = 0
         self.micro_batches, self._returns = {}, {}
@@ -274,7 +286,11 @@ class Stage:
 
 
 def _weight(micro_batch: MicroBatch, count: Any) -> float:
-    """A loss that is a mean counts by the micro-batch's share of the batch; sums are divided at the end."""
+    """Return the factor of the micro-batch's loss: for a mean, the micro-batch's share of the batch.
+
+    A sum has factor 1, as it is divided by the batch's count at the end; in a stream it is divided here. Raises
+    TypeError for a sum where an update in a stream covers several micro-batches.
+    """
     if count is None:
         return micro_batch.weight
     if micro_batch.group is None:
@@ -288,5 +304,5 @@ def _weight(micro_batch: MicroBatch, count: Any) -> float:
 
 
 def _to_host(tensor: torch.Tensor) -> torch.Tensor:
-    """Tensors travel through host memory; on the CPU this is the tensor itself."""
+    """Return ``tensor`` in host memory, from which it is sent; a CPU tensor is returned itself."""
     return tensor.cpu()

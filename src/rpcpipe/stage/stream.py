@@ -1,4 +1,4 @@
-"""A stage's backward where minibatches follow each other without a flush, and what is left out of its updates."""
+"""A stage's backward in a stream, where minibatches follow each other without a flush, and skipped updates."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from rpcpipe.stage.stage import Stage
 
 @dataclass(frozen=True)
 class Skipped:
-    """Travels in place of gradients: leave out the update group that this micro-batch belongs to."""
+    """Sent in place of gradients: the update group of this micro-batch is to be skipped."""
 
 
 class StreamBackward:
-    """Backwards of one stage in a stream. ``stage.versions`` is set as long as it is used.
+    """Runs the backwards of one stage in a stream; ``stage.versions`` must be set.
 
-    A group whose loss or last gradient is not finite is skipped on all stages. Only the last stage can judge that, as
-    no other has used the update yet.
+    A group whose loss or accumulated gradient on the last stage is not finite is skipped on all stages. Only the last
+    stage can decide this, because it runs the group's backward before any stage has applied the group's update.
     """
 
     def __init__(self, stage: Stage) -> None:
@@ -30,29 +30,29 @@ class StreamBackward:
     def run(
         self, context: StepContext, chunk: int, grads: Mapping[str, Gradients | Skipped]
     ) -> Mapping[str, Gradients | Skipped]:
-        """Run the backward of ``chunk``; returns what goes back by each link.
+        """Run the backward of ``chunk``; return the input gradients, or Skipped, by link.
 
-        After a group's last micro-batch its gradients are in ``.grad``. Raises FloatingPointError where a loss or
-        gradient that is not finite is to end the stream.
+        After a group's last micro-batch the group's gradients are in ``.grad``. Raises FloatingPointError for a loss
+        or gradient that is not finite if ``context.stop`` is set.
         """
         stage = self._stage
         micro_batch, versions = stage.micro_batches[chunk], stage.versions
         assert versions is not None
         assert micro_batch.group is not None
-        given = {link: grad for link, grad in grads.items() if not isinstance(grad, Skipped)}
-        found: Mapping[str, Gradients | Skipped]
-        if len(given) < len(grads) or not stage.loss_counts(chunk):
-            found = dict.fromkeys(stage.give_up(chunk), Skipped())
+        output_grads = {link: grad for link, grad in grads.items() if not isinstance(grad, Skipped)}
+        input_grads: Mapping[str, Gradients | Skipped]
+        if len(output_grads) < len(grads) or not stage.loss_counts(chunk):
+            input_grads = dict.fromkeys(stage.give_up(chunk), Skipped())
             self._skip(context, micro_batch.group, f"its loss is {stage.losses[chunk][0]}" if stage.loss else "")
         else:
-            found = stage.backward(chunk, given)
+            input_grads = stage.backward(chunk, output_grads)
         if micro_batch.last:
             versions.collect(versions.of(micro_batch.group))
             if stage.loss is not None and not gradients.finite(stage.parameters):
                 self._skip(context, micro_batch.group, "a gradient of the last stage is not finite")
-                found = dict.fromkeys(found, Skipped())
+                input_grads = dict.fromkeys(input_grads, Skipped())
         del stage.micro_batches[chunk]
-        return found
+        return input_grads
 
     def _skip(self, context: StepContext, group: int, why: str) -> None:
         if context.stop and why:
@@ -60,7 +60,7 @@ class StreamBackward:
         self._skipped.add(group)
 
     def take_skipped(self, group: int) -> bool:
-        """Is ``group`` to be left out? Asked once, at its update."""
+        """Return whether the update of ``group`` is to be skipped, and forget it; called once, at the update."""
         skipped = group in self._skipped
         self._skipped.discard(group)
         return skipped

@@ -1,8 +1,8 @@
-"""The way back out of a stream that failed where later stages had updated already.
+"""Roll back a failed stream, in which some stages have applied more updates than others.
 
-A backward that fails on stage r finds the stages after r ahead of those before. Every stage keeps a
-copy of its parameters and optimizer state as they were after the same number of updates, renewed
-every ``EVERY`` updates; the older one goes once all stages have passed the newer.
+When a backward fails on stage r, the later stages are ahead of the earlier ones. Every stage therefore
+takes a snapshot of its parameters and optimizer state every ``EVERY`` updates, at the same numbers of
+updates as all other stages. An older snapshot is dropped once all stages have taken the newer one.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ EVERY = 32
 
 
 def newest(committed: int) -> int:
-    """The newest snapshot that all stages hold, if all have done ``committed`` updates."""
+    """Return the update number of the newest snapshot on all stages if all have applied ``committed`` updates."""
     return committed // EVERY * EVERY
 
 
 class Snapshots:
-    """One worker's copies, by the number of updates in them."""
+    """One worker's snapshots, by the number of updates that they contain."""
 
     def __init__(self, optimizer: LocalOptimizer) -> None:
         self._optimizer = optimizer
@@ -27,18 +27,18 @@ class Snapshots:
         optimizer.undo.refresh()
 
     def updated(self, count: int, committed: int) -> None:
-        """``count`` updates are in the weights here, ``committed`` in those of all stages."""
-        kept = newest(committed)
-        self._slots = {at: slot for at, slot in self._slots.items() if at >= kept}
+        """Take and drop snapshots after update ``count`` of this worker; all stages have applied ``committed``."""
+        oldest_kept = newest(committed)
+        self._slots = {number: slot for number, slot in self._slots.items() if number >= oldest_kept}
         if count % EVERY == 0:
             self._slots[count] = Undo(self._optimizer.parameters, self._optimizer.optimizer)
             self._slots[count].refresh()
 
     def restore(self, count: int) -> None:
-        """Go back to ``count`` updates."""
+        """Restore the weights and the optimizer's state after ``count`` updates."""
         self._slots[count].restore()
 
     def close(self) -> None:
-        """The stream is over; one copy goes on as what takes back a failed step."""
+        """End the stream; the newest snapshot's memory becomes the rollback copy of synchronous steps."""
         self._optimizer.undo = self._slots[max(self._slots)]
         self._optimizer.undo.invalidate()

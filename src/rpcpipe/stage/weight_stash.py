@@ -1,12 +1,13 @@
 """Versions of one stage's weights, for schedules that update while micro-batches are in flight.
 
-Forward and backward run on aliases: leaves that share a version's memory and have gradients of
-their own. The module's parameters, which the optimizer changes in place, are always the newest
-version. Where the next update would overwrite a version still needed, the parameters move to a copy
-first and the old memory stays with its aliases, until the last backward that uses them.
+Forward and backward run on aliases: leaf tensors that share a version's memory and have separate
+gradients. The module's parameters, which the optimizer updates in place, are always the newest version.
+If the next update would overwrite a version that is still needed, the parameters are first moved to a
+copy. The aliases keep the old memory until the last backward that uses them.
 
-Invariant: an alias of a version before the newest shares no memory with a parameter, but under
-"latest", where every alias does: there a backward sees weights that its forward did not.
+Invariant: an alias of an older version shares no memory with a parameter. The exception is policy
+"latest", under which every alias shares a parameter's memory, and a backward may use newer weights than
+its forward.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ Aliases = dict[nn.Parameter, torch.Tensor]
 
 
 class Versions:
-    """The weights of stage ``stage`` of ``stages`` under a policy of ``versions.POLICIES``."""
+    """Versions of the weights of stage ``stage`` of ``stages``; ``policy`` is one of ``weight_versions.POLICIES``.
+
+    ``newest`` is the number of the newest version, ``peak`` the largest number of versions in memory.
+    """
 
     def __init__(self, policy: str, stage: int, stages: int, module: nn.Module) -> None:
         self.newest = 0
@@ -34,11 +38,11 @@ class Versions:
 
     @property
     def bytes(self) -> int:
-        """Of one version."""
+        """Bytes of one version."""
         return sum(parameter.numel() * parameter.element_size() for parameter in self._parameters)
 
     def of(self, group: int) -> int:
-        """The version with which ``group`` is computed; it exists."""
+        """Return the number of the version with which ``group`` is computed; that version must exist."""
         if self._policy == "latest":
             return self.newest
         number = version(self._policy, group, self._stage, self._stages)
@@ -46,7 +50,7 @@ class Versions:
         return number
 
     def call(self, layer: nn.Module, number: int, *arguments: Any) -> Any:
-        """``layer(*arguments)`` with the weights of version ``number``."""
+        """Return ``layer(*arguments)``, computed with the weights of version ``number``."""
         aliases = self._aliases(number)
         named = {
             name: aliases[parameter]
@@ -61,7 +65,10 @@ class Versions:
             parameter.grad, alias.grad = alias.grad, None
 
     def before_update(self, group: int, *, skipped: bool = False) -> None:
-        """The parameters are about to be overwritten by ``group``'s update, unless it is ``skipped``."""
+        """Stash the newest version if ``group + 1`` needs it; called before ``group``'s update.
+
+        The parameters move to a copy, unless the update is ``skipped`` and overwrites nothing.
+        """
         if self._policy == "latest" or version(self._policy, group + 1, self._stage, self._stages) > self.newest:
             return
         self._aliases(self.newest)
@@ -69,7 +76,7 @@ class Versions:
             parameter.data = parameter.data.clone()
 
     def after_update(self, group: int) -> None:
-        """``group`` is over, whether it changed the weights or was skipped."""
+        """Count a new version after ``group``'s update, applied or skipped, and drop versions no longer needed."""
         self.newest += 1
         if self._policy == "latest":
             return
@@ -78,7 +85,10 @@ class Versions:
         self.peak = max(self.peak, len(self._held.keys() | {self.newest}))
 
     def _aliases(self, number: int) -> Aliases:
-        """Of version ``number``, which is the newest or held. ``.data`` shares memory, but no version counter."""
+        """Return the aliases of version ``number``, which must be the newest or stashed.
+
+        ``.data`` shares the parameter's memory, but not its autograd version counter.
+        """
         number = 0 if self._policy == "latest" else number
         if number not in self._held:
             assert number in (0, self.newest)

@@ -1,1 +1,1 @@
-"""Models of transformers as layers; needs the extra ``hf`` and is imported on first use."""
+"""Models of transformers as layers. The package needs the extra ``hf`` and is imported on first use."""

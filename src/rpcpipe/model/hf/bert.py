@@ -25,7 +25,7 @@ _LABELS = ("labels", "next_sentence_label")
 
 
 class Embeddings(BertEmbeddings):
-    """transformers' own, from the inputs."""
+    """BertEmbeddings that take the input dict and also return the attention mask."""
 
     def forward(self, inputs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         ids, types, mask, position_ids = take(inputs, "input_ids", "token_type_ids", _MASK, "position_ids")
@@ -33,35 +33,35 @@ class Embeddings(BertEmbeddings):
 
 
 class Block(BertLayer):
-    """A layer that makes its mask itself."""
+    """BertLayer that expands the attention mask itself: the expanded mask would be larger to send than its row."""
 
     def forward(self, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        whole = create_bidirectional_mask(self.attention.self.config, hidden, mask)
-        return super().forward(hidden, whole)
+        expanded = create_bidirectional_mask(self.attention.self.config, hidden, mask)
+        return super().forward(hidden, expanded)
 
 
 class Pooler(BertPooler):
-    """Hands on what it pools."""
+    """BertPooler that returns (hidden, pooled)."""
 
     def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return hidden, super().forward(hidden)
 
 
 class PreTrainingHeads(BertPreTrainingHeads):
-    """transformers' own, with their outputs by name."""
+    """BertPreTrainingHeads that take (hidden, pooled) and return their logits by name."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         if config.tie_word_embeddings:
             self.predictions.decoder.bias = self.predictions.bias
 
-    def forward(self, given: tuple[torch.Tensor, torch.Tensor]) -> dict[str, torch.Tensor]:
-        predictions, relationship = super().forward(*given)
+    def forward(self, states: tuple[torch.Tensor, torch.Tensor]) -> dict[str, torch.Tensor]:
+        predictions, relationship = super().forward(*states)
         return {"prediction_logits": predictions, "seq_relationship_logits": relationship}
 
 
 class MaskedHead(BertOnlyMLMHead):
-    """transformers' own, with the tied bias."""
+    """BertOnlyMLMHead whose decoder bias is tied where the config ties the word embeddings."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -72,13 +72,14 @@ class MaskedHead(BertOnlyMLMHead):
 class PreTrainingLoss:
     """Masked language modelling plus next sentence prediction, each the mean over its labels in the whole batch.
 
-    A micro-batch knows how many of its own labels count; how many of the batch's do, per row, the
-    driver tells it. Then the mean over micro-batches, by their shares of the rows, is the batch's loss.
+    A micro-batch cannot know how many labels of the batch count. The driver calls ``prepare`` on the batch's
+    targets, which adds that number per row. The mean over micro-batches, weighted by their shares of the
+    rows, then equals the loss of the batch.
     """
 
     def prepare(self, targets: Any) -> dict[str, Any]:
         labels = {name: label(targets, name) for name in _LABELS}
-        counted = {name: float((found != IGNORED).sum()) / len(found) for name, found in labels.items()}
+        counted = {name: float((rows != IGNORED).sum()) / len(rows) for name, rows in labels.items()}
         return {**labels, "counted": counted}
 
     def __call__(self, output: Any, targets: Any) -> torch.Tensor:
@@ -105,7 +106,7 @@ def _encoder(parts: Parts) -> dict[str, Layer]:
 
 
 def pre_training(source: Any) -> tuple[dict[str, Layer], PreTrainingLoss]:
-    """BertForPreTraining's layers, and its loss."""
+    """Return the layers and the loss of BertForPreTraining."""
     parts = Parts(source, BertPreTrainedModel)
     pooler = parts.layer("bert.pooler", Pooler, parts.config)
     heads = parts.layer("cls", PreTrainingHeads, parts.config, embedding=_DECODER)
@@ -113,6 +114,6 @@ def pre_training(source: Any) -> tuple[dict[str, Layer], PreTrainingLoss]:
 
 
 def masked_lm(source: Any) -> tuple[dict[str, Layer], MaskedLoss]:
-    """BertForMaskedLM's layers, and its loss."""
+    """Return the layers and the loss of BertForMaskedLM."""
     parts = Parts(source, BertPreTrainedModel)
     return {**_encoder(parts), "cls": parts.layer("cls", MaskedHead, parts.config, embedding=_DECODER)}, MaskedLoss()

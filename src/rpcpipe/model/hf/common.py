@@ -1,4 +1,4 @@
-"""What the families share: layers from a config or from a model, checked inputs, losses."""
+"""Code shared by the model families: layers from a config or a model, input checks, losses."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from rpcpipe.errors import ArgumentError
 from rpcpipe.model.layers import LayerSpec
 
-IGNORED = -100  # a label that counts nowhere, in all of transformers
+IGNORED = -100  # the label that all losses of transformers ignore
 
 
 class Parts:
-    """Where layers come from: a model's modules, or a config, from which they are built on their workers.
+    """Source of a pipeline's layers: a model's modules, or a config from which workers build them.
 
-    ``base`` is the family's PreTrainedModel class; it knows how weights are initialized.
+    ``base`` is the family's PreTrainedModel class, which initializes the weights.
     """
 
     def __init__(self, source: PreTrainedConfig | PreTrainedModel, base: type[PreTrainedModel]) -> None:
         self.model = source if isinstance(source, PreTrainedModel) else None
         self.config: Any = source if self.model is None else self.model.config
         self._base = base
-        base(self.config)  # settles the config's attention implementation, as the unsplit model does
+        base(self.config)  # sets the config's attention implementation, as the unsplit model does
 
     def layer(
         self, path: str, cls: type[nn.Module], *args: Any, embedding: str | None = None, **kwargs: Any
     ) -> nn.Module | LayerSpec:
-        """``cls(*args, **kwargs)``, or the model's module at ``path`` seen as a ``cls``.
+        """Return a LayerSpec of ``cls(*args, **kwargs)``, or a view of the model's module at ``path`` as a ``cls``.
 
-        ``embedding``: what the layer calls the word embeddings, where the config ties them.
+        ``embedding`` names the layer's parameter that is tied to the word embeddings if the config ties them.
         """
         if self.model is None:
             tied = {"embedding": embedding} if embedding and self.config.tie_word_embeddings else None
@@ -42,7 +42,7 @@ class Parts:
         return view(self.model.get_submodule(path), cls)
 
     def lm_head(self) -> nn.Module | LayerSpec:
-        """Logits of a causal model."""
+        """Return the layer that computes the logits of a causal model."""
         sizes = self.config.hidden_size, self.config.vocab_size
         return self.layer("lm_head", nn.Linear, *sizes, bias=False, embedding="weight")
 
@@ -54,7 +54,7 @@ def build(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
 ) -> nn.Module:
-    """``cls(*args, **kwargs)`` with the initial weights that ``base`` would give it."""
+    """Return ``cls(*args, **kwargs)`` with its weights initialized as ``base`` does."""
     module = cls(*args, **kwargs)
     with torch.no_grad():
         module.apply(base(config)._init_weights)
@@ -62,44 +62,50 @@ def build(
 
 
 def view(source: nn.Module, cls: type[nn.Module]) -> nn.Module:
-    """``source`` with the forward of ``cls`` and the children that it names, or all; the very parameters."""
-    seen = copy.copy(source)
-    seen.__class__ = cls
+    """Return a module with ``source``'s parameters, the forward of ``cls``, and the children that ``cls`` keeps.
+
+    ``cls.children_kept`` names these children; without it all children are kept.
+    """
+    viewed = copy.copy(source)
+    viewed.__class__ = cls
     children = getattr(cls, "children_kept", None)
-    seen._modules = {name: child for name, child in source._modules.items() if children is None or name in children}
-    if hasattr(seen, "gradient_checkpointing"):
-        seen.__dict__["gradient_checkpointing"] = False  # the pipeline's ``checkpoint`` says what is recomputed
-    return seen
+    viewed._modules = {name: child for name, child in source._modules.items() if children is None or name in children}
+    if hasattr(viewed, "gradient_checkpointing"):
+        viewed.__dict__["gradient_checkpointing"] = False  # the pipeline's ``checkpoint`` decides on recomputation
+    return viewed
 
 
 def take(inputs: Any, *names: str) -> list[Any]:
-    """The inputs called ``names``, None where one is missing; input_ids must be there and nothing else may."""
+    """Return the inputs called ``names``, with None for a missing one.
+
+    Raises ArgumentError if ``inputs`` is no dict, lacks input_ids, or has a key that is not in ``names``.
+    """
     if not isinstance(inputs, Mapping) or "input_ids" not in inputs or not inputs.keys() <= set(names):
-        found = sorted(inputs) if isinstance(inputs, Mapping) else f"a {type(inputs).__name__}"
-        raise ArgumentError(f"inputs must be a dict with input_ids and at most {', '.join(names)}, not {found}")
+        actual = sorted(inputs) if isinstance(inputs, Mapping) else f"a {type(inputs).__name__}"
+        raise ArgumentError(f"inputs must be a dict with input_ids and at most {', '.join(names)}, not {actual}")
     return [inputs.get(name) for name in names]
 
 
-def positions(ids: torch.Tensor, given: torch.Tensor | None) -> torch.Tensor:
-    """``given`` position ids, or 0, 1, 2 …: (1, time)."""
-    return torch.arange(ids.shape[1], device=ids.device)[None] if given is None else given
+def positions(ids: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:
+    """Return ``position_ids``, or 0, 1, 2, … of shape (1, time) if they are None."""
+    return torch.arange(ids.shape[1], device=ids.device)[None] if position_ids is None else position_ids
 
 
 def label(targets: Any, name: str) -> torch.Tensor:
-    """The targets called ``name``."""
+    """Return the targets called ``name``; raises ArgumentError if there are none."""
     if not isinstance(targets, Mapping) or name not in targets:
         raise ArgumentError(f"targets must be a dict with {name!r}")
-    found: torch.Tensor = targets[name]
-    return found
+    labels: torch.Tensor = targets[name]
+    return labels
 
 
 def summed(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The sum of the cross-entropies of all labels that count."""
+    """Return the sum of the cross-entropies over all labels but those that are IGNORED."""
     return nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
 class CausalLoss:
-    """transformers' loss of causal models as (sum, count): normalised over the whole batch."""
+    """Loss of transformers' causal models as (sum, count), so that it is normalised over the whole batch."""
 
     def __call__(self, logits: torch.Tensor, targets: Any) -> tuple[torch.Tensor, torch.Tensor]:
         labels = label(targets, "labels")

@@ -1,4 +1,4 @@
-"""GPT-2."""
+"""GPT-2 with its language-modelling head, as layers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _WIRES = ("attention_mask", "position_ids")
 
 
 class Embeddings(nn.Module):
-    """What GPT2Model does before its blocks."""
+    """The part of GPT2Model before its blocks."""
 
     children_kept = ("wte", "wpe", "drop")
 
@@ -37,7 +37,7 @@ class Embeddings(nn.Module):
 
 
 class Block(GPT2Block):
-    """A block that makes its mask itself: the mask's (time × time) would be more to send than its row."""
+    """GPT2Block that builds the causal mask itself: the (time × time) mask would be larger to send than its row."""
 
     def forward(self, hidden: torch.Tensor, mask: torch.Tensor | None, position_ids: torch.Tensor) -> torch.Tensor:
         causal = create_causal_mask(self.attn.config, hidden, mask, None, position_ids)
@@ -45,7 +45,7 @@ class Block(GPT2Block):
 
 
 def lm_head(source: Any) -> tuple[dict[str, Layer], CausalLoss]:
-    """GPT2LMHeadModel's layers, and its loss."""
+    """Return the layers and the loss of GPT2LMHeadModel."""
     parts = Parts(source, GPT2PreTrainedModel)
     config = parts.config
     require(not config.add_cross_attention, "GPT-2 with cross-attention has a second input; a pipeline has one")

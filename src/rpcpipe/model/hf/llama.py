@@ -1,4 +1,4 @@
-"""Llama."""
+"""Llama with its language-modelling head, as layers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Rotary = tuple[torch.Tensor, torch.Tensor]
 
 
 class Embeddings(nn.Module):
-    """What LlamaModel does before its layers; the rotary angles' cosines and sines are given to all of them."""
+    """The part of LlamaModel before its layers; it gives all of them the cosines and sines of the rotary angles."""
 
     children_kept = ("embed_tokens", "rotary_emb")
 
@@ -39,7 +39,7 @@ class Embeddings(nn.Module):
 
 
 class Block(LlamaDecoderLayer):
-    """A layer that makes its mask itself."""
+    """LlamaDecoderLayer that builds the causal mask itself."""
 
     def forward(
         self, hidden: torch.Tensor, mask: torch.Tensor | None, position_ids: torch.Tensor, rotary: Rotary
@@ -54,7 +54,7 @@ class Block(LlamaDecoderLayer):
 
 
 def causal_lm(source: Any) -> tuple[dict[str, Layer], CausalLoss]:
-    """LlamaForCausalLM's layers, and its loss."""
+    """Return the layers and the loss of LlamaForCausalLM."""
     parts = Parts(source, LlamaPreTrainedModel)
     config = parts.config
     layers: dict[str, Layer] = {

@@ -1,4 +1,4 @@
-"""Which models there are."""
+"""The models of transformers that rpcpipe can split into layers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ _DEFAULTS = {"gpt2": "GPT2LMHeadModel", "bert": "BertForPreTraining", "llama": "
 
 
 def family_of(source: Any) -> Family:
-    """What cuts ``source``, a config or a model; ArgumentError if nothing does."""
+    """Return the function that splits ``source``, a config or a model, into layers.
+
+    Raises ArgumentError for a model of another class or a config of another model type.
+    """
     if isinstance(source, PreTrainedModel):
         name = type(source).__name__
     else:
