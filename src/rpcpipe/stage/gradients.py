@@ -9,7 +9,9 @@ the engine is their only owner and the context keeps the tensors without a copy.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -41,6 +43,39 @@ def take(parameters: Sequence[nn.Parameter]) -> torch.Tensor | None:
         parameter.grad = None
     scalar: torch.Tensor = HandOver.apply(gradients, *owners)  # type: ignore[no-untyped-call]
     return scalar
+
+
+def hooks_of(parameter: torch.Tensor) -> tuple[Any, Any]:
+    """Return the hooks that run on the parameter's gradient, and those that run after it is accumulated; or None."""
+    return parameter._backward_hooks, parameter._post_accumulate_grad_hooks
+
+
+def has_hooks(parameter: torch.Tensor) -> bool:
+    """Return whether a hook runs when the parameter's gradient is computed or accumulated."""
+    return any(hooks_of(parameter))
+
+
+@contextmanager
+def hooks_lifted(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Take the hooks off ``parameters`` and put them back, whatever happens.
+
+    Hooks have run on every micro-batch's gradient; filing the sums is no further backward to them.
+    """
+    lifted = [(parameter, *hooks_of(parameter)) for parameter in parameters if has_hooks(parameter)]
+    try:
+        for parameter, before, after in lifted:
+            # Empty dicts: torch keeps a tensor's hooks when ``_post_accumulate_grad_hooks`` is set to None.
+            _set_hooks(parameter, before and OrderedDict(), after and OrderedDict())
+        yield
+    finally:
+        for hooked in lifted:
+            _set_hooks(*hooked)
+
+
+def _set_hooks(parameter: torch.Tensor, before: Any, after: Any) -> None:
+    parameter._backward_hooks = before
+    if after is not None:
+        parameter._post_accumulate_grad_hooks = after
 
 
 def norms(parameters: Sequence[nn.Parameter]) -> list[float]:

@@ -46,6 +46,11 @@ def check(checkpoint: Checkpoint) -> None:
         )
 
 
+def is_ratio(checkpoint: Checkpoint) -> bool:
+    """Return whether a stage's layers are run in several segments, some of which are recomputed."""
+    return isinstance(checkpoint, (int, float)) and 0 < checkpoint < 1
+
+
 class Recompute:
     """Decides which layers of one stage with ``layers`` layers are recomputed."""
 
@@ -56,8 +61,7 @@ class Recompute:
     @property
     def learns(self) -> bool:
         """Whether the next forward must measure each layer's costs, with one run per layer."""
-        ratio = self._checkpoint
-        return isinstance(ratio, (int, float)) and 0 < ratio < 1 and self._learnt is None
+        return is_ratio(self._checkpoint) and self._learnt is None
 
     def runs(self, chunk: int) -> list[Run]:
         """Return the runs of layers in which the stage computes the forward of micro-batch ``chunk``."""

@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from rpcpipe.stage import autograd
 from rpcpipe.stage.autograd import Saved
+from rpcpipe.stage.gradients import has_hooks
 
 
 @dataclass
@@ -46,11 +48,14 @@ def backward_input(saved: Saved, grads: list[torch.Tensor | None]) -> tuple[list
     """Run the first half of the backward; return the input gradients and the deferred weight gradients.
 
     ``grads`` are the gradients of ``saved.outputs``, None for an output that no later layer used. Accumulates
-    nothing into ``.grad``.
+    nothing into ``.grad``, unless a parameter has hooks: then the whole backward runs here, because the halves
+    would run the hooks on parts of a gradient that autograd sums first.
     """
     pairs = [(out, grad) for out, grad in zip(saved.outputs, grads, strict=True) if grad is not None]
     entries = saved.entered.edges or saved.entered.inner
     trunk = _Trunk([out.grad_fn for out, _ in pairs if out.grad_fn is not None], entries)
+    if trunk.has_hooks:
+        return autograd.backward(saved, grads), WeightBackward()
     # An output may be an input passed through; its gradient is the input's gradient. Where the trunk ends at
     # the first layer's output, inside the stage, that output and everything below it are left to W.
     leading = trunk.nodes if saved.entered.edges else trunk.inside
@@ -129,6 +134,11 @@ class _Trunk:
             if node in entry or any(child in self.nodes for child, _ in node.next_functions):
                 self.nodes.add(node)
         self.inside = self.nodes - entry
+
+    @property
+    def has_hooks(self) -> bool:
+        """Whether a parameter in or below the trunk has hooks."""
+        return any(hasattr(node, "variable") and has_hooks(node.variable) for node in self._order)
 
     def branches(self) -> tuple[list[Branch], list[GradientEdge]]:
         """Return the edges that leave the trunk, by node, and the accumulators that several of these edges reach."""

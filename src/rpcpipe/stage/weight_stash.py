@@ -18,7 +18,9 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from rpcpipe.errors import require
 from rpcpipe.schedules.weight_versions import version
+from rpcpipe.stage.gradients import hooks_of
 
 Aliases = dict[nn.Parameter, torch.Tensor]
 
@@ -26,10 +28,11 @@ Aliases = dict[nn.Parameter, torch.Tensor]
 class Versions:
     """Versions of the weights of stage ``stage`` of ``stages``; ``policy`` is one of ``weight_versions.POLICIES``.
 
-    ``newest`` is the number of the newest version, ``peak`` the largest number of versions in memory.
+    Raises ArgumentError for a parameter with hooks that cannot run on an alias. ``newest`` is the number of the newest version, ``peak`` the largest number of versions in memory.
     """
 
     def __init__(self, policy: str, stage: int, stages: int, module: nn.Module) -> None:
+        _check_hooks(module)
         self.newest = 0
         self.peak = 1
         self._policy, self._stage, self._stages = policy, stage, stages
@@ -92,5 +95,22 @@ class Versions:
         number = 0 if self._policy == "latest" else number
         if number not in self._held:
             assert number in (0, self.newest)
-            self._held[number] = {parameter: parameter.data.requires_grad_() for parameter in self._parameters}
+            self._held[number] = {parameter: _alias(parameter) for parameter in self._parameters}
         return self._held[number]
+
+
+def _alias(parameter: nn.Parameter) -> torch.Tensor:
+    alias = parameter.data.requires_grad_()
+    alias._backward_hooks, _ = hooks_of(parameter)
+    return alias
+
+
+def _check_hooks(module: nn.Module) -> None:
+    for name, parameter in module.named_parameters():
+        _, after = hooks_of(parameter)
+        require(
+            not after,
+            f"parameter {name!r} has a hook of register_post_accumulate_grad_hook, which would be given the newest"
+            " weights and another version's gradient under an asynchronous schedule; use register_hook, or a"
+            " synchronous schedule, for instance '1f1b'",
+        )

@@ -281,7 +281,8 @@ class Actor:
             gradients.scale(parameters, factor)
         root = gradients.take(parameters)
         if root is not None:
-            self._ledger.accumulate(context_id, root)
+            with gradients.hooks_lifted(parameters):
+                self._ledger.accumulate(context_id, root)
 
     def _update_weights(self, context_id: int, changes: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
         """Apply the context's gradients; when that began and ended, in nanoseconds."""

@@ -14,14 +14,15 @@ from torch import nn
 
 from rpcpipe.checkpoint import shard
 from rpcpipe.checkpoint.manifest import Manifest
-from rpcpipe.errors import CheckpointError
+from rpcpipe.errors import CheckpointError, require
 from rpcpipe.model import batchnorm, layers, tied_weights
 from rpcpipe.model.layers import Loss
 from rpcpipe.model.tied_weights import Tie
 from rpcpipe.model.wiring import StageLinks, Wiring, outgoing
 from rpcpipe.stage.accumulation import AccumulatedGradients
+from rpcpipe.stage.gradients import has_hooks
 from rpcpipe.stage.optimizer import Factory, LocalOptimizer, Parameters
-from rpcpipe.stage.recompute import Checkpoint, Recompute
+from rpcpipe.stage.recompute import Checkpoint, Recompute, is_ratio
 from rpcpipe.stage.stage import Stage, StageOptions
 from rpcpipe.worker.gradient_exchange import GradientExchange, ReplicaGroup, group_of
 from rpcpipe.worker.messages import StageInfo
@@ -77,6 +78,7 @@ class StageSet:
         self.optimizer: LocalOptimizer | None = None
         self.accumulated = AccumulatedGradients()
         self._loaded: shard.Loaded | None = None
+        self._tied: Mapping[str, nn.Parameter] = {}
         self._build(spec.stages, spec.last_stage, spec.stage_links)
 
     def _build(self, parts: Parts, last_stage: int, stage_links: StageLinks) -> None:
@@ -93,6 +95,8 @@ class StageSet:
         for number, named in built.items():
             self.stages[number] = self._stage(number, named, parts[number][1], stage_links, seen)
             seen.update(self.stages[number].module.parameters())
+        self._tied = tied
+        self._check_tied_hooks()
         self._exchange(tied, stage_links.members)
         spec = self.spec
         parameters = Parameters(pair for stage in self.stages.values() for pair in stage.named_parameters)
@@ -124,6 +128,23 @@ class StageSet:
             outgoing=outgoing(stage_links.value_routes, number, last_stage),
             shared=seen,
         )
+
+    def _check_tied_hooks(self) -> None:
+        """Refuse hooks on a weight whose gradient autograd does not sum before they run."""
+        whole = [set() if is_ratio(self.spec.checkpoint) else self._layers_of(stage) for stage in self.stages.values()]
+        for tie in self.spec.ties:
+            sharing = {holder.layer for holder in tie.holders}
+            if tie.group in self._tied and has_hooks(self._tied[tie.group]):
+                require(
+                    any(sharing <= layers for layers in whole),
+                    f"{' and '.join(holder.name for holder in tie.holders)} are one weight, whose hooks would run on"
+                    " parts of its gradient: keep these layers on one stage with balance=[…] and no ratio for"
+                    " checkpoint, or remove the hooks",
+                )
+
+    @staticmethod
+    def _layers_of(stage: Stage) -> set[str]:
+        return {name for name, _ in stage.module.named_children()}
 
     def _exchange(self, tied: Mapping[str, nn.Parameter], members: Mapping[str, tuple[str, ...]]) -> None:
         """Whom gradients are summed with: every parameter is in one group, a tied one in its own."""
