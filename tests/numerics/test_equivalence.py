@@ -155,8 +155,7 @@ def test_neither_failed_steps_nor_evaluations_change_what_dropout_draws(cluster:
 
 
 def test_moving_after_an_evaluation_trains_on_in_training_mode(cluster: rp.Cluster) -> None:
-    model = mlp()
-    pipe = rp.Pipeline(model.eval(), cluster, loss=cross_entropy, optimizer=adamw, chunks=8)
+    pipe = rp.Pipeline(mlp(), cluster, loss=cross_entropy, optimizer=adamw, chunks=8)
     oracle = Oracle(mlp(), adamw, cross_entropy, 8)
     for batch, name in zip(batches(4, 16), ["interleaved", "1f1b", "zb-v", "gpipe"], strict=True):
         assert pipe.train_step(*batch).loss == oracle.train_step(*batch)

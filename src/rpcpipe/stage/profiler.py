@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import random
 import statistics
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol
@@ -45,14 +47,18 @@ def profile(
 
     With ``loss`` and ``target`` the last layer's cost includes the loss; with ``optimizer`` the update is
     timed too. Of LayerSpecs only one is in memory at a time. Memory that two consecutive layers save for
-    their backwards counts once, for the first of them. Raises ArgumentError if ``sample`` lacks a name.
+    their backwards counts once, for the first of them. Copies are run, in the modes that the modules have: modules,
+    ``loss``, ``sample`` and the global random numbers stay as they are. Raises ArgumentError if ``sample`` lacks a
+    name.
     """
     rounds = _ROUNDS + 1
 
     def build(index: int, layer: model.Layer) -> nn.Module:
-        return model.build(layer, seed=seed, index=index).to(device)
+        module = model.build(layer, seed=seed, index=index)
+        return (copy.deepcopy(module) if module is model.unwired(layer) else module).to(device)
 
-    return _walk(layers, sample, device, _Closing(loss, target), build, _Measure(Clock, rounds, optimizer))
+    with _same_random_numbers(device):
+        return _walk(layers, sample, device, _Closing(loss, target), build, _Measure(Clock, rounds, optimizer))
 
 
 def estimate(
@@ -69,9 +75,20 @@ def estimate(
     not, so the seconds are lower bounds. Equal LayerSpecs are counted once.
     """
     counter = FlopCounterMode(display=False)
-    with counter:
+    with counter, _same_random_numbers("meta"):
         measure = _Measure(lambda cuda: _Count(counter, flops), 1, repeats=True)
         return _walk(layers, sample, "meta", _Closing(loss, target), lambda _, layer: _on_meta(layer), measure)
+
+
+@contextmanager
+def _same_random_numbers(device: torch.device | str) -> Iterator[None]:
+    """Put the global generators of Python and torch, in use on ``device``, back to where they were."""
+    place, state = torch.device(device), random.getstate()
+    try:
+        with torch.random.fork_rng([place] if place.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(state)
 
 
 def _on_meta(layer: model.Layer) -> nn.Module:
@@ -98,7 +115,7 @@ def _walk(
     """Return the costs of all layers; ``build`` makes each module, and ``measure`` runs it on its inputs."""
     wirings = {name: model.wiring_of(layer) for name, layer in layers.items()}
     model.check_inputs(sample, wirings)
-    sample = map_tensors(lambda leaf: leaf.to(device), sample)
+    sample = map_tensors(lambda leaf: leaf.detach().to(device, copy=True), sample)
     direct = {name: sample[name] for name in required_inputs(wirings)}
     received = autograd.StageInput.constant((sample, {}))
     costs: list[LayerCost] = []
@@ -113,7 +130,7 @@ def _walk(
         shapes = tuple((leaf.shape, leaf.dtype) for leaf in tensors(received.nest))
         key = (identity, previous, shapes) if measure.repeats else index
         if key not in known:
-            module = closing.around(_Flowing(build(index, layer).train(), wirings[name], needed[index], direct), last)
+            module = closing.around(_Flowing(build(index, layer), wirings[name], needed[index], direct), last)
             known[key] = measure(name, module, received, before)
         cost, received, before = known[key] if measure.repeats else known.pop(key)
         costs.append(dataclasses.replace(cost, name=name))
@@ -145,7 +162,7 @@ class _Closing:
         if not last or self.loss is None:
             return module
         device = next((leaf.device for leaf in module.parameters()), None)
-        return _WithLoss(module, self.loss, map_tensors(lambda leaf: leaf.to(device), self.target))
+        return _WithLoss(module, copy.deepcopy(self.loss), map_tensors(lambda leaf: leaf.to(device), self.target))
 
 
 class _Flowing(nn.Module):

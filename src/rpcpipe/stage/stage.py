@@ -24,6 +24,7 @@ from rpcpipe.stage.autograd import Gradients, StageInput
 from rpcpipe.stage.boundary import cut, join, leaving, part
 from rpcpipe.stage.context import MicroBatch, StepContext
 from rpcpipe.stage.metrics import Metric, Sums, measure
+from rpcpipe.stage.modes import Modes
 from rpcpipe.stage.recompute import MicroBatchGraph, Recompute, SegmentRunner
 from rpcpipe.stage.split_backward import WeightBackward, backward_weight
 from rpcpipe.stage.weight_stash import Versions
@@ -63,8 +64,8 @@ class Stage:
         shared: Collection[nn.Parameter] = (),
     ) -> None:
         self.index = index
-        # A new container is in training mode whatever its children are in; ``train`` makes all of them agree.
-        self.module = Named(layers).to(options.device).train()
+        self.module = Named(layers).to(options.device)
+        self.modes = Modes(self.module)
         self.norms = batchnorm.deferred(self.module)
         self.first_layer, self.seed = options.first_layer, options.seed
         self.device, self.loss = options.device, options.loss
@@ -116,8 +117,7 @@ class Stage:
         step. A stage with a loss returns no outputs. Raises TypeError if the loss returns neither a scalar tensor nor
         (sum, count).
         """
-        if self.module.training != context.training:
-            self.module.train(context.training)
+        self.modes.switch(training=context.training)
         received, returns = join(parcels)
         received = self._to_device(received)
         if not context.training:

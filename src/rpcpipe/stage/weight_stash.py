@@ -28,7 +28,8 @@ Aliases = dict[nn.Parameter, torch.Tensor]
 class Versions:
     """Versions of the weights of stage ``stage`` of ``stages``; ``policy`` is one of ``weight_versions.POLICIES``.
 
-    Raises ArgumentError for a parameter with hooks that cannot run on an alias. ``newest`` is the number of the newest version, ``peak`` the largest number of versions in memory.
+    Raises ArgumentError for a parameter with hooks that cannot run on an alias. ``newest`` is the number of the
+    newest version, ``peak`` the largest number of versions in memory.
     """
 
     def __init__(self, policy: str, stage: int, stages: int, module: nn.Module) -> None:

@@ -205,7 +205,9 @@ class StageSet:
         )
 
     def execute(self, operation: HoldingOperation) -> Any:
-        """Do what is asked for between steps."""
+        """Do what is asked for between steps; the modules have their own training flags."""
+        for stage in self.stages.values():
+            stage.modes.switch(training=True)
         match operation:
             case GetModule(number):
                 return self.module(number)
@@ -249,7 +251,8 @@ class StageSet:
             self._weights_changed()
 
     def module(self, number: int) -> nn.Module:
-        """The stage's module itself, for an RRef to it."""
+        """The stage's module itself, with its own training flags, for an RRef to it."""
+        self.stages[number].modes.switch(training=True)
         return self.stages[number].module
 
     def _state_dict(self) -> dict[int, dict[str, torch.Tensor]]:
