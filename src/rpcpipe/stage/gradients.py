@@ -55,6 +55,12 @@ def has_hooks(parameter: torch.Tensor) -> bool:
     return any(hooks_of(parameter))
 
 
+def remove_hooks(parameter: torch.Tensor) -> None:
+    """Remove the parameter's hooks for good."""
+    for hooks in filter(None, hooks_of(parameter)):
+        hooks.clear()
+
+
 @contextmanager
 def hooks_lifted(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """Take the hooks off ``parameters`` and put them back, whatever happens.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, assert_never
@@ -14,16 +15,17 @@ from torch import nn
 
 from rpcpipe.checkpoint import shard
 from rpcpipe.checkpoint.manifest import Manifest
-from rpcpipe.errors import CheckpointError, require
+from rpcpipe.errors import ArgumentError, CheckpointError, require
 from rpcpipe.model import batchnorm, layers, tied_weights
 from rpcpipe.model.layers import Loss
 from rpcpipe.model.tied_weights import Tie
 from rpcpipe.model.wiring import StageLinks, Wiring, outgoing
 from rpcpipe.stage.accumulation import AccumulatedGradients
-from rpcpipe.stage.gradients import has_hooks
+from rpcpipe.stage.gradients import has_hooks, remove_hooks
 from rpcpipe.stage.optimizer import Factory, LocalOptimizer, Parameters
 from rpcpipe.stage.recompute import Checkpoint, Recompute, is_ratio
 from rpcpipe.stage.stage import Stage, StageOptions
+from rpcpipe.stage.trainable import refuse_thawed
 from rpcpipe.worker.gradient_exchange import GradientExchange, ReplicaGroup, group_of
 from rpcpipe.worker.messages import StageInfo
 from rpcpipe.worker.operations import (
@@ -245,10 +247,23 @@ class StageSet:
         """``function(module)`` of stage ``number``, which may change weights; the result cloudpickled."""
         if seed is not None:
             torch.manual_seed(seed)
+        module, optimized = self.stages[number].module, set(self.optimizer.parameters if self.optimizer else ())
         try:
-            return cloudpickle.dumps(cloudpickle.loads(function)(self.stages[number].module))
+            with refuse_thawed(module, optimized), self._refuse_tied_hooks():
+                return cloudpickle.dumps(cloudpickle.loads(function)(module))
         finally:
             self._weights_changed()
+
+    @contextmanager
+    def _refuse_tied_hooks(self) -> Iterator[None]:
+        """``_check_tied_hooks`` of the hooks that the block registers, which are removed if it refuses them."""
+        yield
+        try:
+            self._check_tied_hooks()
+        except ArgumentError:
+            for parameter in self._tied.values():
+                remove_hooks(parameter)
+            raise
 
     def module(self, number: int) -> nn.Module:
         """The stage's module itself, with its own training flags, for an RRef to it."""
@@ -320,10 +335,11 @@ class StageSet:
             stage_links,
         )
         self.accumulated.forget(self._tied_elsewhere)
-        elsewhere = self._updated_elsewhere
+        optimized = self.optimizer.group_of if self.optimizer is not None else {}
         for name in (name for names, _ in parts.values() for name in names):
             for key, state in states[name].items():
-                if (parameter := modules[name].get_parameter(key)) not in elsewhere:
+                # Another replica may have it, or a call of the user's may have frozen it.
+                if (parameter := modules[name].get_parameter(key)) in optimized:
                     assert self.optimizer is not None
                     self.optimizer.optimizer.state[parameter] = state
         self._weights_changed()
