@@ -27,7 +27,10 @@ _SHOWN = 5
 
 @dataclass
 class Written:
-    """What a worker has written. ``sizes``: of its files; ``weight_bytes``: of the tensors in its weights' file."""
+    """What a worker has written. ``sizes``: of its files; ``weight_bytes``: of the tensors in its weights' file.
+
+    ``used``: by group of the optimizer, whether it has a parameter of the worker.
+    """
 
     sizes: dict[str, int]
     weights: dict[str, Stored]
@@ -37,6 +40,7 @@ class Written:
     shared: dict[str, str]
     optimizer: str | None
     groups: list[dict[str, Any]]
+    used: list[bool]
     seed: int
 
 
@@ -76,6 +80,7 @@ def write(
         shared=shared,
         optimizer=None if optimizer is None else optimizer.kind,
         groups=[] if optimizer is None else optimizer.groups(),
+        used=[] if optimizer is None else [group is not None for group in optimizer.used_groups()],
         seed=seed,
     )
 

@@ -14,13 +14,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from rpcpipe.driver.optimizer import check_alike
 from rpcpipe.driver.recovery import Begin, Event, Fail, Idle, OtherCall, State, Succeed, TakeBack, transition
 from rpcpipe.errors import DeadlineExceeded, Failure, StageError
 from rpcpipe.stage import gradients
 from rpcpipe.stage.context import StepContext
 from rpcpipe.transport.base import Transport
 from rpcpipe.transport.interrupts import shield_interrupts
-from rpcpipe.worker.messages import Port, Report
+from rpcpipe.worker.messages import Port, Report, Updated
 from rpcpipe.worker.operations import (
     BeginStep,
     Call,
@@ -63,8 +64,9 @@ class GradientGate:
             for stage, norms in report.norms.items():
                 by_stage.setdefault(stage, {}).update(norms)  # replicas report different ones
         found = [norm for _, norms in sorted(by_stage.items()) for _, norm in sorted(norms.items())]
-        norm = gradients.total_norm(found)
-        return cls(norm, 1.0 if max_norm is None else gradients.clip_factor(norm, max_norm))
+        dtype = gradients.joint_dtype(report.norm_dtype for report in reports.values() if any(report.norms.values()))
+        norm = gradients.total_norm(found, dtype)
+        return cls(norm, 1.0 if max_norm is None else gradients.clip_factor(norm, max_norm, dtype))
 
 
 class Driver:
@@ -126,13 +128,16 @@ class Driver:
     ) -> dict[str, tuple[int, int]]:
         """Apply the context's gradients on all workers, or on none; when each worker did it.
 
-        ``after``: what a worker has to do then, the last of which says when as well.
+        ``after``: what a worker has to do then, the last of which says when as well. Raises ArgumentError if the
+        workers' optimizers have changed their hyperparameters in different ways.
         """
         task = Task(UpdateWeights(context_id, changes))
         with self._cancelling(step, updating=True):
-            return self.collect(
+            done: dict[str, Updated] = self.collect(
                 {worker: self._post(worker, step, [task, *after.get(worker, ())]) for worker in self.workers}
             )
+            check_alike({worker: updated.changed for worker, updated in done.items()})
+        return {worker: (updated.start, updated.end) for worker, updated in done.items()}
 
     def roll_back(self, step: int, *, updating: bool) -> None:
         """Undo what ``step`` did, if it began last, before anything else runs; ``updating``: its update too."""

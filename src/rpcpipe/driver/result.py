@@ -138,7 +138,10 @@ def of_stream(
     """
     done = [group for group in updates if not group[0].skipped]
     norms = [
-        gradients.total_norm([norm for report in group for of in report.norms.values() for norm in of.values()])
+        gradients.total_norm(
+            [norm for report in group for of in report.norms.values() for norm in of.values()],
+            gradients.joint_dtype(report.norm_dtype for report in group if any(report.norms.values())),
+        )
         for group in done
     ]
     used = [

@@ -16,6 +16,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from rpcpipe.driver.callbacks import tell
+from rpcpipe.driver.optimizer import check_alike
 from rpcpipe.driver.program import Fed, check_sizes
 from rpcpipe.driver.result import StepResult, StreamedBatch, last_update, of_stream
 from rpcpipe.driver.runtime import Runtime
@@ -224,6 +225,8 @@ class Stream:
         with shield_interrupts():
             try:
                 reports = runtime.driver.collect(wanted, self._open.watches)
+                for group in batch.groups:
+                    check_alike({name: reports[name, group].updated.changed for name in runtime.names})
             except StageError as error:
                 raise self._stop(error) from None
             except KeyboardInterrupt:

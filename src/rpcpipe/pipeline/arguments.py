@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,9 +22,11 @@ from rpcpipe.planning.layer_cost import balancing_costs
 from rpcpipe.schedules import Schedule
 from rpcpipe.schedules.weight_versions import POLICIES
 from rpcpipe.stage import precision
+from rpcpipe.stage.hyperparameters import same
 from rpcpipe.stage.optimizer import Factory
 from rpcpipe.stage.recompute import Checkpoint
 from rpcpipe.stage.recompute import check as check_checkpoint
+from rpcpipe.worker.messages import StageInfo
 
 _BALANCES = ("parameters", "time", "memory")
 _DISPATCH = ("rref", "batched")
@@ -180,6 +182,22 @@ def check_groups(groups: Sequence[Sequence[Any]]) -> None:
         f"optimizer made {sorted({len(group) for group in groups})} parameter groups on different workers;"
         " return the same number of groups everywhere, empty ones too",
     )
+
+
+def check_tied_groups(infos: Mapping[str, Iterable[StageInfo]]) -> None:
+    """Every worker's optimizer has a tied weight in the same group, with the same options."""
+    first: dict[str, tuple[str, int, Mapping[str, Any]]] = {}
+    for worker, stages in infos.items():
+        for info in stages:
+            for weight, index in info.tied.items():
+                other, expected, options = first.setdefault(weight, (worker, index, info.groups[index]))
+                unequal = [key for key in options if not same(options[key], info.groups[index].get(key))]
+                require(
+                    index == expected and not unequal,
+                    f"the optimizer puts {weight} into group {expected} on {other} and into group {index} on {worker}"
+                    f"{', with another ' + ' and '.join(unequal) if unequal else ''}: its copies would part. Decide by"
+                    " the names of params.named(), where a tied weight has its first name on all workers",
+                )
 
 
 def check_state(live: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> None:

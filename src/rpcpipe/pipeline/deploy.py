@@ -20,7 +20,15 @@ from rpcpipe.driver.runtime import Runtime, release
 from rpcpipe.errors import require
 from rpcpipe.model.layers import Layer, Model, find_ties, named_layers, wiring_of
 from rpcpipe.model.microbatch import Nest
-from rpcpipe.pipeline.arguments import Options, check_groups, check_ties, cut_layers, layout_of, make_schedule
+from rpcpipe.pipeline.arguments import (
+    Options,
+    check_groups,
+    check_tied_groups,
+    check_ties,
+    cut_layers,
+    layout_of,
+    make_schedule,
+)
 from rpcpipe.planning import LayerCost, partition
 from rpcpipe.schedules import Schedule, weight_versions
 from rpcpipe.stage import precision
@@ -92,6 +100,7 @@ def _create(runtime: Runtime, identity: str, layers: OrderedDict[str, Layer], co
     runtime.install(deployment, infos)
     groups = [info.groups for stages in infos.values() for info in stages.values() if info.groups]
     check_groups(groups)
+    check_tied_groups({worker: stages.values() for worker, stages in infos.items()})
     runtime.make_optimizer(groups[0])
 
 

@@ -25,6 +25,7 @@ from rpcpipe.errors import CheckpointError, Failure, StageError, require
 from rpcpipe.model.layers import layer_of
 from rpcpipe.model.tied_weights import Tie, completed
 from rpcpipe.pipeline.arguments import check_state
+from rpcpipe.stage.hyperparameters import same
 from rpcpipe.transport.interrupts import shield_interrupts
 from rpcpipe.worker.operations import (
     ApplyCheckpoint,
@@ -183,18 +184,21 @@ def _merged(written: Sequence[Written], changes: Sequence[Mapping[str, Any]]) ->
 
     What a factory makes different on every worker is left to the factory.
     """
-    first, *others = [shard.groups for shard in written if shard.groups]
-    return [
-        {key: value for key, value in group.items() if all(_same(value, other[at].get(key)) for other in others)}
-        | dict(changes[at])
-        for at, group in enumerate(first)
-    ]
+    rows = zip(*(zip(shard.groups, shard.used, strict=True) for shard in written if shard.groups), strict=True)
+    return [_common(list(row)) | dict(changes[at]) for at, row in enumerate(rows)]
 
 
-def _same(one: Any, other: Any) -> bool:
-    return (
-        torch.equal(one, other) if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor) else one == other
-    )
+def _common(row: Sequence[tuple[dict[str, Any], bool]]) -> dict[str, Any]:
+    """Return what the workers' versions of one group have in common, of those with a parameter in it if there are any.
+
+    An optimizer may count in its groups, and not in one without parameters.
+    """
+    first, *others = [group for group, used in row if used] or [group for group, _ in row]
+    return {
+        key: value
+        for key, value in first.items()
+        if all(key in other and same(value, other[key]) for other in others)
+    }  # fmt: skip
 
 
 def _check_driver(runtime: Runtime, folder: Path, manifest: Manifest, stateful: Holders) -> None:

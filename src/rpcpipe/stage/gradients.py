@@ -8,9 +8,10 @@ the engine is their only owner and the context keeps the tensors without a copy.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -87,8 +88,30 @@ def _set_hooks(parameter: torch.Tensor, before: Any, after: Any) -> None:
 def norms(parameters: Sequence[nn.Parameter]) -> list[float]:
     """Return the 2-norms of the gradients, in the order of ``parameters``; those without a gradient are left out."""
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    values: list[float] = torch.stack(torch._foreach_norm(grads)).tolist() if grads else []
+    if not grads:
+        return []
+    if any(grad.dtype == torch.float16 for grad in grads):  # its own norm overflows from 65504 on
+        found = [torch.linalg.vector_norm(grad, dtype=_wide(grad.dtype)) for grad in grads]
+    else:
+        found = list(torch._foreach_norm(grads))
+    values: list[float] = torch.stack(found).tolist()
     return values
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def norm_dtype(parameters: Sequence[nn.Parameter]) -> torch.dtype:
+    """Return the precision of the norm of all gradients: torch's, but float32 for float16."""
+    dtypes = {parameter.grad.dtype for parameter in parameters if parameter.grad is not None}
+    return joint_dtype(_wide(dtype.to_real()) for dtype in dtypes)
+
+
+def joint_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """Return the dtype to which torch promotes ``dtypes``; float32 if there are none."""
+    found = list(dtypes)
+    return functools.reduce(torch.promote_types, found) if found else torch.float32
 
 
 def finite(parameters: Sequence[nn.Parameter]) -> bool:
@@ -96,17 +119,18 @@ def finite(parameters: Sequence[nn.Parameter]) -> bool:
     return all(map(math.isfinite, norms(parameters)))
 
 
-def total_norm(per_parameter: Sequence[float]) -> float:
+def total_norm(per_parameter: Sequence[float], dtype: torch.dtype = torch.float32) -> float:
     """Return the gradient norm of the whole model, with the bits of ``torch.nn.utils.get_total_norm``.
 
-    The bits agree for float32 gradients whose norms are in the order of the model's parameters.
+    The bits agree for gradients of one dtype, other than float16, whose norms are in the order of the model's
+    parameters.
     """
-    return float(torch.linalg.vector_norm(torch.tensor(per_parameter, dtype=torch.float32)))
+    return float(torch.linalg.vector_norm(torch.tensor(per_parameter, dtype=dtype)))
 
 
-def clip_factor(norm: float, max_norm: float) -> float:
-    """Return the factor by which ``torch.nn.utils.clip_grad_norm_`` multiplies, computed in float32 as there."""
-    return float(torch.clamp(max_norm / (torch.tensor(norm, dtype=torch.float32) + 1e-6), max=1.0))
+def clip_factor(norm: float, max_norm: float, dtype: torch.dtype = torch.float32) -> float:
+    """Return the factor by which ``torch.nn.utils.clip_grad_norm_`` multiplies, computed in ``dtype`` as there."""
+    return float(torch.clamp(max_norm / (torch.tensor(norm, dtype=dtype) + 1e-6), max=1.0))
 
 
 def unscale(parameters: Sequence[nn.Parameter], scale: float) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
 from torch import nn
 
+from rpcpipe.errors import require
+from rpcpipe.stage.hyperparameters import Groups, changed, copied, hyperparameters, update
 from rpcpipe.stage.rollback import Undo
 
 
@@ -19,11 +22,62 @@ class Parameters(list[nn.Parameter]):
         super().__init__(parameter for _, parameter in self._named)
 
     def named(self) -> list[tuple[str, nn.Parameter]]:
-        """Return (name in the unsplit model's ``state_dict``, parameter) for each parameter."""
+        """Return (name, parameter) for each parameter.
+
+        The name is that of the unsplit model's ``named_parameters``: the first one of a tied weight.
+        """
         return list(self._named)
 
 
 Factory = Callable[[Parameters], torch.optim.Optimizer]
+
+
+def make(factory: Factory, parameters: Parameters) -> torch.optim.Optimizer:
+    """Return ``factory``'s optimizer; raises TypeError or ArgumentError for one that cannot work in a pipeline."""
+    optimizer = factory(parameters)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(
+            f"optimizer must return a torch.optim.Optimizer, not {type(optimizer).__name__};"
+            " for instance optimizer=lambda params: torch.optim.AdamW(params, lr=3e-4)"
+        )
+    kind = type(optimizer).__name__
+    _check_parameters(kind, optimizer, parameters)
+    _check_step(kind, optimizer)
+    return optimizer
+
+
+def _check_parameters(kind: str, optimizer: torch.optim.Optimizer, given: Parameters) -> None:
+    mine = set(given)
+    foreign = [p for group in optimizer.param_groups for p in group["params"] if p not in mine]
+    require(
+        not foreign,
+        f"optimizer returned a {kind} with {len(foreign)} parameters that were not given to it (the first has shape"
+        f" {tuple(foreign[0].shape) if foreign else ()}) and that no stage trains; the factory runs on the stages'"
+        " workers: use its argument, for instance optimizer=lambda params: torch.optim.AdamW(params, lr=3e-4)",
+    )
+
+
+def _check_step(kind: str, optimizer: torch.optim.Optimizer) -> None:
+    needed = [
+        parameter
+        for parameter in inspect.signature(optimizer.step).parameters.values()
+        if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+    ]
+    require(
+        not needed,
+        f"{kind}.step needs {needed[0].name if needed else ''!r}, a function that computes the loss again, and a"
+        " pipeline computes it once per step; use an optimizer whose step() takes no arguments",
+    )
+    for group in optimizer.param_groups:
+        require(
+            not group.get("differentiable"),
+            f"{kind}(differentiable=True) records the update itself for autograd, which a pipeline cannot"
+            " differentiate; leave it out",
+        )
+        require(
+            not group.get("capturable") or all(p.device.type != "cpu" or not p.numel() for p in group["params"]),
+            f"{kind}(capturable=True) is for CUDA graphs, and its parameters are on the CPU; leave it out",
+        )
 
 
 class LocalOptimizer:
@@ -36,17 +90,20 @@ class LocalOptimizer:
         self.parameters = parameters
         owned = Parameters((name, parameter) for name, parameter in parameters.named() if parameter not in elsewhere)
         # If this worker updates no parameter, an empty one gives the optimizer the same groups and no state.
-        self.optimizer = factory(owned or Parameters([("", nn.Parameter(torch.empty(0)))]))
-        if not isinstance(self.optimizer, torch.optim.Optimizer):
-            raise TypeError(
-                f"optimizer must return a torch.optim.Optimizer, not {type(self.optimizer).__name__};"
-                " for instance optimizer=lambda params: torch.optim.AdamW(params, lr=3e-4)"
-            )
+        self.optimizer = make(factory, owned or Parameters([("", nn.Parameter(torch.empty(0)))]))
         self.undo = Undo(self.parameters, self.optimizer)
 
-    def groups(self) -> list[dict[str, Any]]:
+    def groups(self) -> Groups:
         """Return the hyperparameters of every group, without its parameters."""
-        return hyperparameters(self.optimizer)
+        return copied(hyperparameters(self.optimizer))
+
+    def used_groups(self) -> list[dict[str, Any] | None]:
+        """Return ``groups``, with None for those that have no parameter of this worker."""
+        mine = set(self.parameters)
+        return [
+            entries if mine.intersection(group["params"]) else None
+            for group, entries in zip(self.optimizer.param_groups, self.groups(), strict=True)
+        ]
 
     @property
     def kind(self) -> str:
@@ -58,32 +115,45 @@ class LocalOptimizer:
         """The group of every parameter that this worker updates."""
         return {parameter: group for group in self.optimizer.param_groups for parameter in group["params"]}
 
+    @property
+    def index_of(self) -> dict[nn.Parameter, int]:
+        """The number of the group of every parameter that this worker updates."""
+        return {
+            parameter: index
+            for index, group in enumerate(self.optimizer.param_groups)
+            for parameter in group["params"]
+        }  # fmt: skip
+
     def adopt(self, groups: Sequence[Mapping[str, Any]], state: Mapping[nn.Parameter, dict[str, Any]]) -> None:
         """Replace hyperparameters and state by those of another optimizer of the same class."""
-        for group, saved in zip(self.optimizer.param_groups, groups, strict=True):
-            group.update(saved)
+        update(self.optimizer, groups)
         for parameter, entries in state.items():
             self.optimizer.state.pop(parameter, None)
             if entries:
                 self.optimizer.state[parameter] = entries
         self.undo.invalidate()
 
-    def step(self, gradients: Mapping[torch.Tensor, torch.Tensor], changes: Sequence[Mapping[str, Any]]) -> None:
-        """Apply ``gradients`` as ``apply`` does; if that raises, restore parameters and state and raise the error."""
+    def step(
+        self, gradients: Mapping[torch.Tensor, torch.Tensor], changes: Sequence[Mapping[str, Any]]
+    ) -> list[dict[str, Any] | None]:
+        """Do what ``apply`` does; if that raises, restore parameters and state and raise the error."""
         self.undo.refresh()
         try:
-            self.apply(gradients, changes)
+            return self.apply(gradients, changes)
         except BaseException:
             self.undo.restore()
             raise
 
-    def apply(self, gradients: Mapping[torch.Tensor, torch.Tensor], changes: Sequence[Mapping[str, Any]]) -> None:
+    def apply(
+        self, gradients: Mapping[torch.Tensor, torch.Tensor], changes: Sequence[Mapping[str, Any]]
+    ) -> list[dict[str, Any] | None]:
         """Update the parameters with ``gradients`` and clear ``.grad``, also on an error.
 
-        ``changes`` holds per group the hyperparameters that the driver has set.
+        ``changes`` holds per group the hyperparameters that the driver has set. Returns, per group, those that the
+        optimizer itself has changed, and None for a group that has no parameter of this worker.
         """
-        for group, changed in zip(self.optimizer.param_groups, changes, strict=True):
-            group.update(changed)
+        update(self.optimizer, changes)
+        before = self.groups()
         for parameter in self.parameters:
             parameter.grad = gradients.get(parameter)
         try:
@@ -91,11 +161,6 @@ class LocalOptimizer:
         finally:
             for parameter in self.parameters:
                 parameter.grad = None
-
-
-def hyperparameters(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """Return the optimizer's ``param_groups`` without the parameters and their names."""
-    return [
-        {key: value for key, value in group.items() if key not in ("params", "param_names")}
-        for group in optimizer.param_groups
-    ]
+        moved = changed(before, hyperparameters(self.optimizer))
+        used = self.used_groups() if any(moved) else [None] * len(moved)
+        return [entries if mine is not None else None for entries, mine in zip(moved, used, strict=True)]

@@ -27,7 +27,7 @@ from rpcpipe.model.wiring import Flow, Wiring, advance, live_names, required_inp
 from rpcpipe.planning.layer_cost import LayerCost
 from rpcpipe.stage import autograd
 from rpcpipe.stage.activation_memory import Memory, Meter
-from rpcpipe.stage.optimizer import Factory, Parameters
+from rpcpipe.stage.optimizer import Factory, Parameters, make
 from rpcpipe.stage.split_backward import backward_input, backward_weight
 
 _ROUNDS = 5
@@ -274,7 +274,7 @@ def _update(module: nn.Module, factory: Factory) -> float:
     )
     if not parameters:
         return 0.0
-    optimizer = factory(parameters)
+    optimizer = make(factory, parameters)
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     clock = Clock(parameters[0].is_cuda)

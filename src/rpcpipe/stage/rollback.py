@@ -16,11 +16,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from rpcpipe.stage.hyperparameters import Groups, copied, hyperparameters, replace
+
 
 class Undo:
-    """A copy of ``parameters`` and of ``optimizer.state``, kept up to date by ``refresh_one``.
+    """A copy of ``parameters``, of ``optimizer.state``, kept up to date by ``refresh_one``, and of its groups' entries.
 
-    Invariant: the copies of parameters that are not in ``_stale`` equal the live values, until an update.
+    Invariant: the copies of parameters that are not in ``_stale`` equal the live values, until an update. Groups are
+    copied last, by ``refresh``.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
@@ -28,10 +31,12 @@ class Undo:
         self._optimizer = optimizer
         self._copies: dict[nn.Parameter, tuple[torch.Tensor, dict[str, Any]]] = {}
         self._stale = list(self._parameters)
+        self._groups: Groups | None = None
 
     def invalidate(self) -> None:
         """Mark all copies as stale, because the live values have changed."""
         self._stale = list(self._parameters)
+        self._groups = None
 
     def refresh_one(self) -> bool:
         """Copy one stale parameter and its state; return False if no copy is stale."""
@@ -48,17 +53,21 @@ class Undo:
         return True
 
     def refresh(self) -> None:
-        """Copy all stale parameters and their state."""
+        """Copy all stale parameters and their state, and the groups' entries."""
         while self.refresh_one():
             pass
+        if self._groups is None:
+            self._groups = copied(hyperparameters(self._optimizer))
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Copy the saved values back into the live parameters and the optimizer's state.
+        """Copy the saved values back into the live parameters, the optimizer's state and its groups.
 
         Stale copies are skipped: every update is preceded by ``refresh``, so a copy is stale only if no
         update has run since ``invalidate``, and then the live values are correct.
         """
+        if self._groups is not None:
+            replace(self._optimizer, self._groups)
         fresh = [parameter for parameter in self._copies if parameter not in set(self._stale)]
         for parameter in fresh:
             value, state = self._copies[parameter]
@@ -94,9 +103,9 @@ class Buffers:
 
     def restore(self) -> None:
         """Set every buffer back to its tensor and value at the beginning of the step."""
-        for (owner, name), (buffer, copied) in self._copies.items():
+        for (owner, name), (buffer, value) in self._copies.items():
             owner._buffers[name] = buffer
-            buffer.data.copy_(copied)
+            buffer.data.copy_(value)
 
 
 def _copy(value: Any, buffer: Any) -> Any:

@@ -24,6 +24,7 @@ class Snapshots:
     def __init__(self, optimizer: LocalOptimizer) -> None:
         self._optimizer = optimizer
         self._slots = {0: optimizer.undo}
+        optimizer.undo.invalidate()  # an update of a synchronous step may have come after its copies
         optimizer.undo.refresh()
 
     def updated(self, count: int, committed: int) -> None:

@@ -50,6 +50,6 @@ def refuse_thawed(module: nn.Module, optimized: Collection[nn.Parameter]) -> Ite
         more = f" and {len(thawed) - 1} more" if len(thawed) > 1 else ""
         raise ArgumentError(
             f"the call made {thawed[0]!r}{more} trainable, and the optimizer was made without it: it would not be"
-            " trained. The parameters are as they were; to train it make a new Pipeline of the changed model and give it"
-            " this one's weights by load_state_dict(pipe.state_dict())"
+            " trained. The parameters are as they were; to train it make a new Pipeline of the changed model and give"
+            " it this one's weights by load_state_dict(pipe.state_dict())"
         )

@@ -25,7 +25,7 @@ from rpcpipe.stage.stream import StreamBackward
 from rpcpipe.stage.stream_rollback import Snapshots
 from rpcpipe.stage.weight_stash import Versions
 from rpcpipe.worker.gradient_exchange import Push, Tensors, group_of, statistics_from
-from rpcpipe.worker.messages import Bucket, Port, Report, Route, StageInfo, Update
+from rpcpipe.worker.messages import Bucket, Port, Report, Route, StageInfo, Update, Updated
 from rpcpipe.worker.operations import (
     AddStatistics,
     BeginStep,
@@ -79,7 +79,7 @@ class Actor:
         self._buffers = Buffers()
         self._plan = StepContext(-1, 0, False, ())
         self._report = Report(name)
-        self._updated = 0, 0
+        self._updated = Updated()
         self._arrivals: deque[tuple[int, Port, int]] = deque()  # handlers append
 
     def idle_work(self, action: Action | None = None) -> bool:
@@ -246,11 +246,16 @@ class Actor:
                     norm.commit()
                 if self._plan.updates:
                     gradients.unscale(stage.parameters, self._plan.scale)
-                report.norms[number] = self._norms(stage)
+                self._add_norms(report, stage)
             stage.outputs = {}
         if self._plan.training and not self._plan.updates:
             self.held.accumulated.keep(self._plan.step, self.held.parameters)
         return report
+
+    def _add_norms(self, report: Report, stage: Stage) -> None:
+        report.norms[stage.index] = self._norms(stage)
+        dtype = gradients.norm_dtype(stage.parameters)
+        report.norm_dtype = dtype if len(report.norms) == 1 else torch.promote_types(report.norm_dtype, dtype)
 
     def _norms(self, stage: Stage) -> dict[int, float]:
         """Of the gradients that are summed here, by the parameter's place in the stage."""
@@ -284,12 +289,12 @@ class Actor:
             with gradients.hooks_lifted(parameters):
                 self._ledger.accumulate(context_id, root)
 
-    def _update_weights(self, context_id: int, changes: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
-        """Apply the context's gradients; when that began and ended, in nanoseconds."""
-        start = time.monotonic_ns()
+    def _update_weights(self, context_id: int, changes: Sequence[Mapping[str, Any]]) -> Updated:
+        """Apply the context's gradients; return when, and what the optimizer has changed of its groups."""
+        start, changed = time.monotonic_ns(), list[dict[str, Any] | None]()
         if self.held.optimizer is not None:
-            self.held.optimizer.step(self._ledger.get_gradients(context_id), changes)
-        self._updated = start, time.monotonic_ns()
+            changed = self.held.optimizer.step(self._ledger.get_gradients(context_id), changes)
+        self._updated = Updated(start, time.monotonic_ns(), changed)
         if self.held.spec.peers.shard:
             for exchange in self.held.exchanges.values():
                 self._push(exchange.weights())
@@ -316,7 +321,7 @@ class Actor:
         versions, parameters = stage.versions, stage.parameters
         assert versions is not None
         report, self._report = self._report, Report(self.name)
-        report.norms[stage.index] = self._norms(stage)
+        self._add_norms(report, stage)
         norms = list(report.norms[stage.index].values())
         report.skipped = self._stream_backwards[stage.index].take_skipped(update.group)
         if report.skipped:
@@ -328,11 +333,13 @@ class Actor:
                 f"the loss is finite and a gradient of stage {stage.index} is not; later stages have applied theirs"
             )
         elif self.held.optimizer is not None:
-            factor = 1.0 if update.clip is None else gradients.clip_factor(gradients.total_norm(norms), update.clip)
+            dtype, total = report.norm_dtype, gradients.total_norm(norms, report.norm_dtype)
+            factor = 1.0 if update.clip is None else gradients.clip_factor(total, update.clip, dtype)
             versions.before_update(update.group)
             with self._ledger.context() as context_id:
                 self._publish_gradients(context_id, factor)
-                self.held.optimizer.apply(self._ledger.get_gradients(context_id), update.changes)
+                changed = self.held.optimizer.apply(self._ledger.get_gradients(context_id), update.changes)
+            report.updated = Updated(changed=changed)
         versions.after_update(update.group)
         if self._snapshots is not None:
             self._snapshots.updated(versions.newest, update.committed)

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
+
 from rpcpipe.model.microbatch import Packed
 from rpcpipe.schedules import Action
 from rpcpipe.stage.metrics import Sums
@@ -61,6 +63,14 @@ class Update(NamedTuple):
     committed: int
 
 
+class Updated(NamedTuple):
+    """An update of the weights: when it began and ended in ns, and what the optimizer has changed in its groups."""
+
+    start: int = 0
+    end: int = 0
+    changed: Sequence[Mapping[str, Any] | None] = ()
+
+
 @dataclass
 class Report:
     """One worker's account of a step, or in a stream of what it did since its last update.
@@ -69,7 +79,8 @@ class Report:
     ``metrics`` what ``evaluate`` measures there beside it;
     ``norms`` the 2-norm of every gradient summed here, by stage and the parameter's place in it;
     ``spans`` holds (kind, stage, chunk, start, end, version) in nanoseconds of the worker's monotonic
-    clock, version -1 where weights have only one.
+    clock, version -1 where weights have only one. ``norm_dtype`` is the precision of the norms, ``updated`` the last
+    update in a stream.
     Where the step is traced, ``sends`` holds (producer, port, time) and ``arrivals`` (port, time) of the
     values that other workers got from or gave to this one.
     """
@@ -79,6 +90,8 @@ class Report:
     outputs: dict[int, Packed] = field(default_factory=dict)
     metrics: dict[int, Sums] = field(default_factory=dict)
     norms: dict[int, dict[int, float]] = field(default_factory=dict)
+    norm_dtype: torch.dtype = torch.float32
+    updated: Updated = field(default_factory=Updated)
     spans: list[tuple[str, int, int, int, int, int]] = field(default_factory=list)
     sends: list[tuple[Action, Port, int]] = field(default_factory=list)
     arrivals: list[tuple[Port, int]] = field(default_factory=list)
@@ -110,7 +123,8 @@ class StageInfo:
 
     ``sizes``: parameters by layer. ``trainable``: names of those that require gradients. ``bytes``: of all parameters.
     ``groups``: the optimizer's hyperparameters by group. ``wired``: do its layers take or give named values?
-    ``sharded``: is its optimizer? ``buckets``: by bucket of gradients, the replica that sums it.
+    ``tied``: by tied weight, the number of its optimizer group. ``sharded``: is its optimizer? ``buckets``: by bucket
+    of gradients, the replica that sums it.
     """
 
     layers: list[str]
@@ -124,3 +138,4 @@ class StageInfo:
     wired: bool
     sharded: bool
     buckets: list[int]
+    tied: dict[str, int]

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, assert_never
 
@@ -101,7 +102,12 @@ class StageSet:
         self._check_tied_hooks()
         self._exchange(tied, stage_links.members)
         spec = self.spec
-        parameters = Parameters(pair for stage in self.stages.values() for pair in stage.named_parameters)
+        first = {tied[tie.group]: tie.holders[0].name for tie in spec.ties if tie.group in tied}
+        parameters = Parameters(
+            (first.get(parameter, name), parameter)
+            for stage in self.stages.values()
+            for name, parameter in stage.named_parameters
+        )
         self.optimizer = LocalOptimizer(spec.optimizer, parameters, self._updated_elsewhere) if parameters else None
 
     def _layer(self, layer: layers.Layer, index: int) -> nn.Module:
@@ -191,6 +197,7 @@ class StageSet:
 
     def _info(self, number: int, stage: Stage) -> StageInfo:
         named, exchange = list(stage.module.named_children()), self.exchanges.get(group_of(number))
+        indices = self.optimizer.index_of if self.optimizer is not None else {}
         parameters, trained = list(stage.module.parameters()), set(stage.parameters)
         return StageInfo(
             layers=[name for name, _ in named],
@@ -204,6 +211,7 @@ class StageSet:
             wired=any(self.spec.wirings[name] != Wiring() for name, _ in named),
             sharded=self.spec.peers.shard,
             buckets=[] if exchange is None else exchange.owners,
+            tied={group: indices[weight] for group, weight in self._tied.items() if weight in indices},
         )
 
     def execute(self, operation: HoldingOperation) -> Any:
@@ -312,7 +320,11 @@ class StageSet:
     def _release(self, names: Sequence[str]) -> bytes:
         """The named layers with their optimizer state and kept gradients, for another worker's ``Repartition``."""
         modules = [(name, module) for name, module in self._modules().items() if name in names]
-        return bytes(cloudpickle.dumps([(name, m, self._states_of(m), self.accumulated.of(m)) for name, m in modules]))
+        layers = [(name, m, self._states_of(m), self.accumulated.of(m)) for name, m in modules]
+        return bytes(cloudpickle.dumps((layers, self._used_groups())))
+
+    def _used_groups(self) -> list[dict[str, Any] | None]:
+        return [] if self.optimizer is None else self.optimizer.used_groups()
 
     def _optimizer_state(self) -> dict[str, dict[str, Any]]:
         """By layer and parameter."""
@@ -321,9 +333,12 @@ class StageSet:
     def _repartition(self, wanted: Repartition) -> dict[int, StageInfo]:
         parts, last_stage, stage_links, given, others = wanted
         modules, states = self._modules(), self._optimizer_state()
-        for name, module, state, kept in (entry for blob in given for entry in cloudpickle.loads(blob)):
-            modules[name], states[name] = module, state
-            self.accumulated.take(module, kept)
+        groups = [self._used_groups()]
+        for entries, used in map(cloudpickle.loads, given):
+            groups.append(used)
+            for name, module, state, kept in entries:
+                modules[name], states[name] = module, state
+                self.accumulated.take(module, kept)
         for name, state in others.items():
             states[name] = {**states[name], **state}
         self._build(
@@ -335,6 +350,7 @@ class StageSet:
             stage_links,
         )
         self.accumulated.forget(self._tied_elsewhere)
+        self._carry_over(groups)
         optimized = self.optimizer.group_of if self.optimizer is not None else {}
         for name in (name for names, _ in parts.values() for name in names):
             for key, state in states[name].items():
@@ -344,6 +360,14 @@ class StageSet:
                     self.optimizer.optimizer.state[parameter] = state
         self._weights_changed()
         return self.describe()
+
+    def _carry_over(self, before: Sequence[Sequence[Mapping[str, Any] | None]]) -> None:
+        """Give the new optimizer's groups the entries that they had in ``before``: here, or where layers come from."""
+        if self.optimizer is not None:
+            rows = zip_longest(*filter(None, before))
+            found = [next((group for group in row if group is not None), {}) for row in rows]
+            if found:
+                self.optimizer.adopt(found, {})
 
     @property
     def _stage_modules(self) -> list[nn.Module]:
