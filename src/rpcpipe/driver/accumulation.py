@@ -11,13 +11,14 @@ class Progress(NamedTuple):
     """How far the driver has come in one accumulation of ``calls`` calls.
 
     ``done`` of them ended well, the last as step ``after``; a loss of (sum, count) has counted
-    ``total`` in them.
+    ``total`` in them. ``spoiled``: the loss of one of them was not finite, so the update is to be left out.
     """
 
     calls: int
     done: int = 0
     after: int | None = None
     total: float | None = None
+    spoiled: bool = False
 
     @property
     def is_last(self) -> bool:
@@ -33,6 +34,8 @@ class Progress(NamedTuple):
             )
         return count if self.total is None or count is None else self.total + count
 
-    def later(self, step: int, count: float | None) -> Progress:
+    def later(self, step: int, count: float | None, *, spoiled: bool = False) -> Progress:
         """After ``step``, which counted ``count``, ended well."""
-        return Progress(self.calls) if self.is_last else Progress(self.calls, self.done + 1, step, self.counted(count))
+        if self.is_last:
+            return Progress(self.calls)
+        return Progress(self.calls, self.done + 1, step, self.counted(count), self.spoiled or spoiled)

@@ -101,19 +101,23 @@ class Step:
             runtime.tracer.step(reports, self._number)
         loss, count = mean_loss(reports, weights)
         gate = self._gate(plan, reports, count)
-        if not gate.finite:
+        spoiled = not math.isfinite(loss) and count != 0.0  # gradients of a loss of NaN may be finite
+        sound = gate.finite and not spoiled and not self._progress.spoiled
+        if not gate.finite or spoiled:
             self._refuse_nonfinite(plan, loss, reports)
             if not math.isfinite(loss):
                 driver.roll_back(self._message, updating=False)  # statistics of NaN would never be mended
-            log.warning("step %d: the gradient's norm is %s; no weight changes", self._number, gate.grad_norm)
-        self._progress = self._progress.later(self._message, count)
+        if not sound:
+            norm = gate.grad_norm
+            log.warning("step %d: loss %s, norm of the gradient %s; no weight changes", self._number, loss, norm)
+        self._progress = self._progress.later(self._message, count, spoiled=spoiled)
         self._result = StepResult(
             self._number,
             loss,
             gate.grad_norm,
             time.perf_counter() - self._started,
             by_stage(reports, "peak_in_flight"),
-            plan.updates and gate.finite,
+            plan.updates and sound,
             Timeline(spans(reports, runtime.offsets, self._number), workers=len(reports), name=runtime.schedule.name),
             peak_activation_bytes=by_stage(reports, "peak_bytes"),
             recomputed=by_stage(reports, "recomputed", sum),
@@ -149,7 +153,7 @@ class Step:
         return dataclasses.replace(gate, grad_norm=gate.grad_norm / plan.scale / (total or 1.0))
 
     def _refuse_nonfinite(self, plan: StepContext, loss: float, reports: Mapping[str, Report]) -> None:
-        """Where the user wants to stop: name a stage whose gradient is NaN or Inf, the latest, as backwards go.
+        """Where the user wants to stop: name a stage whose gradient is NaN or Inf, the latest, or else a micro-batch.
 
         A smaller loss scale mends the overflow of a finite loss.
         """
@@ -160,6 +164,12 @@ class Step:
             if not all(map(math.isfinite, found.values())):
                 message = f"a gradient of stage {stage} is not finite (nonfinite='stop')"
                 raise StageError.of(Failure.stated(FloatingPointError, message, worker=name, stage=stage))
+        for name, report in reports.items():
+            for chunk, (value, _) in sorted(report.losses.items()):
+                if not math.isfinite(value):
+                    message = f"the loss of micro-batch {chunk} is {value} (nonfinite='stop')"
+                    last = len(self._runtime.stages) - 1
+                    raise StageError.of(Failure.stated(FloatingPointError, message, worker=name, stage=last))
 
     def optimize(self) -> None:
         """Apply the gradients on all workers, or on none; nothing where they are to accumulate further."""
@@ -169,7 +179,7 @@ class Step:
 
     def forget(self) -> None:
         """Let no further call add to the gradients accumulated so far."""
-        self._progress = self._progress._replace(done=0, after=None, total=None)
+        self._progress = self._progress._replace(done=0, after=None, total=None, spoiled=False)
 
     def apply(self) -> None:
         """What ``optimize`` does once a learning-rate scheduler has counted the call."""

@@ -217,6 +217,19 @@ def build(layer: Layer, *, seed: int, index: int) -> nn.Module:
     return layer.build()
 
 
+def check_embeddings(name: str, module: nn.Module) -> None:
+    """Raise PartitionError for an embedding with ``max_norm`` in layer ``name``."""
+    for path, part in module.named_modules():
+        if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and part.max_norm is not None:
+            raise PartitionError(
+                f"layer {f'{name}.{path}' if path else name} is an {type(part).__name__} with max_norm={part.max_norm}:"
+                " its forward changes the weight, also in evaluation, and neither the weight's copies in replicas and"
+                " tied layers nor a failed step's rollback would know. Make it with max_norm=None, and renormalize in"
+                " the layer's forward a copy of the rows that it looks up, or after an update by"
+                " pipe.stages[k].call(function)"
+            )
+
+
 def parameter_counts(layers: Mapping[str, Layer]) -> list[int]:
     """Return the number of parameters of each layer; specs are built on the meta device, without memory.
 

@@ -13,6 +13,7 @@ from rpcpipe import schedules
 from rpcpipe.driver.layout import Layout, stage_parts
 from rpcpipe.driver.runtime import Settings
 from rpcpipe.errors import CheckpointError, PartitionError, ScheduleError, require
+from rpcpipe.model import losses
 from rpcpipe.model.batchnorm import MODES
 from rpcpipe.model.layers import Layer, Loss, parameter_counts
 from rpcpipe.model.microbatch import Nest
@@ -145,6 +146,7 @@ def cut_layers(
 def check_functions(loss: Any, optimizer: Any, dispatch: str, chunks: int) -> None:
     """Refuse what can be seen to be wrong without running it."""
     require(callable(loss), f"loss must be callable as loss(output, target), not {loss!r}")
+    losses.check(loss)
     require(callable(optimizer), f"optimizer must be a function of the parameters, not {optimizer!r}")
     require(dispatch in _DISPATCH, f"dispatch must be one of {_DISPATCH}, not {dispatch!r}")
     require(chunks >= 1, f"chunks must be at least 1, not {chunks}")

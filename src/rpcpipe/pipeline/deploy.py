@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import cloudpickle
+from torch import nn
 
 from rpcpipe import schedules
 from rpcpipe.cluster.cluster import Cluster
@@ -18,7 +19,7 @@ from rpcpipe.driver.deployment import Deployment
 from rpcpipe.driver.driver import Driver
 from rpcpipe.driver.runtime import Runtime, release
 from rpcpipe.errors import require
-from rpcpipe.model.layers import Layer, Model, find_ties, named_layers, wiring_of
+from rpcpipe.model.layers import Layer, Model, check_embeddings, find_ties, named_layers, unwired, wiring_of
 from rpcpipe.model.microbatch import Nest
 from rpcpipe.pipeline.arguments import (
     Options,
@@ -50,6 +51,9 @@ def start(model: Model, cluster: Cluster, options: Options) -> Runtime:
     scaler = precision.loss_scaler(options.autocast)
     options.settings.check(policy, scaled=scaler is not None)
     layers, seed = named_layers(model), options.seed
+    for name, layer in layers.items():
+        if isinstance(module := unwired(layer), nn.Module):
+            check_embeddings(name, module)
     ties, wirings = find_ties(layers), {name: wiring_of(layer) for name, layer in layers.items()}
     sizes = cut_layers(layers, options.balance, schedule.stages, lambda: measure(cluster, layers, options.sample, seed))
     check_ties(policy, ties, list(layers), sizes)

@@ -88,7 +88,9 @@ class StageSet:
         """Make the stages, and an optimizer over all their parameters."""
         self.last_stage = last_stage
         built = {
-            number: OrderedDict((key, self._layer(layer, at)) for at, (key, layer) in enumerate(named.items(), first))
+            number: OrderedDict(
+                (key, self._layer(key, layer, at)) for at, (key, layer) in enumerate(named.items(), first)
+            )
             for number, (named, first) in sorted(parts.items())
         }
         drawn = {key for named, _ in parts.values() for key, layer in named.items() if not isinstance(layer, nn.Module)}
@@ -110,8 +112,9 @@ class StageSet:
         )
         self.optimizer = LocalOptimizer(spec.optimizer, parameters, self._updated_elsewhere) if parameters else None
 
-    def _layer(self, layer: layers.Layer, index: int) -> nn.Module:
+    def _layer(self, name: str, layer: layers.Layer, index: int) -> nn.Module:
         module = layers.build(layer, seed=self.spec.seed, index=index)
+        layers.check_embeddings(name, module)
         return batchnorm.defer(module) if self.spec.batch_norm == "deferred" else module
 
     def _stage(

@@ -1,0 +1,63 @@
+"""What can be seen of a loss before it is called: parameters of its own, and a sum where the mean is expected."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from rpcpipe.errors import require
+
+
+def check(loss: Any) -> None:
+    """Raise ArgumentError for a loss that has trainable parameters, or is a loss of torch's that returns the sum."""
+    trainable = next(_trainable(loss), None)
+    require(
+        trainable is None,
+        f"the loss has a trainable parameter, {trainable}, and the optimizer has only those of the layers: it would not"
+        " be trained nor saved. Make it a layer, the model's last, whose output the loss takes; or freeze it by"
+        " requires_grad_(False)",
+    )
+    summed = _summed(loss, {})
+    require(
+        summed is None,
+        f"{summed} returns the sum over a micro-batch, and a loss returns the mean, or (sum, count); leave out"
+        " reduction='sum', or return the count too: lambda output, target: (sum, target.numel())",
+    )
+
+
+def _trainable(loss: Any, name: str = "") -> Iterator[str]:
+    """Yield the names of the trainable parameters in a module, or in a partial, bound method or object of modules."""
+    prefix = f"{name}." if name else ""
+    if isinstance(loss, nn.Module):
+        yield from (repr(prefix + path) for path, parameter in loss.named_parameters() if parameter.requires_grad)
+    elif isinstance(loss, torch.Tensor):
+        yield from [repr(name)] if loss.requires_grad else []
+    elif isinstance(loss, functools.partial):
+        yield from _trainable(loss.func, name)
+        for key, value in (*enumerate(loss.args), *loss.keywords.items()):
+            yield from _trainable(value, f"{prefix}{key}")
+    elif (owner := getattr(loss, "__self__", None)) is not None and not isinstance(owner, type(torch)):
+        yield from _trainable(owner, name)
+    elif not isinstance(loss, type) and not hasattr(loss, "__code__"):
+        for key, value in getattr(loss, "__dict__", {}).items():
+            if isinstance(value, (nn.Module, torch.Tensor, functools.partial)):
+                yield from _trainable(value, f"{prefix}{key}")
+
+
+def _summed(loss: Any, keywords: Mapping[str, Any]) -> str | None:
+    """Return what ``loss`` is if it is torch's and sums."""
+    if isinstance(loss, functools.partial):
+        return _summed(loss.func, {**loss.keywords, **keywords})
+    module = loss if isinstance(loss, nn.Module) else getattr(loss, "__self__", None)
+    if isinstance(module, nn.Module):
+        name, own = type(module).__name__, type(module).forward.__module__.startswith("torch.nn.")
+        sums = getattr(module, "reduction", "") == "sum"
+    else:
+        name = getattr(loss, "__name__", "")
+        own = bool(name) and getattr(nn.functional, name, None) is loss
+        sums = keywords.get("reduction") == "sum" or keywords.get("size_average") is False
+    return f"{name}(reduction='sum')" if own and sums else None

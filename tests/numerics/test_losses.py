@@ -1,0 +1,207 @@
+"""Losses and layers that would train something else in silence are refused; losses of NaN change no weight."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import rpcpipe as rp
+from support.local_cluster import LocalCluster
+from support.models import batches, cross_entropy, mlp, sgd, summed
+from support.oracle import Natural, assert_same_run
+
+F = nn.functional
+
+
+class Weighted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return self.scale * F.cross_entropy(output, target)
+
+    def other(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return self(output, target)
+
+
+class Holder:
+    def __init__(self, head: Any) -> None:
+        self.head = head
+
+    def __call__(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(self.head(output), target)
+
+
+class SumAndCount(nn.CrossEntropyLoss):
+    def forward(self, output: torch.Tensor, target: torch.Tensor) -> Any:  # type: ignore[override]
+        return super().forward(output, target), len(target)
+
+
+def scaled(output: torch.Tensor, target: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return cross_entropy(output * scale, target)
+
+
+PARAMETERS: dict[str, tuple[Any, str]] = {
+    "module": (Weighted(), "'scale'"),
+    "nested": (nn.Sequential(Weighted()), "'0.scale'"),
+    "bound method": (Weighted().other, "'scale'"),
+    "partial": (functools.partial(Weighted()), "'scale'"),
+    "partial of a method": (functools.partial(Weighted().other), "'scale'"),
+    "partial with a tensor": (functools.partial(scaled, scale=nn.Parameter(torch.ones(()))), "'scale'"),
+    "partial with a module": (functools.partial(scaled, scale=nn.Linear(1, 1)), "'scale.weight'"),
+    "object": (Holder(nn.Linear(4, 4)), "'head.weight'"),
+    "method of an object": (Holder(nn.Linear(4, 4)).__call__, "'head.weight'"),
+}
+SUMS: dict[str, Any] = {
+    "CrossEntropyLoss": nn.CrossEntropyLoss(reduction="sum"),
+    "MSELoss": nn.MSELoss(reduction="sum"),
+    "BCEWithLogitsLoss": nn.BCEWithLogitsLoss(size_average=False),
+    "NLLLoss": nn.NLLLoss(reduction="sum").forward,
+    "cross_entropy": functools.partial(F.cross_entropy, reduction="sum"),
+    "mse_loss": functools.partial(functools.partial(F.mse_loss), reduction="sum"),
+    "nll_loss": functools.partial(functools.partial(F.nll_loss, reduction="sum"), ignore_index=-1),
+}
+GOOD: dict[str, Any] = {
+    "frozen": Weighted().requires_grad_(False),
+    "buffers": nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 1.0, 0.5])),
+    "sum and count": SumAndCount(reduction="sum"),
+    "the mean again": functools.partial(functools.partial(F.cross_entropy, reduction="sum"), reduction="mean"),
+    "smoothed": functools.partial(F.cross_entropy, label_smoothing=0.1),
+    "function": cross_entropy,
+    "object": Holder(nn.Identity()),
+}
+
+
+def pipeline(loss: Any, **options: Any) -> rp.Pipeline:
+    return rp.Pipeline(mlp(), LocalCluster(2), loss=loss, optimizer=sgd, **{"chunks": 2, "balance": [3, 5]} | options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", PARAMETERS)
+def test_trainable_parameters_of_a_loss_are_refused_by_name(kind: str) -> None:
+    loss, name = PARAMETERS[kind]
+    with pytest.raises(rp.errors.ArgumentError, match=f"the loss has a trainable parameter, {name}, .*a layer"):
+        pipeline(loss)
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_sums_of_torchs_losses_are_refused(name: str) -> None:
+    with pytest.raises(rp.errors.ArgumentError, match=rf"{name}\(reduction='sum'\) returns the sum.*\(sum, count\)"):
+        pipeline(SUMS[name])
+
+
+@pytest.mark.parametrize("kind", GOOD)
+def test_other_losses_train_as_in_a_plain_loop(kind: str) -> None:
+    assert_same_run(pipeline(GOOD[kind]), Natural(mlp(), sgd, GOOD[kind], 2), batches(2))
+
+
+# --- losses that are not finite ---
+
+
+def ignored(where: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """A batch of which a micro-batch, or all of it, has no label: its mean is 0/0 and its gradients are 0."""
+    x, y = next(batches(1, 8))
+    y = y.clone()
+    y[: 2 if where == "one" else None] = -100
+    return x, y
+
+
+SCHEDULES = ["1f1b", "zb-h1", "pipedream", "pipedream-2bw"]
+
+
+@pytest.mark.parametrize("where", ["one", "all"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_skip_leaves_the_update_out(schedule: str, where: str) -> None:
+    pipe = pipeline(nn.CrossEntropyLoss(), schedule=schedule, chunks=4)
+    before = pipe.state_dict()
+    result = pipe.train_step(*ignored(where))
+    assert result.loss != result.loss
+    assert not result.applied
+    if schedule != "pipedream" or where == "all":  # which updates after every micro-batch
+        assert all(torch.equal(value, before[name]) for name, value in pipe.state_dict().items())
+    assert pipe.train_step(*next(batches(1, 8))).applied
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_stop_raises(schedule: str) -> None:
+    pipe = pipeline(nn.CrossEntropyLoss(), schedule=schedule, chunks=4, nonfinite="stop")
+    before = pipe.state_dict()
+    with pytest.raises(FloatingPointError, match="loss"):
+        pipe.train_step(*ignored("one"))
+    assert all(torch.equal(value, before[name]) for name, value in pipe.state_dict().items())
+    assert pipe.train_step(*next(batches(1, 8))).applied
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_call_of_an_accumulation_spoils_its_update_alone(at: int) -> None:
+    pipe, other = (pipeline(nn.CrossEntropyLoss(), chunks=4, accumulate=2) for _ in range(2))
+    calls = [next(batches(1, 8)), next(batches(1, 8))]
+    calls[at] = ignored("one")
+    before = pipe.state_dict()
+    assert [pipe.train_step(*batch).applied for batch in calls] == [False, False]
+    assert all(torch.equal(value, before[name]) for name, value in pipe.state_dict().items())
+    other.trained = 2
+    for batch in batches(2, 8):
+        assert pipe.train_step(*batch).loss == other.train_step(*batch).loss
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in pipe.state_dict().items())
+
+
+def test_stop_drops_the_call_of_an_accumulation_that_raised() -> None:
+    pipe, other = (pipeline(nn.CrossEntropyLoss(), chunks=4, accumulate=2, nonfinite="stop") for _ in range(2))
+    data = list(batches(2, 8))
+    pipe.train_step(*data[0])
+    with pytest.raises(FloatingPointError, match="loss of micro-batch 0 is nan"):
+        pipe.train_step(*ignored("one"))
+    other.train_step(*data[0])
+    assert pipe.train_step(*data[1]).applied
+    assert other.train_step(*data[1]).applied
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in pipe.state_dict().items())
+
+
+def test_nothing_counted_in_one_call_of_an_accumulation_is_no_harm() -> None:
+    pipe = pipeline(summed, accumulate=2)
+    x, y = next(batches(1, 8))
+    assert not pipe.train_step(x, torch.zeros_like(y)).applied
+    assert pipe.train_step(x, torch.ones_like(y)).applied
+
+
+def test_an_evaluation_says_what_the_plain_mean_is() -> None:
+    pipe = pipeline(nn.CrossEntropyLoss(), nonfinite="stop")
+    loss = pipe.evaluate([ignored("all")])
+    assert loss != loss
+    assert pipe.evaluate(batches(1)) == pytest.approx(
+        sum(cross_entropy(mlp().eval()(x), y).item() for x, y in batches(1))
+    )
+
+
+# --- embeddings that change their weight ---
+
+
+class Inside(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.EmbeddingBag(9, 4, max_norm=1.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.table(x)  # type: ignore[no-any-return]
+
+
+EMBEDDINGS: dict[str, tuple[Any, str]] = {
+    "module": (nn.Embedding(9, 4, max_norm=0.5), r"layer 0 is an Embedding with max_norm=0\.5"),
+    "spec": (rp.LayerSpec(nn.Embedding, 9, 4, max_norm=0.5), r"layer 0 is an Embedding with max_norm=0\.5"),
+    "inside": (nn.Sequential(nn.Identity(), Inside()), r"layer 0\.1\.table is an EmbeddingBag with max_norm=1\.0"),
+    "inside a spec": (rp.LayerSpec(Inside), r"layer 0\.table is an EmbeddingBag with max_norm=1\.0"),
+    "wired": (rp.Wired(nn.Embedding(9, 4, max_norm=0.5), gives="x"), "layer 0 is an Embedding"),
+    "frozen": (nn.Embedding(9, 4, max_norm=0.5).requires_grad_(False), "layer 0 is an Embedding"),
+}
+
+
+@pytest.mark.parametrize("kind", EMBEDDINGS)
+def test_embeddings_that_renormalize_are_refused_by_layer(kind: str) -> None:
+    layer, message = EMBEDDINGS[kind]
+    with pytest.raises(rp.PartitionError, match=message):
+        rp.Pipeline([layer, nn.Linear(4, 4)], LocalCluster(2), loss=cross_entropy, optimizer=sgd)  # type: ignore[arg-type]
