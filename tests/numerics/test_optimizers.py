@@ -155,6 +155,29 @@ def test_an_optimizer_that_looks_at_all_its_parameters_together_is_refused(sched
         assert all(torch.equal(value, before[name]) for name, value in pipe.state_dict().items())
 
 
+class Late(Averaging):
+    """Looks at all of its parameters together from its third update on."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step()
+        for group in self.param_groups:
+            group["d"] = sum(p.numel() for p in group["params"]) if group["k"] > 2 else 0
+
+
+def test_a_stream_goes_back_to_where_it_began_and_not_before_the_step_before() -> None:
+    pipe = rp.Pipeline(mlp(), LocalCluster(2), loss=cross_entropy, optimizer=Late, chunks=2, balance=[3, 5])  # type: ignore[arg-type]
+    loop = Natural(mlp(), Averaging, cross_entropy, 2)
+    assert_same_run(pipe, loop, batches(1))
+    pipe.schedule = "pipedream"  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="computes 'd'"):
+        list(pipe.train(batches(3)))
+    assert_same_weights(pipe, loop.model)
+    assert pipe.trained == 1
+    pipe.schedule = "1f1b"  # type: ignore[assignment]
+    assert_same_run(pipe, loop, batches(1))
+
+
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_and_trains_on_one_stage(replicas: int) -> None:
     pipe = rp.Pipeline(
@@ -258,6 +281,16 @@ def test_a_tied_weight_is_in_its_first_names_group(balance: list[int], replicas:
 def test_copies_that_would_part_are_refused(factory: Any, message: str) -> None:
     with pytest.raises(rp.errors.ArgumentError, match=message):
         rp.Pipeline(tied(), LocalCluster(2), loss=cross_entropy, optimizer=factory, chunks=2, balance=[1, 2])  # type: ignore[arg-type]
+
+
+def test_copies_that_a_move_would_part_are_refused_and_the_pipeline_is_closed() -> None:
+    layers = [*tied()[:2], rp.LayerSpec(nn.Linear, 8, 8), tied()[2]]
+    pipe = rp.Pipeline(layers, LocalCluster(2), loss=cross_entropy, optimizer=by_place, chunks=2, balance=[3, 1])  # type: ignore[arg-type]
+    pipe.train_step(*next(ids(1)))
+    with pytest.raises(rp.errors.ArgumentError, match=r"the weight 0\.weight into group 0 on worker0 and into group 1"):
+        pipe.schedule = "interleaved"  # type: ignore[assignment]
+    with pytest.raises(rp.RpcPipeError, match="the pipeline is closed"):
+        pipe.train_step(*next(ids(1)))
 
 
 # --- norms ---

@@ -184,6 +184,19 @@ def test_hooks_on_a_weight_that_is_tied_across_backwards_are_refused(options: di
         rp.Pipeline(tied(), LocalCluster(3), loss=cross_entropy, optimizer=sgd, **options)  # type: ignore[arg-type]
 
 
+def test_hooks_that_a_call_registers_on_such_a_weight_are_removed_again() -> None:
+    plain = [rp.LayerSpec(nn.Linear, WIDTH, WIDTH, bias=False, tied="w") for _ in range(2)]
+    pipes = [
+        rp.Pipeline(plain, LocalCluster(2), loss=cross_entropy, optimizer=sgd, chunks=2, balance=[1, 1])  # type: ignore[arg-type]
+        for _ in range(2)
+    ]
+    for hook in (nn.Parameter.register_hook, nn.Parameter.register_post_accumulate_grad_hook):
+        with pytest.raises(ValueError, match="are one weight, whose hooks would run on parts"):
+            pipes[0].stages[1].call(lambda m, hook=hook: hook(m[0].weight, lambda *_: None) and None)
+    for batch in data():
+        assert pipes[0].train_step(*batch).loss == pipes[1].train_step(*batch).loss
+
+
 def test_hooks_on_a_weight_that_is_tied_within_a_stage_run_on_the_sum() -> None:
     for schedule in ("1f1b", "zb-h1"):
         pipe = rp.Pipeline(

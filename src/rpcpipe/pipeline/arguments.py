@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -176,17 +176,23 @@ def check_ties(policy: str | None, ties: Sequence[Tie], layers: Sequence[str], s
             )
 
 
-def check_groups(groups: Sequence[Sequence[Any]]) -> None:
-    """There is an optimizer, and every worker's has as many parameter groups as the others'."""
+def check_groups(infos: Mapping[str, Sequence[StageInfo]]) -> list[dict[str, Any]]:
+    """There is an optimizer, and every worker's has parameter groups like the others'; returns one's.
+
+    ``infos``: what each worker says of its stages.
+    """
+    groups = [info.groups for stages in infos.values() for info in stages if info.groups]
     require(bool(groups), "no parameter of the model requires a gradient: there is nothing to train")
     require(
         len({len(group) for group in groups}) == 1,
         f"optimizer made {sorted({len(group) for group in groups})} parameter groups on different workers;"
         " return the same number of groups everywhere, empty ones too",
     )
+    _check_tied_groups(infos)
+    return groups[0]
 
 
-def check_tied_groups(infos: Mapping[str, Iterable[StageInfo]]) -> None:
+def _check_tied_groups(infos: Mapping[str, Sequence[StageInfo]]) -> None:
     """Every worker's optimizer has a tied weight in the same group, with the same options."""
     first: dict[str, tuple[str, int, Mapping[str, Any]]] = {}
     for worker, stages in infos.items():

@@ -24,7 +24,6 @@ from rpcpipe.model.microbatch import Nest
 from rpcpipe.pipeline.arguments import (
     Options,
     check_groups,
-    check_tied_groups,
     check_ties,
     cut_layers,
     layout_of,
@@ -102,10 +101,7 @@ def _create(runtime: Runtime, identity: str, layers: OrderedDict[str, Layer], co
         replies[name] = runtime.cluster.transport.call(name, "create", identity, spec)
     infos = runtime.driver.collect(replies)
     runtime.install(deployment, infos)
-    groups = [info.groups for stages in infos.values() for info in stages.values() if info.groups]
-    check_groups(groups)
-    check_tied_groups({worker: stages.values() for worker, stages in infos.items()})
-    runtime.make_optimizer(groups[0])
+    runtime.make_optimizer(check_groups({worker: list(stages.values()) for worker, stages in infos.items()}))
 
 
 def change_schedule(runtime: Runtime, wanted: str | Schedule) -> None:
@@ -155,7 +151,9 @@ def _move(runtime: Runtime, after: Deployment) -> None:
             others = {layer: states[layer] for layers, _ in mine.values() for layer in layers if layer in states}
             last = after.schedule.stages - 1
             replies[name] = driver.call(name, Repartition(mine, last, after.stage_links, given[name], others))
-        runtime.install(after, driver.collect(replies))
+        infos = driver.collect(replies)
+        check_groups({worker: list(stages.values()) for worker, stages in infos.items()})
+        runtime.install(after, infos)
     except BaseException:
         runtime.close()
         raise
