@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from rpcpipe import schedules
+from rpcpipe.cluster.cluster import PipelineCluster
 from rpcpipe.driver.layout import Layout, stage_parts
 from rpcpipe.driver.runtime import Settings
 from rpcpipe.errors import CheckpointError, PartitionError, ScheduleError, require
@@ -80,7 +81,7 @@ class Options:
 
 
 def layout_of(
-    cluster: Any, schedule: str | Schedule, balance: str | Sequence[int], virtual: int, replicas: int
+    cluster: PipelineCluster, schedule: str | Schedule, balance: str | Sequence[int], virtual: int, replicas: int
 ) -> Layout:
     """The workers that the pipeline uses."""
     require(replicas >= 1, f"replicas must be at least 1, not {replicas}")

@@ -13,7 +13,7 @@ from typing import Any
 import cloudpickle
 
 from rpcpipe import schedules
-from rpcpipe.cluster.cluster import Cluster
+from rpcpipe.cluster.cluster import PipelineCluster
 from rpcpipe.driver.deployment import Deployment
 from rpcpipe.driver.driver import Driver
 from rpcpipe.driver.runtime import Runtime, release
@@ -31,7 +31,7 @@ from rpcpipe.worker.operations import GetOptimizerState, ReleaseLayers, Repartit
 from rpcpipe.worker.stage_set import ActorSpec
 
 
-def start(model: Model, cluster: Cluster, options: Options) -> Runtime:
+def start(model: Model, cluster: PipelineCluster, options: Options) -> Runtime:
     """Cut ``model``, bring its stages to their workers, and return what runs it."""
     cluster.check()
     layout = layout_of(cluster, options.schedule, options.balance, options.virtual_stages, options.replicas)
@@ -66,7 +66,7 @@ def start(model: Model, cluster: Cluster, options: Options) -> Runtime:
     return runtime
 
 
-def measure(cluster: Cluster, layers: OrderedDict[str, Layer], sample: Nest, seed: int) -> list[LayerCost]:
+def measure(cluster: PipelineCluster, layers: OrderedDict[str, Layer], sample: Nest, seed: int) -> list[LayerCost]:
     """Return every layer's costs on the first worker for ``sample``, one micro-batch of inputs."""
     require(
         sample is not None, "balance='time' or 'memory' needs sample=…: one micro-batch of inputs to run the layers on"

@@ -13,14 +13,14 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from rpcpipe.cluster.cluster import Cluster
+from rpcpipe.cluster.cluster import PipelineCluster
 from rpcpipe.errors import require
 from rpcpipe.pipeline.pipeline import Pipeline
 from rpcpipe.pipeline.planning import balance_by_parameters
 
 
 def from_transformers(
-    config_or_model: Any, cluster: Cluster, *, stages: int | None = None, **pipeline_arguments: Any
+    config_or_model: Any, cluster: PipelineCluster, *, stages: int | None = None, **pipeline_arguments: Any
 ) -> Pipeline:
     """A Pipeline of a transformers model on ``cluster``.
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from rpcpipe import _tables
 from rpcpipe.checkpoint.plain_state import Holders
-from rpcpipe.cluster.cluster import Cluster
+from rpcpipe.cluster.cluster import PipelineCluster
 from rpcpipe.driver import inference
 from rpcpipe.driver.callbacks import Callback, JsonLines, tell
 from rpcpipe.driver.optimizer import PipelineOptimizer
@@ -86,7 +86,7 @@ class Pipeline:
     def __init__(
         self,
         model: Model,
-        cluster: Cluster,
+        cluster: PipelineCluster,
         *,
         loss: Loss,
         optimizer: Factory,
@@ -123,7 +123,7 @@ class Pipeline:
         return self._runtime
 
     @property
-    def cluster(self) -> Cluster:
+    def cluster(self) -> PipelineCluster:
         """The workers."""
         return self._runtime.cluster
 
