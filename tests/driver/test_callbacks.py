@@ -18,7 +18,7 @@ from support.oracle import Oracle
 
 
 def local(**arguments: Any) -> rp.Pipeline:
-    return rp.Pipeline(mlp(), LocalCluster(3), loss=cross_entropy, optimizer=sgd, chunks=3, **arguments)  # type: ignore[arg-type]
+    return rp.Pipeline(mlp(), LocalCluster(3), loss=cross_entropy, optimizer=sgd, chunks=3, **arguments)
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

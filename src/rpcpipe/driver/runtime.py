@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from rpcpipe.checkpoint.plain_state import Stateful
-from rpcpipe.cluster.cluster import Cluster
+from rpcpipe.cluster.cluster import PipelineCluster
 from rpcpipe.driver.accumulation import Progress
 from rpcpipe.driver.callbacks import Callback
 from rpcpipe.driver.deployment import Deployment
@@ -92,7 +92,7 @@ class Runtime:
 
     def __init__(
         self,
-        cluster: Cluster,
+        cluster: PipelineCluster,
         driver: Driver,
         deployment: Deployment,
         settings: Settings,
@@ -251,7 +251,7 @@ class Runtime:
             getattr(callback, "close", lambda: None)()
 
 
-def release(cluster: Cluster, driver: Driver) -> None:
+def release(cluster: PipelineCluster, driver: Driver) -> None:
     """Free a pipeline's stages, if there is anybody to do it."""
     if cluster.healthy:
         driver.drop()
