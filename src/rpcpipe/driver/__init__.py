@@ -2,7 +2,7 @@
 
 from rpcpipe.driver.callbacks import JsonLines, TensorBoard
 from rpcpipe.driver.driver import Driver
-from rpcpipe.driver.result import StepResult
+from rpcpipe.driver.result import StepResult, StreamResult
 from rpcpipe.driver.runtime import Runtime
 
-__all__ = ["Driver", "JsonLines", "Runtime", "StepResult", "TensorBoard"]
+__all__ = ["Driver", "JsonLines", "Runtime", "StepResult", "StreamResult", "TensorBoard"]

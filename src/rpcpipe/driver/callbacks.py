@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -14,14 +13,20 @@ from typing import Any
 from rpcpipe.driver.result import StepResult
 
 Callback = Callable[[StepResult], Any]
-_LEFT_OUT = ("timeline", "idle")
+# The figures of a record in their order. Those of streams have an empty value in a synchronous step's record, so that
+# all lines of a file have the same keys.
+_OF_STREAMS: dict[str, Any] = {
+    "skipped": 0, "versions": (), "staleness": (), "peak_versions": (), "peak_version_bytes": (),
+}  # fmt: skip
+_FIGURES = (
+    "step", "loss", "grad_norm", "seconds", "peak_in_flight", "applied", "peak_activation_bytes", "recomputed", "lr",
+    *_OF_STREAMS, "accumulated", "loss_scale", "bubble",
+)  # fmt: skip
 
 
 def record(result: StepResult) -> dict[str, Any]:
-    """The figures by name, fit for JSON: None for NaN and infinity, lists for tuples."""
-    found = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
-    kept = {name: value for name, value in found.items() if name not in _LEFT_OUT}
-    return {name: _plain(value) for name, value in {**kept, "bubble": result.bubble}.items()}
+    """Return the figures of ``result`` by name, fit for JSON: None for NaN and infinity, lists for tuples."""
+    return {name: _plain(getattr(result, name, _OF_STREAMS.get(name))) for name in _FIGURES}
 
 
 def _plain(value: Any) -> Any:

@@ -107,14 +107,15 @@ class Step:
                 driver.roll_back(self._message, updating=False)  # statistics of NaN would never be mended
             log.warning("step %d: the gradient's norm is %s; no weight changes", self._number, gate.grad_norm)
         self._progress = self._progress.later(self._message, count)
+        measured = spans(reports, runtime.offsets, self._number)
         self._result = StepResult(
-            self._number,
-            loss,
-            gate.grad_norm,
-            time.perf_counter() - self._started,
-            by_stage(reports, "peak_in_flight"),
-            plan.updates and gate.finite,
-            Timeline(spans(reports, runtime.offsets, self._number), workers=len(reports), name=runtime.schedule.name),
+            step=self._number,
+            loss=loss,
+            grad_norm=gate.grad_norm,
+            seconds=time.perf_counter() - self._started,
+            peak_in_flight=by_stage(reports, "peak_in_flight"),
+            applied=plan.updates and gate.finite,
+            timeline=Timeline(measured, workers=len(reports), name=runtime.schedule.name),
             peak_activation_bytes=by_stage(reports, "peak_bytes"),
             recomputed=by_stage(reports, "recomputed", sum),
             accumulated=self._progress.done,

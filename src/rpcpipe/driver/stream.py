@@ -17,7 +17,7 @@ from typing import Any
 
 from rpcpipe.driver.callbacks import tell
 from rpcpipe.driver.program import Fed, check_sizes
-from rpcpipe.driver.result import StepResult, StreamedBatch, last_update, of_stream
+from rpcpipe.driver.result import StreamedBatch, StreamResult, last_update
 from rpcpipe.driver.runtime import Runtime
 from rpcpipe.driver.tracing import spans
 from rpcpipe.errors import Failure, RpcPipeError, ScheduleError, StageError, WorkerLost
@@ -74,14 +74,14 @@ class Stream:
     """Batches on their way through ``pipe``; ``results`` are those that came back and nobody has taken."""
 
     def __init__(self, runtime: Runtime) -> None:
-        self.results: deque[StepResult] = deque()
+        self.results: deque[StreamResult] = deque()
         self._runtime = runtime
         self._state: StreamState | None = None
         # So many batches are fed before the oldest is awaited: their micro-batches fill the pipeline,
         # and two more hide the driver's own time.
         self._ahead = -(-(len(runtime.names) + 2) // runtime.chunks)
 
-    def run(self, batches: Iterable[tuple[Nest, Nest]], flush_every: int | None) -> Generator[StepResult, None, None]:
+    def run(self, batches: Iterable[tuple[Nest, Nest]], flush_every: int | None) -> Generator[StreamResult, None, None]:
         """Feed all ``batches``; the results in their order, some batches later."""
         try:
             for count, (inputs, targets) in enumerate(batches, 1):
@@ -103,7 +103,7 @@ class Stream:
         while self.results:
             yield self.take()
 
-    def take(self) -> StepResult:
+    def take(self) -> StreamResult:
         """The oldest result, which the callbacks are told."""
         result = self.results.popleft() if self.results else self._collect()
         tell(self._runtime.callbacks, result)
@@ -217,7 +217,7 @@ class Stream:
                 self.results.append(self._collect())
             self._close(None)
 
-    def _collect(self) -> StepResult:
+    def _collect(self) -> StreamResult:
         """The oldest batch's result."""
         runtime, batch = self._runtime, self._open.batches[0]
         wanted = {(name, group): self._open.replies[name, group] for group in batch.groups for name in runtime.names}
@@ -238,7 +238,7 @@ class Stream:
             runtime.trained = self._open.base + self._open.committed
             return self._result(batch, reports)
 
-    def _result(self, batch: _Batch, reports: Mapping[tuple[str, int], Report]) -> StepResult:
+    def _result(self, batch: _Batch, reports: Mapping[tuple[str, int], Report]) -> StreamResult:
         runtime, number = self._runtime, self._open.base + batch.groups.start
         since, self._open.since = self._open.since, time.perf_counter()
         by_worker = {name: Report.joined([reports[name, group] for group in batch.groups]) for name in runtime.names}
@@ -246,8 +246,14 @@ class Stream:
         updates = [[reports[name, group] for name in runtime.names] for group in batch.groups]
         measured = spans(by_worker, runtime.offsets, number)
         timeline = Timeline(measured, workers=len(by_worker), name=runtime.schedule.name)
-        seconds = self._open.since - since
-        result = of_stream(streamed, by_worker, updates, timeline, seconds=seconds, ended=self._open.ended)
+        result = StreamResult.of_batch(
+            batch=streamed,
+            reports=by_worker,
+            updates=updates,
+            timeline=timeline,
+            seconds=self._open.since - since,
+            ended=self._open.ended,
+        )
         self._open.ended |= {name: last_update(report) for name, report in by_worker.items()}
         if not result.applied:
             log.warning("step %d: loss or gradient is not finite; %d updates skipped", number, result.skipped)
