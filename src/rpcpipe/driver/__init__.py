@@ -1,4 +1,4 @@
-"""Runs steps: issues a schedule's calls to the workers, collects their reports, gates and applies the update."""
+"""Run steps: issue a schedule's calls to the workers, collect their reports, gate and apply the update."""
 
 from rpcpipe.driver.callbacks import JsonLines, TensorBoard
 from rpcpipe.driver.driver import Driver
