@@ -136,7 +136,7 @@ class Products(TorchDispatchMode):
 def test_the_work_is_divided_and_none_is_done_twice() -> None:
     module = nn.Sequential(*[nn.Linear(8, 8) for _ in range(3)])
     nest, entered = autograd.enter(StageInput(torch.randn(4, 8), [True]))
-    saved = Saved([module(nest)], entered)
+    saved = Saved.of(module(nest), entered)
     with Products() as first:
         _, deferred = backward_input(saved, [torch.ones(4, 8)])
     with Products() as second:

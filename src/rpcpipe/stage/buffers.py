@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -30,10 +30,10 @@ class _Buffers:
 
 @dataclass
 class Observation:
-    """What the buffers were before a forward: ``values`` of those that change, and the ``others`` themselves."""
+    """What the buffers were before a forward: ``values`` of those that may change, and ``versions`` to find others."""
 
     values: Values
-    others: list[tuple[Key, torch.Tensor, int]] = field(default_factory=list)
+    versions: list[tuple[Key, torch.Tensor, int]]
 
 
 class ForwardBuffers:
@@ -51,13 +51,11 @@ class ForwardBuffers:
         """Prepare a forward of layers ``start`` … ``stop - 1``; to be passed to ``after``."""
         buffers = self._buffers(start, stop)
         if buffers.changing is None:
-            return Observation({key: _live(key).clone() for key in buffers.keys})
+            return Observation({key: _live(key).clone() for key in buffers.keys}, _versions(buffers.keys))
         values = {key: _live(key) for key in buffers.changing}
         copies = {id(value): value.clone() for value in values.values()}  # several modules may share one
         _put({key: copies[id(value)] for key, value in values.items()})
-        return Observation(
-            values, [(key, _live(key), _live(key)._version) for key in buffers.keys if key not in values]
-        )
+        return Observation(values, _versions([key for key in buffers.keys if key not in values]))
 
     def after(self, start: int, stop: int, seen: Observation, *, dropped: bool) -> Values:
         """Return the values before the forward of the buffers that it changed.
@@ -66,15 +64,19 @@ class ForwardBuffers:
         first of all: its recomputation would start from another value.
         """
         buffers = self._buffers(start, stop)
+        moved = [
+            key for key, buffer, version in seen.versions if _live(key) is not buffer or buffer._version != version
+        ]
         if buffers.changing is None:
-            changed = [key for key, value in seen.values.items() if not _equal(_live(key), value)]
-            buffers.changing = changed
-            return {key: seen.values[key] for key in changed}
-        late = [key for key, buffer, version in seen.others if _live(key) is not buffer or buffer._version != version]
-        buffers.changing = [*buffers.changing, *late]
-        if late and dropped:
+            # A kernel may write without counting a version, and a value may come out as it was.
+            buffers.changing = [
+                key for key, value in seen.values.items() if key in moved or not _equal(_live(key), value)
+            ]
+            return {key: seen.values[key] for key in buffers.changing}
+        buffers.changing = [*buffers.changing, *moved]
+        if moved and dropped:
             raise RuntimeError(
-                f"{type(late[0][0]).__name__} changed its buffer {late[0][1]!r} for this micro-batch and not for those"
+                f"{type(moved[0][0]).__name__} changed its buffer {moved[0][1]!r} for this micro-batch and not for those"
                 " before; it cannot be recomputed: call again, or pass checkpoint='never'"
             )
         return seen.values
@@ -105,6 +107,10 @@ def _keeps_statistics(owner: nn.Module) -> bool:
 
 def _keys(owners: Sequence[nn.Module]) -> list[Key]:
     return [(owner, name) for owner in owners for name, buffer in owner._buffers.items() if buffer is not None]
+
+
+def _versions(keys: Sequence[Key]) -> list[tuple[Key, torch.Tensor, int]]:
+    return [(key, _live(key), _live(key)._version) for key in keys]
 
 
 def _live(key: Key) -> torch.Tensor:

@@ -248,9 +248,9 @@ class SegmentRunner:
         segment.saved = autograd.Saved.of(outputs, entry)
         key = (segment.run, tuple((leaf.shape, leaf.dtype) for leaf in tensors(received.nest)))
         if key not in self._bytes:
+            self._audit.graph(segment.saved, self._leaves())
             known = Memory([*self._module.parameters(), *self._module.buffers()])
             self._bytes[key] = saved_by_graph(tensors(outputs)).without(known)
-            self._audit.graph(segment.saved, self._leaves())
         segment.bytes = self._bytes[key]
         return outputs
 
