@@ -76,8 +76,8 @@ class ForwardBuffers:
         buffers.changing = [*buffers.changing, *moved]
         if moved and dropped:
             raise RuntimeError(
-                f"{type(moved[0][0]).__name__} changed its buffer {moved[0][1]!r} for this micro-batch and not for those"
-                " before; it cannot be recomputed: call again, or pass checkpoint='never'"
+                f"{type(moved[0][0]).__name__} changed its buffer {moved[0][1]!r} for this micro-batch and not for"
+                " those before; it cannot be recomputed: call again, or pass checkpoint='never'"
             )
         return seen.values
 
