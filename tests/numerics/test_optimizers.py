@@ -312,6 +312,7 @@ def test_norms_of_float16_do_not_overflow() -> None:
         return (output * 1e3).sum() * 0.25
 
     layer = nn.Linear(64, 64, bias=False, dtype=torch.float16)
+    nn.init.zeros_(layer.weight)
     pipe = rp.Pipeline(
         [layer, nn.Identity()], LocalCluster(2), loss=steep, optimizer=lambda ps: torch.optim.SGD(ps, lr=1e-5), chunks=1
     )  # type: ignore[arg-type]  # fmt: skip

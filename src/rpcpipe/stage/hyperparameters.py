@@ -22,9 +22,15 @@ def hyperparameters(optimizer: torch.optim.Optimizer) -> Groups:
 def copied(groups: Sequence[Mapping[str, Any]]) -> Groups:
     """Return a copy of ``groups`` that shares no tensor or container with it."""
     return [
-        {key: value if isinstance(value, _IMMUTABLE) else copy.deepcopy(value) for key, value in group.items()}
+        {key: value if _is_immutable(value) else copy.deepcopy(value) for key, value in group.items()}
         for group in groups
-    ]
+    ]  # fmt: skip
+
+
+def _is_immutable(value: Any) -> bool:
+    return isinstance(value, _IMMUTABLE) or (
+        isinstance(value, tuple) and all(isinstance(item, _IMMUTABLE) for item in value)
+    )
 
 
 def replace(optimizer: torch.optim.Optimizer, groups: Sequence[Mapping[str, Any]]) -> None:
