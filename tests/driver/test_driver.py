@@ -130,9 +130,9 @@ def test_a_step_changes_no_weight_before_all_stages_are_done(
     done_at_update = []
     step = LocalOptimizer.step
 
-    def record(self: LocalOptimizer, *args: Any) -> Any:
+    def record(self: LocalOptimizer, *args: Any) -> None:
         done_at_update.append({worker: len(actions) for worker, actions in executed.items()})
-        return step(self, *args)
+        step(self, *args)
 
     monkeypatch.setattr(LocalOptimizer, "step", record)
     pipe = rp.Pipeline(tiny(2), LocalCluster(2, 7), loss=mse, optimizer=sgd, chunks=4)

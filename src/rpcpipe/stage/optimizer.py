@@ -84,6 +84,8 @@ class LocalOptimizer:
     """One worker's optimizer: the user's optimizer over the parameters of the worker's stages.
 
     Parameters in ``elsewhere`` are updated on other workers; this worker only restores them after a failed step.
+    ``changed`` holds, per group, the hyperparameters that the optimizer itself has changed in the last update, and None
+    for a group that has no parameter of this worker.
     """
 
     def __init__(self, factory: Factory, parameters: Parameters, elsewhere: Set[nn.Parameter] = frozenset()) -> None:
@@ -91,6 +93,7 @@ class LocalOptimizer:
         owned = Parameters((name, parameter) for name, parameter in parameters.named() if parameter not in elsewhere)
         # If this worker updates no parameter, an empty one gives the optimizer the same groups and no state.
         self.optimizer = make(factory, owned or Parameters([("", nn.Parameter(torch.empty(0)))]))
+        self.changed: list[dict[str, Any] | None] = []
         self.undo = Undo(self.parameters, self.optimizer)
 
     def groups(self) -> Groups:
@@ -133,24 +136,19 @@ class LocalOptimizer:
                 self.optimizer.state[parameter] = entries
         self.undo.invalidate()
 
-    def step(
-        self, gradients: Mapping[torch.Tensor, torch.Tensor], changes: Sequence[Mapping[str, Any]]
-    ) -> list[dict[str, Any] | None]:
-        """Do what ``apply`` does; if that raises, restore parameters and state and raise the error."""
+    def step(self, gradients: Mapping[torch.Tensor, torch.Tensor], changes: Sequence[Mapping[str, Any]]) -> None:
+        """Apply ``gradients`` as ``apply`` does; if that raises, restore parameters and state and raise the error."""
         self.undo.refresh()
         try:
-            return self.apply(gradients, changes)
+            self.apply(gradients, changes)
         except BaseException:
             self.undo.restore()
             raise
 
-    def apply(
-        self, gradients: Mapping[torch.Tensor, torch.Tensor], changes: Sequence[Mapping[str, Any]]
-    ) -> list[dict[str, Any] | None]:
+    def apply(self, gradients: Mapping[torch.Tensor, torch.Tensor], changes: Sequence[Mapping[str, Any]]) -> None:
         """Update the parameters with ``gradients`` and clear ``.grad``, also on an error.
 
-        ``changes`` holds per group the hyperparameters that the driver has set. Returns, per group, those that the
-        optimizer itself has changed, and None for a group that has no parameter of this worker.
+        ``changes`` holds per group the hyperparameters that the driver has set.
         """
         update(self.optimizer, changes)
         before = self.groups()
@@ -163,4 +161,4 @@ class LocalOptimizer:
                 parameter.grad = None
         moved = changed(before, hyperparameters(self.optimizer))
         used = self.used_groups() if any(moved) else [None] * len(moved)
-        return [entries if mine is not None else None for entries, mine in zip(moved, used, strict=True)]
+        self.changed = [entries if mine is not None else None for entries, mine in zip(moved, used, strict=True)]

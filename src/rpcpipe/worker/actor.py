@@ -292,10 +292,10 @@ class Actor:
 
     def _update_weights(self, context_id: int, changes: Sequence[Mapping[str, Any]]) -> Updated:
         """Apply the context's gradients; return when, and what the optimizer has changed of its groups."""
-        start, changed = time.monotonic_ns(), list[dict[str, Any] | None]()
-        if self.held.optimizer is not None:
-            changed = self.held.optimizer.step(self._ledger.get_gradients(context_id), changes)
-        self._updated = Updated(start, time.monotonic_ns(), changed)
+        start, optimizer = time.monotonic_ns(), self.held.optimizer
+        if optimizer is not None:
+            optimizer.step(self._ledger.get_gradients(context_id), changes)
+        self._updated = Updated(start, time.monotonic_ns(), () if optimizer is None else optimizer.changed)
         if self.held.spec.peers.shard:
             for exchange in self.held.exchanges.values():
                 self._push(exchange.weights())
@@ -342,8 +342,8 @@ class Actor:
             versions.before_update(update.group)
             with self._ledger.context() as context_id:
                 self._publish_gradients(context_id, factor)
-                changed = self.held.optimizer.apply(self._ledger.get_gradients(context_id), update.changes)
-            report.updated = Updated(changed=changed)
+                self.held.optimizer.apply(self._ledger.get_gradients(context_id), update.changes)
+            report.updated = Updated(changed=self.held.optimizer.changed)
         versions.after_update(update.group)
         if self._snapshots is not None:
             self._snapshots.updated(versions.newest, update.committed)
