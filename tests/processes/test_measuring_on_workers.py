@@ -12,21 +12,15 @@ from support.models import cross_entropy, mlp, sgd
 
 def test_the_worker_measures_for_the_pipeline(cluster: rp.Cluster) -> None:
     layers = [rp.LayerSpec(nn.Linear, 8, 8), *(rp.LayerSpec(nn.Tanh) for _ in range(7))]
-    arguments = {
-        "loss": nn.functional.mse_loss,
-        "optimizer": lambda params: torch.optim.SGD([*params, dummy()], lr=0.1),
-    }
-    pipe = rp.Pipeline(layers, cluster, balance="memory", sample=torch.randn(4096, 8), **arguments)  # type: ignore[arg-type]
+    pipe = rp.Pipeline(
+        layers, cluster, loss=nn.functional.mse_loss, optimizer=sgd, balance="memory", sample=torch.randn(4096, 8)
+    )
     assert pipe.balance == [2, 2, 2, 2]
     pipe.close()
     with pytest.raises(ValueError, match="needs sample=…: one micro-batch of inputs"):
         rp.Pipeline(mlp(), cluster, loss=cross_entropy, optimizer=sgd, balance="time")
     with pytest.raises(ValueError, match="or one of \\('parameters', 'time', 'memory'\\)"):
         rp.Pipeline(mlp(), cluster, loss=cross_entropy, optimizer=sgd, balance="luck")
-
-
-def dummy() -> nn.Parameter:
-    return nn.Parameter(torch.zeros(1))
 
 
 def test_it_measures_on_a_worker(cluster: rp.Cluster) -> None:
