@@ -19,6 +19,7 @@ from rpcpipe.cluster.rendezvous import WorkerGroup, form, worker_names
 from rpcpipe.cluster.template import PRELOADED, templates
 from rpcpipe.cluster.worker_logs import WorkerLogs
 from rpcpipe.errors import ArgumentError
+from rpcpipe.transport.pickler import worker_imports
 from rpcpipe.transport.rpc import this_process
 
 _INTERFACE = "lo"
@@ -130,6 +131,7 @@ def _devices(device: str, workers: int) -> list[str]:
 
 def _start(workers: int, devices: dict[str, str], threads: int, timeout: float, directory: Path | None) -> Cluster:
     group = WorkerGroup(Monitor(), WorkerLogs(directory), timeout, list(devices))
+    worker_imports.adopt(sys.path)
     local = {"threads": threads, "interface": _INTERFACE, "path": sys.path, "argv": sys.argv}
     try:
         for name, device in devices.items():

@@ -15,6 +15,7 @@ from rpcpipe.errors import ArgumentError, PartitionError
 from rpcpipe.model import rng, tied_weights
 from rpcpipe.model.microbatch import Nest
 from rpcpipe.model.wiring import Wiring, advance, live_names, required_inputs
+from rpcpipe.transport import pickler
 
 # loss(output, target) returns the mean as a scalar tensor, or (sum, count).
 Loss = Callable[[Any, Any], Any]
@@ -206,6 +207,29 @@ def layer_of(key: str, layers: Container[str]) -> str:
     while name not in layers:
         name = name.rpartition(".")[0]
     return name
+
+
+def unpicklable(layers: Mapping[str, Layer], error: Exception, after: str = "") -> PartitionError:
+    """Return the error for ``layers``, whose pickling together raised ``error``; it names the first one at fault.
+
+    ``after``: what comes before the way out.
+    """
+    found = "these layers: " + ", ".join(layers)
+    for name, layer in layers.items():
+        try:
+            pickler.dumps(layer)
+        except Exception as own:
+            found, error = f"layer {name}, {_kind(layer)},", own
+            break
+    return PartitionError(
+        f"{found} cannot be pickled to go to a worker: {type(error).__name__}: {error};{after and f' {after}'} pass"
+        " rp.LayerSpec(function, …), where the function builds the layer on its worker (its arguments are pickled)"
+    )
+
+
+def _kind(layer: Layer) -> str:
+    layer = unwired(layer)
+    return f"a {type(layer).__name__}" if isinstance(layer, nn.Module) else repr(layer)
 
 
 def build(layer: Layer, *, seed: int, index: int) -> nn.Module:

@@ -10,24 +10,23 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
-import cloudpickle
-
 from rpcpipe import schedules
 from rpcpipe.cluster.cluster import Cluster
 from rpcpipe.driver.deployment import Deployment
 from rpcpipe.driver.driver import Driver
 from rpcpipe.driver.runtime import Runtime, release
-from rpcpipe.errors import require
-from rpcpipe.model.layers import Layer, Model, find_ties, named_layers, wiring_of
+from rpcpipe.errors import ArgumentError, StageError, require
+from rpcpipe.model.layers import Layer, Model, find_ties, named_layers, unpicklable, wiring_of
 from rpcpipe.model.microbatch import Nest
 from rpcpipe.pipeline.arguments import Options, check_groups, check_ties, cut_layers, layout_of, make_schedule
 from rpcpipe.planning import LayerCost, partition
 from rpcpipe.schedules import Schedule, weight_versions
 from rpcpipe.stage import precision
 from rpcpipe.stage.profiler import profile
+from rpcpipe.transport import pickler
 from rpcpipe.transport.pickling import dumps
 from rpcpipe.worker.gradient_exchange import ReplicaGroup
-from rpcpipe.worker.operations import GetOptimizerState, ReleaseLayers, Repartition
+from rpcpipe.worker.operations import GetOptimizerState, ReceiveLayers, ReleaseLayers, Repartition
 from rpcpipe.worker.stage_set import ActorSpec
 
 
@@ -72,12 +71,19 @@ def measure(cluster: Cluster, layers: OrderedDict[str, Layer], sample: Nest, see
         sample is not None, "balance='time' or 'memory' needs sample=…: one micro-batch of inputs to run the layers on"
     )
     first = cluster.workers[0]
-    return list(cluster.call(first, functools.partial(profile, seed=seed, device=first.device), layers, sample))
+    try:
+        return list(cluster.call(first, functools.partial(profile, seed=seed, device=first.device), layers, sample))
+    except ArgumentError as error:
+        if isinstance(error, StageError):
+            raise
+        raise unpicklable(layers, error) from error
 
 
 def _create(runtime: Runtime, identity: str, layers: OrderedDict[str, Layer], common: ActorSpec) -> None:
     """Build every worker's stages; one worker's layers are pickled at a time."""
-    dumps((common.loss, common.optimizer), "loss and optimizer")  # for its warning alone: they go with the layers
+    # For its warning and its refusal alone: they go with the layers.
+    for what, function in ("loss", common.loss), ("optimizer", common.optimizer):
+        dumps(function, what)
     deployment, replies = runtime.deployment, {}
     for name in runtime.names:
         worker, replica = deployment.layout.index(name)
@@ -86,13 +92,22 @@ def _create(runtime: Runtime, identity: str, layers: OrderedDict[str, Layer], co
             for stage, (keys, first) in deployment.parts_on(name).items()
         }
         peers = ReplicaGroup(deployment.layout.replicas_of(worker), replica, deployment.shard)
-        spec = cloudpickle.dumps(dataclasses.replace(common, stages=mine, peers=peers))
+        spec = _pickled(dataclasses.replace(common, stages=mine, peers=peers))
         replies[name] = runtime.cluster.transport.call(name, "create", identity, spec)
     infos = runtime.driver.collect(replies)
     runtime.install(deployment, infos)
     groups = [info.groups for stages in infos.values() for info in stages.values() if info.groups]
     check_groups(groups)
     runtime.make_optimizer(groups[0])
+
+
+def _pickled(spec: ActorSpec) -> bytes:
+    """Return ``spec`` pickled; raises PartitionError with the layer that cannot be."""
+    try:
+        return pickler.dumps(spec)
+    except Exception as error:
+        layers = {name: layer for named, _ in spec.stages.values() for name, layer in named.items()}
+        raise unpicklable(layers, error) from error
 
 
 def change_schedule(runtime: Runtime, wanted: str | Schedule) -> None:
@@ -123,7 +138,8 @@ def change_schedule(runtime: Runtime, wanted: str | Schedule) -> None:
 def _move(runtime: Runtime, after: Deployment) -> None:
     """Bring every layer, with its optimizer state, to the worker that ``after`` gives it.
 
-    What raises here closes the pipeline, as some layers may be on neither worker's stages.
+    A layer that cannot be pickled, or unpickled, is known before any worker lets go of one. What raises after that
+    closes the pipeline, as some layers may be on neither worker's stages.
     """
     driver = runtime.driver
     moves: dict[tuple[str, str], list[str]] = {}
@@ -131,17 +147,18 @@ def _move(runtime: Runtime, after: Deployment) -> None:
         for layer in after.layers:
             if old[layer] != new[layer]:
                 moves.setdefault((old[layer], new[layer]), []).append(layer)
+    states = _sharded_states(runtime)
+    given: dict[str, list[bytes]] = {name: [] for name in runtime.names}
+    for (source, target), moving in moves.items():
+        given[target].append(driver.control(source, ReleaseLayers(moving)))
+    driver.collect({name: driver.call(name, ReceiveLayers(blobs)) for name, blobs in given.items()})
     try:
-        states = _sharded_states(runtime)
-        given: dict[str, list[bytes]] = {name: [] for name in runtime.names}
-        for (source, target), moving in moves.items():
-            given[target].append(driver.control(source, ReleaseLayers(moving)))
         replies = {}
         for name in runtime.names:
             mine = after.parts_on(name)
             others = {layer: states[layer] for layers, _ in mine.values() for layer in layers if layer in states}
             last = after.schedule.stages - 1
-            replies[name] = driver.call(name, Repartition(mine, last, after.stage_links, given[name], others))
+            replies[name] = driver.call(name, Repartition(mine, last, after.stage_links, others))
         runtime.install(after, driver.collect(replies))
     except BaseException:
         runtime.close()

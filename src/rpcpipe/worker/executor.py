@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any
 
-import cloudpickle
 import torch
 
 from rpcpipe.errors import Failure
 from rpcpipe.schedules.action import Action
+from rpcpipe.transport import pickler
 from rpcpipe.transport.base import Transport
 from rpcpipe.worker.actor import Actor
 from rpcpipe.worker.mailbox import Entry, Mailbox
@@ -66,13 +66,13 @@ class Executor:
     # --- handlers: called by any thread, never block ---
 
     def create(self, pipeline: str, spec: bytes) -> Future[Any]:
-        """Build an actor from a cloudpickled ActorSpec; replies with its description."""
+        """Build an actor from a pickled ActorSpec; replies with its description."""
         with self._changed:
             self._mailboxes[pipeline] = Mailbox()
             return self._enqueue(CreateActor(pipeline, spec))
 
     def run(self, call: bytes) -> Future[Any]:
-        """A cloudpickled ``(function, args)`` on the compute thread, outside of any pipeline."""
+        """A pickled ``(function, args)`` on the compute thread, outside of any pipeline."""
         with self._changed:
             return self._enqueue(CallFunction(call))
 
@@ -268,8 +268,8 @@ class Executor:
             case CreateActor(pipeline, spec):
                 return self._create(pipeline, spec)
             case CallFunction(call):
-                function, args = cloudpickle.loads(call)
-                return bytes(cloudpickle.dumps(function(*args)))
+                function, args = pickler.loads(call)
+                return pickler.dumps(function(*args))
             case ForwardByHand(pipeline, stage, inputs):
                 return self.actors[pipeline].module(stage)(inputs)
             case ForgetStep(pipeline, step):
@@ -288,7 +288,7 @@ class Executor:
             else:
                 self._transport.send(worker, "deliver", pipeline, step, port, value)
 
-        built: ActorSpec = cloudpickle.loads(spec)
+        built: ActorSpec = pickler.loads(spec)
         actor = Actor(self.name, built, device=self._device, send=send, ledger=self._transport)
         self.actors[pipeline] = actor
         return actor.describe()

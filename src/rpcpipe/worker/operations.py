@@ -145,7 +145,7 @@ class GetParameter(NamedTuple):
 
 
 class CallModule(NamedTuple):
-    """Run the cloudpickled ``function(module)``; replies with the cloudpickled result. ``seed``: of random numbers."""
+    """Run the pickled ``function(module)``; replies with the pickled result. ``seed``: of random numbers."""
 
     stage: int
     function: bytes
@@ -153,13 +153,13 @@ class CallModule(NamedTuple):
 
 
 class SetMetrics(NamedTuple):
-    """What the last stage measures beside the loss from now on: cloudpickled functions by name."""
+    """What the last stage measures beside the loss from now on: pickled functions by name."""
 
     metrics: bytes
 
 
 class SetSelection(NamedTuple):
-    """What the last stage keeps of an output that comes with a target: a cloudpickled (output, target) -> nest."""
+    """What the last stage keeps of an output that comes with a target: a pickled (output, target) -> nest."""
 
     function: bytes
 
@@ -204,12 +204,18 @@ class ReleaseLayers(NamedTuple):
     names: Sequence[str]
 
 
+class ReceiveLayers(NamedTuple):
+    """Unpickle what other workers have released; it is kept for the ``Repartition`` that follows."""
+
+    given: Sequence[bytes]
+
+
 class GetOptimizerState(NamedTuple):
     """Reply with the optimizer's state by layer and parameter."""
 
 
 class Repartition(NamedTuple):
-    """Hold the stages ``parts`` from now on: of the layers that are here and those ``given``.
+    """Hold the stages ``parts`` from now on: of the layers that are here and those received.
 
     ``others``: by layer, the optimizer's state that replicas have had.
     """
@@ -217,27 +223,27 @@ class Repartition(NamedTuple):
     parts: Mapping[int, tuple[Sequence[str], int]]
     last_stage: int
     stage_links: StageLinks
-    given: Sequence[bytes]
     others: Mapping[str, Mapping[str, Any]]
 
 
 HoldingOperation = (
     GetModule | GetParameter | CallModule | SetMetrics | SetSelection | GetState | LoadState | SaveShard
-    | ReadCheckpoint | ApplyCheckpoint | DropCheckpoint | ReleaseLayers | GetOptimizerState | Repartition
+    | ReadCheckpoint | ApplyCheckpoint | DropCheckpoint | ReleaseLayers | ReceiveLayers
+    | GetOptimizerState | Repartition
 )  # fmt: skip
 
 # --- of the worker, outside of any step ---
 
 
 class CreateActor(NamedTuple):
-    """Build a pipeline's stages from a cloudpickled ActorSpec; replies with what they are."""
+    """Build a pipeline's stages from a pickled ActorSpec; replies with what they are."""
 
     pipeline: str
     spec: bytes
 
 
 class CallFunction(NamedTuple):
-    """Run a cloudpickled ``(function, args)``; replies with the cloudpickled result."""
+    """Run a pickled ``(function, args)``; replies with the pickled result."""
 
     call: bytes
 
@@ -286,7 +292,8 @@ _TITLES: Mapping[type, str] = {
         UpdateWeights: "optimizer", CreateActor: "building the stage", CallModule: "call", CallFunction: "run",
         ForwardByHand: "forward", SaveShard: "save", GetState: "state dict", LoadState: "load state dict",
         ReadCheckpoint: "read checkpoint", ApplyCheckpoint: "apply checkpoint", Repartition: "moving layers",
-        ReleaseLayers: "moving layers", PublishGradients: "hand over", ReportStep: "report",
+        ReleaseLayers: "moving layers", ReceiveLayers: "moving layers", PublishGradients: "hand over",
+        ReportStep: "report",
 }  # fmt: skip
 
 

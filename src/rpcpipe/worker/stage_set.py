@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, assert_never
 
-import cloudpickle
 import torch
 from torch import nn
 
@@ -23,6 +22,7 @@ from rpcpipe.stage.accumulation import AccumulatedGradients
 from rpcpipe.stage.optimizer import Factory, LocalOptimizer, Parameters
 from rpcpipe.stage.recompute import Checkpoint, Recompute
 from rpcpipe.stage.stage import Stage, StageOptions
+from rpcpipe.transport import pickler
 from rpcpipe.worker.gradient_exchange import GradientExchange, ReplicaGroup, group_of
 from rpcpipe.worker.messages import StageInfo
 from rpcpipe.worker.operations import (
@@ -36,6 +36,7 @@ from rpcpipe.worker.operations import (
     HoldingOperation,
     LoadState,
     ReadCheckpoint,
+    ReceiveLayers,
     ReleaseLayers,
     Repartition,
     SaveShard,
@@ -49,7 +50,7 @@ Parts = dict[int, tuple[OrderedDict[str, layers.Layer], int]]
 
 @dataclass
 class ActorSpec:
-    """What a worker needs to build its stages; travels by cloudpickle."""
+    """What a worker needs to build its stages; travels pickled."""
 
     stages: Parts
     last_stage: int
@@ -77,6 +78,7 @@ class StageSet:
         self.optimizer: LocalOptimizer | None = None
         self.accumulated = AccumulatedGradients()
         self._loaded: shard.Loaded | None = None
+        self._received: list[Any] = []
         self._build(spec.stages, spec.last_stage, spec.stage_links)
 
     def _build(self, parts: Parts, last_stage: int, stage_links: StageLinks) -> None:
@@ -193,9 +195,9 @@ class StageSet:
             case CallModule(number, function, seed):
                 return self._call(number, function, seed)
             case SetMetrics(metrics):
-                self.stages[self.last_stage].metrics = cloudpickle.loads(metrics)
+                self.stages[self.last_stage].metrics = pickler.loads(metrics)
             case SetSelection(function):
-                self.stages[self.last_stage].select = cloudpickle.loads(function)
+                self.stages[self.last_stage].select = pickler.loads(function)
             case GetState():
                 return self._state_dict()
             case LoadState(states):
@@ -210,6 +212,9 @@ class StageSet:
                 self._loaded = None
             case ReleaseLayers(names):
                 return self._release(names)
+            case ReceiveLayers(given):
+                self._received = []  # what a move that another worker refused may have left
+                self._received = [entry for blob in given for entry in pickler.loads(blob)]
             case GetOptimizerState():
                 return self._optimizer_state()
             case Repartition():
@@ -219,11 +224,11 @@ class StageSet:
         return None
 
     def _call(self, number: int, function: bytes, seed: int | None) -> Any:
-        """``function(module)`` of stage ``number``, which may change weights; the result cloudpickled."""
+        """``function(module)`` of stage ``number``, which may change weights; the result pickled."""
         if seed is not None:
             torch.manual_seed(seed)
         try:
-            return cloudpickle.dumps(cloudpickle.loads(function)(self.stages[number].module))
+            return pickler.dumps(pickler.loads(function)(self.stages[number].module))
         finally:
             self._weights_changed()
 
@@ -272,17 +277,23 @@ class StageSet:
 
     def _release(self, names: Sequence[str]) -> bytes:
         """The named layers with their optimizer state and kept gradients, for another worker's ``Repartition``."""
-        modules = [(name, module) for name, module in self._modules().items() if name in names]
-        return bytes(cloudpickle.dumps([(name, m, self._states_of(m), self.accumulated.of(m)) for name, m in modules]))
+        modules = {name: module for name, module in self._modules().items() if name in names}
+        try:
+            return pickler.dumps([(name, m, self._states_of(m), self.accumulated.of(m)) for name, m in modules.items()])
+        except Exception as error:
+            raise layers.unpicklable(
+                modules, error, "nothing has moved: keep a schedule of this placement, or"
+            ) from error
 
     def _optimizer_state(self) -> dict[str, dict[str, Any]]:
         """By layer and parameter."""
         return {name: self._states_of(module) for name, module in self._modules().items()}
 
     def _repartition(self, wanted: Repartition) -> dict[int, StageInfo]:
-        parts, last_stage, stage_links, given, others = wanted
+        parts, last_stage, stage_links, others = wanted
         modules, states = self._modules(), self._optimizer_state()
-        for name, module, state, kept in (entry for blob in given for entry in cloudpickle.loads(blob)):
+        received, self._received = self._received, []
+        for name, module, state, kept in received:
             modules[name], states[name] = module, state
             self.accumulated.take(module, kept)
         for name, state in others.items():
