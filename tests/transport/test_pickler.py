@@ -18,8 +18,8 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from rpcpipe.errors import PartitionError
-from rpcpipe.transport import pickler
 from rpcpipe.model.layers import LayerSpec, unpicklable
+from rpcpipe.transport import pickler
 
 
 class Recorded(nn.Linear):

@@ -13,6 +13,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from rpcpipe.errors import ArgumentError, PartitionError
 from rpcpipe.model import rng, tied_weights
+from rpcpipe.model.containers import check_container
 from rpcpipe.model.microbatch import Nest
 from rpcpipe.model.wiring import Wiring, advance, live_names, required_inputs
 from rpcpipe.transport import pickler
@@ -156,11 +157,14 @@ def check_inputs(inputs: Nest, wirings: Mapping[str, Wiring]) -> None:
 def named_layers(model: Model) -> OrderedDict[str, Layer]:
     """Return the model's layers, in order, by their names in the unsplit model's ``state_dict``.
 
-    Raises PartitionError for anything but an ``nn.Sequential``, or a sequence or mapping of layers.
+    Raises PartitionError for anything but an ``nn.Sequential``, or a sequence or mapping of layers, and for an
+    ``nn.Sequential`` that does more than to call its layers.
     """
     if isinstance(model, Sequential):
+        check_container(model, Sequential)
         return OrderedDict((name, Wired(layer, *model.wirings[name])) for name, layer in model.named_children())
     if isinstance(model, nn.Sequential):
+        check_container(model, nn.Sequential)
         return _distinct(model._modules)  # named_children omits a module's second use
     if isinstance(model, nn.Module) or not isinstance(model, (Sequence, Mapping)):
         raise PartitionError(

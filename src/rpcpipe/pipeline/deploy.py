@@ -16,7 +16,8 @@ from rpcpipe.driver.deployment import Deployment
 from rpcpipe.driver.driver import Driver
 from rpcpipe.driver.runtime import Runtime, release
 from rpcpipe.errors import ArgumentError, StageError, require
-from rpcpipe.model.layers import Layer, Model, find_ties, named_layers, unpicklable, wiring_of
+from rpcpipe.model.containers import check_global_hooks, shared_buffers
+from rpcpipe.model.layers import Layer, Model, find_ties, named_layers, unpicklable, unwired, wiring_of
 from rpcpipe.model.microbatch import Nest
 from rpcpipe.pipeline.arguments import Options, check_groups, check_ties, cut_layers, layout_of, make_schedule
 from rpcpipe.planning import LayerCost, partition
@@ -40,7 +41,9 @@ def start(model: Model, cluster: Cluster, options: Options) -> Runtime:
     policy = weight_versions.choose(schedule.name, options.weights)
     scaler = precision.loss_scaler(options.autocast)
     options.settings.check(policy, scaled=scaler is not None)
+    check_global_hooks()
     layers, seed = named_layers(model), options.seed
+    buffers = shared_buffers({name: unwired(layer) for name, layer in layers.items()})
     ties, wirings = find_ties(layers), {name: wiring_of(layer) for name, layer in layers.items()}
     sizes = cut_layers(layers, options.balance, schedule.stages, lambda: measure(cluster, layers, options.sample, seed))
     check_ties(policy, ties, list(layers), sizes)
@@ -55,7 +58,7 @@ def start(model: Model, cluster: Cluster, options: Options) -> Runtime:
     weakref.finalize(runtime, release, cluster, driver).atexit = False
     common = ActorSpec(
         {}, schedule.stages - 1, options.loss, options.optimizer, seed, options.checkpoint, options.autocast,
-        options.batch_norm, wirings, ties, deployment.stage_links,
+        options.batch_norm, wirings, ties, deployment.stage_links, shared_buffers=buffers,
     )  # fmt: skip
     try:
         _create(runtime, identity, layers, common)

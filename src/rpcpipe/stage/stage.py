@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import get_gradient_edge
 
+from rpcpipe.errors import PartitionError
 from rpcpipe.model import batchnorm, rng
 from rpcpipe.model.layers import Loss, Named
 from rpcpipe.model.microbatch import Nest, map_tensors
@@ -49,7 +50,8 @@ class Stage:
 
     ``wirings``: the values that each layer takes and gives beside the running value; ``outgoing``: the names of the
     values that leave by each link to a later stage; ``shared``: tied parameters that an earlier stage on the same
-    worker also holds. ``versions`` is set while a stream runs.
+    worker also holds; ``constant``: (layer, name) of buffers that layers of other stages share, so that no forward may change
+    them. ``versions`` is set while a stream runs.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Stage:
         wirings: Sequence[Wiring] | None = None,
         outgoing: Mapping[str, Sequence[str]] | None = None,
         shared: Collection[nn.Parameter] = (),
+        constant: Collection[tuple[str, str]] = (),
     ) -> None:
         self.index = index
         # A new container is in training mode whatever its children are in; ``train`` makes all of them agree.
@@ -69,6 +72,9 @@ class Stage:
         self.first_layer, self.seed = options.first_layer, options.seed
         self.device, self.loss = options.device, options.loss
         self._shared = set(shared)
+        self._constant = [
+            (layers[name].get_submodule(path.rpartition(".")[0]), f"{name}.{path}") for name, path in constant
+        ]
         self._autocast = options.autocast
         self._scale = 1.0
         self._wirings = wirings or [Wiring()] * len(layers)
@@ -170,7 +176,7 @@ class Stage:
     def _run_layers(
         self, micro_batch: MicroBatch, flow: Flow, entry: autograd.GraphEntry, start: int, stop: int
     ) -> Flow:
-        version = self.version(micro_batch)
+        version, before = self.version(micro_batch), self._constant_versions()
         for index in range(start, stop):
             layer = self.module[index]
             rng.seed_layer(self.seed, micro_batch.rng_step, micro_batch.position, self.first_layer + index)
@@ -180,7 +186,21 @@ class Stage:
                 # Only for a single output: one of several might depend on another, and be counted twice.
                 leaves = autograd.differentiable(flow)
                 entry.inner = [get_gradient_edge(leaf) for leaf in leaves] if len(leaves) == 1 else []
+        self._check_constant(before)
         return flow
+
+    def _constant_versions(self) -> list[tuple[int, int]]:
+        buffers = [owner.get_buffer(name.rpartition(".")[2]) for owner, name in self._constant]
+        return [(id(buffer), buffer._version) for buffer in buffers]
+
+    def _check_constant(self, before: Sequence[tuple[int, int]]) -> None:
+        """Raise PartitionError if a buffer that other stages have too has changed."""
+        for (_, name), old, new in zip(self._constant, before, self._constant_versions(), strict=True):
+            if old != new:
+                raise PartitionError(
+                    f"{name} is a buffer that several layers share, and the layer's forward changes it, which the other"
+                    " stages would not see; give each layer a buffer of its own"
+                )
 
     def _measure(self) -> None:
         saved = sum(graph.bytes for graph in self._saved.values())

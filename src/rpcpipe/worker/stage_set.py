@@ -65,6 +65,8 @@ class ActorSpec:
     ties: tuple[Tie, ...] = ()
     stage_links: StageLinks = field(default_factory=StageLinks)
     peers: ReplicaGroup = field(default_factory=ReplicaGroup)
+    # By layer, buffers whose memory other layers have too.
+    shared_buffers: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 class StageSet:
@@ -125,6 +127,7 @@ class StageSet:
             wirings=wirings,
             outgoing=outgoing(stage_links.value_routes, number, last_stage),
             shared=seen,
+            constant=[(name, path) for name in named for path in spec.shared_buffers.get(name, ())],
         )
 
     def _exchange(self, tied: Mapping[str, nn.Parameter], members: Mapping[str, tuple[str, ...]]) -> None:
