@@ -162,7 +162,7 @@ def parameter_and_buffer() -> tuple[nn.Module, nn.Module]:
 
 
 SHARED: dict[str, tuple[Callable[[], tuple[nn.Module, nn.Module]], str]] = {
-    "one norm in two layers": (one_norm, "0.0.running_mean and 1.1.running_mean are one buffer.*a BatchNorm1d each"),
+    "one norm in two layers": (one_norm, r"0\.0\.\w+ and 1\.1\.\w+ are one buffer.*a BatchNorm1d each"),
     "parameters of one memory": (one_memory, "0.weight and 1.weight lie in the same memory"),
     "a parameter and a buffer": (parameter_and_buffer, "0.weight and 1.table lie in the same memory"),
 }
@@ -191,7 +191,7 @@ def test_a_buffer_that_no_forward_changes_may_be_shared(views: bool) -> None:
 def test_a_shared_buffer_that_a_forward_changes_fails_the_first_step(views: bool) -> None:
     pipe = pipe_of(two(lambda: constants(counts=True, views=views)))
     before = {name: value.clone() for name, value in pipe.state_dict().items()}
-    with pytest.raises(StageError, match="1.table is a buffer that several layers share") as caught:
+    with pytest.raises(StageError, match=r"1\.table is a buffer that several layers share") as caught:
         pipe.train_step(*next(batches(1)))
     assert isinstance(caught.value, PartitionError)
     assert all(torch.equal(before[name], value) for name, value in pipe.state_dict().items())

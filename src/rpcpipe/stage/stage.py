@@ -50,8 +50,8 @@ class Stage:
 
     ``wirings``: the values that each layer takes and gives beside the running value; ``outgoing``: the names of the
     values that leave by each link to a later stage; ``shared``: tied parameters that an earlier stage on the same
-    worker also holds; ``constant``: (layer, name) of buffers that layers of other stages share, so that no forward may change
-    them. ``versions`` is set while a stream runs.
+    worker also holds; ``constant``: (layer, name) of buffers that other stages may have too, so that no forward may
+    change them. ``versions`` is set while a stream runs.
     """
 
     def __init__(
