@@ -21,7 +21,8 @@ class Manifest:
 
     ``state``: per trainable parameter its optimizer state; ``groups``: hyperparameters; both as
     ``encoding`` writes them, and so are ``position``, the caller's ``stateful`` and the pipeline's own
-    ``parts``. ``shared``: a parameter's further names and its first one.
+    ``parts``; ``extra``, by key what ``get_extra_state`` of modules has returned, too.
+    ``shared``: a parameter's further names and its first one.
     """
 
     step: int
@@ -33,6 +34,7 @@ class Manifest:
     groups: list[Any] = field(default_factory=list)
     state: dict[str, dict[str, Any]] = field(default_factory=dict)
     shared: dict[str, str] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
     weights: dict[str, Stored] = field(default_factory=dict)
     tensors: dict[str, Stored] = field(default_factory=dict)
 

@@ -11,8 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from rpcpipe.checkpoint.manifest import Manifest
 from rpcpipe.model.wiring import StageLinks
 from rpcpipe.schedules.action import NAMES
@@ -171,7 +169,7 @@ class GetState(NamedTuple):
 class LoadState(NamedTuple):
     """Inverse of ``GetState``; every shape is checked before anything changes."""
 
-    states: Mapping[int, Mapping[str, torch.Tensor]]
+    states: Mapping[int, Mapping[str, Any]]
 
 
 class SaveShard(NamedTuple):

@@ -14,7 +14,7 @@ from torch import nn
 from rpcpipe.checkpoint import shard
 from rpcpipe.checkpoint.manifest import Manifest
 from rpcpipe.errors import CheckpointError
-from rpcpipe.model import batchnorm, layers, tied_weights
+from rpcpipe.model import batchnorm, extra_state, layers, tied_weights
 from rpcpipe.model.layers import Loss
 from rpcpipe.model.tied_weights import Tie
 from rpcpipe.model.wiring import StageLinks, Wiring, outgoing
@@ -239,22 +239,20 @@ class StageSet:
         """The stage's module itself, for an RRef to it."""
         return self.stages[number].module
 
-    def _state_dict(self) -> dict[int, dict[str, torch.Tensor]]:
+    def _state_dict(self) -> dict[int, dict[str, Any]]:
         """Per stage its state under the unsplit model's names, on the CPU."""
-        return {
-            number: {key: value.detach().cpu() for key, value in stage.module.state_dict().items()}
-            for number, stage in self.stages.items()
-        }
+        return {number: extra_state.packed(stage.module.state_dict()) for number, stage in self.stages.items()}
 
-    def _load_state_dict(self, states: Mapping[int, Mapping[str, torch.Tensor]]) -> None:
+    def _load_state_dict(self, packed: Mapping[int, Mapping[str, Any]]) -> None:
         """Inverse of ``_state_dict``; every shape is checked before anything changes."""
+        states = {number: extra_state.unpacked(state) for number, state in packed.items()}
         for number, state in states.items():
             live = self.stages[number].module.state_dict()
             for key, value in state.items():
-                if live[key].shape != value.shape:
+                if extra_state.shape_differs(key, live[key], value):
                     raise CheckpointError(f"{key} has shape {tuple(value.shape)}, the model's {tuple(live[key].shape)}")
         for number, state in states.items():
-            self.stages[number].module.load_state_dict(dict(state))
+            self.stages[number].module.load_state_dict(state)
         self._weights_changed()
 
     def _save(self, folder: Path, label: str) -> shard.Written:
