@@ -19,6 +19,7 @@ from rpcpipe.errors import ArgumentError, StageError, require
 from rpcpipe.model.containers import check_global_hooks, shared_buffers
 from rpcpipe.model.layers import Layer, Model, find_ties, named_layers, unpicklable, unwired, wiring_of
 from rpcpipe.model.microbatch import Nest
+from rpcpipe.model.torch_settings import TorchSettings
 from rpcpipe.pipeline.arguments import Options, check_groups, check_ties, cut_layers, layout_of, make_schedule
 from rpcpipe.planning import LayerCost, partition
 from rpcpipe.schedules import Schedule, weight_versions
@@ -59,6 +60,7 @@ def start(model: Model, cluster: Cluster, options: Options) -> Runtime:
     common = ActorSpec(
         {}, schedule.stages - 1, options.loss, options.optimizer, seed, options.checkpoint, options.autocast,
         options.batch_norm, wirings, ties, deployment.stage_links, shared_buffers=buffers,
+        settings=TorchSettings.current(),
     )  # fmt: skip
     try:
         _create(runtime, identity, layers, common)
@@ -75,7 +77,8 @@ def measure(cluster: Cluster, layers: OrderedDict[str, Layer], sample: Nest, see
     )
     first = cluster.workers[0]
     try:
-        return list(cluster.call(first, functools.partial(profile, seed=seed, device=first.device), layers, sample))
+        measured = functools.partial(profile, seed=seed, device=first.device)
+        return list(cluster.call(first, TorchSettings.current().around(measured), layers, sample))
     except ArgumentError as error:
         if isinstance(error, StageError):
             raise

@@ -5,6 +5,7 @@ Everything of the user's that goes to a worker, or from worker to worker, goes t
 
 from __future__ import annotations
 
+import importlib
 import io
 import os
 import pickle
@@ -57,8 +58,12 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         elif isinstance(value, torch.UntypedStorage):
             _, (data,) = _typed_storage(value, torch.uint8).__reduce__()  # type: ignore[no-untyped-call]
             return _untyped_storage, (data,)
-        elif isinstance(value, (type, types.FunctionType, types.ModuleType)):
-            _register(value.__name__ if isinstance(value, types.ModuleType) else value.__module__)
+        elif isinstance(value, types.ModuleType):
+            if type(value) is not types.ModuleType and worker_imports.find(value.__name__):
+                return importlib.import_module, (value.__name__,)  # torch.backends.cudnn is one
+            _register(value.__name__)
+        elif isinstance(value, (type, types.FunctionType)):
+            _register(value.__module__)
         return super().reducer_override(value)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from rpcpipe.errors import Failure
+from rpcpipe.model import torch_settings
 from rpcpipe.schedules.action import Action
 from rpcpipe.transport import pickler
 from rpcpipe.transport.base import Transport
@@ -269,7 +270,10 @@ class Executor:
                 return self._create(pipeline, spec)
             case CallFunction(call):
                 function, args = pickler.loads(call)
-                return pickler.dumps(function(*args))
+                try:
+                    return pickler.dumps(function(*args))
+                finally:
+                    torch_settings.forget()
             case ForwardByHand(pipeline, stage, inputs):
                 return self.actors[pipeline].module(stage)(inputs)
             case ForgetStep(pipeline, step):

@@ -14,9 +14,10 @@ from torch import nn
 from rpcpipe.checkpoint import shard
 from rpcpipe.checkpoint.manifest import Manifest
 from rpcpipe.errors import CheckpointError
-from rpcpipe.model import batchnorm, extra_state, layers, tied_weights
+from rpcpipe.model import batchnorm, extra_state, layers, tied_weights, torch_settings
 from rpcpipe.model.layers import Loss
 from rpcpipe.model.tied_weights import Tie
+from rpcpipe.model.torch_settings import TorchSettings
 from rpcpipe.model.wiring import StageLinks, Wiring, outgoing
 from rpcpipe.stage.accumulation import AccumulatedGradients
 from rpcpipe.stage.optimizer import Factory, LocalOptimizer, Parameters
@@ -67,6 +68,7 @@ class ActorSpec:
     peers: ReplicaGroup = field(default_factory=ReplicaGroup)
     # By layer, buffers whose memory other layers have too.
     shared_buffers: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    settings: TorchSettings = field(default_factory=TorchSettings.current)
 
 
 class StageSet:
@@ -76,7 +78,8 @@ class StageSet:
         self.stages: dict[int, Stage] = {}
         self.exchanges: dict[str, GradientExchange] = {}
         self._device = device
-        self.spec = replace(spec, stages={})
+        self.spec = replace(spec, stages={}, settings=spec.settings.on(device))
+        self.spec.settings.apply()
         self.optimizer: LocalOptimizer | None = None
         self.accumulated = AccumulatedGradients()
         self._loaded: shard.Loaded | None = None
@@ -233,6 +236,7 @@ class StageSet:
         try:
             return pickler.dumps(pickler.loads(function)(self.stages[number].module))
         finally:
+            torch_settings.forget()
             self._weights_changed()
 
     def module(self, number: int) -> nn.Module:
