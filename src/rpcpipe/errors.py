@@ -22,6 +22,8 @@ import traceback
 from dataclasses import dataclass
 from typing import Any
 
+import cloudpickle
+
 
 class RpcPipeError(Exception):
     """Base of all errors of rpcpipe."""
@@ -103,6 +105,7 @@ class Failure:
     pickled: bytes | None = None
     in_step: bool = False
     cancelled: bool = False
+    kind: bytes | None = None
     after: str = ""  # what the weights are now, where it is not what _AFTER_A_STEP says
 
     @property
@@ -124,7 +127,17 @@ class Failure:
         message, text = _words(error)
         kind = type(error)
         return cls(
-            worker, stage, chunk, action, kind.__module__, kind.__qualname__, message, text, _pickled(error), in_step
+            worker,
+            stage,
+            chunk,
+            action,
+            kind.__module__,
+            kind.__qualname__,
+            message,
+            text,
+            _pickled(error),
+            in_step,
+            kind=_kind(error),
         )
 
     @classmethod
@@ -154,9 +167,25 @@ def _words(error: BaseException) -> tuple[str, str]:
     return message, text
 
 
-def _pickled(error: BaseException) -> bytes | None:
+def _named(module: str, qualname: str) -> Any:
+    found: Any = sys.modules.get(module)
+    for name in qualname.split("."):
+        found = getattr(found, name, None)
+    return found
+
+
+def _kind(error: BaseException) -> bytes | None:
+    """Return the class pickled if it has no name to find it by: one of a script, or of a function.
+
+    cloudpickle gives such a class back as the process has it that first sent it.
+    """
+    kind = type(error)
+    return None if _named(kind.__module__, kind.__qualname__) is kind else _pickled(kind)
+
+
+def _pickled(error: Any) -> bytes | None:
     try:
-        data = pickle.dumps(error)
+        data = cloudpickle.dumps(error)
     except Exception:
         return None
     return data if len(data) <= _LONGEST_PICKLE else None
@@ -206,20 +235,17 @@ class StageError(RpcPipeError):
     @staticmethod
     def of(failure: Failure) -> StageError:
         """The error to raise: of the original's type too, where that is known in this process."""
-        kind = _known_type(failure)
-        if kind is not None:
-            try:
+        try:
+            if (kind := _known_type(failure)) is not None:
                 return _mixed(kind)(failure)  # type: ignore[arg-type]
-            except Exception:
-                pass  # a type that does not mix, or whose __new__ wants its own arguments
+        except Exception:
+            pass  # a type that cannot be read or does not mix, or whose __new__ wants its own arguments
         return StageError(failure)
 
 
 def _known_type(failure: Failure) -> type[Exception] | None:
     """Looked up, not imported: who wants to catch a type has imported it."""
-    found: Any = sys.modules.get(failure.module)
-    for name in failure.qualname.split("."):
-        found = getattr(found, name, None)
+    found = pickle.loads(failure.kind) if failure.kind else _named(failure.module, failure.qualname)
     if not isinstance(found, type) or not issubclass(found, Exception):
         return None  # SystemExit and KeyboardInterrupt of a worker must not end the driver
     return None if issubclass(found, (StageError, *_UNMIXABLE)) else found
