@@ -99,8 +99,9 @@ def test_no_import_is_hidden() -> None:
 FOREIGN = {
     "_version", "_cdata", "_buffers", "_modules", "_input_metadata", "_init_weights", "_update_group_membership",
     "_replace", "_asdict", "_fields", "_backward_hooks", "_post_accumulate_grad_hooks", "_parameters",
+    "_untyped_storage",
 }  # fmt: skip
-MODULES = {"torch", "rpc", "api", "dist_autograd", "internal", "os", "sys", "_BINDINGS", "_tables"}
+MODULES = {"torch", "rpc", "api", "dist_autograd", "internal", "os", "sys", "_BINDINGS", "_tables", "parametrize"}
 
 
 def test_nobody_is_in_anothers_private_rooms() -> None:

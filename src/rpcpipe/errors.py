@@ -22,6 +22,8 @@ import traceback
 from dataclasses import dataclass
 from typing import Any
 
+import cloudpickle
+
 
 class RpcPipeError(Exception):
     """Base of all errors of rpcpipe."""
@@ -104,6 +106,7 @@ class Failure:
     pickled: bytes | None = None
     in_step: bool = False
     cancelled: bool = False
+    kind: bytes | None = None
     after: str = ""  # says what the weights are now, where _AFTER_A_STEP and _AFTER_A_CALL are not true
 
     @property
@@ -126,7 +129,17 @@ class Failure:
         message, text = _message_and_traceback(error)
         kind = type(error)
         return cls(
-            worker, stage, chunk, action, kind.__module__, kind.__qualname__, message, text, _pickled(error), in_step
+            worker,
+            stage,
+            chunk,
+            action,
+            kind.__module__,
+            kind.__qualname__,
+            message,
+            text,
+            _pickled(error),
+            in_step,
+            kind=_kind(error),
         )
 
     @classmethod
@@ -156,10 +169,27 @@ def _message_and_traceback(error: BaseException) -> tuple[str, str]:
     return message, text
 
 
-def _pickled(error: BaseException) -> bytes | None:
-    """Return the pickled exception; None if it cannot be pickled or is longer than ``_LONGEST_PICKLE``."""
+def _named(module: str, qualname: str) -> Any:
+    """Return the value of that name in a module that is imported; None if there is none."""
+    found: Any = sys.modules.get(module)
+    for name in qualname.split("."):
+        found = getattr(found, name, None)
+    return found
+
+
+def _kind(error: BaseException) -> bytes | None:
+    """Return the class pickled if it has no name to find it by: one of a script, or of a function.
+
+    cloudpickle gives such a class back as the process has it that first sent it.
+    """
+    kind = type(error)
+    return None if _named(kind.__module__, kind.__qualname__) is kind else _pickled(kind)
+
+
+def _pickled(error: Any) -> bytes | None:
+    """Return an exception or its class pickled; None if that fails or is longer than ``_LONGEST_PICKLE``."""
     try:
-        data = pickle.dumps(error)
+        data = cloudpickle.dumps(error)
     except Exception:
         return None
     return data if len(data) <= _LONGEST_PICKLE else None
@@ -209,12 +239,11 @@ class StageError(RpcPipeError):
     @staticmethod
     def of(failure: Failure) -> StageError:
         """Return the error to raise for ``failure``, of the original's type too where this process knows that type."""
-        kind = _known_type(failure)
-        if kind is not None:
-            try:
+        try:
+            if (kind := _known_type(failure)) is not None:
                 return _mixed(kind)(failure)  # type: ignore[arg-type]
-            except Exception:
-                pass  # its layout conflicts with StageError's, or its __new__ wants other arguments
+        except Exception:
+            pass  # it cannot be unpickled, its layout conflicts with StageError's, or its __new__ wants other arguments
         return StageError(failure)
 
 
@@ -223,9 +252,7 @@ def _known_type(failure: Failure) -> type[Exception] | None:
 
     Nothing is imported: code that catches a type has imported it already.
     """
-    kind: Any = sys.modules.get(failure.module)
-    for name in failure.qualname.split("."):
-        kind = getattr(kind, name, None)
+    kind = pickle.loads(failure.kind) if failure.kind else _named(failure.module, failure.qualname)
     if not isinstance(kind, type) or not issubclass(kind, Exception):
         return None  # a worker's SystemExit or KeyboardInterrupt must not end the driver
     return None if issubclass(kind, (StageError, *_UNMIXABLE)) else kind

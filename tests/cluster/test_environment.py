@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rpcpipe.cluster.authentication import read_secret
-from rpcpipe.cluster.environment import RankEnvironment, first_host
-from rpcpipe.cluster.network import choose_interface, resolve
+from rpcpipe.cluster.environment import RankEnvironment, find_driver, first_host
+from rpcpipe.cluster.network import addresses, choose_interface
 from rpcpipe.errors import RendezvousError
 
 FOUR = {"RANK": "1", "WORLD_SIZE": "3", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
@@ -77,7 +79,33 @@ def test_the_interface() -> None:
 
 def test_a_name_without_address() -> None:
     with pytest.raises(RendezvousError, match=r"MASTER_ADDR=no-such-host\.invalid has no address here"):
-        resolve("no-such-host.invalid")
+        addresses("no-such-host.invalid")
+
+
+ADDRESSES = {
+    "IPv6 first": (["::1", "127.0.0.1"], "127.0.0.1"),
+    "IPv4 first": (["127.0.0.1", "::1"], "127.0.0.1"),
+    "IPv4 alone": (["127.0.0.1"], "127.0.0.1"),
+}
+
+
+@pytest.mark.parametrize(("found", "listened"), ADDRESSES.values(), ids=ADDRESSES)
+def test_ranks_find_the_driver_whichever_address_of_its_name_comes_first(
+    monkeypatch: pytest.MonkeyPatch, found: list[str], listened: str
+) -> None:
+    family = {True: socket.AF_INET6, False: socket.AF_INET}
+
+    def getaddrinfo(host: str, port: int | None, *_: int, **__: int) -> list[Any]:
+        return [(family[":" in one], socket.SOCK_STREAM, 6, "", (one, port or 0)) for one in found]
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    interface = choose_interface(None, "localhost")
+    assert interface.address == listened
+    assert interface.address in addresses("localhost")
+    with socket.create_server((interface.address, 0)) as server:
+        environ = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+        env = RankEnvironment.read({**environ, "MASTER_PORT": str(server.getsockname()[1])})
+        socket.create_connection(find_driver(env, deadline=0.0), timeout=5).close()
 
 
 def test_the_secret(tmp_path: Path) -> None:

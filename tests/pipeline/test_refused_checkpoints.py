@@ -170,7 +170,7 @@ def test_a_layer_thawed_since_has_no_state_and_a_frozen_one_needs_none(tmp_path:
 
 class Extra(nn.Linear):
     def get_extra_state(self) -> Any:
-        return {"anything": 1}
+        return {"scale": 1j}
 
     def set_extra_state(self, state: Any) -> None:
         pass
@@ -184,7 +184,10 @@ class Expanded(nn.Linear):
 
 @pytest.mark.parametrize(
     ("layer", "message"),
-    [(Extra(12, 4), "1._extra_state is a dict, not a tensor"), (Expanded(), "1.mask is expanded, so torch could not")],
+    [
+        (Extra(12, 4), "1._extra_state/scale is a complex: a checkpoint holds"),
+        (Expanded(), "1.mask is expanded, so torch could not"),
+    ],
 )
 def test_state_that_could_not_be_loaded_is_not_saved(tmp_path: Path, layer: nn.Module, message: str) -> None:
     pipe = pipeline_of(nn.Linear(12, 12), layer)

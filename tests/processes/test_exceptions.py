@@ -196,3 +196,27 @@ class Lock(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> Any:
         return super().forward(x), threading.Lock()
+
+
+def test_a_class_defined_in_a_function_can_be_caught(cluster: rp.Cluster) -> None:
+    class OneArgument(ValueError):
+        pass
+
+    class Two(Exception):
+        def __init__(self, left: int, right: int) -> None:
+            super().__init__(f"{left} {right}")
+
+    def one() -> None:
+        raise OneArgument("here")
+
+    def two() -> None:
+        raise Two(1, 2)
+
+    for kind, fail, words in (OneArgument, one, "here"), (Two, two, "1 2"):
+        with pytest.raises(kind, match=words) as caught:
+            cluster.call(1, fail)
+        assert isinstance(caught.value, rp.StageError)
+    with pytest.raises(OneArgument) as other:
+        cluster.call(1, one)
+    assert isinstance(other.value, rp.StageError)
+    assert type(other.value.original) is OneArgument

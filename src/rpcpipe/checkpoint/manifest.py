@@ -22,7 +22,8 @@ class Manifest:
     ``weights`` locates tensors by the unsplit model's names, ``tensors`` all other tensors by the names that
     the encoded values give them. ``plain_state.encode`` has encoded ``state`` (per trainable parameter its
     optimizer state), ``groups`` (hyperparameters), ``position``, the caller's ``stateful`` and the pipeline's
-    ``parts``. ``shared`` maps further names of a parameter to its first name.
+    ``parts``, and by key ``extra``, what modules' ``get_extra_state`` returned.
+    ``shared`` maps further names of a parameter to its first name.
     """
 
     step: int
@@ -34,6 +35,7 @@ class Manifest:
     groups: list[Any] = field(default_factory=list)
     state: dict[str, dict[str, Any]] = field(default_factory=dict)
     shared: dict[str, str] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
     weights: dict[str, Stored] = field(default_factory=dict)
     tensors: dict[str, Stored] = field(default_factory=dict)
 

@@ -18,6 +18,7 @@ from rpcpipe.checkpoint.manifest import Manifest
 from rpcpipe.checkpoint.plain_state import decode, encode
 from rpcpipe.checkpoint.tensor_file import Reader, Stored
 from rpcpipe.errors import CheckpointError
+from rpcpipe.model.extra_state import is_extra
 from rpcpipe.model.microbatch import map_tensors
 from rpcpipe.stage.optimizer import LocalOptimizer
 
@@ -40,6 +41,7 @@ class Written:
     tensors: dict[str, Stored]
     state: dict[str, dict[str, Any]]
     shared: dict[str, str]
+    extra: dict[str, Any]
     optimizer: str | None
     groups: list[dict[str, Any]]
     used: list[bool]
@@ -59,7 +61,7 @@ def write(
 
     Raises CheckpointError for state that is not plain values and dense tensors, and for an error of the file system.
     """
-    weights = _state_dict(modules) if with_weights else {}
+    weights, extra_state = _state_dict(modules) if with_weights else ({}, {})
     groups = {} if optimizer is None else optimizer.group_of
     names, shared = _names(modules, groups)
     tensors: dict[str, torch.Tensor] = {}
@@ -68,6 +70,7 @@ def write(
         for parameter, name in names.items()
         if optimizer is not None
     }
+    extra = {name: encode(value, name, tensors) for name, value in extra_state.items()}
     sizes: dict[str, int] = {}
 
     def stored(kind: str, content: Mapping[str, torch.Tensor]) -> dict[str, Stored]:
@@ -85,6 +88,7 @@ def write(
         tensors=stored("optimizer", tensors),
         state=state,
         shared=shared,
+        extra=extra,
         optimizer=None if optimizer is None else optimizer.kind,
         groups=[] if optimizer is None else optimizer.groups(),
         used=[] if optimizer is None else [group is not None for group in optimizer.used_groups()],
@@ -97,7 +101,7 @@ class Loaded:
     """State that a worker has read and checked, and that is not live until ``apply``."""
 
     modules: list[nn.Module]
-    weights: list[dict[str, torch.Tensor]]
+    weights: list[dict[str, Any]]
     optimizer: LocalOptimizer | None
     groups: list[dict[str, Any]]
     state: dict[nn.Parameter, dict[str, Any]]
@@ -115,10 +119,15 @@ def read(modules: Sequence[nn.Module], optimizer: LocalOptimizer | None, folder:
 
     Raises CheckpointError for a checkpoint of another model or optimizer, and for damaged files.
     """
-    live = _state_dict(modules)
-    _check_names(folder, live, manifest)
-    with Reader(folder, manifest.weights) as reader:
-        weights = [{name: reader.get(name) for name in module.state_dict()} for module in modules]
+    _check_names(folder, *_state_dict(modules), manifest)
+    with Reader(folder, manifest.weights) as reader, Reader(folder, manifest.tensors) as extra:
+        weights = [
+            {
+                name: decode(manifest.extra[name], extra.get) if is_extra(name) else reader.get(name)
+                for name in module.state_dict()
+            }
+            for module in modules
+        ]
     if optimizer is None:
         return Loaded(list(modules), weights, None, [], {})
     if optimizer.kind != manifest.optimizer:
@@ -156,9 +165,10 @@ def _placed(state: dict[str, Any], device: torch.device, group: Mapping[str, Any
     }
 
 
-def _check_names(folder: Path, live: Mapping[str, torch.Tensor], manifest: Manifest) -> None:
+def _check_names(folder: Path, live: Mapping[str, torch.Tensor], extra: Mapping[str, Any], manifest: Manifest) -> None:
     """Raise CheckpointError unless ``manifest`` has every tensor of ``live`` with its dtype and shape."""
     missing = [name for name in live if name not in manifest.weights]
+    missing += [name for name in extra if name not in manifest.extra]
     if missing:
         raise CheckpointError(f"{folder} is of another model: it lacks {some(missing)}")
     for name, tensor in live.items():
@@ -176,15 +186,19 @@ def some(names: Sequence[str]) -> str:
     return ", ".join(map(repr, names[:_SHOWN])) + more
 
 
-def _state_dict(modules: Sequence[nn.Module]) -> dict[str, torch.Tensor]:
-    """Return the state of all ``modules`` by name; raise CheckpointError for state that torch could not load back."""
+def _state_dict(modules: Sequence[nn.Module]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Return the tensors and the extra state of all ``modules`` by name.
+
+    Raises CheckpointError for state that torch could not load back.
+    """
     state = {name: value for module in modules for name, value in module.state_dict().items()}
+    extra = {name: state.pop(name) for name in list(state) if is_extra(name)}
     for name, value in state.items():
         if not isinstance(value, torch.Tensor):
             raise CheckpointError(f"{name} is a {type(value).__name__}, not a tensor: keep it out of state_dict()")
         if any(stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape, strict=True)):
             raise CheckpointError(f"{name} is expanded, so torch could not load it: register it .contiguous()")
-    return state
+    return state, extra
 
 
 def _names(

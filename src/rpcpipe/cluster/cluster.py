@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 import weakref
@@ -109,6 +110,7 @@ class Cluster:
         self._alive = set(group.members)
         self._gone = threading.Condition()
         self._closed = self._ending = False
+        self._owner = os.getpid()
         group.logs.label = self._label
         self._thread = threading.Thread(target=self._listen, daemon=True, name="rpcpipe-monitor")
         self._thread.start()
@@ -121,13 +123,23 @@ class Cluster:
 
     @property
     def healthy(self) -> bool:
-        """Return whether the cluster is open and no worker has died; a spare may have."""
-        return not self._closed and not self._lost_workers()
+        """Return whether the cluster is open, this process's own, and no worker has died; a spare may have."""
+        return not self._closed and not self._inherited and not self._lost_workers()
+
+    @property
+    def _inherited(self) -> bool:
+        """Return whether this process is a fork of the one whose cluster it is."""
+        return os.getpid() != self._owner
 
     def check(self) -> None:
         """Raise RpcPipeError if the cluster is closed, WorkerLost if a worker has died."""
         if self._closed:
             raise RpcPipeError("the cluster is closed; call rp.launch again")
+        if self._inherited:
+            raise RpcPipeError(
+                f"this process ({os.getpid()}) is a fork of the driver ({self._owner}), which alone may use the cluster"
+                "; start a process that needs workers of its own by multiprocessing's 'spawn'"
+            )
         for lost in self._lost_workers():
             raise lost.again()
 
@@ -266,8 +278,8 @@ class Cluster:
                 self.transport.wait([reply], max(0.0, until - time.monotonic()))
 
     def close(self) -> None:
-        """End the workers, within 2 s whatever their state. Closing twice is allowed."""
-        if self._closed:
+        """End the workers, within 2 s whatever their state. Closing twice is allowed; a fork's call does nothing."""
+        if self._closed or self._inherited:
             return
         try:
             self._drain()

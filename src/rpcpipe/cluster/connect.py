@@ -14,7 +14,7 @@ from rpcpipe.cluster.environment import RankEnvironment, publish_driver
 from rpcpipe.cluster.join_listener import JoinListener
 from rpcpipe.cluster.launch import live
 from rpcpipe.cluster.monitor import Monitor
-from rpcpipe.cluster.network import Interface, choose_interface, resolve
+from rpcpipe.cluster.network import Interface, addresses, choose_interface
 from rpcpipe.cluster.remote_worker import RemoteWorker
 from rpcpipe.cluster.rendezvous import WorkerGroup, form, worker_name, worker_names
 from rpcpipe.cluster.worker_logs import WorkerLogs
@@ -68,11 +68,11 @@ def _gather(env: RankEnvironment, timeout: float, bind: str | None, directory: P
 def _listen_interface(env: RankEnvironment, bind: str | None) -> Interface:
     """Return the driver's interface; raises RendezvousError if MASTER_ADDR is not on it."""
     interface = choose_interface(bind or os.environ.get("RPCPIPE_BIND"), env.address)
-    master = resolve(env.address)
-    if master != interface.address and not env.torchrun_store:
+    masters = addresses(env.address)
+    if interface.address not in masters and not env.torchrun_store:
         raise RendezvousError(
-            f"MASTER_ADDR={env.address} ({master}) is not the address {interface.address} of {interface.name}, where"
-            " the driver listens: set MASTER_ADDR, or RPCPIPE_BIND, so that both name the same"
+            f"MASTER_ADDR={env.address} ({', '.join(masters)}) is not the address {interface.address} of"
+            f" {interface.name}, where the driver listens: set MASTER_ADDR, or RPCPIPE_BIND, so that both name the same"
         )
     return interface
 

@@ -18,7 +18,7 @@ from rpcpipe.cluster import authentication
 from rpcpipe.cluster.authentication import read_secret
 from rpcpipe.cluster.environment import RankEnvironment
 from rpcpipe.cluster.launch import launch
-from rpcpipe.cluster.network import choose_interface, interfaces, resolve
+from rpcpipe.cluster.network import addresses, choose_interface, interfaces
 from rpcpipe.cluster.process import leftovers
 from rpcpipe.errors import RendezvousError, RpcPipeError
 
@@ -80,7 +80,7 @@ def _name() -> Finding:
     name = socket.gethostname()
     try:
         start = time.monotonic()
-        address, seconds = resolve(name), time.monotonic() - start
+        address, seconds = ", ".join(addresses(name)), time.monotonic() - start
     except RendezvousError:
         return Finding("host name", None, f"{name} has no address here; use addresses for MASTER_ADDR")
     slow = " (slowly: this delays every connection)" if seconds > 1 else ""
@@ -132,9 +132,10 @@ def _port(env: RankEnvironment, address: str) -> Finding:
     where = f"{env.address}:{env.port}"
     try:
         if env.rank == 0 and not env.torchrun_store:
-            socket.create_server((address, env.port)).close()
+            family = socket.AF_INET6 if ":" in address else socket.AF_INET
+            socket.create_server((address, env.port), family=family).close()
             return Finding("join port", True, f"{where} is free for the driver")
-        socket.create_connection((resolve(env.address), env.port), 2).close()
+        socket.create_connection((env.address, env.port), 2).close()
         return Finding("join port", True, f"{where} answers")
     except (OSError, RendezvousError) as error:
         return Finding("join port", False, f"{where}: {error}")

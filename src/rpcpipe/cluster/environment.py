@@ -16,7 +16,7 @@ from typing import Any
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from rpcpipe.cluster.network import resolve
+from rpcpipe.cluster.network import addresses
 from rpcpipe.errors import RendezvousError
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -120,12 +120,13 @@ def publish_driver(env: RankEnvironment, address: str, port: int, deadline: floa
 
 
 def find_driver(env: RankEnvironment, deadline: float) -> tuple[str, int]:
-    """Return the (address, port) at which the driver listens; ``deadline``: monotonic seconds.
+    """Return the (host, port) at which the driver listens, at one of the host's addresses; ``deadline``: monotonic.
 
     Raises RendezvousError if MASTER_ADDR has no address, or nothing is in torchrun's store in time.
     """
     if not env.torchrun_store:
-        return resolve(env.address), env.port
+        addresses(env.address)  # refuses a host that has none
+        return env.address, env.port
     try:
         address, port = _torchrun_store(env, deadline).get(_store_key(env)).decode().rsplit(" ", 1)
     except RuntimeError as error:

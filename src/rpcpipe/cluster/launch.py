@@ -18,21 +18,35 @@ from rpcpipe.cluster.process import WorkerProcess, worker_environment
 from rpcpipe.cluster.rendezvous import WorkerGroup, form, worker_names
 from rpcpipe.cluster.template import PRELOADED, templates
 from rpcpipe.cluster.worker_logs import WorkerLogs
-from rpcpipe.errors import ArgumentError
+from rpcpipe.errors import ArgumentError, RpcPipeError
+from rpcpipe.transport.pickler import worker_imports
 from rpcpipe.transport.rpc import this_process
 
 _INTERFACE = "lo"
 
 
 class LiveCluster:
-    """The one cluster that a process may have alive; ``shape`` is anything that says how it was made."""
+    """The one cluster that a process may have alive; ``shape`` is anything that says how it was made.
+
+    ``owner``: the process that has had one, 0 before the first; torch RPC does not survive a fork of it.
+    """
 
     def __init__(self) -> None:
         self._cluster: Cluster | None = None
         self._shape: Any = None
+        self.owner = 0
 
     def reuse(self, shape: Any) -> Cluster | None:
-        """Return the live cluster if it is healthy and was made as ``shape`` says; close any other."""
+        """Return the live cluster if it is healthy and was made as ``shape`` says; close any other.
+
+        Raises RpcPipeError in a fork of a process that has had one.
+        """
+        if self.owner not in (0, os.getpid()):
+            raise RpcPipeError(
+                f"this process ({os.getpid()}) is a fork of one that has had workers ({self.owner}), and torch RPC does"
+                " not survive a fork; start it by multiprocessing's 'spawn' to give it workers of its own"
+            )
+        self.owner = os.getpid()
         if self._cluster is not None and not (self._cluster.healthy and self._shape == shape):
             self._cluster.close()
             self._cluster = None
@@ -54,10 +68,14 @@ live = LiveCluster()
 
 @atexit.register
 def _close_all() -> None:
-    """Leave nothing behind where the driver ends without ``close`` (and let torch not abort it)."""
-    live.close()
-    this_process.shutdown()
-    templates.close()
+    """Leave nothing behind where the driver ends without ``close`` (and let torch not abort it).
+
+    A fork of the driver has neither the threads that torch's agent would wait for, nor workers of its own.
+    """
+    if live.owner == os.getpid():
+        live.close()
+        this_process.shutdown()
+        templates.close()
 
 
 def launch(
@@ -130,6 +148,7 @@ def _devices(device: str, workers: int) -> list[str]:
 
 def _start(workers: int, devices: dict[str, str], threads: int, timeout: float, directory: Path | None) -> Cluster:
     group = WorkerGroup(Monitor(), WorkerLogs(directory), timeout, list(devices))
+    worker_imports.adopt(sys.path)
     local = {"threads": threads, "interface": _INTERFACE, "path": sys.path, "argv": sys.argv}
     try:
         for name, device in devices.items():

@@ -39,12 +39,14 @@ def choose_interface(bind: str | None, master: str) -> Interface:
     known = interfaces()
     here = ", ".join(f"{interface.name} {interface.address}" for interface in known)
     if bind is None:
-        if not ipaddress.ip_address(resolve(master)).is_loopback:
+        masters = addresses(master)
+        if not ipaddress.ip_address(masters[0]).is_loopback:
             raise RendezvousError(
                 "say on which network to listen: RPCPIPE_BIND=eth0 or RPCPIPE_BIND=10.0.0.0/8, or"
                 f" rp.connect(bind=…). This host has {here}"
             )
-        bind = "127.0.0.1"
+        # A name like localhost has two, and often ::1 comes first.
+        bind = "127.0.0.1" if any(":" not in address for address in masters) else masters[0]
     try:
         network = ipaddress.ip_network(bind, strict=False)
     except ValueError:
@@ -58,10 +60,11 @@ def choose_interface(bind: str | None, master: str) -> Interface:
     return min(fitting, key=lambda interface: ":" in interface.address)  # IPv4 first: torch's agent takes it
 
 
-def resolve(host: str) -> str:
-    """Return the address of ``host``; raises RendezvousError if it has none."""
+def addresses(host: str) -> list[str]:
+    """Return the addresses of ``host``, of which there is one at least; raises RendezvousError if it has none."""
     try:
-        return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        return list(dict.fromkeys(str(entry[4][0]).partition("%")[0] for entry in found))
     except OSError as error:
         raise RendezvousError(f"MASTER_ADDR={host} has no address here: {error}") from error
 

@@ -13,8 +13,10 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from rpcpipe.errors import ArgumentError, PartitionError
 from rpcpipe.model import rng, tied_weights
+from rpcpipe.model.containers import check_container
 from rpcpipe.model.microbatch import Nest
 from rpcpipe.model.wiring import Wiring, advance, live_names, required_inputs
+from rpcpipe.transport import pickler
 
 # loss(output, target) returns the mean as a scalar tensor, or (sum, count).
 Loss = Callable[[Any, Any], Any]
@@ -155,11 +157,14 @@ def check_inputs(inputs: Nest, wirings: Mapping[str, Wiring]) -> None:
 def named_layers(model: Model) -> OrderedDict[str, Layer]:
     """Return the model's layers, in order, by their names in the unsplit model's ``state_dict``.
 
-    Raises PartitionError for anything but an ``nn.Sequential``, or a sequence or mapping of layers.
+    Raises PartitionError for anything but an ``nn.Sequential``, or a sequence or mapping of layers, and for an
+    ``nn.Sequential`` that does more than to call its layers.
     """
     if isinstance(model, Sequential):
+        check_container(model, Sequential)
         return OrderedDict((name, Wired(layer, *model.wirings[name])) for name, layer in model.named_children())
     if isinstance(model, nn.Sequential):
+        check_container(model, nn.Sequential)
         return _distinct(model._modules)  # named_children omits a module's second use
     if isinstance(model, nn.Module) or not isinstance(model, (Sequence, Mapping)):
         raise PartitionError(
@@ -206,6 +211,29 @@ def layer_of(key: str, layers: Container[str]) -> str:
     while name not in layers:
         name = name.rpartition(".")[0]
     return name
+
+
+def unpicklable(layers: Mapping[str, Layer], error: Exception, after: str = "") -> PartitionError:
+    """Return the error for ``layers``, whose pickling together raised ``error``; it names the first one at fault.
+
+    ``after``: what comes before the way out.
+    """
+    found = "these layers: " + ", ".join(layers)
+    for name, layer in layers.items():
+        try:
+            pickler.dumps(layer)
+        except Exception as own:
+            found, error = f"layer {name}, {_kind(layer)},", own
+            break
+    return PartitionError(
+        f"{found} cannot be pickled to go to a worker: {type(error).__name__}: {error};{after and f' {after}'} pass"
+        " rp.LayerSpec(function, …), where the function builds the layer on its worker (its arguments are pickled)"
+    )
+
+
+def _kind(layer: Layer) -> str:
+    layer = unwired(layer)
+    return f"a {type(layer).__name__}" if isinstance(layer, nn.Module) else repr(layer)
 
 
 def build(layer: Layer, *, seed: int, index: int) -> nn.Module:

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import cloudpickle
 import torch
 from torch.utils import _pytree as pytree
 
 from rpcpipe.errors import ArgumentError
+from rpcpipe.transport import pickler
 
 Nest = Any
 
@@ -34,9 +34,9 @@ Packed = tuple[list[torch.Tensor], bytes]
 
 
 def pack(nest: Nest) -> Packed:
-    """Return ``nest`` packed for a message, with its structure pickled by cloudpickle.
+    """Return ``nest`` packed for a message, with its structure pickled by ``pickler``.
 
-    cloudpickle also handles classes defined in a script or a REPL. Errors of pickling are raised here
+    That also handles classes defined in a script or a REPL. Errors of pickling are raised here
     and not on a thread of the transport.
     """
     leaves: list[torch.Tensor] = []
@@ -45,13 +45,13 @@ def pack(nest: Nest) -> Packed:
         leaves.append(tensor)
         return _Place(len(leaves) - 1)
 
-    return leaves, cloudpickle.dumps(map_tensors(put_aside, nest))
+    return leaves, pickler.dumps(map_tensors(put_aside, nest))
 
 
 def unpack(packed: Packed) -> Nest:
     """Return the nest that ``pack`` has packed."""
     leaves, data = packed
-    return pytree.tree_map_only(_Place, lambda place: leaves[place.index], cloudpickle.loads(data))
+    return pytree.tree_map_only(_Place, lambda place: leaves[place.index], pickler.loads(data))
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from rpcpipe.driver.runtime import Settings
 from rpcpipe.errors import CheckpointError, PartitionError, ScheduleError, require
 from rpcpipe.model import losses
 from rpcpipe.model.batchnorm import MODES
+from rpcpipe.model.extra_state import shape_differs
 from rpcpipe.model.layers import Layer, Loss, parameter_counts
 from rpcpipe.model.microbatch import Nest
 from rpcpipe.model.tied_weights import Tie
@@ -216,10 +217,10 @@ def _check_tied_groups(infos: Mapping[str, Sequence[StageInfo]]) -> None:
                 )
 
 
-def check_state(live: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> None:
+def check_state(live: Mapping[str, Any], state: Mapping[str, Any]) -> None:
     """Raise CheckpointError unless ``state`` has the names and shapes of ``live``, the model's state."""
     missing, extra = sorted(live.keys() - state.keys()), sorted(state.keys() - live.keys())
-    wrong = [key for key in live.keys() & state.keys() if live[key].shape != state[key].shape]
+    wrong = [key for key in live.keys() & state.keys() if shape_differs(key, live[key], state[key])]
     if missing or extra or wrong:
         raise CheckpointError(
             f"the state does not fit the model: missing {missing[:5]}, unexpected {extra[:5]}, wrong shape {wrong[:5]}"

@@ -10,7 +10,6 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
-import cloudpickle
 from torch import nn
 
 from rpcpipe import schedules
@@ -18,24 +17,29 @@ from rpcpipe.cluster.cluster import PipelineCluster
 from rpcpipe.driver.deployment import Deployment
 from rpcpipe.driver.driver import Driver
 from rpcpipe.driver.runtime import Runtime, release
-from rpcpipe.errors import require
-from rpcpipe.model.layers import Layer, Model, check_embeddings, find_ties, named_layers, unwired, wiring_of
-from rpcpipe.model.microbatch import Nest
-from rpcpipe.pipeline.arguments import (
-    Options,
-    check_groups,
-    check_ties,
-    cut_layers,
-    layout_of,
-    make_schedule,
+from rpcpipe.errors import ArgumentError, StageError, require
+from rpcpipe.model.containers import check_global_hooks, shared_buffers
+from rpcpipe.model.layers import (
+    Layer,
+    Model,
+    check_embeddings,
+    find_ties,
+    named_layers,
+    unpicklable,
+    unwired,
+    wiring_of,
 )
+from rpcpipe.model.microbatch import Nest
+from rpcpipe.model.torch_settings import TorchSettings
+from rpcpipe.pipeline.arguments import Options, check_groups, check_ties, cut_layers, layout_of, make_schedule
 from rpcpipe.planning import LayerCost, partition
 from rpcpipe.schedules import Schedule, weight_versions
 from rpcpipe.stage import precision
 from rpcpipe.stage.profiler import profile
+from rpcpipe.transport import pickler
 from rpcpipe.transport.pickling import dumps
 from rpcpipe.worker.gradient_exchange import ReplicaGroup
-from rpcpipe.worker.operations import GetOptimizerState, ReleaseLayers, Repartition
+from rpcpipe.worker.operations import GetOptimizerState, ReceiveLayers, ReleaseLayers, Repartition
 from rpcpipe.worker.stage_set import ActorSpec
 
 
@@ -53,10 +57,12 @@ def start(model: Model, cluster: PipelineCluster, options: Options) -> Runtime:
     policy = weight_versions.choose(schedule.name, options.weights)
     scaler = precision.loss_scaler(options.autocast)
     options.settings.check(policy, scaled=scaler is not None)
+    check_global_hooks()
     layers, seed = named_layers(model), options.seed
     for name, layer in layers.items():
         if isinstance(module := unwired(layer), nn.Module):
             check_embeddings(name, module)
+    buffers = shared_buffers({name: unwired(layer) for name, layer in layers.items()})
     ties, wirings = find_ties(layers), {name: wiring_of(layer) for name, layer in layers.items()}
     sizes = cut_layers(layers, options.balance, schedule.stages, lambda: measure(cluster, layers, options.sample, seed))
     check_ties(policy, ties, list(layers), sizes)
@@ -71,7 +77,8 @@ def start(model: Model, cluster: PipelineCluster, options: Options) -> Runtime:
     weakref.finalize(runtime, release, cluster, driver).atexit = False
     common = ActorSpec(
         {}, schedule.stages - 1, options.loss, options.optimizer, seed, options.checkpoint, options.autocast,
-        options.batch_norm, wirings, ties, deployment.stage_links,
+        options.batch_norm, wirings, ties, deployment.stage_links, shared_buffers=buffers,
+        settings=TorchSettings.current(),
     )  # fmt: skip
     try:
         _create(runtime, identity, layers, common)
@@ -90,12 +97,20 @@ def measure(cluster: PipelineCluster, layers: OrderedDict[str, Layer], sample: N
         sample is not None, "balance='time' or 'memory' needs sample=…: one micro-batch of inputs to run the layers on"
     )
     first = cluster.workers[0]
-    return list(cluster.call(first, functools.partial(profile, seed=seed, device=first.device), layers, sample))
+    try:
+        measured = functools.partial(profile, seed=seed, device=first.device)
+        return list(cluster.call(first, TorchSettings.current().around(measured), layers, sample))
+    except ArgumentError as error:
+        if isinstance(error, StageError):
+            raise
+        raise unpicklable(layers, error) from error
 
 
 def _create(runtime: Runtime, identity: str, layers: OrderedDict[str, Layer], common: ActorSpec) -> None:
     """Build the stages on all workers; only one worker's layers are held in pickled form at a time."""
-    dumps((common.loss, common.optimizer), "loss and optimizer")  # only for its warning; they are sent with the layers
+    # Only for its warning and its refusal: they are sent with the layers.
+    for what, function in ("loss", common.loss), ("optimizer", common.optimizer):
+        dumps(function, what)
     deployment, replies = runtime.deployment, {}
     for name in runtime.names:
         worker, replica = deployment.layout.index(name)
@@ -104,11 +119,20 @@ def _create(runtime: Runtime, identity: str, layers: OrderedDict[str, Layer], co
             for stage, (keys, first) in deployment.parts_on(name).items()
         }
         peers = ReplicaGroup(deployment.layout.replicas_of(worker), replica, deployment.shard)
-        spec = cloudpickle.dumps(dataclasses.replace(common, stages=own_stages, peers=peers))
+        spec = _pickled(dataclasses.replace(common, stages=own_stages, peers=peers))
         replies[name] = runtime.cluster.transport.call(name, "create", identity, spec)
     infos = runtime.driver.collect(replies)
     runtime.install(deployment, infos)
     runtime.make_optimizer(check_groups({worker: list(stages.values()) for worker, stages in infos.items()}))
+
+
+def _pickled(spec: ActorSpec) -> bytes:
+    """Return ``spec`` pickled; raises PartitionError with the layer that cannot be."""
+    try:
+        return pickler.dumps(spec)
+    except Exception as error:
+        layers = {name: layer for named, _ in spec.stages.values() for name, layer in named.items()}
+        raise unpicklable(layers, error) from error
 
 
 def change_schedule(runtime: Runtime, wanted: str | Schedule) -> None:
@@ -142,7 +166,8 @@ def change_schedule(runtime: Runtime, wanted: str | Schedule) -> None:
 def _move(runtime: Runtime, after: Deployment) -> None:
     """Move every layer, with its optimizer state, to the worker that holds it in ``after``.
 
-    An error closes the pipeline, because layers that have left one worker may not have reached the other.
+    A layer that cannot be pickled, or unpickled, is refused before any worker lets go of one. A later error closes the
+    pipeline, because layers that have left one worker may not have reached the other.
     """
     driver = runtime.driver
     moves: dict[tuple[str, str], list[str]] = {}
@@ -150,17 +175,18 @@ def _move(runtime: Runtime, after: Deployment) -> None:
         for layer in after.layers:
             if old[layer] != new[layer]:
                 moves.setdefault((old[layer], new[layer]), []).append(layer)
+    states = _sharded_states(runtime)
+    given: dict[str, list[bytes]] = {name: [] for name in runtime.names}
+    for (source, target), moving in moves.items():
+        given[target].append(driver.control(source, ReleaseLayers(moving)))
+    driver.collect({name: driver.call(name, ReceiveLayers(blobs)) for name, blobs in given.items()})
     try:
-        states = _sharded_states(runtime)
-        received: dict[str, list[bytes]] = {name: [] for name in runtime.names}
-        for (source, target), moving in moves.items():
-            received[target].append(driver.control(source, ReleaseLayers(moving)))
         replies = {}
         for name in runtime.names:
             parts = after.parts_on(name)
             own_states = {layer: states[layer] for layers, _ in parts.values() for layer in layers if layer in states}
             last = after.schedule.stages - 1
-            replies[name] = driver.call(name, Repartition(parts, last, after.stage_links, received[name], own_states))
+            replies[name] = driver.call(name, Repartition(parts, last, after.stage_links, own_states))
         infos = driver.collect(replies)
         check_groups({worker: list(stages.values()) for worker, stages in infos.items()})
         runtime.install(after, infos)

@@ -335,12 +335,12 @@ class Pipeline:
         self._runtime.check()
         return [rref for stage in self.stages for rref in stage.parameter_rrefs()]
 
-    def state_dict(self) -> OrderedDict[str, torch.Tensor]:
-        """Return all parameters and buffers under the unsplit model's names, on the CPU."""
+    def state_dict(self) -> OrderedDict[str, Any]:
+        """Return all parameters, buffers and extra state under the unsplit model's names, on the CPU."""
         self._runtime.check()
         return state.state_dict(self._runtime)
 
-    def load_state_dict(self, state_dict: Mapping[str, torch.Tensor]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load what ``state_dict`` of this pipeline or of the unsplit model returned.
 
         Raises CheckpointError, before anything changes, unless names and shapes are the model's.

@@ -22,6 +22,7 @@ from rpcpipe.checkpoint.shard import Written, some
 from rpcpipe.checkpoint.tensor_file import Reader
 from rpcpipe.driver.runtime import Runtime
 from rpcpipe.errors import CheckpointError, Failure, StageError, require
+from rpcpipe.model.extra_state import packed, unpacked
 from rpcpipe.model.layers import layer_of
 from rpcpipe.model.tied_weights import Tie, completed
 from rpcpipe.pipeline.arguments import check_state
@@ -41,15 +42,15 @@ _DRIVER_FILE = "driver.safetensors"
 _SHARED = "A checkpoint needs one file system that all hosts have at the same path."
 
 
-def state_dict(runtime: Runtime) -> OrderedDict[str, torch.Tensor]:
-    """Return all parameters and buffers of the first replica by name, in the model's order and on the CPU."""
+def state_dict(runtime: Runtime) -> OrderedDict[str, Any]:
+    """Return parameters, buffers and extra state of the first replica by name, in the model's order and on the CPU."""
     driver = runtime.driver
     states = driver.collect({name: driver.call(name, GetState()) for name in runtime.layout.pipeline_of(0)})
     by_stage = {stage: state for stages in states.values() for stage, state in stages.items()}
-    return OrderedDict((key, value) for stage in sorted(by_stage) for key, value in by_stage[stage].items())
+    return OrderedDict((key, value) for stage in sorted(by_stage) for key, value in unpacked(by_stage[stage]).items())
 
 
-def load_state_dict(runtime: Runtime, state: Mapping[str, torch.Tensor]) -> None:
+def load_state_dict(runtime: Runtime, state: Mapping[str, Any]) -> None:
     """Give all replicas the parameters and buffers of ``state``.
 
     A tied weight may be given under one of its names or, with the same value, under several. Raises CheckpointError,
@@ -58,8 +59,8 @@ def load_state_dict(runtime: Runtime, state: Mapping[str, torch.Tensor]) -> None
     state = completed(runtime.deployment.ties, state)
     check_state(state_dict(runtime), state)
     owner = {layer: stage for stage in runtime.stages for layer in stage.layers}
-    parts: dict[str, dict[int, dict[str, torch.Tensor]]] = {name: {} for name in runtime.names}
-    for key, value in state.items():
+    parts: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in runtime.names}
+    for key, value in packed(state).items():
         stage = owner[layer_of(key, owner)]
         for worker in stage.workers:
             parts[worker].setdefault(stage.index, {})[key] = value
@@ -191,6 +192,7 @@ def _fill(manifest: Manifest, written: Sequence[Written], ties: Sequence[Tie]) -
         manifest.tensors |= shard.tensors
         manifest.state |= shard.state
         manifest.shared |= shard.shared
+        manifest.extra |= shard.extra
     manifest.shared |= {holder.name: tie.holders[0].name for tie in ties for holder in tie.holders[1:]}
     manifest.seed = written[0].seed
     manifest.optimizer = next((shard.optimizer for shard in written if shard.optimizer), None)
@@ -235,7 +237,8 @@ def _check_driver(runtime: Runtime, folder: Path, manifest: Manifest, stateful: 
 
 def _check_complete(folder: Path, manifest: Manifest, names_read: Iterable[Sequence[str]]) -> None:
     """Raise CheckpointError if the checkpoint has weights that no worker has read; ``names_read``: by worker."""
-    extra = sorted(manifest.weights.keys() - {name for names in names_read for name in names})
+    saved = manifest.weights.keys() | manifest.extra.keys()
+    extra = sorted(saved - {name for names in names_read for name in names})
     if extra:
         raise CheckpointError(f"{folder} is of another model: this one lacks {some(extra)}")
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import get_gradient_edge
 
+from rpcpipe.errors import PartitionError
 from rpcpipe.model import batchnorm, rng
 from rpcpipe.model.layers import Loss, Named
 from rpcpipe.model.microbatch import Nest, map_tensors
@@ -51,7 +52,8 @@ class Stage:
 
     ``wirings``: the values that each layer takes and gives beside the running value; ``outgoing``: the names of the
     values that leave by each link to a later stage; ``shared``: tied parameters that an earlier stage on the same
-    worker also holds. ``versions`` is set while a stream runs.
+    worker also holds; ``constant``: (layer, name) of buffers that other stages may have too, so that no forward may
+    change them. ``versions`` is set while a stream runs.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Stage:
         wirings: Sequence[Wiring] | None = None,
         outgoing: Mapping[str, Sequence[str]] | None = None,
         shared: Collection[nn.Parameter] = (),
+        constant: Collection[tuple[str, str]] = (),
     ) -> None:
         self.index = index
         self.module = Named(layers).to(options.device)
@@ -71,6 +74,9 @@ class Stage:
         self.first_layer, self.seed = options.first_layer, options.seed
         self.device, self.loss = options.device, options.loss
         self._shared = set(shared)
+        self._constant = [
+            (layers[name].get_submodule(path.rpartition(".")[0]), f"{name}.{path}") for name, path in constant
+        ]
         self._autocast = options.autocast
         self._scale = 1.0
         self._wirings = wirings or [Wiring()] * len(layers)
@@ -182,7 +188,7 @@ class Stage:
         *,
         dropping: bool = False,
     ) -> Flow:
-        version = self.version(micro_batch)
+        version, before = self.version(micro_batch), self._constant_versions()
         for index in range(start, stop):
             layer = self.module[index]
             if dropping and index > start:
@@ -195,7 +201,21 @@ class Stage:
                 # Only for a single output: one of several might depend on another, and be counted twice.
                 leaves = autograd.differentiable(flow)
                 entry.inner = [get_gradient_edge(leaf) for leaf in leaves] if len(leaves) == 1 else []
+        self._check_constant(before)
         return flow
+
+    def _constant_versions(self) -> list[tuple[int, int]]:
+        buffers = [owner.get_buffer(name.rpartition(".")[2]) for owner, name in self._constant]
+        return [(id(buffer), buffer._version) for buffer in buffers]
+
+    def _check_constant(self, before: Sequence[tuple[int, int]]) -> None:
+        """Raise PartitionError if a buffer that other stages have too has changed."""
+        for (_, name), old, new in zip(self._constant, before, self._constant_versions(), strict=True):
+            if old != new:
+                raise PartitionError(
+                    f"{name} is a buffer that several layers share, and the layer's forward changes it, which the other"
+                    " stages would not see; give each layer a buffer of its own"
+                )
 
     def _measure(self) -> None:
         saved = sum(graph.bytes for graph in self._saved.values())

@@ -1,4 +1,4 @@
-"""Pickle code by value where the receiver has no module to import it from: scripts and REPLs define such code."""
+"""Pickle messages, and what of the user's goes with them to other processes."""
 
 from __future__ import annotations
 
@@ -6,17 +6,27 @@ import pickle
 import warnings
 from typing import Any
 
-import cloudpickle
+from rpcpipe.errors import ArgumentError
+from rpcpipe.transport import pickler
+from rpcpipe.transport.pickler import loads, worker_imports
+
+__all__ = ["MessagePickler", "dumps", "loads"]
 
 _HEAVY_BYTES = 64 << 20
 
 
 def dumps(value: Any, what: str) -> bytes:
-    """Return ``value`` cloudpickled; warn if it drags along more data than anybody would send on purpose.
+    """Return ``value`` pickled; warn if it drags along more data than anybody would send on purpose.
 
-    ``what`` names the value in the warning.
+    ``what`` names the value in the warning, and in the ArgumentError for what cannot be pickled.
     """
-    data = bytes(cloudpickle.dumps(value))
+    try:
+        data = pickler.dumps(value)
+    except Exception as error:
+        raise ArgumentError(
+            f"{what} cannot be pickled to be sent to a worker: {type(error).__name__}: {error}; make what it refers to"
+            " on the worker, inside the function"
+        ) from error
     if len(data) > _HEAVY_BYTES:
         warnings.warn(
             f"{what} takes {len(data) / 2**20:.0f} MiB to send: it refers to something large, a global or an enclosing"
@@ -26,13 +36,11 @@ def dumps(value: Any, what: str) -> bytes:
     return data
 
 
-loads = pickle.loads
-
-
 class MessagePickler(pickle.Pickler):
-    """Pickles messages: fast, by C, and by value only what ``__main__`` defines, another module on a worker."""
+    """Pickles messages: fast, by C, and by value only what the receiver has no module to import it from."""
 
     def reducer_override(self, value: Any) -> Any:
-        if type(value).__module__ == "__main__" or getattr(value, "__module__", None) == "__main__":
-            return cloudpickle.loads, (cloudpickle.dumps(value),)
-        return NotImplemented
+        name = getattr(value, "__module__", None)  # an instance has its class's
+        if name in worker_imports.by_name or not isinstance(name, str) or worker_imports.find(name):
+            return NotImplemented
+        return loads, (pickler.dumps(value),)

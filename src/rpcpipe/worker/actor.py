@@ -88,6 +88,7 @@ class Actor:
         The recomputation of a backward overlaps with the wait for its gradient (Kim et al., "torchgpipe",
         section 3.2, early recomputation).
         """
+        self.held.spec.settings.resume()
         if action is not None and action.kind in "BI" and self.held.stages[action.stage].prepare(action.chunk):
             return True
         return self.held.optimizer is not None and self.held.optimizer.undo.refresh_one()
@@ -101,11 +102,13 @@ class Actor:
         return self.held.describe()
 
     def module(self, stage: int) -> nn.Module:
-        """Return the module of ``stage``."""
+        """Return the module of ``stage``, to run it under the pipeline's settings of torch."""
+        self.held.spec.settings.resume()
         return self.held.module(stage)
 
     def execute(self, operation: Operation, inputs: Mapping[str, Any]) -> Any:
         """Execute ``operation`` and return its result. ``inputs``: the values that the task awaited, by slot."""
+        self.held.spec.settings.resume()
         match operation:
             case RunAction(route, context):
                 return self._run_action(route, context, inputs)

@@ -15,11 +15,12 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any
 
-import cloudpickle
 import torch
 
 from rpcpipe.errors import Failure
+from rpcpipe.model import torch_settings
 from rpcpipe.schedules.action import Action
+from rpcpipe.transport import pickler
 from rpcpipe.transport.base import Transport
 from rpcpipe.worker.actor import Actor
 from rpcpipe.worker.mailbox import Entry, Mailbox
@@ -63,13 +64,13 @@ class Executor:
     # --- handlers: called by any thread, never block ---
 
     def create(self, pipeline: str, spec: bytes) -> Future[Any]:
-        """Build an actor from a cloudpickled ActorSpec; reply with the description of its stages."""
+        """Build an actor from a pickled ActorSpec; reply with the description of its stages."""
         with self._changed:
             self._mailboxes[pipeline] = Mailbox()
             return self._enqueue(CreateActor(pipeline, spec))
 
     def run(self, call: bytes) -> Future[Any]:
-        """Run a cloudpickled ``(function, args)`` on the compute thread, outside of any pipeline; reply its result."""
+        """Run a pickled ``(function, args)`` on the compute thread, outside of any pipeline; reply its result."""
         with self._changed:
             return self._enqueue(CallFunction(call))
 
@@ -268,8 +269,11 @@ class Executor:
             case CreateActor(pipeline, spec):
                 return self._create(pipeline, spec)
             case CallFunction(call):
-                function, args = cloudpickle.loads(call)
-                return bytes(cloudpickle.dumps(function(*args)))
+                function, args = pickler.loads(call)
+                try:
+                    return pickler.dumps(function(*args))
+                finally:
+                    torch_settings.forget()
             case ForwardByHand(pipeline, stage, inputs):
                 return self.actors[pipeline].module(stage)(inputs)
             case ForgetStep(pipeline, step):
@@ -288,7 +292,7 @@ class Executor:
             else:
                 self._transport.send(worker, "deliver", pipeline, step, port, value)
 
-        loaded: ActorSpec = cloudpickle.loads(spec)
+        loaded: ActorSpec = pickler.loads(spec)
         actor = Actor(self.name, loaded, device=self._device, send=send, ledger=self._transport)
         self.actors[pipeline] = actor
         return actor.describe()

@@ -11,8 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from rpcpipe.checkpoint.manifest import Manifest
 from rpcpipe.model.wiring import StageLinks
 from rpcpipe.schedules.action import NAMES
@@ -145,7 +143,7 @@ class GetParameter(NamedTuple):
 
 
 class CallModule(NamedTuple):
-    """Run the cloudpickled ``function(module)`` with random numbers from ``seed``; reply with the cloudpickled result.
+    """Run the pickled ``function(module)`` with random numbers from ``seed``; reply with the pickled result.
 
     With ``seed`` None the worker's random state is kept.
     """
@@ -156,13 +154,13 @@ class CallModule(NamedTuple):
 
 
 class SetMetrics(NamedTuple):
-    """Set the metrics that the last stage measures beside the loss: a cloudpickled dict of functions by name."""
+    """Set the metrics that the last stage measures beside the loss: a pickled dict of functions by name."""
 
     metrics: bytes
 
 
 class SetSelection(NamedTuple):
-    """Set what the last stage keeps of an output that has a target: a cloudpickled (output, target) -> nest."""
+    """Set what the last stage keeps of an output that has a target: a pickled (output, target) -> nest."""
 
     function: bytes
 
@@ -174,7 +172,7 @@ class GetState(NamedTuple):
 class LoadState(NamedTuple):
     """Load the state that ``GetState`` returns; every shape is checked before any tensor changes."""
 
-    states: Mapping[int, Mapping[str, torch.Tensor]]
+    states: Mapping[int, Mapping[str, Any]]
 
 
 class SaveShard(NamedTuple):
@@ -207,12 +205,18 @@ class ReleaseLayers(NamedTuple):
     names: Sequence[str]
 
 
+class ReceiveLayers(NamedTuple):
+    """Unpickle what other workers have released; it is kept for the ``Repartition`` that follows."""
+
+    given: Sequence[bytes]
+
+
 class GetOptimizerState(NamedTuple):
     """Reply with the optimizer's state by layer and parameter."""
 
 
 class Repartition(NamedTuple):
-    """Rebuild the worker's stages as ``parts``, from its own layers and the ``given`` replies of ``ReleaseLayers``.
+    """Rebuild the worker's stages as ``parts``, from its own layers and those received.
 
     ``others``: by layer, the optimizer's state that replicas held.
     """
@@ -220,27 +224,27 @@ class Repartition(NamedTuple):
     parts: Mapping[int, tuple[Sequence[str], int]]
     last_stage: int
     stage_links: StageLinks
-    given: Sequence[bytes]
     others: Mapping[str, Mapping[str, Any]]
 
 
 HoldingOperation = (
     GetModule | GetParameter | CallModule | SetMetrics | SetSelection | GetState | LoadState | SaveShard
-    | ReadCheckpoint | ApplyCheckpoint | DropCheckpoint | ReleaseLayers | GetOptimizerState | Repartition
+    | ReadCheckpoint | ApplyCheckpoint | DropCheckpoint | ReleaseLayers | ReceiveLayers
+    | GetOptimizerState | Repartition
 )  # fmt: skip
 
 # --- operations of the worker, outside of any step ---
 
 
 class CreateActor(NamedTuple):
-    """Build a pipeline's stages from a cloudpickled ActorSpec; reply with their StageInfos."""
+    """Build a pipeline's stages from a pickled ActorSpec; reply with their StageInfos."""
 
     pipeline: str
     spec: bytes
 
 
 class CallFunction(NamedTuple):
-    """Run a cloudpickled ``(function, args)``; reply with the cloudpickled result."""
+    """Run a pickled ``(function, args)``; reply with the pickled result."""
 
     call: bytes
 
@@ -289,7 +293,8 @@ _TITLES: Mapping[type, str] = {
     UpdateWeights: "optimizer", CreateActor: "building the stage", CallModule: "call", CallFunction: "run",
     ForwardByHand: "forward", SaveShard: "save", GetState: "state dict", LoadState: "load state dict",
     ReadCheckpoint: "read checkpoint", ApplyCheckpoint: "apply checkpoint", Repartition: "moving layers",
-    ReleaseLayers: "moving layers", PublishGradients: "hand over", ReportStep: "report",
+    ReleaseLayers: "moving layers", ReceiveLayers: "moving layers", PublishGradients: "hand over",
+    ReportStep: "report",
 }  # fmt: skip
 
 

@@ -10,16 +10,16 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, assert_never
 
-import cloudpickle
 import torch
 from torch import nn
 
 from rpcpipe.checkpoint import shard
 from rpcpipe.checkpoint.manifest import Manifest
 from rpcpipe.errors import ArgumentError, CheckpointError, require
-from rpcpipe.model import batchnorm, layers, tied_weights
+from rpcpipe.model import batchnorm, extra_state, layers, tied_weights, torch_settings
 from rpcpipe.model.layers import Loss
 from rpcpipe.model.tied_weights import Tie
+from rpcpipe.model.torch_settings import TorchSettings
 from rpcpipe.model.wiring import StageLinks, Wiring, outgoing
 from rpcpipe.stage.accumulation import AccumulatedGradients
 from rpcpipe.stage.gradients import has_hooks, remove_hooks
@@ -27,6 +27,7 @@ from rpcpipe.stage.optimizer import Factory, LocalOptimizer, Parameters
 from rpcpipe.stage.recompute import Checkpoint, Recompute, is_ratio
 from rpcpipe.stage.stage import Stage, StageOptions
 from rpcpipe.stage.trainable import refuse_thawed
+from rpcpipe.transport import pickler
 from rpcpipe.worker.gradient_exchange import GradientExchange, ReplicaGroup, group_of
 from rpcpipe.worker.messages import StageInfo
 from rpcpipe.worker.operations import (
@@ -40,6 +41,7 @@ from rpcpipe.worker.operations import (
     HoldingOperation,
     LoadState,
     ReadCheckpoint,
+    ReceiveLayers,
     ReleaseLayers,
     Repartition,
     SaveShard,
@@ -53,7 +55,7 @@ Parts = dict[int, tuple[OrderedDict[str, layers.Layer], int]]
 
 @dataclass
 class ActorSpec:
-    """All that a worker needs to build its stages; travels by cloudpickle."""
+    """All that a worker needs to build its stages; travels pickled."""
 
     stages: Parts
     last_stage: int
@@ -68,6 +70,9 @@ class ActorSpec:
     ties: tuple[Tie, ...] = ()
     stage_links: StageLinks = field(default_factory=StageLinks)
     peers: ReplicaGroup = field(default_factory=ReplicaGroup)
+    # By layer, buffers whose memory other layers have too.
+    shared_buffers: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    settings: TorchSettings = field(default_factory=TorchSettings.current)
 
 
 class StageSet:
@@ -77,11 +82,13 @@ class StageSet:
         self.stages: dict[int, Stage] = {}
         self.exchanges: dict[str, GradientExchange] = {}
         self._device = device
-        self.spec = replace(spec, stages={})
+        self.spec = replace(spec, stages={}, settings=spec.settings.on(device))
+        self.spec.settings.apply()
         self.optimizer: LocalOptimizer | None = None
         self.accumulated = AccumulatedGradients()
         self._loaded: shard.Loaded | None = None
         self._tied: Mapping[str, nn.Parameter] = {}
+        self._received: list[Any] = []
         self._build(spec.stages, spec.last_stage, spec.stage_links)
 
     def _build(self, parts: Parts, last_stage: int, stage_links: StageLinks) -> None:
@@ -136,6 +143,7 @@ class StageSet:
             wirings=wirings,
             outgoing=outgoing(stage_links.value_routes, index, last_stage),
             shared=seen,
+            constant=[(name, path) for name in named for path in spec.shared_buffers.get(name, ())],
         )
 
     def _check_tied_hooks(self) -> None:
@@ -228,9 +236,9 @@ class StageSet:
             case CallModule(stage, function, seed):
                 return self._call(stage, function, seed)
             case SetMetrics(metrics):
-                self.stages[self.last_stage].metrics = cloudpickle.loads(metrics)
+                self.stages[self.last_stage].metrics = pickler.loads(metrics)
             case SetSelection(function):
-                self.stages[self.last_stage].select = cloudpickle.loads(function)
+                self.stages[self.last_stage].select = pickler.loads(function)
             case GetState():
                 return self._state_dict()
             case LoadState(states):
@@ -245,6 +253,9 @@ class StageSet:
                 self._loaded = None
             case ReleaseLayers(names):
                 return self._release(names)
+            case ReceiveLayers(given):
+                self._received = []  # what a move that another worker refused may have left
+                self._received = [pickler.loads(blob) for blob in given]
             case GetOptimizerState():
                 return self._optimizer_state()
             case Repartition():
@@ -254,14 +265,15 @@ class StageSet:
         return None
 
     def _call(self, stage: int, function: bytes, seed: int | None) -> Any:
-        """Return the cloudpickled result of ``function(module)`` of ``stage``, which may change weights."""
+        """Return the pickled result of ``function(module)`` of ``stage``, which may change weights."""
         if seed is not None:
             torch.manual_seed(seed)
         module, optimized = self.stages[stage].module, set(self.optimizer.parameters if self.optimizer else ())
         try:
             with refuse_thawed(module, optimized), self._refuse_tied_hooks():
-                return cloudpickle.dumps(cloudpickle.loads(function)(module))
+                return pickler.dumps(pickler.loads(function)(module))
         finally:
+            torch_settings.forget()
             self._weights_changed()
 
     @contextmanager
@@ -280,25 +292,23 @@ class StageSet:
         self.stages[stage].modes.switch(training=True)
         return self.stages[stage].module
 
-    def _state_dict(self) -> dict[int, dict[str, torch.Tensor]]:
+    def _state_dict(self) -> dict[int, dict[str, Any]]:
         """Return each stage's state under the unsplit model's names, on the CPU."""
-        return {
-            index: {key: value.detach().cpu() for key, value in stage.module.state_dict().items()}
-            for index, stage in self.stages.items()
-        }
+        return {index: extra_state.packed(stage.module.state_dict()) for index, stage in self.stages.items()}
 
-    def _load_state_dict(self, states: Mapping[int, Mapping[str, torch.Tensor]]) -> None:
+    def _load_state_dict(self, packed: Mapping[int, Mapping[str, Any]]) -> None:
         """Load the states that ``_state_dict`` returns.
 
         Raises CheckpointError for a shape that differs from the model's, before any tensor changes.
         """
+        states = {index: extra_state.unpacked(state) for index, state in packed.items()}
         for index, state in states.items():
             live = self.stages[index].module.state_dict()
             for key, value in state.items():
-                if live[key].shape != value.shape:
+                if extra_state.shape_differs(key, live[key], value):
                     raise CheckpointError(f"{key} has shape {tuple(value.shape)}, the model's {tuple(live[key].shape)}")
         for index, state in states.items():
-            self.stages[index].module.load_state_dict(dict(state))
+            self.stages[index].module.load_state_dict(state)
         self._weights_changed()
 
     def _save(self, folder: Path, label: str) -> shard.Written:
@@ -323,10 +333,14 @@ class StageSet:
         self._weights_changed()
 
     def _release(self, names: Sequence[str]) -> bytes:
-        """Return the cloudpickled layers ``names``, with their optimizer state, gradients and groups."""
-        released = [(name, module) for name, module in self._modules().items() if name in names]
-        layers = [(name, m, self._states_of(m), self.accumulated.of(m)) for name, m in released]
-        return bytes(cloudpickle.dumps((layers, self._used_groups())))
+        """Return the pickled layers ``names``, with their optimizer state, gradients and groups."""
+        modules = {name: module for name, module in self._modules().items() if name in names}
+        entries = [(name, m, self._states_of(m), self.accumulated.of(m)) for name, m in modules.items()]
+        try:
+            return pickler.dumps((entries, self._used_groups()))
+        except Exception as error:
+            after = "nothing has moved: keep a schedule of this placement, or"
+            raise layers.unpicklable(modules, error, after) from error
 
     def _used_groups(self) -> list[dict[str, Any] | None]:
         return [] if self.optimizer is None else self.optimizer.used_groups()
@@ -337,10 +351,11 @@ class StageSet:
 
     def _repartition(self, operation: Repartition) -> dict[int, StageInfo]:
         """Rebuild the stages from this worker's and the received layers; return their descriptions."""
-        parts, last_stage, stage_links, received, others = operation
+        parts, last_stage, stage_links, others = operation
         modules, states = self._modules(), self._optimizer_state()
+        received, self._received = self._received, []
         groups = [self._used_groups()]
-        for entries, used in map(cloudpickle.loads, received):
+        for entries, used in received:
             groups.append(used)
             for name, module, state, accumulated in entries:
                 modules[name], states[name] = module, state
