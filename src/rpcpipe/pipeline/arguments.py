@@ -103,8 +103,10 @@ def layout_of(
     return Layout(tuple(names[: wanted * replicas]), replicas)
 
 
-def make_schedule(schedule: str | Schedule, workers: int, chunks: int, virtual: int, replicas: int) -> Schedule:
-    """The schedule by name for these sizes, or the given one; valid."""
+def make_schedule(
+    schedule: str | Schedule, workers: int, chunks: int, virtual: int, replicas: int, *, trains: bool = True
+) -> Schedule:
+    """The schedule by name for these sizes, or the given one; valid. ``trains``: it needs backwards."""
     if isinstance(schedule, str):
         schedule = schedules.get(schedule, workers, chunks, virtual)
     if replicas > 1 and schedule.name in POLICIES:
@@ -112,7 +114,22 @@ def make_schedule(schedule: str | Schedule, workers: int, chunks: int, virtual: 
             f"{schedule.name!r} updates each replica's weights at its own times, so {replicas} replicas would part;"
             " use a synchronous schedule, for instance '1f1b', or replicas=1"
         )
-    return schedule.validate()
+    schedule.validate()
+    if trains:
+        schedule.check_backward()
+    _check_updates(schedule)
+    return schedule
+
+
+def _check_updates(schedule: Schedule) -> None:
+    """ScheduleError for updates (U), or an asynchronous schedule's name, in an order that no stream executes."""
+    known = schedules.get(schedule.name, schedule.workers, schedule.chunks) if schedule.name in POLICIES else None
+    if schedule.asynchronous if known is None else schedule.actions != known.actions:
+        raise ScheduleError(
+            f"schedule {schedule.name!r} is an order of its own with updates in it, or with an asynchronous schedule's"
+            f" name; updates inside of a batch follow the orders {' and '.join(map(repr, POLICIES))} alone: pass such a"
+            " name, or leave U out and give the schedule another one"
+        )
 
 
 def cut_layers(
