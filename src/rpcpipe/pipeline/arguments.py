@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +13,14 @@ import torch
 from rpcpipe import schedules
 from rpcpipe.driver.layout import Layout, stage_parts
 from rpcpipe.driver.runtime import Settings
-from rpcpipe.errors import CheckpointError, PartitionError, ScheduleError, require
+from rpcpipe.errors import (
+    CheckpointError,
+    PartitionError,
+    ScheduleError,
+    require,
+    require_positive,
+    require_whole,
+)
 from rpcpipe.model.batchnorm import MODES
 from rpcpipe.model.layers import Layer, Loss, parameter_counts
 from rpcpipe.model.microbatch import Nest
@@ -65,10 +73,21 @@ class Options:
 
     def checked(self) -> Options:
         """Return the options; raises ArgumentError for what can be seen to be wrong without model and cluster."""
-        check_functions(self.loss, self.optimizer, self.dispatch, self.chunks)
+        check_functions(self.loss, self.optimizer, self.dispatch)
         check_checkpoint(self.checkpoint)
-        check_training(self.nonfinite, self.flush_every, self.accumulate, self.autocast, self.batch_norm)
-        return self
+        precision.check(self.autocast)
+        check_types(self.schedule, self.balance, self.shard_optimizer)
+        settings = check_settings(self.settings)
+        return replace(
+            self,
+            chunks=require_whole("chunks", self.chunks),
+            replicas=require_whole("replicas", self.replicas),
+            seed=require_whole("seed", self.seed, least=-math.inf),
+            **{
+                name: getattr(settings, name)
+                for name in ("accumulate", "clip_grad_norm", "flush_every", "virtual_stages")
+            },
+        )
 
     @property
     def settings(self) -> Settings:
@@ -83,7 +102,6 @@ def layout_of(
     cluster: Any, schedule: str | Schedule, balance: str | Sequence[int], virtual: int, replicas: int
 ) -> Layout:
     """The workers that the pipeline uses."""
-    require(replicas >= 1, f"replicas must be at least 1, not {replicas}")
     names = [worker.name for worker in cluster.workers]
     wanted, rest = divmod(len(names), replicas)
     if isinstance(schedule, Schedule):
@@ -157,23 +175,40 @@ def cut_layers(
     return sizes
 
 
-def check_functions(loss: Any, optimizer: Any, dispatch: str, chunks: int) -> None:
+def check_functions(loss: Any, optimizer: Any, dispatch: str) -> None:
     """Refuse what can be seen to be wrong without running it."""
     require(callable(loss), f"loss must be callable as loss(output, target), not {loss!r}")
     require(callable(optimizer), f"optimizer must be a function of the parameters, not {optimizer!r}")
     require(dispatch in _DISPATCH, f"dispatch must be one of {_DISPATCH}, not {dispatch!r}")
-    require(chunks >= 1, f"chunks must be at least 1, not {chunks}")
 
 
-def check_training(
-    nonfinite: str, flush_every: int | None, accumulate: int, autocast: torch.dtype | None, batch_norm: str
-) -> None:
-    """How a step ends and in what it computes."""
+def check_types(schedule: Any, balance: Any, shard_optimizer: Any) -> None:
+    """Refuse what is of no type that can be meant."""
+    require(
+        isinstance(schedule, (str, Schedule)),
+        f"schedule must be one of {', '.join(schedules.names())}, or a Schedule, not {schedule!r}",
+    )
+    require(
+        isinstance(balance, (str, Sequence)) and len(balance) > 0,
+        f"balance must be one of {_BALANCES} or a list of layers per stage, not {balance!r}",
+    )
+    require(isinstance(shard_optimizer, bool), f"shard_optimizer must be True or False, not {shard_optimizer!r}")
+
+
+def check_settings(settings: Settings) -> Settings:
+    """The settings; raises ArgumentError for a value that none of them takes."""
+    nonfinite, batch_norm, clip, flush = (
+        settings.nonfinite, settings.batch_norm, settings.clip_grad_norm, settings.flush_every
+    )  # fmt: skip
     require(nonfinite in ("skip", "stop"), f"nonfinite must be 'skip' or 'stop', not {nonfinite!r}")
-    require(flush_every is None or flush_every >= 1, f"flush_every must be at least 1, not {flush_every}")
-    require(accumulate >= 1, f"accumulate must be at least 1, not {accumulate}")
-    precision.check(autocast)
     require(batch_norm in MODES, f"batch_norm must be one of {MODES}, not {batch_norm!r}")
+    return replace(
+        settings,
+        accumulate=require_whole("accumulate", settings.accumulate),
+        clip_grad_norm=None if clip is None else require_positive("clip_grad_norm", clip, ", or None not to clip"),
+        flush_every=None if flush is None else require_whole("flush_every", flush, otherwise=", or None for never"),
+        virtual_stages=require_whole("virtual_stages", settings.virtual_stages),
+    )
 
 
 def check_ties(policy: str | None, ties: Sequence[Tie], layers: Sequence[str], sizes: Sequence[int]) -> None:

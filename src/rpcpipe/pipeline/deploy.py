@@ -17,10 +17,18 @@ from rpcpipe.cluster.cluster import Cluster
 from rpcpipe.driver.deployment import Deployment
 from rpcpipe.driver.driver import Driver
 from rpcpipe.driver.runtime import Runtime, release
-from rpcpipe.errors import require
+from rpcpipe.errors import ScheduleError, require, require_whole
 from rpcpipe.model.layers import Layer, Model, find_ties, named_layers, wiring_of
 from rpcpipe.model.microbatch import Nest
-from rpcpipe.pipeline.arguments import Options, check_groups, check_ties, cut_layers, layout_of, make_schedule
+from rpcpipe.pipeline.arguments import (
+    Options,
+    check_groups,
+    check_settings,
+    check_ties,
+    cut_layers,
+    layout_of,
+    make_schedule,
+)
 from rpcpipe.planning import LayerCost, partition
 from rpcpipe.schedules import Schedule, weight_versions
 from rpcpipe.stage import precision
@@ -98,6 +106,10 @@ def _create(runtime: Runtime, identity: str, layers: OrderedDict[str, Layer], co
 def change_schedule(runtime: Runtime, wanted: str | Schedule) -> None:
     """Go on under another schedule; refusals leave everything as it was."""
     require(runtime.active is None, "the schedule cannot change inside a step")
+    require(
+        isinstance(wanted, (str, Schedule)),
+        f"schedule must be one of {', '.join(schedules.names())}, or a Schedule, not {wanted!r}",
+    )
     before, settings = runtime.deployment, runtime.settings
     virtual = settings.virtual_stages
     if isinstance(wanted, str):
@@ -118,6 +130,27 @@ def change_schedule(runtime: Runtime, wanted: str | Schedule) -> None:
     else:
         _move(runtime, after)
     runtime.policy = policy
+
+
+def change_chunks(runtime: Runtime, chunks: int) -> None:
+    """Go on with another number of micro-batches; refusals leave everything as it was."""
+    chunks, schedule = require_whole("chunks", chunks), runtime.schedule
+    virtual = schedule.stages // schedule.workers
+    if schedule.name not in schedules.names() or schedule != schedules.get(
+        schedule.name, schedule.workers, schedule.chunks, virtual
+    ):
+        raise ScheduleError(
+            f"{schedule.name!r} is a Schedule of your own, which brings its {schedule.chunks} micro-batches: set"
+            f" pipe.schedule to one of {chunks} micro-batches, or to a name of rp.schedules.names()"
+        )
+    change_schedule(runtime, schedules.get(schedule.name, schedule.workers, chunks, virtual))
+
+
+def change_settings(runtime: Runtime, **wanted: Any) -> None:
+    """Train with other settings from now on; refusals leave them as they were."""
+    changed = check_settings(dataclasses.replace(runtime.settings, **wanted))
+    changed.check(runtime.policy, scaled=runtime.scaler is not None)
+    runtime.settings = changed
 
 
 def _move(runtime: Runtime, after: Deployment) -> None:

@@ -23,13 +23,11 @@ from rpcpipe.driver.runtime import Runtime
 from rpcpipe.driver.stage_handle import HEADER, StageHandle
 from rpcpipe.driver.step import Step
 from rpcpipe.driver.stream import Stream
-from rpcpipe.errors import ScheduleError
+from rpcpipe.errors import ScheduleError, require_whole
 from rpcpipe.model.layers import Loss, Model
 from rpcpipe.model.microbatch import Nest
 from rpcpipe.pipeline import deploy, state
-from rpcpipe.pipeline.arguments import (
-    Options,
-)
+from rpcpipe.pipeline.arguments import Options
 from rpcpipe.planning.plan import Plan
 from rpcpipe.schedules import Schedule
 from rpcpipe.schedules.timeline import Timeline
@@ -144,12 +142,18 @@ class Pipeline:
 
     @trained.setter
     def trained(self, steps: int) -> None:
-        self._runtime.trained = steps
+        self._runtime.check()
+        self._runtime.trained = require_whole("trained", steps, least=0)
 
     @property
     def chunks(self) -> int:
-        """Micro-batches of a full batch."""
+        """Micro-batches of a full batch; may be set between two steps, except where a Schedule brings its own."""
         return self._runtime.chunks
+
+    @chunks.setter
+    def chunks(self, count: int) -> None:
+        self._runtime.check()
+        deploy.change_chunks(self._runtime, count)
 
     @property
     def balance(self) -> list[int]:
@@ -163,7 +167,7 @@ class Pipeline:
 
     @accumulate.setter
     def accumulate(self, calls: int) -> None:
-        self._runtime.settings.accumulate = calls
+        deploy.change_settings(self._runtime, accumulate=calls)
 
     @property
     def scaler(self) -> torch.amp.GradScaler | None:
@@ -182,7 +186,7 @@ class Pipeline:
 
     @clip_grad_norm.setter
     def clip_grad_norm(self, largest: float | None) -> None:
-        self._runtime.settings.clip_grad_norm = largest
+        deploy.change_settings(self._runtime, clip_grad_norm=largest)
 
     @property
     def nonfinite(self) -> str:
@@ -191,7 +195,7 @@ class Pipeline:
 
     @nonfinite.setter
     def nonfinite(self, what: str) -> None:
-        self._runtime.settings.nonfinite = what
+        deploy.change_settings(self._runtime, nonfinite=what)
 
     @property
     def schedule(self) -> Schedule:

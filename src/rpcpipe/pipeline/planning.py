@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from rpcpipe.cluster.cluster import Cluster, Worker
-from rpcpipe.errors import require
+from rpcpipe.errors import require, require_whole
 from rpcpipe.model.layers import Layer, Model, named_layers, parameter_counts
 from rpcpipe.model.microbatch import Nest, batch_size, split, tensors
 from rpcpipe.planning import CostModel, LayerCost, partition
@@ -63,8 +63,7 @@ def plan(
     require(flops is None or flops > 0, f"flops must be positive, not {flops}")
     known = set(SIMPLEST)
     require(bool(schedules) and known.issuperset(schedules), f"schedules must be among {SIMPLEST}, not {schedules}")
-    count = len(workers.workers) if isinstance(workers, Cluster) else workers
-    require(count >= 1, f"workers must be at least 1, not {count}")
+    count = len(workers.workers) if isinstance(workers, Cluster) else require_whole("workers", workers)
     layers, size = named_layers(model), batch_size(sample)
     parts = _micro_batches(size, count, chunks)
     if flops is None:
@@ -83,8 +82,7 @@ def plan(
 
 def _micro_batches(size: int, workers: int, chunks: Sequence[int] | None) -> list[int]:
     """Sizes of micro-batches to profile, largest first."""
-    wanted = chunks or [workers * factor for factor in (1, 2, 4, 8)]
-    require(min(wanted) >= 1, f"chunks must be at least 1, not {wanted}")
+    wanted = [require_whole("chunks", count) for count in chunks or [workers * factor for factor in (1, 2, 4, 8)]]
     return sorted({-(-size // min(count, size)) for count in wanted}, reverse=True)
 
 

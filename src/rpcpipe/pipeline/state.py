@@ -21,7 +21,7 @@ from rpcpipe.checkpoint.plain_state import Holders, Stateful, decode, encode
 from rpcpipe.checkpoint.shard import Written, some
 from rpcpipe.checkpoint.tensor_file import Reader
 from rpcpipe.driver.runtime import Runtime
-from rpcpipe.errors import CheckpointError, Failure, StageError, require
+from rpcpipe.errors import CheckpointError, Failure, StageError, require, require_whole
 from rpcpipe.model.layers import layer_of
 from rpcpipe.model.tied_weights import Tie, completed
 from rpcpipe.pipeline.arguments import check_state
@@ -72,7 +72,8 @@ def save(runtime: Runtime, directory: str | Path, stateful: Holders, position: A
         done == 0,
         f"{done} of {runtime.settings.accumulate} calls of an accumulation are done: save after the one that updates",
     )
-    require(keep is None or keep >= 1, f"keep must be at least 1, or None for all, not {keep}")
+    if keep is not None:
+        require_whole("keep", keep, otherwise=", or None for all")
     tensor_file.require()
     directory = Path(directory).absolute()
     with shield_interrupts():

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 from math import inf
+from numbers import Integral
 
 from rpcpipe.errors import PartitionError
 
@@ -171,9 +172,11 @@ def _spread(ends: list[int], stages: int) -> list[int]:
 
 def check_balance(sizes: Sequence[int], layers: int, stages: int) -> list[int]:
     """Return ``sizes`` as a list; raises PartitionError unless they cut ``layers`` layers into ``stages`` stages."""
-    if len(sizes) != stages or any(size < 1 for size in sizes) or sum(sizes) != layers:
+    whole = all(isinstance(size, Integral) and not isinstance(size, bool) and size >= 1 for size in sizes)
+    if len(sizes) != stages or not whole or sum(sizes) != layers:
+        total = f" that sum to {sum(sizes)}" if whole else ""
         raise PartitionError(
-            f"balance={list(sizes)} must have {stages} entries of at least 1 that sum to the model's {layers} layers"
-            f" (it has {len(sizes)} entries that sum to {sum(sizes)})"
+            f"balance={list(sizes)} must have {stages} entries, whole numbers of at least 1, that sum to the model's"
+            f" {layers} layers (it has {len(sizes)} entries{total})"
         )
-    return list(sizes)
+    return [int(size) for size in sizes]
