@@ -25,7 +25,7 @@ IDS = ["except_last", "always", "ratio", "callable"]
 
 def pipeline(workers: int, model: nn.Sequential, checkpoint: Any, **changed: Any) -> rp.Pipeline:
     arguments: dict[str, Any] = {"loss": cross_entropy, "optimizer": sgd, "chunks": 4, "balance": "parameters"}
-    return rp.Pipeline(model, LocalCluster(workers, 5), checkpoint=checkpoint, **arguments | changed)  # type: ignore[arg-type]
+    return rp.Pipeline(model, LocalCluster(workers, 5), checkpoint=checkpoint, **arguments | changed)
 
 
 @pytest.mark.parametrize("checkpoint", MODES, ids=IDS)

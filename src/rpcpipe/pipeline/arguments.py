@@ -1,4 +1,4 @@
-"""Pipeline's arguments, checked before anything starts; every refusal says the values and what to do."""
+"""Check Pipeline's arguments before anything starts. Every error gives the values and says what to do."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from rpcpipe import schedules
+from rpcpipe.cluster.cluster import PipelineCluster
 from rpcpipe.driver.layout import Layout, stage_parts
 from rpcpipe.driver.runtime import Settings
 from rpcpipe.errors import (
@@ -40,7 +41,7 @@ _DISPATCH = ("rref", "batched")
 
 @dataclass(frozen=True)
 class Options:
-    """``Pipeline``'s arguments but for the model and the cluster; it documents them."""
+    """Holds all arguments of ``Pipeline`` but the model and the cluster; ``Pipeline`` documents them."""
 
     loss: Loss
     optimizer: Factory
@@ -63,7 +64,7 @@ class Options:
     sample: Nest = None
 
     def planned(self, plan: Plan | None) -> Options:
-        """Return the options with what ``plan`` has decided in their place."""
+        """Return the options with the values that ``plan`` has decided; the same options if there is no plan."""
         if plan is None:
             return self
         return replace(
@@ -72,7 +73,7 @@ class Options:
         )  # fmt: skip
 
     def checked(self) -> Options:
-        """Return the options; raises ArgumentError for what can be seen to be wrong without model and cluster."""
+        """Return the options; raises ArgumentError for values that are wrong whatever the model and the cluster."""
         check_functions(self.loss, self.optimizer, self.dispatch)
         check_checkpoint(self.checkpoint)
         precision.check(self.autocast)
@@ -91,7 +92,7 @@ class Options:
 
     @property
     def settings(self) -> Settings:
-        """What may change, or is asked for, while training runs."""
+        """Return the options that a running pipeline reads or changes."""
         return Settings(
             self.accumulate, self.batch_norm, self.clip_grad_norm, self.flush_every, self.nonfinite, self.weights,
             self.virtual_stages,
@@ -99,9 +100,12 @@ class Options:
 
 
 def layout_of(
-    cluster: Any, schedule: str | Schedule, balance: str | Sequence[int], virtual: int, replicas: int
+    cluster: PipelineCluster, schedule: str | Schedule, balance: str | Sequence[int], virtual: int, replicas: int
 ) -> Layout:
-    """The workers that the pipeline uses."""
+    """Return the layout: the cluster's first workers, as many as schedule, balance and replicas need.
+
+    Raises ScheduleError for an unknown schedule, and PartitionError for a wrong number of workers.
+    """
     names = [worker.name for worker in cluster.workers]
     wanted, rest = divmod(len(names), replicas)
     if isinstance(schedule, Schedule):
@@ -124,7 +128,10 @@ def layout_of(
 def make_schedule(
     schedule: str | Schedule, workers: int, chunks: int, virtual: int, replicas: int, *, trains: bool = True
 ) -> Schedule:
-    """The schedule by name for these sizes, or the given one; valid. ``trains``: it needs backwards."""
+    """Return ``schedule``, or the schedule of that name for these sizes; raises ScheduleError if it cannot run.
+
+    ``trains``: it needs backwards.
+    """
     if isinstance(schedule, str):
         schedule = schedules.get(schedule, workers, chunks, virtual)
     if replicas > 1 and schedule.name in POLICIES:
@@ -153,9 +160,10 @@ def _check_updates(schedule: Schedule) -> None:
 def cut_layers(
     layers: OrderedDict[str, Layer], balance: str | Sequence[int], stages: int, measure: Callable[[], Any]
 ) -> list[int]:
-    """Layers per stage, by hand or as equal as can be; raises PartitionError.
+    """Return the number of layers of each stage, as ``balance`` gives it or as equal in cost as possible.
 
-    ``measure``: profiles the layers, for "time" and "memory".
+    ``measure()`` profiles the layers; it is called for the balances "time" and "memory" alone. Raises PartitionError
+    if the layers cannot be cut so, ArgumentError for an unknown ``balance``.
     """
     if len(layers) < stages:
         raise PartitionError(
@@ -176,14 +184,14 @@ def cut_layers(
 
 
 def check_functions(loss: Any, optimizer: Any, dispatch: str) -> None:
-    """Refuse what can be seen to be wrong without running it."""
+    """Raise ArgumentError for a loss, optimizer or dispatch that cannot work."""
     require(callable(loss), f"loss must be callable as loss(output, target), not {loss!r}")
     require(callable(optimizer), f"optimizer must be a function of the parameters, not {optimizer!r}")
     require(dispatch in _DISPATCH, f"dispatch must be one of {_DISPATCH}, not {dispatch!r}")
 
 
 def check_types(schedule: Any, balance: Any, shard_optimizer: Any) -> None:
-    """Refuse what is of no type that can be meant."""
+    """Raise ArgumentError for a value of a wrong type."""
     require(
         isinstance(schedule, (str, Schedule)),
         f"schedule must be one of {', '.join(schedules.names())}, or a Schedule, not {schedule!r}",
@@ -196,7 +204,7 @@ def check_types(schedule: Any, balance: Any, shard_optimizer: Any) -> None:
 
 
 def check_settings(settings: Settings) -> Settings:
-    """The settings; raises ArgumentError for a value that none of them takes."""
+    """Return the settings, numbers as int and float; raises ArgumentError for a wrong value."""
     nonfinite, batch_norm, clip, flush = (
         settings.nonfinite, settings.batch_norm, settings.clip_grad_norm, settings.flush_every
     )  # fmt: skip
@@ -212,7 +220,10 @@ def check_settings(settings: Settings) -> Settings:
 
 
 def check_ties(policy: str | None, ties: Sequence[Tie], layers: Sequence[str], sizes: Sequence[int]) -> None:
-    """ScheduleError for weights tied across stages where every stage updates on its own."""
+    """Raise ScheduleError if weights are tied across stages and ``policy`` lets every stage update on its own.
+
+    ``policy`` is None for synchronous schedules. ``sizes``: the number of layers of each stage.
+    """
     stage_of = {name: stage for stage, (names, _) in stage_parts(layers, sizes).items() for name in names}
     for tie in ties if policy is not None else ():
         stages = sorted({stage_of[holder.layer] for holder in tie.holders})
@@ -225,7 +236,7 @@ def check_ties(policy: str | None, ties: Sequence[Tie], layers: Sequence[str], s
 
 
 def check_groups(groups: Sequence[Sequence[Any]]) -> None:
-    """There is an optimizer, and every worker's has as many parameter groups as the others'."""
+    """Raise ArgumentError if no worker has an optimizer, or if their numbers of parameter groups differ."""
     require(bool(groups), "no parameter of the model requires a gradient: there is nothing to train")
     require(
         len({len(group) for group in groups}) == 1,
@@ -235,7 +246,7 @@ def check_groups(groups: Sequence[Sequence[Any]]) -> None:
 
 
 def check_state(live: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> None:
-    """CheckpointError unless ``state`` has the names and shapes of ``live``."""
+    """Raise CheckpointError unless ``state`` has the names and shapes of ``live``, the model's state."""
     missing, extra = sorted(live.keys() - state.keys()), sorted(state.keys() - live.keys())
     wrong = [key for key in live.keys() & state.keys() if live[key].shape != state[key].shape]
     if missing or extra or wrong:
