@@ -110,6 +110,11 @@ def evaluate(
     The mean loss is over all samples, or over the total count where the loss returns (sum, count). Raises
     ArgumentError for a metric named ``loss``, and if nothing counts in any batch.
     """
+    require(
+        runtime.settings.has_loss,
+        "evaluate needs the loss that this pipeline was made without: make one with loss=…, or compare the outputs of"
+        " pipe.predict with the targets",
+    )
     require("loss" not in metrics, "a metric cannot be named 'loss': the loss is reported beside the metrics")
     tell_last_stage(runtime, SetMetrics(dumps(dict(metrics), "what to measure")))
     total, samples, sums = 0.0, 0.0, list[Sums]()

@@ -43,8 +43,8 @@ _DISPATCH = ("rref", "batched")
 class Options:
     """Holds all arguments of ``Pipeline`` but the model and the cluster; ``Pipeline`` documents them."""
 
-    loss: Loss
-    optimizer: Factory
+    loss: Loss | None = None
+    optimizer: Factory | None = None
     schedule: str | Schedule = "1f1b"
     chunks: int = 8
     balance: str | Sequence[int] = "parameters"
@@ -95,7 +95,7 @@ class Options:
         """Return the options that a running pipeline reads or changes."""
         return Settings(
             self.accumulate, self.batch_norm, self.clip_grad_norm, self.flush_every, self.nonfinite, self.weights,
-            self.virtual_stages,
+            self.virtual_stages, self.optimizer is not None, self.loss is not None,
         )  # fmt: skip
 
 
@@ -185,8 +185,15 @@ def cut_layers(
 
 def check_functions(loss: Any, optimizer: Any, dispatch: str) -> None:
     """Raise ArgumentError for a loss, optimizer or dispatch that cannot work."""
-    require(callable(loss), f"loss must be callable as loss(output, target), not {loss!r}")
-    require(callable(optimizer), f"optimizer must be a function of the parameters, not {optimizer!r}")
+    require(
+        loss is not None or optimizer is None,
+        "optimizer=… needs loss=… to train; leave both out for a pipeline that only infers, or the optimizer for one"
+        " that evaluates as well",
+    )
+    require(loss is None or callable(loss), f"loss must be callable as loss(output, target), not {loss!r}")
+    require(
+        optimizer is None or callable(optimizer), f"optimizer must be a function of the parameters, not {optimizer!r}"
+    )
     require(dispatch in _DISPATCH, f"dispatch must be one of {_DISPATCH}, not {dispatch!r}")
 
 
@@ -237,7 +244,10 @@ def check_ties(policy: str | None, ties: Sequence[Tie], layers: Sequence[str], s
 
 def check_groups(groups: Sequence[Sequence[Any]]) -> None:
     """Raise ArgumentError if no worker has an optimizer, or if their numbers of parameter groups differ."""
-    require(bool(groups), "no parameter of the model requires a gradient: there is nothing to train")
+    require(
+        bool(groups),
+        "no parameter of the model requires a gradient: there is nothing to train; leave optimizer=… out to infer",
+    )
     require(
         len({len(group) for group in groups}) == 1,
         f"optimizer made {sorted({len(group) for group in groups})} parameter groups on different workers;"

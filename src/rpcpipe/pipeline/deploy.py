@@ -47,11 +47,12 @@ def start(model: Model, cluster: PipelineCluster, options: Options) -> Runtime:
     """
     cluster.check()
     layout = layout_of(cluster, options.schedule, options.balance, options.virtual_stages, options.replicas)
+    trains = options.optimizer is not None
     schedule = make_schedule(
-        options.schedule, layout.pipeline_size, options.chunks, options.virtual_stages, options.replicas
+        options.schedule, layout.pipeline_size, options.chunks, options.virtual_stages, options.replicas, trains=trains
     )
     policy = weight_versions.choose(schedule.name, options.weights)
-    scaler = precision.loss_scaler(options.autocast)
+    scaler = precision.loss_scaler(options.autocast) if trains else None
     options.settings.check(policy, scaled=scaler is not None)
     layers, seed = named_layers(model), options.seed
     ties, wirings = find_ties(layers), {name: wiring_of(layer) for name, layer in layers.items()}
@@ -67,8 +68,8 @@ def start(model: Model, cluster: PipelineCluster, options: Options) -> Runtime:
     # In a REPL a pipeline is often replaced without being closed; this frees its stages.
     weakref.finalize(runtime, release, cluster, driver).atexit = False
     common = ActorSpec(
-        {}, schedule.stages - 1, options.loss, options.optimizer, seed, options.checkpoint, options.autocast,
-        options.batch_norm, wirings, ties, deployment.stage_links,
+        {}, schedule.stages - 1, options.loss or _no_loss, options.optimizer, seed, options.checkpoint,
+        options.autocast, options.batch_norm, wirings, ties, deployment.stage_links,
     )  # fmt: skip
     try:
         _create(runtime, identity, layers, common)
@@ -90,6 +91,11 @@ def measure(cluster: PipelineCluster, layers: OrderedDict[str, Layer], sample: N
     return list(cluster.call(first, functools.partial(profile, seed=seed, device=first.device), layers, sample))
 
 
+def _no_loss(output: Nest, target: Nest) -> None:
+    """Stand for the loss of a pipeline that only infers, which never computes it."""
+    raise AssertionError("evaluate is refused without a loss")
+
+
 def _create(runtime: Runtime, identity: str, layers: OrderedDict[str, Layer], common: ActorSpec) -> None:
     """Build the stages on all workers; only one worker's layers are held in pickled form at a time."""
     dumps((common.loss, common.optimizer), "loss and optimizer")  # only for its warning; they are sent with the layers
@@ -105,6 +111,8 @@ def _create(runtime: Runtime, identity: str, layers: OrderedDict[str, Layer], co
         replies[name] = runtime.cluster.transport.call(name, "create", identity, spec)
     infos = runtime.driver.collect(replies)
     runtime.install(deployment, infos)
+    if not runtime.settings.trains:
+        return
     groups = [info.groups for stages in infos.values() for info in stages.values() if info.groups]
     check_groups(groups)
     runtime.make_optimizer(groups[0])
@@ -125,7 +133,7 @@ def change_schedule(runtime: Runtime, wanted: str | Schedule) -> None:
     if isinstance(wanted, str):
         virtual = schedules.suited_virtual_stages(wanted, virtual)
     workers = before.layout.pipeline_size
-    new = make_schedule(wanted, workers, runtime.chunks, virtual, before.layout.replicas)
+    new = make_schedule(wanted, workers, runtime.chunks, virtual, before.layout.replicas, trains=settings.trains)
     require(new.workers == workers, f"{new.name!r} is for {new.workers} workers, not {workers}")
     policy = weight_versions.choose(new.name, settings.weights if new.name == before.schedule.name else None)
     runtime.check_policy(policy)

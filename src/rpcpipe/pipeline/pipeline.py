@@ -47,7 +47,8 @@ class Pipeline:
         loss: ``loss(output, target)`` returns the mean over its samples as a scalar tensor, or (sum, count), which is
             normalized over the whole batch. If it has a method ``prepare``, the driver cuts ``loss.prepare(targets)``
             into micro-batches instead of the targets.
-        optimizer: ``optimizer(params)`` makes a torch optimizer, once per worker.
+        optimizer: ``optimizer(params)`` makes a torch optimizer, once per worker. Without it the pipeline infers and,
+            if it has a loss, evaluates.
         schedule: A name of ``rp.schedules.names()``, or a ``Schedule``.
         chunks: Micro-batches per batch, fewer if the batch is too small; a ``Schedule`` has its own number.
         balance: Layers per stage, or "parameters", "time" or "memory"; the last two are measured on the first worker
@@ -87,8 +88,8 @@ class Pipeline:
         model: Model,
         cluster: PipelineCluster,
         *,
-        loss: Loss,
-        optimizer: Factory,
+        loss: Loss | None = None,
+        optimizer: Factory | None = None,
         schedule: str | Schedule = "1f1b",
         chunks: int = 8,
         balance: str | Sequence[int] = "parameters",
@@ -128,7 +129,11 @@ class Pipeline:
 
     @property
     def optimizer(self) -> PipelineOptimizer:
-        """Return a ``torch.optim.Optimizer`` on the driver; ``param_groups`` and torch's schedulers work unchanged."""
+        """Return a ``torch.optim.Optimizer`` on the driver; ``param_groups`` and torch's schedulers work unchanged.
+
+        Raises ArgumentError if the pipeline was made without one.
+        """
+        self._runtime.check_trains()
         return self._runtime.optimizer
 
     @property
@@ -234,6 +239,7 @@ class Pipeline:
         n-th call updates. Raises ArgumentError for inputs or targets that do not fit, and StageError, WorkerLost or
         DeadlineExceeded; the weights are then as before.
         """
+        self._runtime.check_trains()
         if self._runtime.policy is not None:
             self._runtime.check()
             stream = Stream(self._runtime)
@@ -256,6 +262,7 @@ class Pipeline:
         its batch was fed (enough to keep all workers busy), so a learning rate set then holds for the batches fed from
         then on. Any other call on the pipeline drains the stream first. Raises what ``train_step`` raises.
         """
+        self._runtime.check_trains()
         results = (
             (self.train_step(inputs, targets) for inputs, targets in batches)
             if self._runtime.policy is None
@@ -286,6 +293,7 @@ class Pipeline:
         under an asynchronous schedule.
         """
         self._runtime.check()
+        self._runtime.check_trains()
         if self._runtime.policy is not None:
             raise ScheduleError(
                 f"{self.schedule.name!r} updates as it goes; a step by hand needs a synchronous schedule"
@@ -339,6 +347,7 @@ class Pipeline:
     def parameter_rrefs(self) -> list[Any]:
         """Return RRefs to every replica's trainable parameters, in the model's order, for ``DistributedOptimizer``."""
         self._runtime.check()
+        self._runtime.check_trains()
         return [rref for stage in self.stages for rref in stage.parameter_rrefs()]
 
     def state_dict(self) -> OrderedDict[str, torch.Tensor]:

@@ -73,6 +73,7 @@ def save(runtime: Runtime, directory: str | Path, stateful: Holders, position: A
     CheckpointError.
     """
     require(runtime.active is None, "a step is open: save after its with-block")
+    require(runtime.settings.trains, "without an optimizer there is no training to go on with: save pipe.state_dict()")
     done = runtime.progress.done
     require(
         done == 0,
@@ -137,7 +138,8 @@ def load(runtime: Runtime, directory: str | Path, stateful: Holders) -> Any:
             raise
         # From here on the load takes effect: workers run what is sent, whatever interrupts the wait.
         replies = {name: driver.call(name, ApplyCheckpoint(manifest.seed)) for name in names}
-        runtime.optimizer.adopt(groups)
+        if runtime.settings.trains:
+            runtime.optimizer.adopt(groups)
         runtime.trained = manifest.step
         runtime.forget_accumulated()
         _finish(runtime, replies)
@@ -225,7 +227,7 @@ def _check_driver(runtime: Runtime, folder: Path, manifest: Manifest, stateful: 
             " pass stateful={name: object} with the names given to save"
         )
     own_groups = len(runtime.optimizer.param_groups)
-    if len(manifest.groups) != own_groups:
+    if runtime.settings.trains and len(manifest.groups) != own_groups:
         raise CheckpointError(
             f"{folder} holds {len(manifest.groups)} parameter groups, this pipeline's optimizer has {own_groups}"
         )

@@ -54,7 +54,7 @@ class ActorSpec:
     stages: Parts
     last_stage: int
     loss: Loss
-    optimizer: Factory
+    optimizer: Factory | None
     seed: int
     checkpoint: Checkpoint = "never"
     autocast: torch.dtype | None = None
@@ -96,7 +96,9 @@ class StageSet:
         self._exchange(tied, stage_links.members)
         spec = self.spec
         parameters = Parameters(pair for stage in self.stages.values() for pair in stage.named_parameters)
-        self.optimizer = LocalOptimizer(spec.optimizer, parameters, self._updated_elsewhere) if parameters else None
+        self.optimizer = None
+        if parameters and spec.optimizer is not None:
+            self.optimizer = LocalOptimizer(spec.optimizer, parameters, self._updated_elsewhere)
 
     def _layer(self, layer: layers.Layer, index: int) -> nn.Module:
         module = layers.build(layer, seed=self.spec.seed, index=index)
