@@ -232,21 +232,24 @@ class Pipeline:
 
     # --- training ---
 
-    def train_step(self, inputs: Nest, targets: Nest) -> StepResult:
+    def train_step(
+        self, inputs: Nest, targets: Nest, metrics: Mapping[str, Metric] | None = None, outputs: bool = False
+    ) -> StepResult:
         """Run one batch forward and backward and update the weights; return the loss and what was measured.
 
         ``inputs`` and ``targets``: nests of tensors with the batch in dimension 0. With ``accumulate`` = n, only every
-        n-th call updates. Raises ArgumentError for inputs or targets that do not fit, and StageError, WorkerLost or
-        DeadlineExceeded; the weights are then as before.
+        n-th call updates. ``result.metrics`` are ``metrics``, given as to ``evaluate``, of the training forward's
+        outputs; with ``outputs`` these are in ``result.outputs``, detached and on the CPU. Raises ArgumentError for
+        arguments that do not fit, and StageError, WorkerLost or DeadlineExceeded; the weights are then as before.
         """
         self._runtime.check_trains()
         if self._runtime.policy is not None:
             self._runtime.check()
-            stream = Stream(self._runtime)
+            stream = Stream(self._runtime, inference.Wanted.of(self._runtime, metrics, outputs))
             stream.feed(inputs, targets)
             stream.flush()
             return stream.take()
-        with shield_interrupts(), self.step() as step:
+        with shield_interrupts(), self._step(metrics, outputs) as step:
             # Not forward_backward, which waits until the gradients are in the context: one more round trip.
             step.run(inputs, targets)
             step.optimize()
@@ -292,13 +295,17 @@ class Pipeline:
         with ``s.optimize()``, or with torch's ``DistributedOptimizer`` on ``parameter_rrefs()``. Raises ScheduleError
         under an asynchronous schedule.
         """
+        return self._step(None, False)
+
+    def _step(self, metrics: Mapping[str, Metric] | None, outputs: bool) -> Step:
+        """Return a step that reports ``metrics`` and ``outputs``."""
         self._runtime.check()
         self._runtime.check_trains()
         if self._runtime.policy is not None:
             raise ScheduleError(
                 f"{self.schedule.name!r} updates as it goes; a step by hand needs a synchronous schedule"
             )
-        return Step(self._runtime, self.trained)
+        return Step(self._runtime, self.trained, inference.Wanted.of(self._runtime, metrics, outputs))
 
     @contextmanager
     def trace(self) -> Iterator[Timeline]:
