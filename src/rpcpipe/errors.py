@@ -16,6 +16,8 @@ Every message says what happened, with the values, and what to do next.
 from __future__ import annotations
 
 import functools
+import math
+import numbers
 import pickle
 import sys
 import traceback
@@ -268,3 +270,23 @@ def require(condition: bool, message: str) -> None:
     """Raise ArgumentError with ``message`` unless ``condition`` holds."""
     if not condition:
         raise ArgumentError(message)
+
+
+def require_whole(name: str, value: Any, least: float = 1, otherwise: str = "") -> int:
+    """Return argument ``name`` as an int; raises ArgumentError unless it is a whole number of at least ``least``.
+
+    ``otherwise``: what the message says is allowed beside it.
+    """
+    bound = "" if least == -math.inf else f" of at least {least}"
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise ArgumentError(f"{name} must be a whole number{bound}{otherwise}, not {value!r}")
+    whole = int(value)
+    require(whole >= least, f"{name} must be at least {least}{otherwise}, not {whole}")
+    return whole
+
+
+def require_positive(name: str, value: Any, otherwise: str = "") -> float:
+    """Return argument ``name`` as a float; raises ArgumentError unless it is a number above 0."""
+    number = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else 0.0
+    require(number > 0, f"{name} must be a number above 0{otherwise}, not {value!r}")
+    return number

@@ -56,12 +56,15 @@ def test_json_lines_hold_the_figures(tmp_path: Path) -> None:
         assert line["peak_activation_bytes"] == list(result.peak_activation_bytes)
     assert [line["lr"] for line in lines(path)] == [[0.1], [0.05], [0.025]]
     assert line["time"] > 1.6e9
+    assert line["metrics"] == {}
+    pipe.train_step(*batch, metrics={"one": lambda output, target: (2, 2), "none": lambda output, target: (0, 0)})
+    assert lines(path)[-1]["metrics"] == {"one": 1.0, "none": None}
 
 
 def test_a_record_holds_every_figure_and_has_the_same_keys_under_all_schedules() -> None:
     sync, streamed = (local(schedule=schedule).train_step(*next(batches(1))) for schedule in ("1f1b", "pipedream"))
     assert list(record(sync)) == list(record(streamed))
-    figures = {field.name for field in dataclasses.fields(StreamResult)} - {"timeline", "idle"} | {"bubble"}
+    figures = {field.name for field in dataclasses.fields(StreamResult)} - {"timeline", "idle", "outputs"} | {"bubble"}
     assert set(record(streamed)) == figures
     assert type(sync) is rp.StepResult
     assert type(streamed) is StreamResult
@@ -129,12 +132,12 @@ def test_tensorboard_reads_the_figures_back(tmp_path: Path) -> None:
 
     pipe = local()
     board = pipe.on_step(rp.callbacks.TensorBoard(tmp_path))
-    results = [pipe.train_step(*batch) for batch in batches(3)]
+    results = [pipe.train_step(*batch, metrics={"one": lambda output, target: (2, 2)}) for batch in batches(3)]
     pipe.close()
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     assert [event.value for event in events.Scalars("loss")] == pytest.approx([result.loss for result in results])
-    assert {"bubble", "lr/0", "peak_in_flight/2", "applied"} <= set(events.Tags()["scalars"])
+    assert {"bubble", "lr/0", "peak_in_flight/2", "applied", "metrics/one"} <= set(events.Tags()["scalars"])
     resumed = rp.callbacks.TensorBoard(tmp_path)
     resumed(dataclasses.replace(results[1], loss=7.0))
     resumed.close()

@@ -176,7 +176,7 @@ def test_a_loss_of_sum_and_count() -> None:
         ({"weights": "2bw"}, "does not fit schedule 'pipedream'"),
         ({"schedule": "1f1b", "weights": "stash"}, "takes None: its weights have one version"),
         ({"schedule": "pipedream-2bw", "chunks": 2}, "needs at least 3 micro-batches on 3 workers, not 2"),
-        ({"flush_every": 0}, "flush_every must be at least 1, not 0"),
+        ({"flush_every": 0}, "flush_every must be at least 1, or None for never, not 0"),
         ({"nonfinite": "ignore"}, "nonfinite must be 'skip' or 'stop'"),
     ],
 )

@@ -18,7 +18,7 @@ from rpcpipe.cluster.process import WorkerProcess, worker_environment
 from rpcpipe.cluster.rendezvous import WorkerGroup, form, worker_names
 from rpcpipe.cluster.template import PRELOADED, templates
 from rpcpipe.cluster.worker_logs import WorkerLogs
-from rpcpipe.errors import ArgumentError, RpcPipeError
+from rpcpipe.errors import ArgumentError, RpcPipeError, require_positive, require_whole
 from rpcpipe.transport.pickler import worker_imports
 from rpcpipe.transport.rpc import this_process
 
@@ -98,11 +98,9 @@ def launch(
     A live cluster that was launched alike is returned again; another one is closed first. Raises
     ArgumentError for arguments that cannot work and RendezvousError when workers do not start.
     """
-    if workers < 1 or spares < 0:
-        raise ArgumentError(f"workers must be at least 1 and spares 0, not {workers} and {spares}")
-    count = max(1, (os.cpu_count() or 1) // workers) if threads is None else threads
-    if count < 1 or timeout <= 0:
-        raise ArgumentError(f"threads and timeout must be positive, not {threads} and {timeout}")
+    workers, spares = require_whole("workers", workers), require_whole("spares", spares, least=0)
+    count = max(1, (os.cpu_count() or 1) // workers) if threads is None else require_whole("threads", threads)
+    timeout = require_positive("timeout", timeout)
     devices = _devices(device, workers + spares)
     directory = None if log_dir is None else Path(log_dir).absolute()
     names = [*worker_names(workers), *(f"spare{index}" for index in range(spares))]

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ _OF_STREAMS: dict[str, Any] = {
 }  # fmt: skip
 _FIGURES = (
     "step", "loss", "grad_norm", "seconds", "peak_in_flight", "applied", "peak_activation_bytes", "recomputed", "lr",
-    *_OF_STREAMS, "accumulated", "loss_scale", "bubble",
+    *_OF_STREAMS, "accumulated", "loss_scale", "bubble", "metrics",
 )  # fmt: skip
 
 
@@ -31,6 +31,8 @@ def record(result: StepResult) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     """Return ``value`` fit for JSON."""
+    if isinstance(value, Mapping):
+        return {name: _plain(part) for name, part in value.items()}
     if isinstance(value, tuple):
         return [_plain(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -101,9 +103,9 @@ class TensorBoard:
                 self._write(name, value, result.step)
 
     def _write(self, name: str, value: Any, step: int) -> None:
-        if isinstance(value, Sequence):
-            for index, part in enumerate(value):
-                self._write(f"{name}/{index}", part, step)
+        if isinstance(value, (Sequence, Mapping)):
+            for key, part in value.items() if isinstance(value, Mapping) else enumerate(value):
+                self._write(f"{name}/{key}", part, step)
         elif value is not None:
             self._writer.add_scalar(name, value, step)
 

@@ -10,16 +10,36 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
-from rpcpipe.driver.result import mean_loss
+from rpcpipe.driver.result import mean_loss, merged_outputs
 from rpcpipe.driver.runtime import Runtime
 from rpcpipe.errors import ArgumentError, RpcPipeError, require
-from rpcpipe.model.microbatch import Nest, batch_size, merge, unpack
+from rpcpipe.model.microbatch import Nest, batch_size
 from rpcpipe.stage.context import StepContext
 from rpcpipe.stage.metrics import Metric, Sums, means
 from rpcpipe.transport.interrupts import shield_interrupts
 from rpcpipe.transport.pickling import dumps
 from rpcpipe.worker.messages import Report
 from rpcpipe.worker.operations import SetMetrics, SetSelection
+
+
+class Wanted(NamedTuple):
+    """What a training step reports beside its loss: metrics on the last stage, and the outputs."""
+
+    measures: bool = False
+    outputs: bool = False
+
+    @classmethod
+    def of(cls, runtime: Runtime, metrics: Mapping[str, Metric] | None, outputs: bool) -> Wanted:
+        """Tell the last stage which ``metrics`` to compute, and return what the step is to report."""
+        if not metrics:
+            return cls(outputs=outputs)
+        for name, metric in metrics.items():
+            require(callable(metric), f"metric {name!r} must be callable as metric(output, target), not {metric!r}")
+        tell_last_stage(runtime, SetMetrics(dumps(dict(metrics), "what to measure")))
+        return cls(measures=True, outputs=outputs)
+
+
+NOTHING = Wanted()
 
 
 class Passed(NamedTuple):
@@ -32,8 +52,7 @@ class Passed(NamedTuple):
     @property
     def output(self) -> Nest:
         """The outputs of the whole batch that the last stage kept."""
-        packed = {chunk: part for report in self.reports.values() for chunk, part in report.outputs.items()}
-        return merge([unpack(packed[chunk]) for chunk in sorted(packed)])
+        return merged_outputs(self.reports)
 
 
 class Passes:
@@ -110,6 +129,11 @@ def evaluate(
     The mean loss is over all samples, or over the total count where the loss returns (sum, count). Raises
     ArgumentError for a metric named ``loss``, and if nothing counts in any batch.
     """
+    require(
+        runtime.settings.has_loss,
+        "evaluate needs the loss that this pipeline was made without: make one with loss=…, or compare the outputs of"
+        " pipe.predict with the targets",
+    )
     require("loss" not in metrics, "a metric cannot be named 'loss': the loss is reported beside the metrics")
     tell_last_stage(runtime, SetMetrics(dumps(dict(metrics), "what to measure")))
     total, samples, sums = 0.0, 0.0, list[Sums]()

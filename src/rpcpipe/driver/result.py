@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from rpcpipe import _tables
+from rpcpipe.model.microbatch import Nest, merge, unpack
 from rpcpipe.schedules import Timeline
 from rpcpipe.stage import gradients
+from rpcpipe.stage.metrics import means
 from rpcpipe.worker.messages import Report
 
 _HEADER = ("stage", "its worker busy", "peak in flight")
@@ -28,7 +30,7 @@ class StepResult:
     of the loss in the backward, 1 except under float16, ``lr`` the learning rate of every
     parameter group. By stage, ``peak_activation_bytes`` is the most memory that autograd had saved at
     once, which includes the inputs of recomputed layers and excludes parameters, and ``recomputed`` the
-    number of layer forwards that were recomputed.
+    number of layer forwards that were recomputed. ``metrics`` and ``outputs`` are those that the call asked for.
     """
 
     step: int
@@ -43,6 +45,8 @@ class StepResult:
     lr: tuple[float, ...] = ()
     accumulated: int = 0
     loss_scale: float = 1.0
+    metrics: Mapping[str, float] = field(default_factory=dict, repr=False)
+    outputs: Nest = field(default=None, repr=False, compare=False)
 
     @property
     def bubble(self) -> float:
@@ -86,6 +90,18 @@ def mean_loss(
         return sum(losses[chunk][0] * weights[chunk] for chunk in sorted(losses)), None
     total = sum(counts)
     return sum(losses[chunk][0] for chunk in sorted(losses)) / total if total else float("nan"), total
+
+
+def mean_metrics(reports: Mapping[str, Report]) -> dict[str, float]:
+    """Return each metric's mean over the batch, empty where nothing was measured."""
+    measured = {chunk: sums for report in reports.values() for chunk, sums in report.metrics.items()}
+    return means(measured[chunk] for chunk in sorted(measured))
+
+
+def merged_outputs(reports: Mapping[str, Report]) -> Nest:
+    """Return the outputs of the whole batch, None where none were kept."""
+    packed = {chunk: part for report in reports.values() for chunk, part in report.outputs.items()}
+    return merge([unpack(packed[chunk]) for chunk in sorted(packed)]) if packed else None
 
 
 def by_stage(reports: Mapping[str, Report], field: str, joined: Callable[[list[int]], int] = max) -> tuple[int, ...]:
@@ -172,6 +188,8 @@ class StreamResult(StepResult):
             peak_activation_bytes=by_stage(reports, "peak_bytes"),
             recomputed=by_stage(reports, "recomputed"),
             lr=batch.lr,
+            metrics=mean_metrics(reports),
+            outputs=merged_outputs(reports),
             skipped=len(updates) - len(applied),
             versions=tuple(tuple(batch.base + version for version in versions) for versions in used),
             staleness=tuple(max(g - v for g, v in zip(groups, versions, strict=True)) for versions in used),

@@ -20,7 +20,7 @@ from rpcpipe.driver.layout import Layout
 from rpcpipe.driver.optimizer import PipelineOptimizer
 from rpcpipe.driver.stage_handle import StageHandle
 from rpcpipe.driver.tracing import Tracer
-from rpcpipe.errors import RpcPipeError, ScheduleError
+from rpcpipe.errors import RpcPipeError, ScheduleError, require
 from rpcpipe.model.layers import check_inputs
 from rpcpipe.model.microbatch import Nest
 from rpcpipe.schedules import Schedule
@@ -54,7 +54,10 @@ class OpenStream(Protocol):
 
 @dataclass
 class Settings:
-    """The settings of training. ``clip_grad_norm`` and ``nonfinite`` may change between steps."""
+    """The settings of training, replaced between steps.
+
+    ``trains`` and ``has_loss``: whether the pipeline was made with an optimizer and with a loss.
+    """
 
     accumulate: int = 1
     batch_norm: str = "micro_batch"
@@ -63,6 +66,8 @@ class Settings:
     nonfinite: str = "skip"
     weights: str | None = None
     virtual_stages: int = 1
+    trains: bool = True
+    has_loss: bool = True
 
     def check(self, policy: str | None, *, scaled: bool) -> None:
         """Raise ScheduleError for settings that do not fit an asynchronous schedule with ``policy``.
@@ -181,7 +186,7 @@ class Runtime:
         copies = f" in {self.layout.replicas} replicas" if self.layout.replicas > 1 else ""
         return (
             f"Pipeline({self.schedule.name}, {len(self.stages)} stages{copies}, {self.chunks} micro-batches,"
-            f" {self.trained} steps trained)"
+            f" {f'{self.trained} steps trained' if self.settings.trains else 'inference only'})"
         )
 
     def rows(self) -> list[list[str]]:
@@ -245,6 +250,14 @@ class Runtime:
         self.cluster.check()
         if self.stream is not None:
             self.stream.flush()
+
+    def check_trains(self) -> None:
+        """Raise ArgumentError if the pipeline was made without an optimizer."""
+        require(
+            self.settings.trains,
+            "this pipeline was made without an optimizer and cannot train: make one with loss=… and optimizer=…, and"
+            " give it these weights by load_state_dict(pipe.state_dict())",
+        )
 
     def check_policy(self, policy: str | None) -> None:
         """Raise ScheduleError if the settings do not fit a schedule with this ``policy`` of weight versions."""

@@ -13,7 +13,8 @@ from typing import Any
 
 from rpcpipe.driver.accumulation import Progress
 from rpcpipe.driver.driver import GradientGate
-from rpcpipe.driver.result import StepResult, by_stage, mean_loss
+from rpcpipe.driver.inference import NOTHING, Wanted
+from rpcpipe.driver.result import StepResult, by_stage, mean_loss, mean_metrics, merged_outputs
 from rpcpipe.driver.runtime import Runtime
 from rpcpipe.driver.tracing import spans
 from rpcpipe.errors import Failure, RpcPipeError, StageError
@@ -36,8 +37,9 @@ class Step:
 
     context_id: int
 
-    def __init__(self, runtime: Runtime, number: int) -> None:
+    def __init__(self, runtime: Runtime, number: int, wanted: Wanted = NOTHING) -> None:
         self._runtime = runtime
+        self._wanted = wanted
         self._number = number
         self._message = runtime.driver.new_step()
         self._started = time.perf_counter()
@@ -127,6 +129,8 @@ class Step:
             recomputed=by_stage(reports, "recomputed", sum),
             accumulated=self._progress.done,
             loss_scale=plan.scale,
+            metrics=mean_metrics(reports),
+            outputs=merged_outputs(reports),
         )
         runtime.note(self._result.timeline)
         return driver.publish_gradients(self._message, self.context_id, gate) if self._result.applied else {}
@@ -143,6 +147,8 @@ class Step:
             scale=1.0 if runtime.scaler is None else runtime.scaler.get_scale(),
             accumulates_on=progress.after,
             updates=progress.is_last,
+            measures=self._wanted.measures,
+            keep_outputs=self._wanted.outputs,
         )
 
     def _gate(self, plan: StepContext, reports: Mapping[str, Report], count: float | None) -> GradientGate:

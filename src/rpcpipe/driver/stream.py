@@ -16,6 +16,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from rpcpipe.driver.callbacks import tell
+from rpcpipe.driver.inference import NOTHING, Wanted
 from rpcpipe.driver.optimizer import check_alike
 from rpcpipe.driver.program import Fed, check_sizes
 from rpcpipe.driver.result import StreamedBatch, StreamResult, last_update
@@ -75,9 +76,9 @@ class StreamState:
 class Stream:
     """Streams batches through a pipeline; ``results`` are the collected results that the caller has not taken."""
 
-    def __init__(self, runtime: Runtime) -> None:
+    def __init__(self, runtime: Runtime, wanted: Wanted = NOTHING) -> None:
         self.results: deque[StreamResult] = deque()
-        self._runtime = runtime
+        self._runtime, self._wanted = runtime, wanted
         self._state: StreamState | None = None
         # The number of batches fed before the oldest is awaited: as many micro-batches as there are stages fill the
         # pipeline, and two more hide the driver's time.
@@ -189,7 +190,8 @@ class Stream:
         )
         plan = StepContext(
             state.step, state.base, True, (), trace=runtime.tracer is not None, policy=runtime.policy,
-            stop=runtime.settings.nonfinite == "stop",
+            stop=runtime.settings.nonfinite == "stop", measures=self._wanted.measures,
+            keep_outputs=self._wanted.outputs,
         )  # fmt: skip
         for name in runtime.names:
             runtime.driver.send(name, state.step, Task(BeginStep(plan)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,14 @@ from rpcpipe import schedules
 from rpcpipe.cluster.cluster import PipelineCluster
 from rpcpipe.driver.layout import Layout, stage_parts
 from rpcpipe.driver.runtime import Settings
-from rpcpipe.errors import CheckpointError, PartitionError, ScheduleError, require
+from rpcpipe.errors import (
+    CheckpointError,
+    PartitionError,
+    ScheduleError,
+    require,
+    require_positive,
+    require_whole,
+)
 from rpcpipe.model import losses
 from rpcpipe.model.batchnorm import MODES
 from rpcpipe.model.extra_state import shape_differs
@@ -39,8 +47,8 @@ _DISPATCH = ("rref", "batched")
 class Options:
     """Holds all arguments of ``Pipeline`` but the model and the cluster; ``Pipeline`` documents them."""
 
-    loss: Loss
-    optimizer: Factory
+    loss: Loss | None = None
+    optimizer: Factory | None = None
     schedule: str | Schedule = "1f1b"
     chunks: int = 8
     balance: str | Sequence[int] = "parameters"
@@ -70,17 +78,28 @@ class Options:
 
     def checked(self) -> Options:
         """Return the options; raises ArgumentError for values that are wrong whatever the model and the cluster."""
-        check_functions(self.loss, self.optimizer, self.dispatch, self.chunks)
+        check_functions(self.loss, self.optimizer, self.dispatch)
         check_checkpoint(self.checkpoint)
-        check_training(self.nonfinite, self.flush_every, self.accumulate, self.autocast, self.batch_norm)
-        return self
+        precision.check(self.autocast)
+        check_types(self.schedule, self.balance, self.shard_optimizer)
+        settings = check_settings(self.settings)
+        return replace(
+            self,
+            chunks=require_whole("chunks", self.chunks),
+            replicas=require_whole("replicas", self.replicas),
+            seed=require_whole("seed", self.seed, least=-math.inf),
+            **{
+                name: getattr(settings, name)
+                for name in ("accumulate", "clip_grad_norm", "flush_every", "virtual_stages")
+            },
+        )
 
     @property
     def settings(self) -> Settings:
         """Return the options that a running pipeline reads or changes."""
         return Settings(
             self.accumulate, self.batch_norm, self.clip_grad_norm, self.flush_every, self.nonfinite, self.weights,
-            self.virtual_stages,
+            self.virtual_stages, self.optimizer is not None, self.loss is not None,
         )  # fmt: skip
 
 
@@ -89,9 +108,8 @@ def layout_of(
 ) -> Layout:
     """Return the layout: the cluster's first workers, as many as schedule, balance and replicas need.
 
-    Raises ArgumentError, ScheduleError for an unknown schedule, and PartitionError for a wrong number of workers.
+    Raises ScheduleError for an unknown schedule, and PartitionError for a wrong number of workers.
     """
-    require(replicas >= 1, f"replicas must be at least 1, not {replicas}")
     names = [worker.name for worker in cluster.workers]
     wanted, rest = divmod(len(names), replicas)
     if isinstance(schedule, Schedule):
@@ -111,8 +129,13 @@ def layout_of(
     return Layout(tuple(names[: wanted * replicas]), replicas)
 
 
-def make_schedule(schedule: str | Schedule, workers: int, chunks: int, virtual: int, replicas: int) -> Schedule:
-    """Return ``schedule``, or the schedule of that name for these sizes; raises ScheduleError if it cannot run."""
+def make_schedule(
+    schedule: str | Schedule, workers: int, chunks: int, virtual: int, replicas: int, *, trains: bool = True
+) -> Schedule:
+    """Return ``schedule``, or the schedule of that name for these sizes; raises ScheduleError if it cannot run.
+
+    ``trains``: it needs backwards.
+    """
     if isinstance(schedule, str):
         schedule = schedules.get(schedule, workers, chunks, virtual)
     if replicas > 1 and schedule.name in POLICIES:
@@ -120,7 +143,22 @@ def make_schedule(schedule: str | Schedule, workers: int, chunks: int, virtual: 
             f"{schedule.name!r} updates each replica's weights at its own times, so {replicas} replicas would part;"
             " use a synchronous schedule, for instance '1f1b', or replicas=1"
         )
-    return schedule.validate()
+    schedule.validate()
+    if trains:
+        schedule.check_backward()
+    _check_updates(schedule)
+    return schedule
+
+
+def _check_updates(schedule: Schedule) -> None:
+    """ScheduleError for updates (U), or an asynchronous schedule's name, in an order that no stream executes."""
+    known = schedules.get(schedule.name, schedule.workers, schedule.chunks) if schedule.name in POLICIES else None
+    if schedule.asynchronous if known is None else schedule.actions != known.actions:
+        raise ScheduleError(
+            f"schedule {schedule.name!r} is an order of its own with updates in it, or with an asynchronous schedule's"
+            f" name; updates inside of a batch follow the orders {' and '.join(map(repr, POLICIES))} alone: pass such a"
+            " name, or leave U out and give the schedule another one"
+        )
 
 
 def cut_layers(
@@ -149,24 +187,49 @@ def cut_layers(
     return sizes
 
 
-def check_functions(loss: Any, optimizer: Any, dispatch: str, chunks: int) -> None:
-    """Raise ArgumentError for a loss, optimizer, dispatch or number of micro-batches that cannot work."""
-    require(callable(loss), f"loss must be callable as loss(output, target), not {loss!r}")
-    losses.check(loss)
-    require(callable(optimizer), f"optimizer must be a function of the parameters, not {optimizer!r}")
+def check_functions(loss: Any, optimizer: Any, dispatch: str) -> None:
+    """Raise ArgumentError for a loss, optimizer or dispatch that cannot work."""
+    require(
+        loss is not None or optimizer is None,
+        "optimizer=… needs loss=… to train; leave both out for a pipeline that only infers, or the optimizer for one"
+        " that evaluates as well",
+    )
+    require(loss is None or callable(loss), f"loss must be callable as loss(output, target), not {loss!r}")
+    if optimizer is not None:
+        losses.check(loss)
+    require(
+        optimizer is None or callable(optimizer), f"optimizer must be a function of the parameters, not {optimizer!r}"
+    )
     require(dispatch in _DISPATCH, f"dispatch must be one of {_DISPATCH}, not {dispatch!r}")
-    require(chunks >= 1, f"chunks must be at least 1, not {chunks}")
 
 
-def check_training(
-    nonfinite: str, flush_every: int | None, accumulate: int, autocast: torch.dtype | None, batch_norm: str
-) -> None:
-    """Raise ArgumentError for a wrong value of an option of training."""
+def check_types(schedule: Any, balance: Any, shard_optimizer: Any) -> None:
+    """Raise ArgumentError for a value of a wrong type."""
+    require(
+        isinstance(schedule, (str, Schedule)),
+        f"schedule must be one of {', '.join(schedules.names())}, or a Schedule, not {schedule!r}",
+    )
+    require(
+        isinstance(balance, (str, Sequence)) and len(balance) > 0,
+        f"balance must be one of {_BALANCES} or a list of layers per stage, not {balance!r}",
+    )
+    require(isinstance(shard_optimizer, bool), f"shard_optimizer must be True or False, not {shard_optimizer!r}")
+
+
+def check_settings(settings: Settings) -> Settings:
+    """Return the settings, numbers as int and float; raises ArgumentError for a wrong value."""
+    nonfinite, batch_norm, clip, flush = (
+        settings.nonfinite, settings.batch_norm, settings.clip_grad_norm, settings.flush_every
+    )  # fmt: skip
     require(nonfinite in ("skip", "stop"), f"nonfinite must be 'skip' or 'stop', not {nonfinite!r}")
-    require(flush_every is None or flush_every >= 1, f"flush_every must be at least 1, not {flush_every}")
-    require(accumulate >= 1, f"accumulate must be at least 1, not {accumulate}")
-    precision.check(autocast)
     require(batch_norm in MODES, f"batch_norm must be one of {MODES}, not {batch_norm!r}")
+    return replace(
+        settings,
+        accumulate=require_whole("accumulate", settings.accumulate),
+        clip_grad_norm=None if clip is None else require_positive("clip_grad_norm", clip, ", or None not to clip"),
+        flush_every=None if flush is None else require_whole("flush_every", flush, otherwise=", or None for never"),
+        virtual_stages=require_whole("virtual_stages", settings.virtual_stages),
+    )
 
 
 def check_ties(policy: str | None, ties: Sequence[Tie], layers: Sequence[str], sizes: Sequence[int]) -> None:
@@ -191,7 +254,10 @@ def check_groups(infos: Mapping[str, Sequence[StageInfo]]) -> list[dict[str, Any
     ``infos``: each worker's descriptions of its stages.
     """
     groups = [info.groups for stages in infos.values() for info in stages if info.groups]
-    require(bool(groups), "no parameter of the model requires a gradient: there is nothing to train")
+    require(
+        bool(groups),
+        "no parameter of the model requires a gradient: there is nothing to train; leave optimizer=… out to infer",
+    )
     require(
         len({len(group) for group in groups}) == 1,
         f"optimizer made {sorted({len(group) for group in groups})} parameter groups on different workers;"

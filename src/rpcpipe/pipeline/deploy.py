@@ -17,7 +17,7 @@ from rpcpipe.cluster.cluster import PipelineCluster
 from rpcpipe.driver.deployment import Deployment
 from rpcpipe.driver.driver import Driver
 from rpcpipe.driver.runtime import Runtime, release
-from rpcpipe.errors import ArgumentError, StageError, require
+from rpcpipe.errors import ArgumentError, ScheduleError, StageError, require, require_whole
 from rpcpipe.model.containers import check_global_hooks, shared_buffers
 from rpcpipe.model.layers import (
     Layer,
@@ -31,7 +31,15 @@ from rpcpipe.model.layers import (
 )
 from rpcpipe.model.microbatch import Nest
 from rpcpipe.model.torch_settings import TorchSettings
-from rpcpipe.pipeline.arguments import Options, check_groups, check_ties, cut_layers, layout_of, make_schedule
+from rpcpipe.pipeline.arguments import (
+    Options,
+    check_groups,
+    check_settings,
+    check_ties,
+    cut_layers,
+    layout_of,
+    make_schedule,
+)
 from rpcpipe.planning import LayerCost, partition
 from rpcpipe.schedules import Schedule, weight_versions
 from rpcpipe.stage import precision
@@ -51,11 +59,12 @@ def start(model: Model, cluster: PipelineCluster, options: Options) -> Runtime:
     """
     cluster.check()
     layout = layout_of(cluster, options.schedule, options.balance, options.virtual_stages, options.replicas)
+    trains = options.optimizer is not None
     schedule = make_schedule(
-        options.schedule, layout.pipeline_size, options.chunks, options.virtual_stages, options.replicas
+        options.schedule, layout.pipeline_size, options.chunks, options.virtual_stages, options.replicas, trains=trains
     )
     policy = weight_versions.choose(schedule.name, options.weights)
-    scaler = precision.loss_scaler(options.autocast)
+    scaler = precision.loss_scaler(options.autocast) if trains else None
     options.settings.check(policy, scaled=scaler is not None)
     check_global_hooks()
     layers, seed = named_layers(model), options.seed
@@ -76,8 +85,8 @@ def start(model: Model, cluster: PipelineCluster, options: Options) -> Runtime:
     # In a REPL a pipeline is often replaced without being closed; this frees its stages.
     weakref.finalize(runtime, release, cluster, driver).atexit = False
     common = ActorSpec(
-        {}, schedule.stages - 1, options.loss, options.optimizer, seed, options.checkpoint, options.autocast,
-        options.batch_norm, wirings, ties, deployment.stage_links, shared_buffers=buffers,
+        {}, schedule.stages - 1, options.loss or _no_loss, options.optimizer, seed, options.checkpoint,
+        options.autocast, options.batch_norm, wirings, ties, deployment.stage_links, shared_buffers=buffers,
         settings=TorchSettings.current(),
     )  # fmt: skip
     try:
@@ -106,6 +115,11 @@ def measure(cluster: PipelineCluster, layers: OrderedDict[str, Layer], sample: N
         raise unpicklable(layers, error) from error
 
 
+def _no_loss(output: Nest, target: Nest) -> None:
+    """Stand for the loss of a pipeline that only infers, which never computes it."""
+    raise AssertionError("evaluate is refused without a loss")
+
+
 def _create(runtime: Runtime, identity: str, layers: OrderedDict[str, Layer], common: ActorSpec) -> None:
     """Build the stages on all workers; only one worker's layers are held in pickled form at a time."""
     # Only for its warning and its refusal: they are sent with the layers.
@@ -123,7 +137,8 @@ def _create(runtime: Runtime, identity: str, layers: OrderedDict[str, Layer], co
         replies[name] = runtime.cluster.transport.call(name, "create", identity, spec)
     infos = runtime.driver.collect(replies)
     runtime.install(deployment, infos)
-    runtime.make_optimizer(check_groups({worker: list(stages.values()) for worker, stages in infos.items()}))
+    if runtime.settings.trains:
+        runtime.make_optimizer(check_groups({worker: list(stages.values()) for worker, stages in infos.items()}))
 
 
 def _pickled(spec: ActorSpec) -> bytes:
@@ -141,12 +156,16 @@ def change_schedule(runtime: Runtime, wanted: str | Schedule) -> None:
     Raises ArgumentError or ScheduleError, before anything changes, for a schedule that does not fit.
     """
     require(runtime.active is None, "the schedule cannot change inside a step")
+    require(
+        isinstance(wanted, (str, Schedule)),
+        f"schedule must be one of {', '.join(schedules.names())}, or a Schedule, not {wanted!r}",
+    )
     before, settings = runtime.deployment, runtime.settings
     virtual = settings.virtual_stages
     if isinstance(wanted, str):
         virtual = schedules.suited_virtual_stages(wanted, virtual)
     workers = before.layout.pipeline_size
-    new = make_schedule(wanted, workers, runtime.chunks, virtual, before.layout.replicas)
+    new = make_schedule(wanted, workers, runtime.chunks, virtual, before.layout.replicas, trains=settings.trains)
     require(new.workers == workers, f"{new.name!r} is for {new.workers} workers, not {workers}")
     policy = weight_versions.choose(new.name, settings.weights if new.name == before.schedule.name else None)
     runtime.check_policy(policy)
@@ -161,6 +180,27 @@ def change_schedule(runtime: Runtime, wanted: str | Schedule) -> None:
     else:
         _move(runtime, after)
     runtime.policy = policy
+
+
+def change_chunks(runtime: Runtime, chunks: int) -> None:
+    """Go on with another number of micro-batches; refusals leave everything as it was."""
+    chunks, schedule = require_whole("chunks", chunks), runtime.schedule
+    virtual = schedule.stages // schedule.workers
+    if schedule.name not in schedules.names() or schedule != schedules.get(
+        schedule.name, schedule.workers, schedule.chunks, virtual
+    ):
+        raise ScheduleError(
+            f"{schedule.name!r} is a Schedule of your own, which brings its {schedule.chunks} micro-batches: set"
+            f" pipe.schedule to one of {chunks} micro-batches, or to a name of rp.schedules.names()"
+        )
+    change_schedule(runtime, schedules.get(schedule.name, schedule.workers, chunks, virtual))
+
+
+def change_settings(runtime: Runtime, **wanted: Any) -> None:
+    """Train with other settings from now on; refusals leave them as they were."""
+    changed = check_settings(dataclasses.replace(runtime.settings, **wanted))
+    changed.check(runtime.policy, scaled=runtime.scaler is not None)
+    runtime.settings = changed
 
 
 def _move(runtime: Runtime, after: Deployment) -> None:

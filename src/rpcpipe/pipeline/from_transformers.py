@@ -29,7 +29,7 @@ def from_transformers(
     LlamaForCausalLM, whose weights are used and which is not changed. A BertConfig means BertForPreTraining unless its
     ``architectures`` names BertForMaskedLM. ``stages``: the number of stages to cut the model into by parameters, one
     on each of the first workers; by default all workers are used. ``pipeline_arguments`` are Pipeline's; ``loss`` is
-    the model's unless given.
+    the model's unless given; without ``optimizer`` the pipeline infers and evaluates.
 
     Inputs are a dict as the model's forward takes it: input_ids (batch, time) and optionally attention_mask,
     token_type_ids and position_ids, all (batch, time). Targets are a dict of the forward's label arguments: labels

@@ -7,6 +7,7 @@ selects the logits at each row's last position; only these are sent to the drive
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 
 from rpcpipe.driver.inference import Passes, tell_last_stage
-from rpcpipe.errors import require
+from rpcpipe.errors import require, require_whole
 from rpcpipe.model import rng
 from rpcpipe.model.microbatch import Nest
 from rpcpipe.pipeline.pipeline import Pipeline
@@ -83,10 +84,13 @@ def generate(
     The model must be causal: shorter rows are padded on the right with zeros, which earlier positions must not see.
     Raises ArgumentError for a wrong argument, and StageError, WorkerLost or DeadlineExceeded.
     """
-    require(new_tokens >= 0, f"new_tokens must not be negative, is {new_tokens}")
-    require(temperature >= 0, f"temperature must not be negative, is {temperature}")
-    require(top_k is None or top_k >= 1, f"top_k must be at least 1, not {top_k}")
-    require(context is None or context >= 1, f"context must be at least 1, not {context}")
+    require_whole("new_tokens", new_tokens, least=0)
+    require_whole("seed", seed, least=-math.inf)
+    number = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
+    require(number and temperature >= 0, f"temperature must be a number and not negative, is {temperature!r}")
+    for name, value in (("top_k", top_k), ("context", context)):
+        if value is not None:
+            require_whole(name, value, otherwise=", or None")
     require(all(row.dim() == 1 and len(row) for row in prompts), "every prompt must be a row of at least one token")
     pipe.runtime.check()
     tell_last_stage(pipe.runtime, SetSelection(dumps(_LastLogits(logits), "what to select")))

@@ -23,7 +23,7 @@ from rpcpipe.driver.runtime import Runtime
 from rpcpipe.driver.stage_handle import HEADER, StageHandle
 from rpcpipe.driver.step import Step
 from rpcpipe.driver.stream import Stream
-from rpcpipe.errors import ScheduleError
+from rpcpipe.errors import ScheduleError, require_whole
 from rpcpipe.model.layers import Loss, Model
 from rpcpipe.model.microbatch import Nest
 from rpcpipe.pipeline import deploy, state
@@ -47,7 +47,8 @@ class Pipeline:
         loss: ``loss(output, target)`` returns the mean over its samples as a scalar tensor, or (sum, count), which is
             normalized over the whole batch. If it has a method ``prepare``, the driver cuts ``loss.prepare(targets)``
             into micro-batches instead of the targets.
-        optimizer: ``optimizer(params)`` makes a torch optimizer, once per worker.
+        optimizer: ``optimizer(params)`` makes a torch optimizer, once per worker. Without it the pipeline infers and,
+            if it has a loss, evaluates.
         schedule: A name of ``rp.schedules.names()``, or a ``Schedule``.
         chunks: Micro-batches per batch, fewer if the batch is too small; a ``Schedule`` has its own number.
         balance: Layers per stage, or "parameters", "time" or "memory"; the last two are measured on the first worker
@@ -87,8 +88,8 @@ class Pipeline:
         model: Model,
         cluster: PipelineCluster,
         *,
-        loss: Loss,
-        optimizer: Factory,
+        loss: Loss | None = None,
+        optimizer: Factory | None = None,
         schedule: str | Schedule = "1f1b",
         chunks: int = 8,
         balance: str | Sequence[int] = "parameters",
@@ -128,7 +129,11 @@ class Pipeline:
 
     @property
     def optimizer(self) -> PipelineOptimizer:
-        """Return a ``torch.optim.Optimizer`` on the driver; ``param_groups`` and torch's schedulers work unchanged."""
+        """Return a ``torch.optim.Optimizer`` on the driver; ``param_groups`` and torch's schedulers work unchanged.
+
+        Raises ArgumentError if the pipeline was made without one.
+        """
+        self._runtime.check_trains()
         return self._runtime.optimizer
 
     @property
@@ -143,12 +148,18 @@ class Pipeline:
 
     @trained.setter
     def trained(self, steps: int) -> None:
-        self._runtime.trained = steps
+        self._runtime.check()
+        self._runtime.trained = require_whole("trained", steps, least=0)
 
     @property
     def chunks(self) -> int:
-        """Return the number of micro-batches of a full batch."""
+        """Return the number of micro-batches of a full batch; may be set between steps, unless a Schedule brings it."""
         return self._runtime.chunks
+
+    @chunks.setter
+    def chunks(self, count: int) -> None:
+        self._runtime.check()
+        deploy.change_chunks(self._runtime, count)
 
     @property
     def balance(self) -> list[int]:
@@ -162,7 +173,7 @@ class Pipeline:
 
     @accumulate.setter
     def accumulate(self, calls: int) -> None:
-        self._runtime.settings.accumulate = calls
+        deploy.change_settings(self._runtime, accumulate=calls)
 
     @property
     def scaler(self) -> torch.amp.GradScaler | None:
@@ -181,7 +192,7 @@ class Pipeline:
 
     @clip_grad_norm.setter
     def clip_grad_norm(self, norm: float | None) -> None:
-        self._runtime.settings.clip_grad_norm = norm
+        deploy.change_settings(self._runtime, clip_grad_norm=norm)
 
     @property
     def nonfinite(self) -> str:
@@ -190,7 +201,7 @@ class Pipeline:
 
     @nonfinite.setter
     def nonfinite(self, action: str) -> None:
-        self._runtime.settings.nonfinite = action
+        deploy.change_settings(self._runtime, nonfinite=action)
 
     @property
     def schedule(self) -> Schedule:
@@ -221,20 +232,24 @@ class Pipeline:
 
     # --- training ---
 
-    def train_step(self, inputs: Nest, targets: Nest) -> StepResult:
+    def train_step(
+        self, inputs: Nest, targets: Nest, metrics: Mapping[str, Metric] | None = None, outputs: bool = False
+    ) -> StepResult:
         """Run one batch forward and backward and update the weights; return the loss and what was measured.
 
         ``inputs`` and ``targets``: nests of tensors with the batch in dimension 0. With ``accumulate`` = n, only every
-        n-th call updates. Raises ArgumentError for inputs or targets that do not fit, and StageError, WorkerLost or
-        DeadlineExceeded; the weights are then as before.
+        n-th call updates. ``result.metrics`` are ``metrics``, given as to ``evaluate``, of the training forward's
+        outputs; with ``outputs`` these are in ``result.outputs``, detached and on the CPU. Raises ArgumentError for
+        arguments that do not fit, and StageError, WorkerLost or DeadlineExceeded; the weights are then as before.
         """
+        self._runtime.check_trains()
         if self._runtime.policy is not None:
             self._runtime.check()
-            stream = Stream(self._runtime)
+            stream = Stream(self._runtime, inference.Wanted.of(self._runtime, metrics, outputs))
             stream.feed(inputs, targets)
             stream.flush()
             return stream.take()
-        with shield_interrupts(), self.step() as step:
+        with shield_interrupts(), self._step(metrics, outputs) as step:
             # Not forward_backward, which waits until the gradients are in the context: one more round trip.
             step.run(inputs, targets)
             step.optimize()
@@ -250,6 +265,7 @@ class Pipeline:
         its batch was fed (enough to keep all workers busy), so a learning rate set then holds for the batches fed from
         then on. Any other call on the pipeline drains the stream first. Raises what ``train_step`` raises.
         """
+        self._runtime.check_trains()
         results = (
             (self.train_step(inputs, targets) for inputs, targets in batches)
             if self._runtime.policy is None
@@ -279,12 +295,17 @@ class Pipeline:
         with ``s.optimize()``, or with torch's ``DistributedOptimizer`` on ``parameter_rrefs()``. Raises ScheduleError
         under an asynchronous schedule.
         """
+        return self._step(None, False)
+
+    def _step(self, metrics: Mapping[str, Metric] | None, outputs: bool) -> Step:
+        """Return a step that reports ``metrics`` and ``outputs``."""
         self._runtime.check()
+        self._runtime.check_trains()
         if self._runtime.policy is not None:
             raise ScheduleError(
                 f"{self.schedule.name!r} updates as it goes; a step by hand needs a synchronous schedule"
             )
-        return Step(self._runtime, self.trained)
+        return Step(self._runtime, self.trained, inference.Wanted.of(self._runtime, metrics, outputs))
 
     @contextmanager
     def trace(self) -> Iterator[Timeline]:
@@ -333,6 +354,7 @@ class Pipeline:
     def parameter_rrefs(self) -> list[Any]:
         """Return RRefs to every replica's trainable parameters, in the model's order, for ``DistributedOptimizer``."""
         self._runtime.check()
+        self._runtime.check_trains()
         return [rref for stage in self.stages for rref in stage.parameter_rrefs()]
 
     def state_dict(self) -> OrderedDict[str, Any]:

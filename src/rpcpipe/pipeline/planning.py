@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from rpcpipe.cluster.cluster import Cluster, Worker
-from rpcpipe.errors import require
+from rpcpipe.errors import require, require_whole
 from rpcpipe.model.layers import Layer, Model, named_layers, parameter_counts
 from rpcpipe.model.microbatch import Nest, batch_size, split, tensors
 from rpcpipe.planning import CostModel, LayerCost, partition
@@ -69,8 +69,7 @@ def plan(
     require(
         bool(schedules) and set(SIMPLEST).issuperset(schedules), f"schedules must be among {SIMPLEST}, not {schedules}"
     )
-    count = len(workers.workers) if isinstance(workers, Cluster) else workers
-    require(count >= 1, f"workers must be at least 1, not {count}")
+    count = len(workers.workers) if isinstance(workers, Cluster) else require_whole("workers", workers)
     layers, size = named_layers(model), batch_size(sample)
     parts = _micro_batches(size, count, chunks)
     if flops is None:
@@ -89,8 +88,7 @@ def plan(
 
 def _micro_batches(size: int, workers: int, chunks: Sequence[int] | None) -> list[int]:
     """Return the sizes of micro-batches to profile, in samples, largest first."""
-    counts = chunks or [workers * factor for factor in (1, 2, 4, 8)]
-    require(min(counts) >= 1, f"chunks must be at least 1, not {counts}")
+    counts = [require_whole("chunks", count) for count in chunks or [workers * factor for factor in (1, 2, 4, 8)]]
     return sorted({-(-size // min(count, size)) for count in counts}, reverse=True)
 
 

@@ -21,7 +21,7 @@ from rpcpipe.checkpoint.plain_state import Holders, Stateful, decode, encode
 from rpcpipe.checkpoint.shard import Written, some
 from rpcpipe.checkpoint.tensor_file import Reader
 from rpcpipe.driver.runtime import Runtime
-from rpcpipe.errors import CheckpointError, Failure, StageError, require
+from rpcpipe.errors import CheckpointError, Failure, StageError, require, require_whole
 from rpcpipe.model.extra_state import packed, unpacked
 from rpcpipe.model.layers import layer_of
 from rpcpipe.model.tied_weights import Tie, completed
@@ -75,12 +75,14 @@ def save(runtime: Runtime, directory: str | Path, stateful: Holders, position: A
     CheckpointError.
     """
     require(runtime.active is None, "a step is open: save after its with-block")
+    require(runtime.settings.trains, "without an optimizer there is no training to go on with: save pipe.state_dict()")
     done = runtime.progress.done
     require(
         done == 0,
         f"{done} of {runtime.settings.accumulate} calls of an accumulation are done: save after the one that updates",
     )
-    require(keep is None or keep >= 1, f"keep must be at least 1, or None for all, not {keep}")
+    if keep is not None:
+        require_whole("keep", keep, otherwise=", or None for all")
     tensor_file.require()
     directory = Path(directory).absolute()
     with shield_interrupts():
@@ -138,7 +140,8 @@ def load(runtime: Runtime, directory: str | Path, stateful: Holders) -> Any:
             raise
         # From here on the load takes effect: workers run what is sent, whatever interrupts the wait.
         replies = {name: driver.call(name, ApplyCheckpoint(manifest.seed)) for name in names}
-        runtime.optimizer.adopt(groups)
+        if runtime.settings.trains:
+            runtime.optimizer.adopt(groups)
         runtime.trained = manifest.step
         runtime.forget_accumulated()
         _finish(runtime, replies)
@@ -229,7 +232,7 @@ def _check_driver(runtime: Runtime, folder: Path, manifest: Manifest, stateful: 
             " pass stateful={name: object} with the names given to save"
         )
     own_groups = len(runtime.optimizer.param_groups)
-    if len(manifest.groups) != own_groups:
+    if runtime.settings.trains and len(manifest.groups) != own_groups:
         raise CheckpointError(
             f"{folder} holds {len(manifest.groups)} parameter groups, this pipeline's optimizer has {own_groups}"
         )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import bisect
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, pairwise
-from math import inf
+from math import frexp, fsum, ldexp
+from numbers import Integral
+from typing import NamedTuple
 
 from rpcpipe.errors import PartitionError
 
@@ -14,166 +16,234 @@ from rpcpipe.errors import PartitionError
 # sub-range of a fitting range fits.
 Fits = Callable[[int, int, int], bool]
 
+_PRECISION = 52  # bits of the costs' total
+
 
 def balance(
     costs: Sequence[float], stages: int, communication: Sequence[float] | None = None, fits: Fits | None = None
 ) -> list[int]:
     """Return the layers per stage, none empty, for which the costliest stage is as cheap as possible.
 
-    Exact: bisection over the sums that can occur as a stage's cost. Of several such cuts, returns the one
-    with the least ``communication`` over its borders, where ``communication[layer]`` is what goes from
-    a layer to the next. Every stage must satisfy ``fits``. Raises PartitionError if there are fewer
-    layers than stages, or no cut whose stages all fit.
+    Exact: bisection over the sums that can occur as a stage's cost. Of several such cuts, returns the most even one,
+    which has the least sum of the stages' squared costs; of these the one with the least ``communication`` over its
+    borders, where ``communication[layer]`` is what goes from a layer to the next; of these the one with the shortest
+    last stages. Every stage must satisfy ``fits``. Raises PartitionError if there are fewer layers than stages, or no
+    cut whose stages all fit.
     """
-    sums = [0.0, *accumulate(costs)]
-    sizes = _min_max(costs, stages)
+    if not 1 <= stages <= len(costs):
+        raise PartitionError(
+            f"cannot cut {len(costs)} layers into {stages} stages: every stage needs a layer;"
+            " use fewer workers or split the layers"
+        )
+    sums = _prefix_sums(costs)
+    limit = _least_limit(sums, stages)
     if fits is not None:
-        sizes = _fitting(sums, stages, fits, _largest(sums, sizes))
-    if communication is None:
-        return sizes
-    cheapest = _least_communication(sums, _largest(sums, sizes), stages, communication, fits)
-    assert cheapest is not None, "sizes is such a cut"
-    return cheapest
+        limit = _least_fitting_limit(sums, stages, fits, limit)
+    sizes = _most_even(sums, limit, stages, communication or [0.0] * len(costs), fits)
+    assert sizes is not None, "limit is the largest cost of such a cut"
+    return sizes
 
 
-def _largest(sums: Sequence[float], sizes: Sequence[int]) -> float:
-    """Return the cost of the costliest stage; ``sums`` are prefix sums of the layers' costs."""
+def _prefix_sums(costs: Sequence[float]) -> list[int]:
+    """Return prefix sums of the costs as integers, in which equal layers cost the same wherever they are.
+
+    Floats are rounded to multiples of the total's last bit. Where no layer costs anything, all count the same.
+    """
+    if not any(costs):
+        costs = [1] * len(costs)
+    if all(isinstance(cost, int) for cost in costs):
+        return [0, *accumulate(costs)]  # type: ignore[list-item]
+    exponent = _PRECISION - frexp(fsum(costs))[1]
+    return [0, *accumulate(round(ldexp(cost, exponent)) for cost in costs)]
+
+
+def _largest(sums: Sequence[int], sizes: Sequence[int]) -> int:
+    """Return the cost of the costliest stage."""
     return max(sums[b] - sums[a] for a, b in pairwise([0, *accumulate(sizes)]))
 
 
-def _fitting(sums: Sequence[float], stages: int, fits: Fits, low: float) -> list[int]:
-    """Return the min-max cut among those that fit, by bisection; no cut is below ``low``."""
+def _least_limit(sums: Sequence[int], stages: int) -> int:
+    """Return the cost of the costliest stage in a min-max cut."""
+    low, high = max(-(-sums[-1] // stages), *(b - a for a, b in pairwise(sums))), sums[-1]
+    while low < high:
+        middle = (low + high) // 2
+        if (largest := _fill(sums, middle, stages)) is None:
+            low = middle + 1
+        else:
+            high = largest
+    return high
+
+
+def _fill(sums: Sequence[int], limit: int, stages: int) -> int | None:
+    """Return the largest cost of stages filled greedily up to ``limit`` each, or None if they do not suffice."""
+    start, largest = 0, 0
+    for _ in range(stages):
+        end = bisect.bisect_right(sums, sums[start] + limit) - 1
+        largest = max(largest, sums[end] - sums[start])
+        if (start := end) == len(sums) - 1:
+            return largest
+    return None
+
+
+def _least_fitting_limit(sums: Sequence[int], stages: int, fits: Fits, low: int) -> int:
+    """Return the cost of the costliest stage in the min-max cut among those that fit; none is below ``low``."""
     free = [0.0] * len(sums)
 
-    def within(limit: float) -> list[int] | None:
-        return _reach(sums, limit, stages, fits) or _least_communication(sums, limit, stages, free, fits)
+    def within(limit: int) -> list[int] | None:
+        return _reach(sums, limit, stages, fits) or _most_even(sums, limit, stages, free, fits)
 
-    if (trial := within(low)) is not None:
-        return trial
-    best = within(sums[-1])
-    if best is None:
+    if within(low) is not None:
+        return low
+    trial = within(sums[-1])
+    if trial is None:
         raise PartitionError(f"no cut of {len(sums) - 1} layers into {stages} stages fits")
-    high = _largest(sums, best)
-    while (middle := (low + high) / 2) not in (low, high):
+    high = _largest(sums, trial)
+    while low + 1 < high:  # invariant: no cut fits within low, one does within high
+        middle = (low + high) // 2
         trial = within(middle)
         if trial is None:
             low = middle
         else:
-            best, high = trial, _largest(sums, trial)
-    return best
+            high = _largest(sums, trial)
+    return high
 
 
-def _reach(sums: Sequence[float], limit: float, stages: int, fits: Fits) -> list[int] | None:
+def _reach(sums: Sequence[int], limit: int, stages: int, fits: Fits) -> list[int] | None:
     """Fill every stage as far as ``limit`` and ``fits`` allow while each later stage keeps a layer.
 
     Greedy and fast. Returns None also in the rare case that a cut exists, but needs a shorter stage
     because the layers left do not fit a later one.
     """
     ends = [0]
-    start, layers = 0, len(sums) - 1
+    layers = len(sums) - 1
     for stage in range(stages):
-        first = start
-
-        def too_long(end: int, stage: int = stage, first: int = first) -> bool:
-            return sums[end] - sums[first] > limit or not fits(stage, first, end)
-
-        last = layers - (stages - 1 - stage)
-        start = first + bisect.bisect_left(range(first + 1, last + 1), True, key=too_long)
-        if start == first:
+        end = min(_expiry(sums, limit, stage, ends[-1], fits) - 1, layers - (stages - 1 - stage))
+        if end <= ends[-1]:
             return None
-        ends.append(start)
-    return [b - a for a, b in pairwise(ends)] if start == layers else None
+        ends.append(end)
+    return [b - a for a, b in pairwise(ends)] if ends[-1] == layers else None
 
 
-def _least_communication(
-    sums: Sequence[float], limit: float, stages: int, communication: Sequence[float], fits: Fits | None
+def _expiry(sums: Sequence[int], limit: int, stage: int, start: int, fits: Fits | None) -> int:
+    """Return the first end to which ``stage`` cannot reach from ``start``."""
+    end = bisect.bisect_right(sums, sums[start] + limit, start)
+    if fits is None:
+        return end
+    return start + 1 + bisect.bisect_left(range(start + 1, end), True, key=lambda stop: not fits(stage, start, stop))
+
+
+def _nearest(sums: Sequence[int], limit: int, stage: int, end: int, fits: Fits | None) -> int:
+    """Return the first start from which ``stage`` can reach to ``end``."""
+    start = bisect.bisect_left(sums, sums[end] - limit, 0, end)
+    return (
+        start
+        if fits is None
+        else start + bisect.bisect_left(range(start, end), True, key=lambda at: fits(stage, at, end))
+    )
+
+
+class _Cut(NamedTuple):
+    """The best cut of the layers before ``end`` into the stages so far, the last of which begins at ``start``."""
+
+    squares: int
+    communication: float
+    end: int
+    start: int
+
+
+def _most_even(
+    sums: Sequence[int], limit: int, stages: int, communication: Sequence[float], fits: Fits | None
 ) -> list[int] | None:
-    """Return the cut within ``limit`` with the least communication, or None if there is no cut.
+    """Return the cut within ``limit`` that is best by evenness, communication and length of the last stages.
 
-    Dynamic programming over (stage, end); the last stage's start is the minimum of a sliding window.
+    Returns None if there is no cut. Dynamic programming over (stage, end).
     """
     layers = len(sums) - 1
-    best: list[float] = [0.0] + [inf] * layers  # least communication of the stages so far, ending before each layer
-    starts: list[list[int]] = []
-    for stage in range(1, stages + 1):
-        here, start = [inf] * (layers + 1), [0] * (layers + 1)
-        window: deque[int] = deque()  # candidates for the start, cheapest first
-        for end in range(stage, layers - (stages - stage) + 1):
-            cost = best[end - 1]
-            while window and best[window[-1]] >= cost:
-                window.pop()
-            window.append(end - 1)
-            while sums[end] - sums[window[0]] > limit or (fits and not fits(stage - 1, window[0], end)):
-                window.popleft()
-                if not window:
-                    break
-            if window and best[window[0]] < inf:
-                start[end] = window[0]
-                here[end] = best[window[0]] + (communication[end - 1] if end < layers else 0.0)
-        best = here
-        starts.append(start)
-    if best[layers] == inf:
+    cuts = {0: _Cut(0, 0.0, 0, 0)}
+    found = []
+    for stage, (first, last) in enumerate(_ends(sums, limit, stages, fits)):
+        chosen = _starts(sums, limit, stage, list(cuts.values()), range(first, last + 1), fits)
+        cuts = {
+            end: _Cut(
+                before.squares + (sums[end] - sums[before.end]) ** 2,
+                before.communication + (communication[end - 1] if end < layers else 0.0),
+                end,
+                before.end,
+            )
+            for end, before in chosen
+        }
+        found.append(cuts)
+    if layers not in cuts:
         return None
     ends = [layers]
-    for start in reversed(starts):
-        ends.append(start[ends[-1]])
+    for cuts in reversed(found):
+        ends.append(cuts[ends[-1]].start)
     return [b - a for a, b in pairwise(reversed(ends))]
 
 
-def _min_max(costs: Sequence[float], stages: int) -> list[int]:
-    """Return the layers per stage of the min-max cut; raises PartitionError for fewer layers than stages."""
-    if not 1 <= stages <= len(costs):
-        raise PartitionError(
-            f"cannot cut {len(costs)} layers into {stages} stages: every stage needs a layer;"
-            " use fewer workers or split the layers"
-        )
-    sums = [0.0, *accumulate(costs)]
-    low, high = max(costs), sums[-1]
-    # Invariant: `high` is feasible. The loop ends once no float lies between the bounds, or the
-    # greedy fill at the midpoint reaches a sum that was already the best.
-    best = _fill(sums, high, stages)
-    if (trial := _fill(sums, low, stages)) is not None:
-        return _spread(trial, stages)
-    while (middle := (low + high) / 2) not in (low, high):
-        trial = _fill(sums, middle, stages)
-        if trial is None:
-            low = middle
-        else:
-            best, high = trial, max(sums[b] - sums[a] for a, b in zip([0, *trial], trial, strict=False))
-    assert best is not None
-    return _spread(best, stages)
+def _ends(sums: Sequence[int], limit: int, stages: int, fits: Fits | None) -> list[tuple[int, int]]:
+    """Return for each stage the first and the last end that it can have in any cut within ``limit``.
+
+    Where the costliest stage is hardly costlier than the others, these are few.
+    """
+    layers = len(sums) - 1
+    last, first = [0], [layers]
+    for stage in range(stages):
+        last.append(max(last[-1], _expiry(sums, limit, stage, last[-1], fits) - 1))
+    for stage in range(stages - 1, 0, -1):
+        first.append(_nearest(sums, limit, stage, first[-1], fits))
+    return [
+        (max(early, stage), min(late, layers - (stages - stage)))
+        for stage, (early, late) in enumerate(zip(reversed(first), last[1:], strict=True), 1)
+    ]
 
 
-def _fill(sums: Sequence[float], limit: float, stages: int) -> list[int] | None:
-    """Return the ends of stages filled greedily up to ``limit`` each, or None if they do not suffice."""
-    ends: list[int] = []
-    start = 0
-    while start < len(sums) - 1:
-        end = bisect.bisect_right(sums, sums[start] + limit) - 1
-        while end > start and sums[end] - sums[start] > limit:
-            end -= 1
-        if end == start or len(ends) == stages:
-            return None
-        ends.append(end)
-        start = end
-    return ends
+def _starts(
+    sums: Sequence[int], limit: int, stage: int, before: Sequence[_Cut], ends: range, fits: Fits | None
+) -> Iterator[tuple[int, _Cut]]:
+    """Yield (end, the cut of ``before`` behind which ``stage`` best begins) for every end that can be reached.
+
+    The squares make a later start better from some end on, for good: the queue holds, in order, each start that is the
+    best for some ends, with the first of these.
+    """
+    queue: deque[tuple[_Cut, int, int]] = deque()  # start, first end for which it is best, first end out of its reach
+    following = 0
+    for end in ends:
+        while following < len(before) and before[following].end < end:
+            cut = before[following]
+            following += 1
+            best_from = 0
+            while queue:
+                best_from = min(_overtaken(sums, queue[-1][0], cut), queue[-1][2])
+                if best_from > queue[-1][1]:
+                    break
+                queue.pop()
+            queue.append((cut, best_from if queue else 0, _expiry(sums, limit, stage, cut.end, fits)))
+        while len(queue) > 1 and queue[1][1] <= end:
+            queue.popleft()
+        if queue and end < queue[0][2]:
+            yield end, queue[0][0]
 
 
-def _spread(ends: list[int], stages: int) -> list[int]:
-    """Return the layers per stage; where the greedy fill used fewer stages, the longest ones are halved."""
-    sizes = [b - a for a, b in zip([0, *ends], ends, strict=False)]
-    while len(sizes) < stages:
-        widest = max(range(len(sizes)), key=sizes.__getitem__)
-        half = sizes[widest] // 2
-        sizes[widest : widest + 1] = [sizes[widest] - half, half]
-    return sizes
+def _overtaken(sums: Sequence[int], early: _Cut, late: _Cut) -> int:
+    """Return the first end from which a stage behind ``late`` is no worse than one behind ``early``."""
+    a, b = sums[early.end], sums[late.end]
+    # late is better where 2 · (b - a) · sums[end] > lead, and where they are equal if it communicates no more.
+    lead = late.squares + b * b - early.squares - a * a
+    prefers_late = late.communication <= early.communication
+    if a == b:
+        return 0 if lead < 0 or (lead == 0 and prefers_late) else len(sums)
+    least = -(-lead // (2 * (b - a))) if prefers_late else lead // (2 * (b - a)) + 1
+    return bisect.bisect_left(sums, least)
 
 
 def check_balance(sizes: Sequence[int], layers: int, stages: int) -> list[int]:
     """Return ``sizes`` as a list; raises PartitionError unless they cut ``layers`` layers into ``stages`` stages."""
-    if len(sizes) != stages or any(size < 1 for size in sizes) or sum(sizes) != layers:
+    whole = all(isinstance(size, Integral) and not isinstance(size, bool) and size >= 1 for size in sizes)
+    if len(sizes) != stages or not whole or sum(sizes) != layers:
+        total = f" that sum to {sum(sizes)}" if whole else ""
         raise PartitionError(
-            f"balance={list(sizes)} must have {stages} entries of at least 1 that sum to the model's {layers} layers"
-            f" (it has {len(sizes)} entries that sum to {sum(sizes)})"
+            f"balance={list(sizes)} must have {stages} entries, whole numbers of at least 1, that sum to the model's"
+            f" {layers} layers (it has {len(sizes)} entries{total})"
         )
-    return list(sizes)
+    return [int(size) for size in sizes]

@@ -7,13 +7,13 @@ drawn is the schedule that runs.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Self
 
 from rpcpipe.errors import ScheduleError
-from rpcpipe.schedules.action import Action
+from rpcpipe.schedules.action import KINDS, Action
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Order:
         for an order that is incomplete, wrongly placed or can never finish.
         """
         rows = tuple(tuple(row) for row in workers)
+        _check_actions(name, rows)
         chunks = 1 + max((action.chunk for row in rows for action in row), default=0)
         return cls(name, chunks, _placement(rows), rows).validate()
 
@@ -160,8 +161,10 @@ class Order:
     def validate(self) -> Self:
         """Prove that every action appears once, on its worker, and that no order deadlocks.
 
-        Returns the order itself. Raises ScheduleError with the first violation.
+        Returns the order itself. Raises ScheduleError with the first violation. An order of forwards alone is
+        valid: inference can run it, training cannot.
         """
+        _check_actions(self.name, self.actions)
         self._check_unique()
         self._check_placement()
         self._check_complete()
@@ -169,6 +172,14 @@ class Order:
         for _ in self.walk():
             pass
         return self
+
+    def check_backward(self) -> None:
+        """Raise ScheduleError for an order of forwards alone, under which nothing could be trained."""
+        if all(action.kind == "F" for action in self._all):
+            raise ScheduleError(
+                f"schedule {self.name!r} has forwards alone and would train nothing: give every stage and micro-batch"
+                " a B, or an I and a W; pipe(inputs) and pipe.predict run forward under any schedule"
+            )
 
     def _check_unique(self) -> None:
         counts = Counter(action for row in self.actions for action in row)
@@ -217,6 +228,19 @@ class Order:
                             " in ascending order of micro-batches, so that every schedule gives the same bits"
                         )
                     last[action.stage] = action
+
+
+def _check_actions(name: str, rows: Iterable[Sequence[object]]) -> None:
+    """Raise ScheduleError for a worker without actions, and for what is no Action."""
+    for worker, row in enumerate(rows):
+        if not row:
+            raise ScheduleError(f"schedule {name!r} gives worker {worker} nothing to do; leave its row out")
+        for action in row:
+            if not (isinstance(action, Action) and action.kind in KINDS and type(action[1]) is type(action[2]) is int):
+                raise ScheduleError(
+                    f"{action!r} on worker {worker} is no action: make it Action(kind, stage, micro-batch) with a kind"
+                    f" of {', '.join(KINDS)}, or read it with Action.parse('0F3')"
+                )
 
 
 def _placement(rows: Iterable[Iterable[Action]]) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
+from numbers import Integral
 from typing import NamedTuple
 
 from rpcpipe.errors import ScheduleError
@@ -99,9 +100,12 @@ def suited_virtual_stages(name: str, wanted: int) -> int:
 def get(name: str, workers: int, chunks: int, virtual_stages: int = 1) -> Schedule:
     """Return the schedule ``name`` for these sizes; raises ScheduleError where it is not defined."""
     entry = _entry(name)
-    if workers < 1 or chunks < 1 or virtual_stages < 1:
+    sizes = workers, chunks, virtual_stages
+    # A cache takes 4.0 for 4.
+    if not all(isinstance(size, Integral) and not isinstance(size, bool) and size >= 1 for size in sizes):
         raise ScheduleError(
-            f"workers, chunks and virtual_stages must be at least 1, not {workers}, {chunks}, {virtual_stages}"
+            "workers, chunks and virtual_stages must be whole numbers and at least 1, not"
+            f" {workers!r}, {chunks!r}, {virtual_stages!r}"
         )
     virtual = virtual_stages_of(name, virtual_stages)
     if chunks < entry.fewest_chunks(workers):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 
 from rpcpipe import _tables
 from rpcpipe.schedules.action import Action
@@ -13,6 +14,8 @@ from rpcpipe.schedules.simulate import simulate
 from rpcpipe.schedules.timeline import Timeline
 
 _HEADER = ("worker", "stages", "actions", "first")
+_OVERLAP = re.compile(r"\((.*)\)OVERLAP_F_B")
+_IMPLIED = re.compile(r"\d+(SEND_F|RECV_F|SEND_B|RECV_B|UNSHARD|RESHARD|REDUCE_GRAD)\d*")
 _SHOWN = 12  # actions of a worker in the table
 
 
@@ -53,13 +56,22 @@ class Schedule(Order):
 
     @classmethod
     def from_csv(cls, text: str, *, name: str = "csv") -> Schedule:
-        """Read torch.distributed.pipelining's compute-only CSV; empty cells are idle and dropped.
+        """Read what torch.distributed.pipelining writes, one line per worker; empty cells are idle and dropped.
 
-        Raises ScheduleError for a cell that is no action, and as ``from_actions`` does.
+        ``(0F7;7B3)OVERLAP_F_B`` is its actions in order. Sends, receives and what shards parameters follow from the
+        placement and are dropped. Raises ScheduleError for another cell, and as ``from_actions`` does.
         """
         rows = [
-            [Action.parse(cell) for cell in row if cell.strip()]
+            [action for cell in row for action in _actions(cell.strip())]
             for row in csv.reader(io.StringIO(text))
             if any(cell.strip() for cell in row)
         ]
         return cls.from_actions(rows, name=name)
+
+
+def _actions(cell: str) -> list[Action]:
+    """Return the actions that a cell of torch's CSV stands for."""
+    if not cell or _IMPLIED.fullmatch(cell):
+        return []
+    overlap = _OVERLAP.fullmatch(cell)
+    return [Action.parse(part) for part in (overlap[1].split(";") if overlap else [cell])]

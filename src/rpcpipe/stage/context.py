@@ -31,6 +31,7 @@ class StepContext(NamedTuple):
     ``stop`` a loss or gradient that is not finite ends the stream.
 
     Gradients are added to those of step ``accumulates_on``, if any; ``updates`` is set if an update follows.
+    In training the last stage computes metrics if ``measures`` is set, and keeps its outputs if ``keep_outputs`` is.
     The loss is multiplied by ``scale`` for the backward, and the gradients are divided by ``scale`` before
     the update.
     """
@@ -46,6 +47,7 @@ class StepContext(NamedTuple):
     scale: float = 1.0
     accumulates_on: int | None = None
     updates: bool = True
+    measures: bool = False
 
     def micro_batch(self, chunk: int) -> MicroBatch:
         """Return the parameters of micro-batch ``chunk`` in a synchronous step."""

@@ -78,7 +78,7 @@ class Stage:
             (layers[name].get_submodule(path.rpartition(".")[0]), f"{name}.{path}") for name, path in constant
         ]
         self._autocast = options.autocast
-        self._scale = 1.0
+        self._context = StepContext(-1, 0, False, ())
         self._wirings = wirings or [Wiring()] * len(layers)
         self._outgoing = outgoing or {}
         self._live_names = live_names(self._wirings, (name for names in self._outgoing.values() for name in names))
@@ -130,7 +130,7 @@ class Stage:
         received = self._to_device(received)
         if not context.training:
             return self._infer(context, micro_batch, chunk, received, target)
-        self.micro_batches[chunk], self._returns[chunk], self._scale = micro_batch, returns, context.scale
+        self.micro_batches[chunk], self._returns[chunk], self._context = micro_batch, returns, context
         run = partial(self._run_segment, micro_batch, chunk, target)
         self._saved[chunk], outputs = self.segments.run(chunk, received, run)
         self.peak_in_flight = max(self.peak_in_flight, self.in_flight)
@@ -158,7 +158,21 @@ class Stage:
                 return flow
             if self.loss is None:
                 return leaving(flow, self._outgoing)
-            return flow if dropping else self._take_loss(chunk, flow[0], target)
+            outputs = flow if dropping else self._take_loss(chunk, flow[0], target)
+            if self._context.measures or self._context.keep_outputs:
+                self._keep(chunk, flow[0], target)
+            return outputs
+
+    def _keep(self, chunk: int, output: Nest, target: Nest) -> None:
+        """Keep what the step wants of the outputs of training; a recomputation adds nothing."""
+        if chunk in self.measured:
+            return
+        output = map_tensors(torch.Tensor.detach, output)
+        with torch.no_grad():
+            target = map_tensors(lambda leaf: leaf.to(self.device), target)
+            self.measured[chunk] = measure(self.metrics, output, target) if self._context.measures else {}
+        if self._context.keep_outputs:
+            self.outputs[chunk] = output
 
     def _leave(self, flow: Flow) -> dict[str, StageInput]:
         return part(autograd.leave(map_tensors(_to_host, flow)), self._outgoing)
@@ -292,7 +306,7 @@ class Stage:
         loss, count = self.losses[chunk]
         weight = _weight(self.micro_batches[chunk], count)
         # scale * weight, in the order in which autograd multiplies for scaler.scale(loss * weight).backward().
-        return [torch.full_like(loss, self._scale).mul_(weight) for _ in range(outputs)]
+        return [torch.full_like(loss, self._context.scale).mul_(weight) for _ in range(outputs)]
 
     def _leaves(self) -> Collection[torch.Tensor]:
         """Return the parameters as the leaves of this stage's graphs."""

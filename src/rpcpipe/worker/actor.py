@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from rpcpipe.model.microbatch import map_tensors, pack
+from rpcpipe.model.microbatch import Nest, Packed, map_tensors, pack
 from rpcpipe.schedules import Action
 from rpcpipe.stage import gradients
 from rpcpipe.stage.context import MicroBatch, StepContext
@@ -239,9 +239,7 @@ class Actor:
         self._add_arrivals(report)
         for index, stage in self.held.stages.items():
             report.losses.update(stage.loss_values())
-            report.outputs.update(
-                {chunk: pack(map_tensors(lambda leaf: leaf.cpu(), out)) for chunk, out in stage.outputs.items()}
-            )
+            report.outputs.update(_packed(stage.outputs))
             report.metrics.update(stage.measured)
             report.peak_in_flight[index] = stage.peak_in_flight
             report.peak_bytes[index], report.recomputed[index] = stage.peak_bytes, stage.segments.recomputed
@@ -351,6 +349,9 @@ class Actor:
         if self._snapshots is not None:
             self._snapshots.updated(versions.newest, update.committed)
         report.losses, report.peak_in_flight[stage.index] = stage.take_losses(), stage.peak_in_flight
+        done = report.losses.keys()
+        report.metrics = {chunk: stage.measured.pop(chunk) for chunk in done & stage.measured.keys()}
+        report.outputs = _packed({chunk: stage.outputs.pop(chunk) for chunk in done & stage.outputs.keys()})
         report.peak_bytes[stage.index], report.recomputed[stage.index] = stage.peak_bytes, stage.segments.recomputed
         report.versions[stage.index] = versions.peak, versions.bytes
         report.spans.append(("U", stage.index, chunk, start, time.monotonic_ns(), versions.newest))
@@ -381,3 +382,8 @@ class Actor:
             self._arrivals.popleft()
         for stage in self.held.stages.values():
             stage.reset()
+
+
+def _packed(outputs: Mapping[int, Nest]) -> dict[int, Packed]:
+    """Return outputs by micro-batch as they travel to the driver."""
+    return {chunk: pack(map_tensors(lambda leaf: leaf.cpu(), output)) for chunk, output in outputs.items()}

@@ -76,7 +76,7 @@ class Report:
     """One worker's figures of a step, or in a stream of its actions since its last update.
 
     ``losses`` holds (value, count) per micro-batch on the last stage, with count None for a mean, and
-    ``metrics`` the sums of ``evaluate``'s metrics there. ``norms`` holds the 2-norm of every gradient that
+    ``metrics`` the metrics' sums there. ``norms`` holds the 2-norm of every gradient that
     this worker sums, by stage and the parameter's index in it. ``spans`` holds (kind, stage, chunk, start,
     end, version) in nanoseconds of the worker's monotonic clock, with version -1 outside of streams.
     Where the step is traced, ``sends`` holds (producer, port, time) of the values sent to other workers and
@@ -110,6 +110,8 @@ class Report:
         )  # fmt: skip
         for report in reports:
             joined.losses |= report.losses
+            joined.outputs |= report.outputs
+            joined.metrics |= report.metrics
             joined.spans += report.spans
             joined.sends += report.sends
             joined.arrivals += report.arrivals

@@ -60,7 +60,7 @@ class ActorSpec:
     stages: Parts
     last_stage: int
     loss: Loss
-    optimizer: Factory
+    optimizer: Factory | None
     seed: int
     checkpoint: Checkpoint = "never"
     autocast: torch.dtype | None = None
@@ -115,7 +115,9 @@ class StageSet:
             for stage in self.stages.values()
             for name, parameter in stage.named_parameters
         )
-        self.optimizer = LocalOptimizer(spec.optimizer, parameters, self._updated_elsewhere) if parameters else None
+        self.optimizer = None
+        if parameters and spec.optimizer is not None:
+            self.optimizer = LocalOptimizer(spec.optimizer, parameters, self._updated_elsewhere)
 
     def _layer(self, name: str, layer: layers.Layer, index: int) -> nn.Module:
         module = layers.build(layer, seed=self.spec.seed, index=index)
