@@ -18,7 +18,7 @@ from rpcpipe.driver.deployment import Deployment
 from rpcpipe.driver.driver import Driver
 from rpcpipe.driver.runtime import Runtime, release
 from rpcpipe.errors import require
-from rpcpipe.model.layers import Layer, Model, find_ties, named_layers, wiring_of
+from rpcpipe.model.layers import Layer, find_ties, wiring_of
 from rpcpipe.model.microbatch import Nest
 from rpcpipe.pipeline.arguments import Options, check_groups, check_ties, cut_layers, layout_of, make_schedule
 from rpcpipe.planning import LayerCost, partition
@@ -31,8 +31,8 @@ from rpcpipe.worker.operations import GetOptimizerState, ReleaseLayers, Repartit
 from rpcpipe.worker.stage_set import ActorSpec
 
 
-def start(model: Model, cluster: PipelineCluster, options: Options) -> Runtime:
-    """Cut ``model`` into stages, build these on their workers, and return the pipeline's Runtime.
+def start(layers: OrderedDict[str, Layer], cluster: PipelineCluster, options: Options) -> Runtime:
+    """Cut ``layers`` into stages, build these on their workers, and return the pipeline's Runtime.
 
     Raises ArgumentError, ScheduleError or PartitionError before any worker is asked to build a stage, StageError for
     a layer or optimizer that fails on its worker, and WorkerLost.
@@ -45,7 +45,7 @@ def start(model: Model, cluster: PipelineCluster, options: Options) -> Runtime:
     policy = weight_versions.choose(schedule.name, options.weights)
     scaler = precision.loss_scaler(options.autocast)
     options.settings.check(policy, scaled=scaler is not None)
-    layers, seed = named_layers(model), options.seed
+    seed = options.seed
     ties, wirings = find_ties(layers), {name: wiring_of(layer) for name, layer in layers.items()}
     sizes = cut_layers(layers, options.balance, schedule.stages, lambda: measure(cluster, layers, options.sample, seed))
     check_ties(policy, ties, list(layers), sizes)

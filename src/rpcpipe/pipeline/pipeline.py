@@ -24,10 +24,11 @@ from rpcpipe.driver.stage_handle import HEADER, StageHandle
 from rpcpipe.driver.step import Step
 from rpcpipe.driver.stream import Stream
 from rpcpipe.errors import ScheduleError
-from rpcpipe.model.layers import Loss, Model
+from rpcpipe.model.layers import Loss, Model, named_layers
 from rpcpipe.model.microbatch import Nest
 from rpcpipe.pipeline import deploy, state
 from rpcpipe.pipeline.arguments import Options
+from rpcpipe.pipeline.recipe import Recipe
 from rpcpipe.planning.plan import Plan
 from rpcpipe.schedules import Schedule
 from rpcpipe.schedules.timeline import Timeline
@@ -112,7 +113,9 @@ class Pipeline:
             loss, optimizer, schedule, chunks, balance, checkpoint, virtual_stages, replicas, shard_optimizer, weights,
             flush_every, clip_grad_norm, nonfinite, seed, dispatch, autocast, accumulate, batch_norm, sample,
         )  # fmt: skip
-        self._runtime = deploy.start(model, cluster, options.planned(plan).checked())
+        options, layers = options.planned(plan).checked(), named_layers(model)
+        self._recipe = Recipe(layers, options)
+        self._runtime = deploy.start(layers, cluster, options)
 
     # --- state and settings ---
 
@@ -120,6 +123,11 @@ class Pipeline:
     def runtime(self) -> Runtime:
         """Return the state that steps, streams and inference passes share."""
         return self._runtime
+
+    @property
+    def recipe(self) -> Recipe:
+        """What the pipeline was made of."""
+        return self._recipe
 
     @property
     def cluster(self) -> PipelineCluster:

@@ -224,9 +224,18 @@ class Repartition(NamedTuple):
     others: Mapping[str, Mapping[str, Any]]
 
 
+class KeepState(NamedTuple):
+    """Copy weights, buffers and the optimizer's state for ``RestoreState``; reply with the seed of random numbers."""
+
+
+class RestoreState(NamedTuple):
+    """Put back what ``KeepState`` has copied."""
+
+
 HoldingOperation = (
     GetModule | GetParameter | CallModule | SetMetrics | SetSelection | GetState | LoadState | SaveShard
     | ReadCheckpoint | ApplyCheckpoint | DropCheckpoint | ReleaseLayers | GetOptimizerState | Repartition
+    | KeepState | RestoreState
 )  # fmt: skip
 
 # --- operations of the worker, outside of any step ---

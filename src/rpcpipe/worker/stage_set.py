@@ -22,6 +22,7 @@ from rpcpipe.model.wiring import StageLinks, Wiring, outgoing
 from rpcpipe.stage.accumulation import AccumulatedGradients
 from rpcpipe.stage.optimizer import Factory, LocalOptimizer, Parameters
 from rpcpipe.stage.recompute import Checkpoint, Recompute
+from rpcpipe.stage.rollback import Buffers, Undo
 from rpcpipe.stage.stage import Stage, StageOptions
 from rpcpipe.worker.gradient_exchange import GradientExchange, ReplicaGroup, group_of
 from rpcpipe.worker.messages import StageInfo
@@ -34,10 +35,12 @@ from rpcpipe.worker.operations import (
     GetParameter,
     GetState,
     HoldingOperation,
+    KeepState,
     LoadState,
     ReadCheckpoint,
     ReleaseLayers,
     Repartition,
+    RestoreState,
     SaveShard,
     SetMetrics,
     SetSelection,
@@ -77,6 +80,7 @@ class StageSet:
         self.optimizer: LocalOptimizer | None = None
         self.accumulated = AccumulatedGradients()
         self._loaded: shard.Loaded | None = None
+        self._kept_state: tuple[Buffers, Undo | None] | None = None
         self._build(spec.stages, spec.last_stage, spec.stage_links)
 
     def _build(self, parts: Parts, last_stage: int, stage_links: StageLinks) -> None:
@@ -213,6 +217,10 @@ class StageSet:
                 return self._release(names)
             case GetOptimizerState():
                 return self._optimizer_state()
+            case KeepState():
+                return self._keep_state()
+            case RestoreState():
+                self._restore_state()
             case Repartition():
                 return self._repartition(operation)
             case _:
@@ -272,6 +280,26 @@ class StageSet:
         self.spec = replace(self.spec, seed=seed)
         for stage in self.stages.values():
             stage.seed = seed
+        self._weights_changed()
+
+    def _keep_state(self) -> int:
+        """Copy what a step changes; return the seed of random numbers."""
+        buffers = Buffers()
+        buffers.take(self._stage_modules)
+        undo = None if self.optimizer is None else Undo(self.optimizer.parameters, self.optimizer.optimizer)
+        if undo is not None:
+            undo.refresh()
+        self._kept_state = buffers, undo
+        return self.spec.seed
+
+    def _restore_state(self) -> None:
+        """Put the state back that ``_keep_state`` has copied."""
+        assert self._kept_state is not None
+        buffers, undo = self._kept_state
+        self._kept_state = None
+        buffers.restore()
+        if undo is not None:
+            undo.restore()
         self._weights_changed()
 
     def _release(self, names: Sequence[str]) -> bytes:
