@@ -29,6 +29,7 @@ from rpcpipe.pipeline import (
     from_transformers,
     generate,
     plan,
+    verify,
 )
 from rpcpipe.planning import Plan
 from rpcpipe.schedules import Action, Schedule, Timeline, bubble_fraction, optimal_microbatches
@@ -71,4 +72,5 @@ __all__ = [
     "optimal_microbatches",
     "plan",
     "schedules",
+    "verify",
 ]

@@ -19,16 +19,7 @@ from rpcpipe.driver.driver import Driver
 from rpcpipe.driver.runtime import Runtime, release
 from rpcpipe.errors import ArgumentError, ScheduleError, StageError, require, require_whole
 from rpcpipe.model.containers import check_global_hooks, shared_buffers
-from rpcpipe.model.layers import (
-    Layer,
-    Model,
-    check_embeddings,
-    find_ties,
-    named_layers,
-    unpicklable,
-    unwired,
-    wiring_of,
-)
+from rpcpipe.model.layers import Layer, check_embeddings, find_ties, unpicklable, unwired, wiring_of
 from rpcpipe.model.microbatch import Nest
 from rpcpipe.model.torch_settings import TorchSettings
 from rpcpipe.pipeline.arguments import (
@@ -51,8 +42,8 @@ from rpcpipe.worker.operations import GetOptimizerState, ReceiveLayers, ReleaseL
 from rpcpipe.worker.stage_set import ActorSpec
 
 
-def start(model: Model, cluster: PipelineCluster, options: Options) -> Runtime:
-    """Cut ``model`` into stages, build these on their workers, and return the pipeline's Runtime.
+def start(layers: OrderedDict[str, Layer], cluster: PipelineCluster, options: Options) -> Runtime:
+    """Cut ``layers`` into stages, build these on their workers, and return the pipeline's Runtime.
 
     Raises ArgumentError, ScheduleError or PartitionError before any worker is asked to build a stage, StageError for
     a layer or optimizer that fails on its worker, and WorkerLost.
@@ -67,7 +58,7 @@ def start(model: Model, cluster: PipelineCluster, options: Options) -> Runtime:
     scaler = precision.loss_scaler(options.autocast) if trains else None
     options.settings.check(policy, scaled=scaler is not None)
     check_global_hooks()
-    layers, seed = named_layers(model), options.seed
+    seed = options.seed
     for name, layer in layers.items():
         if isinstance(module := unwired(layer), nn.Module):
             check_embeddings(name, module)

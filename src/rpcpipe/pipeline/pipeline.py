@@ -19,15 +19,15 @@ from rpcpipe.driver import inference
 from rpcpipe.driver.callbacks import Callback, JsonLines, tell
 from rpcpipe.driver.optimizer import PipelineOptimizer
 from rpcpipe.driver.result import StepResult
-from rpcpipe.driver.runtime import Runtime
 from rpcpipe.driver.stage_handle import HEADER, StageHandle
 from rpcpipe.driver.step import Step
 from rpcpipe.driver.stream import Stream
 from rpcpipe.errors import ScheduleError, require_whole
-from rpcpipe.model.layers import Loss, Model
+from rpcpipe.model.layers import Loss, Model, named_layers
 from rpcpipe.model.microbatch import Nest
 from rpcpipe.pipeline import deploy, state
 from rpcpipe.pipeline.arguments import Options
+from rpcpipe.pipeline.recipe import Recipe
 from rpcpipe.planning.plan import Plan
 from rpcpipe.schedules import Schedule
 from rpcpipe.schedules.timeline import Timeline
@@ -113,19 +113,17 @@ class Pipeline:
             loss, optimizer, schedule, chunks, balance, checkpoint, virtual_stages, replicas, shard_optimizer, weights,
             flush_every, clip_grad_norm, nonfinite, seed, dispatch, autocast, accumulate, batch_norm, sample,
         )  # fmt: skip
-        self._runtime = deploy.start(model, cluster, options.planned(plan).checked())
+        options, layers = options.planned(plan).checked(), named_layers(model)
+        # What the pipeline was made of, and the state that its steps, streams and passes share.
+        self.recipe = Recipe(layers, options)
+        self.runtime = deploy.start(layers, cluster, options)
 
     # --- state and settings ---
 
     @property
-    def runtime(self) -> Runtime:
-        """Return the state that steps, streams and inference passes share."""
-        return self._runtime
-
-    @property
     def cluster(self) -> PipelineCluster:
         """Return the cluster whose workers hold the stages."""
-        return self._runtime.cluster
+        return self.runtime.cluster
 
     @property
     def optimizer(self) -> PipelineOptimizer:
@@ -133,75 +131,75 @@ class Pipeline:
 
         Raises ArgumentError if the pipeline was made without one.
         """
-        self._runtime.check_trains()
-        return self._runtime.optimizer
+        self.runtime.check_trains()
+        return self.runtime.optimizer
 
     @property
     def stages(self) -> tuple[StageHandle, ...]:
         """Return the stages; ``stages[k].call(function)`` runs a function on the module of stage k."""
-        return self._runtime.stages
+        return self.runtime.stages
 
     @property
     def trained(self) -> int:
         """Return the number of training steps done, which seeds the random numbers of the next one."""
-        return self._runtime.trained
+        return self.runtime.trained
 
     @trained.setter
     def trained(self, steps: int) -> None:
-        self._runtime.check()
-        self._runtime.trained = require_whole("trained", steps, least=0)
+        self.runtime.check()
+        self.runtime.trained = require_whole("trained", steps, least=0)
 
     @property
     def chunks(self) -> int:
         """Return the number of micro-batches of a full batch; may be set between steps, unless a Schedule brings it."""
-        return self._runtime.chunks
+        return self.runtime.chunks
 
     @chunks.setter
     def chunks(self, count: int) -> None:
-        self._runtime.check()
-        deploy.change_chunks(self._runtime, count)
+        self.runtime.check()
+        deploy.change_chunks(self.runtime, count)
 
     @property
     def balance(self) -> list[int]:
         """Return the number of layers of each stage."""
-        return list(self._runtime.deployment.balance)
+        return list(self.runtime.deployment.balance)
 
     @property
     def accumulate(self) -> int:
         """Return how many calls of ``train_step`` make one update; a new value holds from the next update on."""
-        return self._runtime.settings.accumulate
+        return self.runtime.settings.accumulate
 
     @accumulate.setter
     def accumulate(self, calls: int) -> None:
-        deploy.change_settings(self._runtime, accumulate=calls)
+        deploy.change_settings(self.runtime, accumulate=calls)
 
     @property
     def scaler(self) -> torch.amp.GradScaler | None:
         """Return the loss scaler under float16, None otherwise; its setters and ``load_state_dict`` change it."""
-        return self._runtime.scaler
+        return self.runtime.scaler
 
     @property
     def callbacks(self) -> list[Callback]:
         """Return the functions that are called after every step."""
-        return self._runtime.callbacks
+        return self.runtime.callbacks
 
     @property
     def clip_grad_norm(self) -> float | None:
         """Return the norm to which all gradients are clipped, None for none; may be set between two steps."""
-        return self._runtime.settings.clip_grad_norm
+        return self.runtime.settings.clip_grad_norm
 
     @clip_grad_norm.setter
     def clip_grad_norm(self, norm: float | None) -> None:
-        deploy.change_settings(self._runtime, clip_grad_norm=norm)
+        deploy.change_settings(self.runtime, clip_grad_norm=norm)
 
     @property
     def nonfinite(self) -> str:
         """Return what happens when a loss or gradient is not finite, "skip" or "stop"; may be set between two steps."""
-        return self._runtime.settings.nonfinite
+        return self.runtime.settings.nonfinite
 
     @nonfinite.setter
     def nonfinite(self, action: str) -> None:
-        deploy.change_settings(self._runtime, nonfinite=action)
+        deploy.change_settings(self.runtime, nonfinite=action)
 
     @property
     def schedule(self) -> Schedule:
@@ -211,24 +209,24 @@ class Pipeline:
         over RPC, and the losses go on to the bit. Raises ArgumentError or ScheduleError, before anything changes, for
         a schedule that does not fit.
         """
-        return self._runtime.schedule
+        return self.runtime.schedule
 
     @schedule.setter
     def schedule(self, schedule: str | Schedule) -> None:
-        self._runtime.check()
-        deploy.change_schedule(self._runtime, schedule)
+        self.runtime.check()
+        deploy.change_schedule(self.runtime, schedule)
 
     def close(self) -> None:
         """Free the stages on the workers; closing twice is allowed."""
-        self._runtime.close()
+        self.runtime.close()
 
     def __repr__(self) -> str:
-        if self._runtime.closed:
+        if self.runtime.closed:
             return "Pipeline(closed)"
-        return f"{self._runtime.title()}\n{_tables.text(HEADER, self._runtime.rows())}"
+        return f"{self.runtime.title()}\n{_tables.text(HEADER, self.runtime.rows())}"
 
     def _repr_html_(self) -> str:
-        return _tables.markup(self._runtime.title(), HEADER, self._runtime.rows())
+        return _tables.markup(self.runtime.title(), HEADER, self.runtime.rows())
 
     # --- training ---
 
@@ -242,10 +240,10 @@ class Pipeline:
         outputs; with ``outputs`` these are in ``result.outputs``, detached and on the CPU. Raises ArgumentError for
         arguments that do not fit, and StageError, WorkerLost or DeadlineExceeded; the weights are then as before.
         """
-        self._runtime.check_trains()
-        if self._runtime.policy is not None:
-            self._runtime.check()
-            stream = Stream(self._runtime, inference.Wanted.of(self._runtime, metrics, outputs))
+        self.runtime.check_trains()
+        if self.runtime.policy is not None:
+            self.runtime.check()
+            stream = Stream(self.runtime, inference.Wanted.of(self.runtime, metrics, outputs))
             stream.feed(inputs, targets)
             stream.flush()
             return stream.take()
@@ -265,11 +263,11 @@ class Pipeline:
         its batch was fed (enough to keep all workers busy), so a learning rate set then holds for the batches fed from
         then on. Any other call on the pipeline drains the stream first. Raises what ``train_step`` raises.
         """
-        self._runtime.check_trains()
+        self.runtime.check_trains()
         results = (
             (self.train_step(inputs, targets) for inputs, targets in batches)
-            if self._runtime.policy is None
-            else Stream(self._runtime).run(batches, self._runtime.settings.flush_every)
+            if self.runtime.policy is None
+            else Stream(self.runtime).run(batches, self.runtime.settings.flush_every)
         )
         total = len(batches) if isinstance(batches, Sized) else None
         with closing(results), tqdm(results, total=total, disable=not progress, unit="step") as bar:
@@ -299,19 +297,19 @@ class Pipeline:
 
     def _step(self, metrics: Mapping[str, Metric] | None, outputs: bool) -> Step:
         """Return a step that reports ``metrics`` and ``outputs``."""
-        self._runtime.check()
-        self._runtime.check_trains()
-        if self._runtime.policy is not None:
+        self.runtime.check()
+        self.runtime.check_trains()
+        if self.runtime.policy is not None:
             raise ScheduleError(
                 f"{self.schedule.name!r} updates as it goes; a step by hand needs a synchronous schedule"
             )
-        return Step(self._runtime, self.trained, inference.Wanted.of(self._runtime, metrics, outputs))
+        return Step(self.runtime, self.trained, inference.Wanted.of(self.runtime, metrics, outputs))
 
     @contextmanager
     def trace(self) -> Iterator[Timeline]:
         """Yield a timeline that the block's steps fill with actions, transfers and updates, on the driver's clock."""
-        self._runtime.check()
-        with self._runtime.traced() as timeline:
+        self.runtime.check()
+        with self.runtime.traced() as timeline:
             yield timeline
 
     # --- inference ---
@@ -327,8 +325,8 @@ class Pipeline:
         The iterator reads some batches ahead. Until it is finished or closed, other calls of the pipeline that run
         batches raise RpcPipeError.
         """
-        self._runtime.check()
-        return inference.outputs(self._runtime, batches)
+        self.runtime.check()
+        return inference.outputs(self.runtime, batches)
 
     @overload
     def evaluate(self, batches: Iterable[tuple[Nest, Nest]]) -> float: ...
@@ -345,30 +343,30 @@ class Pipeline:
         on the last stage's worker; then {"loss": …, name: sum / count, …} is returned. Raises ArgumentError if nothing
         is counted in any batch.
         """
-        self._runtime.check()
-        loss, means = inference.evaluate(self._runtime, batches, metrics or {})
+        self.runtime.check()
+        loss, means = inference.evaluate(self.runtime, batches, metrics or {})
         return loss if metrics is None else {"loss": loss, **means}
 
     # --- weights ---
 
     def parameter_rrefs(self) -> list[Any]:
         """Return RRefs to every replica's trainable parameters, in the model's order, for ``DistributedOptimizer``."""
-        self._runtime.check()
-        self._runtime.check_trains()
+        self.runtime.check()
+        self.runtime.check_trains()
         return [rref for stage in self.stages for rref in stage.parameter_rrefs()]
 
     def state_dict(self) -> OrderedDict[str, Any]:
         """Return all parameters, buffers and extra state under the unsplit model's names, on the CPU."""
-        self._runtime.check()
-        return state.state_dict(self._runtime)
+        self.runtime.check()
+        return state.state_dict(self.runtime)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load what ``state_dict`` of this pipeline or of the unsplit model returned.
 
         Raises CheckpointError, before anything changes, unless names and shapes are the model's.
         """
-        self._runtime.check()
-        state.load_state_dict(self._runtime, state_dict)
+        self.runtime.check()
+        state.load_state_dict(self.runtime, state_dict)
 
     def save(
         self,
@@ -386,8 +384,8 @@ class Pipeline:
         before it readable. The newest ``keep`` checkpoints stay, all if it is None. Raises CheckpointError with worker
         and path.
         """
-        self._runtime.check()
-        return state.save(self._runtime, directory, stateful or {}, position, keep)
+        self.runtime.check()
+        return state.save(self.runtime, directory, stateful or {}, position, keep)
 
     def load(self, directory: str | Path, *, stateful: Holders | None = None) -> Any:
         """Go on from the newest checkpoint in ``directory``, or from that very checkpoint; return its ``position``.
@@ -395,5 +393,5 @@ class Pipeline:
         ``stateful``: objects by the names given to ``save``. Training goes on with the same bits, also with another
         cut, schedule or number of workers. Raises CheckpointError with file and tensor, before anything changes.
         """
-        self._runtime.check()
-        return state.load(self._runtime, directory, stateful or {})
+        self.runtime.check()
+        return state.load(self.runtime, directory, stateful or {})

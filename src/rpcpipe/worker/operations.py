@@ -227,10 +227,21 @@ class Repartition(NamedTuple):
     others: Mapping[str, Mapping[str, Any]]
 
 
+class KeepState(NamedTuple):
+    """Copy weights, buffers and the optimizer's state for ``RestoreState``; reply with the seed of random numbers."""
+
+
+class RestoreState(NamedTuple):
+    """Put back what ``KeepState`` has copied."""
+
+
+StateOperation = (
+    GetState | LoadState | SaveShard | ReadCheckpoint | ApplyCheckpoint | DropCheckpoint | KeepState | RestoreState
+)
+
 HoldingOperation = (
-    GetModule | GetParameter | CallModule | SetMetrics | SetSelection | GetState | LoadState | SaveShard
-    | ReadCheckpoint | ApplyCheckpoint | DropCheckpoint | ReleaseLayers | ReceiveLayers
-    | GetOptimizerState | Repartition
+    GetModule | GetParameter | CallModule | SetMetrics | SetSelection | ReleaseLayers | ReceiveLayers
+    | GetOptimizerState | Repartition | StateOperation
 )  # fmt: skip
 
 # --- operations of the worker, outside of any step ---

@@ -7,16 +7,13 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
-from pathlib import Path
-from typing import Any, assert_never
+from typing import Any
 
 import torch
 from torch import nn
 
-from rpcpipe.checkpoint import shard
-from rpcpipe.checkpoint.manifest import Manifest
-from rpcpipe.errors import ArgumentError, CheckpointError, require
-from rpcpipe.model import batchnorm, extra_state, layers, tied_weights, torch_settings
+from rpcpipe.errors import ArgumentError, require
+from rpcpipe.model import batchnorm, layers, tied_weights, torch_settings
 from rpcpipe.model.layers import Loss
 from rpcpipe.model.tied_weights import Tie
 from rpcpipe.model.torch_settings import TorchSettings
@@ -31,23 +28,18 @@ from rpcpipe.transport import pickler
 from rpcpipe.worker.gradient_exchange import GradientExchange, ReplicaGroup, group_of
 from rpcpipe.worker.messages import StageInfo
 from rpcpipe.worker.operations import (
-    ApplyCheckpoint,
     CallModule,
-    DropCheckpoint,
     GetModule,
     GetOptimizerState,
     GetParameter,
-    GetState,
     HoldingOperation,
-    LoadState,
-    ReadCheckpoint,
     ReceiveLayers,
     ReleaseLayers,
     Repartition,
-    SaveShard,
     SetMetrics,
     SetSelection,
 )
+from rpcpipe.worker.stage_state import StageState
 
 # By stage: its named layers, and the first layer's index in the model.
 Parts = dict[int, tuple[OrderedDict[str, layers.Layer], int]]
@@ -86,7 +78,7 @@ class StageSet:
         self.spec.settings.apply()
         self.optimizer: LocalOptimizer | None = None
         self.accumulated = AccumulatedGradients()
-        self._loaded: shard.Loaded | None = None
+        self._state = StageState(self)
         self._tied: Mapping[str, nn.Parameter] = {}
         self._received: list[Any] = []
         self._build(spec.stages, spec.last_stage, spec.stage_links)
@@ -241,18 +233,6 @@ class StageSet:
                 self.stages[self.last_stage].metrics = pickler.loads(metrics)
             case SetSelection(function):
                 self.stages[self.last_stage].select = pickler.loads(function)
-            case GetState():
-                return self._state_dict()
-            case LoadState(states):
-                self._load_state_dict(states)
-            case SaveShard(folder, label):
-                return self._save(folder, label)
-            case ReadCheckpoint(folder, manifest):
-                return self._read_checkpoint(folder, manifest)
-            case ApplyCheckpoint(seed):
-                self._apply_checkpoint(seed)
-            case DropCheckpoint():
-                self._loaded = None
             case ReleaseLayers(names):
                 return self._release(names)
             case ReceiveLayers(given):
@@ -263,7 +243,7 @@ class StageSet:
             case Repartition():
                 return self._repartition(operation)
             case _:
-                assert_never(operation)
+                return self._state.execute(operation)
         return None
 
     def _call(self, stage: int, function: bytes, seed: int | None) -> Any:
@@ -276,7 +256,7 @@ class StageSet:
                 return pickler.dumps(pickler.loads(function)(module))
         finally:
             torch_settings.forget()
-            self._weights_changed()
+            self.weights_changed()
 
     @contextmanager
     def _refuse_tied_hooks(self) -> Iterator[None]:
@@ -293,46 +273,6 @@ class StageSet:
         """Return the module of ``stage`` itself, with its own training flags, for an RRef to it."""
         self.stages[stage].modes.switch(training=True)
         return self.stages[stage].module
-
-    def _state_dict(self) -> dict[int, dict[str, Any]]:
-        """Return each stage's state under the unsplit model's names, on the CPU."""
-        return {index: extra_state.packed(stage.module.state_dict()) for index, stage in self.stages.items()}
-
-    def _load_state_dict(self, packed: Mapping[int, Mapping[str, Any]]) -> None:
-        """Load the states that ``_state_dict`` returns.
-
-        Raises CheckpointError for a shape that differs from the model's, before any tensor changes.
-        """
-        states = {index: extra_state.unpacked(state) for index, state in packed.items()}
-        for index, state in states.items():
-            live = self.stages[index].module.state_dict()
-            for key, value in state.items():
-                if extra_state.shape_differs(key, live[key], value):
-                    raise CheckpointError(f"{key} has shape {tuple(value.shape)}, the model's {tuple(live[key].shape)}")
-        for index, state in states.items():
-            self.stages[index].module.load_state_dict(state)
-        self._weights_changed()
-
-    def _save(self, folder: Path, label: str) -> shard.Written:
-        """Write the optimizer's state, and on the first replica the weights, to files of ``folder`` named ``label``."""
-        first = self.spec.peers.index == 0
-        return shard.write(self._stage_modules, self.optimizer, self.spec.seed, folder, label, with_weights=first)
-
-    def _read_checkpoint(self, folder: Path, manifest: Manifest) -> list[str]:
-        """Read what the stages need of a checkpoint, for ``ApplyCheckpoint``; return the names of their weights."""
-        self._loaded = None  # free what an interrupted load may have left, before more is read
-        self._loaded = shard.read(self._stage_modules, self.optimizer, folder, manifest)
-        return [name for weights in self._loaded.weights for name in weights]
-
-    def _apply_checkpoint(self, seed: int) -> None:
-        """Replace the live state by what ``ReadCheckpoint`` has read, and the seed of random numbers by ``seed``."""
-        assert self._loaded is not None
-        self._loaded.apply()
-        self._loaded = None
-        self.spec = replace(self.spec, seed=seed)
-        for stage in self.stages.values():
-            stage.seed = seed
-        self._weights_changed()
 
     def _release(self, names: Sequence[str]) -> bytes:
         """Return the pickled layers ``names``, with their optimizer state, gradients and groups."""
@@ -381,7 +321,7 @@ class StageSet:
                 if (parameter := modules[name].get_parameter(key)) in optimized:
                     assert self.optimizer is not None
                     self.optimizer.optimizer.state[parameter] = state
-        self._weights_changed()
+        self.weights_changed()
         return self.describe()
 
     def _carry_over(self, before: Sequence[Sequence[Mapping[str, Any] | None]]) -> None:
@@ -393,8 +333,25 @@ class StageSet:
                 self.optimizer.adopt(found, {})
 
     @property
-    def _stage_modules(self) -> list[nn.Module]:
+    def stage_modules(self) -> list[nn.Module]:
+        """The stages' containers of layers."""
         return [stage.module for stage in self.stages.values()]
+
+    @property
+    def seed(self) -> int:
+        """The seed of random numbers."""
+        return self.spec.seed
+
+    @property
+    def first_replica(self) -> bool:
+        """Whether this worker is in the first replica."""
+        return self.spec.peers.index == 0
+
+    def reseed(self, seed: int) -> None:
+        """Let random numbers come from ``seed``."""
+        self.spec = replace(self.spec, seed=seed)
+        for stage in self.stages.values():
+            stage.seed = seed
 
     def _modules(self) -> dict[str, nn.Module]:
         """Return the layers of all stages by name."""
@@ -405,7 +362,7 @@ class StageSet:
         state = {} if self.optimizer is None else self.optimizer.optimizer.state
         return {key: state[parameter] for key, parameter in module.named_parameters() if parameter in state}
 
-    def _weights_changed(self) -> None:
+    def weights_changed(self) -> None:
         """Invalidate the rollback copy, which no longer equals the weights."""
         if self.optimizer is not None:
             self.optimizer.undo.invalidate()

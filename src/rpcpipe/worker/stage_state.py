@@ -1,0 +1,139 @@
+"""The state of a worker's stages as a whole: read, loaded, saved to disk, and kept for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol, assert_never
+
+from torch import nn
+
+from rpcpipe.checkpoint import shard
+from rpcpipe.checkpoint.manifest import Manifest
+from rpcpipe.errors import CheckpointError
+from rpcpipe.model import extra_state
+from rpcpipe.stage.optimizer import LocalOptimizer
+from rpcpipe.stage.rollback import Buffers, Undo
+from rpcpipe.stage.stage import Stage
+from rpcpipe.worker.operations import (
+    ApplyCheckpoint,
+    DropCheckpoint,
+    GetState,
+    KeepState,
+    LoadState,
+    ReadCheckpoint,
+    RestoreState,
+    SaveShard,
+    StateOperation,
+)
+
+
+class Owner(Protocol):
+    """What is used of a StageSet here."""
+
+    stages: dict[int, Stage]
+    optimizer: LocalOptimizer | None
+
+    @property
+    def stage_modules(self) -> list[nn.Module]: ...
+
+    @property
+    def first_replica(self) -> bool: ...
+
+    @property
+    def seed(self) -> int: ...
+
+    def reseed(self, seed: int) -> None: ...
+
+    def weights_changed(self) -> None: ...
+
+
+class StageState:
+    """Executes the operations on the state of ``owner``'s stages."""
+
+    def __init__(self, owner: Owner) -> None:
+        self._owner = owner
+        self._loaded: shard.Loaded | None = None
+        self._kept: tuple[Buffers, Undo | None] | None = None
+
+    def execute(self, operation: StateOperation) -> Any:
+        """Execute an operation and return its result."""
+        match operation:
+            case GetState():
+                return self._get()
+            case LoadState(states):
+                self._load(states)
+            case SaveShard(folder, label):
+                return self._save(folder, label)
+            case ReadCheckpoint(folder, manifest):
+                return self._read(folder, manifest)
+            case ApplyCheckpoint(seed):
+                self._apply(seed)
+            case DropCheckpoint():
+                self._loaded = None
+            case KeepState():
+                return self._keep()
+            case RestoreState():
+                self._restore()
+            case _:
+                assert_never(operation)
+        return None
+
+    def _get(self) -> dict[int, dict[str, Any]]:
+        """Return each stage's state under the unsplit model's names, on the CPU."""
+        return {index: extra_state.packed(stage.module.state_dict()) for index, stage in self._owner.stages.items()}
+
+    def _load(self, packed: Mapping[int, Mapping[str, Any]]) -> None:
+        """Load the states that ``_get`` returns.
+
+        Raises CheckpointError for a shape that differs from the model's, before any tensor changes.
+        """
+        states = {index: extra_state.unpacked(state) for index, state in packed.items()}
+        for index, state in states.items():
+            live = self._owner.stages[index].module.state_dict()
+            for key, value in state.items():
+                if extra_state.shape_differs(key, live[key], value):
+                    raise CheckpointError(f"{key} has shape {tuple(value.shape)}, the model's {tuple(live[key].shape)}")
+        for index, state in states.items():
+            self._owner.stages[index].module.load_state_dict(state)
+        self._owner.weights_changed()
+
+    def _save(self, folder: Path, label: str) -> shard.Written:
+        """Write the optimizer's state, and on the first replica the weights, to files of ``folder`` named ``label``."""
+        owner = self._owner
+        return shard.write(
+            owner.stage_modules, owner.optimizer, owner.seed, folder, label, with_weights=owner.first_replica
+        )
+
+    def _read(self, folder: Path, manifest: Manifest) -> list[str]:
+        """Read what the stages need of a checkpoint, for ``ApplyCheckpoint``; return the names of their weights."""
+        self._loaded = None  # free what an interrupted load may have left, before more is read
+        self._loaded = shard.read(self._owner.stage_modules, self._owner.optimizer, folder, manifest)
+        return [name for weights in self._loaded.weights for name in weights]
+
+    def _apply(self, seed: int) -> None:
+        """Replace the live state by what ``ReadCheckpoint`` has read, and the seed of random numbers by ``seed``."""
+        assert self._loaded is not None
+        self._loaded.apply()
+        self._loaded = None
+        self._owner.reseed(seed)
+        self._owner.weights_changed()
+
+    def _keep(self) -> int:
+        """Copy what a step changes; return the seed of random numbers."""
+        buffers, optimizer = Buffers(), self._owner.optimizer
+        buffers.take(self._owner.stage_modules)
+        undo = None if optimizer is None else Undo(optimizer.parameters, optimizer.optimizer)
+        if undo is not None:
+            undo.refresh()
+        self._kept = buffers, undo
+        return self._owner.seed
+
+    def _restore(self) -> None:
+        """Put the state back that ``_keep`` has copied."""
+        assert self._kept is not None
+        (buffers, undo), self._kept = self._kept, None
+        buffers.restore()
+        if undo is not None:
+            undo.restore()
+        self._owner.weights_changed()
