@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from rpcpipe.driver.result import mean_loss
 from rpcpipe.driver.runtime import Runtime
 from rpcpipe.errors import ArgumentError, RpcPipeError, require
-from rpcpipe.model.microbatch import Nest, batch_size, merge, unpack
+from rpcpipe.model.microbatch import Nest, copied, merge, unpack
 from rpcpipe.stage.context import StepContext
 from rpcpipe.stage.metrics import Metric, Sums, means
 from rpcpipe.transport.interrupts import shield_interrupts
@@ -25,7 +25,7 @@ from rpcpipe.worker.operations import SetMetrics, SetSelection
 class Passed(NamedTuple):
     """A batch: its samples, its micro-batches' shares of them, and what the workers report."""
 
-    size: int
+    size: float
     weights: tuple[float, ...]
     reports: dict[str, Report]
 
@@ -76,14 +76,15 @@ class Passes:
 
     def _feed(self, inputs: Nest, targets: Nest | None, keep_outputs: bool) -> tuple[Passed, dict[str, Future[Any]]]:
         runtime = self._runtime
-        parts, weights, counts = runtime.program.cut(inputs)
+        batch = runtime.program.cut(copied(inputs))
         answers = None
         if targets is not None:
-            answers = runtime.program.cut_targets(targets if keep_outputs else runtime.prepare(targets))
-        plan = StepContext(runtime.driver.new_step(), runtime.trained, False, weights, keep_outputs=keep_outputs)
-        calls = runtime.program.forward(counts, targets=targets is not None)
-        replies = runtime.driver.issue(calls, plan, runtime.given(parts, answers))
-        return Passed(batch_size(inputs), weights, {}), replies
+            targets = copied(targets)
+            answers = runtime.program.cut_targets(targets if keep_outputs else runtime.prepare(targets), batch)
+        plan = StepContext(runtime.driver.new_step(), runtime.trained, False, batch.weights, keep_outputs=keep_outputs)
+        calls = runtime.program.forward(batch.counts, targets=targets is not None)
+        replies = runtime.driver.issue(calls, plan, runtime.given(batch.parts, answers))
+        return Passed(batch.size, batch.weights, {}), replies
 
     def _collect(self, passed: Passed, replies: Mapping[str, Future[Any]]) -> Passed:
         return passed._replace(reports=self._runtime.driver.collect(replies))
@@ -112,7 +113,7 @@ def evaluate(
         found = {chunk: value for report in reports.values() for chunk, value in report.metrics.items()}
         sums += [found[chunk] for chunk in sorted(found)]
         loss, count = mean_loss(reports, weights)
-        share = float(size) if count is None else count
+        share = size if count is None else count
         if share:
             total, samples = total + loss * share, samples + share
     if not samples:

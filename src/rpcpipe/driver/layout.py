@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rpcpipe.model.microbatch import Nest, split
 from rpcpipe.schedules import Schedule
 
 
@@ -36,14 +35,6 @@ class Layout:
     def replica_of(self, name: str) -> int | None:
         """The replica that ``name`` is part of, None where there is one or ``name`` is not used."""
         return self.index(name)[1] if self.replicas > 1 and name in self.names else None
-
-    def cut(self, nest: Nest, chunks: int) -> list[list[Nest]]:
-        """By replica the micro-batches of its share: ``chunk(replicas)``, and ``chunk(chunks)`` of each.
-
-        A batch smaller than that makes fewer, for the last replicas none.
-        """
-        shares = [split(share, chunks) for share in split(nest, self.replicas)]
-        return [*shares, *([] for _ in range(self.replicas - len(shares)))]
 
 
 def stage_parts(layers: Sequence[str], sizes: Sequence[int]) -> dict[int, tuple[list[str], int]]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from rpcpipe import _tables
+from rpcpipe.model.microbatch import Nest
 from rpcpipe.schedules import Timeline
 from rpcpipe.stage import gradients
 from rpcpipe.worker.messages import Report
@@ -27,7 +28,8 @@ class StepResult:
     loss was multiplied by for the backward, 1 but under float16, ``lr`` the learning rate of every
     parameter group. By stage, ``peak_activation_bytes`` is the most memory that autograd had saved at
     once, the inputs of what is recomputed included and parameters not, and ``recomputed`` the number of
-    layers' forwards that were run again.
+    layers' forwards that were run again. ``input_grads`` holds the gradients of the loss's mean for those inputs that
+    require one, in a nest like the inputs with None elsewhere; None if no input does, and in a stream.
 
     Under an asynchronous schedule a result is of one batch in the stream: ``seconds`` since the
     result before, ``bubble`` each worker's idle share between its updates, ``grad_norm`` the mean over
@@ -55,6 +57,7 @@ class StepResult:
     accumulated: int = 0
     loss_scale: float = 1.0
     idle: float | None = field(default=None, repr=False)
+    input_grads: Nest = field(default=None, repr=False, compare=False)
 
     @property
     def bubble(self) -> float:

@@ -16,13 +16,13 @@ from concurrent.futures import Future
 from typing import Any
 
 from rpcpipe.driver.callbacks import tell
-from rpcpipe.driver.program import Fed, check_sizes
+from rpcpipe.driver.program import Fed
 from rpcpipe.driver.result import StepResult, StreamedBatch, last_update, of_stream
 from rpcpipe.driver.runtime import Runtime
 from rpcpipe.driver.tracing import spans
 from rpcpipe.errors import Failure, RpcPipeError, ScheduleError, StageError, WorkerLost
 from rpcpipe.model.layers import check_inputs
-from rpcpipe.model.microbatch import Nest
+from rpcpipe.model.microbatch import Nest, copied
 from rpcpipe.schedules import Action, Timeline
 from rpcpipe.schedules.asynchronous import StreamOrder
 from rpcpipe.stage import stream_rollback
@@ -114,9 +114,9 @@ class Stream:
     def feed(self, inputs: Nest, targets: Nest) -> None:
         """Issue all that one more batch lets the workers do."""
         runtime = self._runtime
-        parts, shares, _ = runtime.program.cut(inputs)
-        answers = runtime.program.cut_targets(runtime.prepare(targets))
-        check_sizes(parts, answers)
+        cut = runtime.program.cut(copied(inputs))
+        parts, shares = cut.parts, cut.weights
+        answers = runtime.program.cut_targets(runtime.prepare(copied(targets)), cut)
         check_inputs(parts[0], runtime.deployment.wirings)
         with shield_interrupts():
             if not self._is_open:

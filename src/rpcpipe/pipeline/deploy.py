@@ -7,7 +7,7 @@ import functools
 import uuid
 import weakref
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import cloudpickle
@@ -19,7 +19,7 @@ from rpcpipe.driver.driver import Driver
 from rpcpipe.driver.runtime import Runtime, release
 from rpcpipe.errors import require
 from rpcpipe.model.layers import Layer, Model, find_ties, named_layers, wiring_of
-from rpcpipe.model.microbatch import Nest
+from rpcpipe.model.microbatch import MicroBatches, Nest
 from rpcpipe.pipeline.arguments import Options, check_groups, check_ties, cut_layers, layout_of, make_schedule
 from rpcpipe.planning import LayerCost, partition
 from rpcpipe.schedules import Schedule, weight_versions
@@ -49,7 +49,7 @@ def start(model: Model, cluster: Cluster, options: Options) -> Runtime:
     identity = uuid.uuid4().hex
     batched = options.dispatch == "batched"
     driver = Driver(cluster.transport, identity, layout.names, timeout=cluster.timeout, batched=batched)
-    prepare = getattr(options.loss, "prepare", lambda targets: targets)
+    prepare = functools.partial(_prepared, getattr(options.loss, "prepare", None))
     runtime = Runtime(cluster, driver, deployment, options.settings, policy=policy, prepare=prepare, scaler=scaler)
     cluster.pipelines.add(runtime)
     # In a REPL a pipeline is often just replaced: its stages go with it.
@@ -64,6 +64,15 @@ def start(model: Model, cluster: Cluster, options: Options) -> Runtime:
         runtime.close()
         raise
     return runtime
+
+
+def _prepared(prepare: Callable[[Nest], Nest] | None, targets: Nest) -> Nest:
+    """Return what the loss's ``prepare`` makes of ``targets``, or of each micro-batch that the caller has cut."""
+    if prepare is None:
+        return targets
+    if isinstance(targets, MicroBatches):
+        return MicroBatches([prepare(part) for part in targets.parts], targets.weights)
+    return prepare(targets)
 
 
 def measure(cluster: Cluster, layers: OrderedDict[str, Layer], sample: Nest, seed: int) -> list[LayerCost]:

@@ -27,9 +27,7 @@ from rpcpipe.errors import ScheduleError
 from rpcpipe.model.layers import Loss, Model
 from rpcpipe.model.microbatch import Nest
 from rpcpipe.pipeline import deploy, state
-from rpcpipe.pipeline.arguments import (
-    Options,
-)
+from rpcpipe.pipeline.arguments import Options, pairs
 from rpcpipe.planning.plan import Plan
 from rpcpipe.schedules import Schedule
 from rpcpipe.schedules.timeline import Timeline
@@ -224,7 +222,8 @@ class Pipeline:
     def train_step(self, inputs: Nest, targets: Nest) -> StepResult:
         """One batch forward and backward, and one update, or the ``accumulate``-th part of one.
 
-        ``inputs`` and ``targets``: nests of tensors with the batch in dimension 0. Raises
+        ``inputs`` and ``targets``: nests of tensors with the batch in dimension 0, or as ``rp.Replicated``,
+        ``rp.Batched`` and ``rp.MicroBatches`` say. The result has the gradients of inputs that require one. Raises
         StageError, WorkerLost or DeadlineExceeded; the weights are then as before.
         """
         if self._runtime.policy is not None:
@@ -250,9 +249,9 @@ class Pipeline:
         then on. Any other call on the pipeline drains the stream first.
         """
         results = (
-            (self.train_step(inputs, targets) for inputs, targets in batches)
+            (self.train_step(inputs, targets) for inputs, targets in pairs(batches, "train"))
             if self._runtime.policy is None
-            else Stream(self._runtime).run(batches, self._runtime.settings.flush_every)
+            else Stream(self._runtime).run(pairs(batches, "train"), self._runtime.settings.flush_every)
         )
         total = len(batches) if isinstance(batches, Sized) else None
         with closing(results), tqdm(results, total=total, disable=not progress, unit="step") as bar:
@@ -322,7 +321,7 @@ class Pipeline:
         on the last stage's worker; the result is then {"loss": …, name: sum / count, …}.
         """
         self._runtime.check()
-        loss, found = inference.evaluate(self._runtime, batches, metrics or {})
+        loss, found = inference.evaluate(self._runtime, pairs(batches, "evaluate"), metrics or {})
         return loss if metrics is None else {"loss": loss, **found}
 
     # --- weights ---

@@ -9,7 +9,7 @@ the engine is their only owner and the context keeps the tensors without a copy.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -45,9 +45,14 @@ def take(parameters: Sequence[nn.Parameter]) -> torch.Tensor | None:
 
 def norms(parameters: Sequence[nn.Parameter]) -> list[float]:
     """Return the 2-norms of the gradients, in the order of ``parameters``; those without a gradient are left out."""
-    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    grads = [_values(parameter.grad) for parameter in parameters if parameter.grad is not None]
     values: list[float] = torch.stack(torch._foreach_norm(grads)).tolist() if grads else []
     return values
+
+
+def _values(gradient: torch.Tensor) -> torch.Tensor:
+    """Return the elements of ``gradient`` that are not zero, if it is sparse, and else itself."""
+    return gradient.coalesce().values() if gradient.is_sparse else gradient
 
 
 def finite(parameters: Sequence[nn.Parameter]) -> bool:
@@ -80,15 +85,15 @@ def unscale(parameters: Sequence[nn.Parameter], scale: float) -> None:
 
 def divide(parameters: Sequence[nn.Parameter], divisor: float) -> None:
     """Divide the gradients by ``divisor`` in place, which turns sums over samples into means."""
-    _each(parameters, lambda grads: torch._foreach_div_(grads, divisor))
+    _each(parameters, torch._foreach_div_, divisor)
 
 
 def scale(parameters: Sequence[nn.Parameter], factor: float) -> None:
     """Multiply the gradients by ``factor`` in place, for clipping."""
-    _each(parameters, lambda grads: torch._foreach_mul_(grads, factor))
+    _each(parameters, torch._foreach_mul_, factor)
 
 
-def _each(parameters: Sequence[nn.Parameter], change: Any) -> None:
+def _each(parameters: Sequence[nn.Parameter], change: Callable[[list[torch.Tensor], float], Any], by: float) -> None:
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if grads:
-        change(grads)
+        change(grads, by)

@@ -33,6 +33,7 @@ from torch.distributed.rpc import api, internal
 from torch.utils import _pytree as pytree
 
 from rpcpipe.errors import Failure, RpcPipeError, StageError, WorkerLost
+from rpcpipe.model.sendable import in_bounds
 from rpcpipe.transport.base import DRIVER, Endpoint
 from rpcpipe.transport.interrupts import allow_interrupts, shield_interrupts
 from rpcpipe.transport.pickling import MessagePickler
@@ -249,7 +250,9 @@ def _receive_chained(generation: str, verb: str, args: tuple[Any, ...]) -> torch
     def answered(done: Future[Any]) -> None:
         outcome = done.result()
         failed = isinstance(outcome, Failure)
-        answer.set_result(_raised_by_to_here(str(StageError(outcome))) if failed else outcome)
+        answer.set_result(
+            _raised_by_to_here(str(StageError(outcome))) if failed else pytree.tree_map(in_bounds, outcome)
+        )
 
     torch.futures.collect_all([fetch for fetch in fetches if fetch is not None]).add_done_callback(fetched)
     return answer
@@ -290,7 +293,7 @@ class _Pickler(MessagePickler):
         self.dispatch_table = {**copyreg.dispatch_table, torch.Tensor: self._beside, nn.Parameter: self._beside}
 
     def _beside(self, tensor: torch.Tensor) -> tuple[Any, tuple[int]]:
-        self.tensors.append(tensor)
+        self.tensors.append(in_bounds(tensor))
         return _tensor, (len(self.tensors) - 1,)
 
 
@@ -370,7 +373,8 @@ class RpcTransport:
             raise self.call(to, "clock").exception() or broken from None
 
     def remote_chained(self, to: str, verb: str, *args: Any) -> object:
-        return rpc.remote(_wire_name(to, self.generation), _receive_chained, args=(self.generation, verb, args))
+        message = self.generation, verb, pytree.tree_map(in_bounds, args)
+        return rpc.remote(_wire_name(to, self.generation), _receive_chained, args=message)
 
     def wait(self, replies: Collection[Future[Any]], timeout: float) -> tuple[set[Future[Any]], set[Future[Any]]]:
         # Not torch's Future.wait, which ignores Ctrl-C until the call ends, and not concurrent.futures.wait,

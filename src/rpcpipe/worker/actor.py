@@ -15,7 +15,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from rpcpipe.model.microbatch import map_tensors, pack
+from rpcpipe.model.microbatch import pack
+from rpcpipe.model.wiring import DRIVER
+from rpcpipe.model.wiring import link as link_to
 from rpcpipe.schedules import Action
 from rpcpipe.stage import gradients
 from rpcpipe.stage.context import MicroBatch, StepContext
@@ -154,6 +156,8 @@ class Actor:
         if plan.policy is not None:
             self._open_stream(plan.policy)
         elif plan.training:
+            for stage in self.held.stages.values():
+                stage.leaving.forget()
             self._buffers.take(stage.module for stage in self.held.stages.values())
             self.held.accumulated.resume(plan.accumulates_on, self.held.parameters)
             if plan.accumulates_on is None and self.held.optimizer is not None:  # since then no weight has changed
@@ -187,6 +191,8 @@ class Actor:
             if plan.trace and worker != self.name:
                 self._report.sends.append((route.action, port, time.monotonic_ns()))
             self._send(worker, plan.step, port, results[link])
+        if kind in "BI" and plan.policy is None and (grads := results.get(link_to(number, DRIVER))):
+            self._report.input_grads[number, chunk] = grads
         return None
 
     def _reduce_scatter(self, group: str) -> None:
@@ -235,9 +241,7 @@ class Actor:
         self._add_arrivals(report)
         for number, stage in self.held.stages.items():
             report.losses.update(stage.loss_values())
-            report.outputs.update(
-                {chunk: pack(map_tensors(lambda leaf: leaf.cpu(), out)) for chunk, out in stage.outputs.items()}
-            )
+            report.outputs.update({chunk: pack(output) for chunk, output in stage.outputs.items()})
             report.metrics.update(stage.measured)
             report.peak_in_flight[number] = stage.peak_in_flight
             report.peak_bytes[number], report.recomputed[number] = stage.peak_bytes, stage.segments.recomputed

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
+
 from rpcpipe.model.microbatch import Packed
 from rpcpipe.schedules import Action
 from rpcpipe.stage.metrics import Sums
@@ -66,7 +68,8 @@ class Report:
     """One worker's account of a step, or in a stream of what it did since its last update.
 
     ``losses`` holds (value, count) per micro-batch on the last stage, count None for a mean, and
-    ``metrics`` what ``evaluate`` measures there beside it;
+    ``metrics`` what ``evaluate`` measures there beside it; ``input_grads`` the gradients of what came from the driver,
+    by (stage, micro-batch);
     ``norms`` the 2-norm of every gradient summed here, by stage and the parameter's place in it;
     ``spans`` holds (kind, stage, chunk, start, end, version) in nanoseconds of the worker's monotonic
     clock, version -1 where weights have only one.
@@ -78,6 +81,7 @@ class Report:
     losses: dict[int, tuple[float, float | None]] = field(default_factory=dict)
     outputs: dict[int, Packed] = field(default_factory=dict)
     metrics: dict[int, Sums] = field(default_factory=dict)
+    input_grads: dict[tuple[int, int], list[torch.Tensor | None]] = field(default_factory=dict)
     norms: dict[int, dict[int, float]] = field(default_factory=dict)
     spans: list[tuple[str, int, int, int, int, int]] = field(default_factory=list)
     sends: list[tuple[Action, Port, int]] = field(default_factory=list)

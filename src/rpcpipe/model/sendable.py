@@ -1,0 +1,73 @@
+"""Tensors that can be sent between processes: what torch RPC would lose or die of is made sound, or refused by name."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from rpcpipe.model import containers
+from rpcpipe.model.microbatch import Nest, flatten, unflatten
+
+T = TypeVar("T")
+
+_ORDINARY = (torch.Tensor, nn.Parameter)
+_NO_DISPATCH = torch.Tensor.__torch_dispatch__
+
+
+def sendable(tensor: torch.Tensor, source: str) -> torch.Tensor:
+    """Return ``tensor`` in a form that arrives as it is; raises TypeError for a kind that cannot be sent.
+
+    ``source`` names who gives it. Keeps the autograd graph.
+    """
+    if type(tensor) not in _ORDINARY or tensor.layout is not torch.strided or tensor.is_meta or tensor.is_nested:
+        _check_kind(tensor, source)
+        return tensor
+    if tensor.is_conj() or tensor.is_neg():
+        return tensor.resolve_conj().resolve_neg()
+    return tensor if tensor.numel() else in_bounds(tensor)
+
+
+def in_bounds(value: T) -> T:
+    """Return ``value``; an empty tensor that begins behind the end of its memory, at which torch RPC aborts, is copied.
+
+    A chunk of an empty tensor has such an offset; the receiver checks it against what is sent of the memory.
+    """
+    empty = isinstance(value, torch.Tensor) and not value.numel() and _offset(value)
+    return value.clone() if empty else value  # type: ignore[attr-defined, no-any-return]
+
+
+def _offset(tensor: torch.Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_nested and bool(tensor.storage_offset())
+
+
+def _check_kind(tensor: torch.Tensor, source: str) -> None:
+    kind, advice = "", ""
+    if type(tensor) not in _ORDINARY and type(tensor).__torch_dispatch__ is not _NO_DISPATCH:
+        kind, advice = f"a {type(tensor).__name__}", "an ordinary tensor"
+    elif tensor.is_nested:
+        kind, advice = "a nested tensor", "its parts as a list, or padded"
+    elif tensor.is_meta:
+        kind, advice = "a tensor on the meta device, which has no values,", "a tensor with values"
+    elif tensor.layout is torch._mkldnn:  # type: ignore[attr-defined]
+        kind, advice = "a tensor in the layout of mkldnn", "its to_dense()"
+    elif tensor.layout is not torch.strided and tensor.requires_grad:
+        kind, advice = "a sparse tensor that requires a gradient", "its to_dense()"
+    if kind:
+        raise TypeError(
+            f"{source} has {kind} that would have to be sent to another process; give {advice}, or keep what makes"
+            " and what takes it in one stage"
+        )
+
+
+def checked(nest: Nest, source: str, change: Any = None) -> Nest:
+    """Return ``nest`` with every tensor ``sendable``, then ``change``d; raises TypeError for what cannot be sent."""
+    leaves, spec = flatten(nest)
+    for index, leaf in enumerate(leaves):
+        if isinstance(leaf, torch.Tensor):
+            sound = sendable(leaf, source)
+            leaves[index] = sound if change is None else change(sound)
+        elif type(leaf) not in containers.plain:
+            containers.check_leaf(leaf, source)
+    return unflatten(leaves, spec)
