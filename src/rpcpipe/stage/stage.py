@@ -75,7 +75,7 @@ class Stage:
         self._scale = 1.0
         self._wirings = wirings or [Wiring()] * len(layers)
         self._outgoing = outgoing or {}
-        self.leaving = Outputs(list(layers))
+        self.leaving = Outputs(self.module)
         self._live_names = live_names(self._wirings, (name for names in self._outgoing.values() for name in names))
         # By micro-batch, the number of gradients to send back by each link.
         self._returns: dict[int, dict[str, int]] = {}

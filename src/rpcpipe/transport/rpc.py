@@ -250,9 +250,7 @@ def _receive_chained(generation: str, verb: str, args: tuple[Any, ...]) -> torch
     def answered(done: Future[Any]) -> None:
         outcome = done.result()
         failed = isinstance(outcome, Failure)
-        answer.set_result(
-            _raised_by_to_here(str(StageError(outcome))) if failed else pytree.tree_map(in_bounds, outcome)
-        )
+        answer.set_result(_raised_by_to_here(str(StageError(outcome))) if failed else outcome)
 
     torch.futures.collect_all([fetch for fetch in fetches if fetch is not None]).add_done_callback(fetched)
     return answer
@@ -373,7 +371,7 @@ class RpcTransport:
             raise self.call(to, "clock").exception() or broken from None
 
     def remote_chained(self, to: str, verb: str, *args: Any) -> object:
-        message = self.generation, verb, pytree.tree_map(in_bounds, args)
+        message = (self.generation, verb, pytree.tree_map(in_bounds, args))
         return rpc.remote(_wire_name(to, self.generation), _receive_chained, args=message)
 
     def wait(self, replies: Collection[Future[Any]], timeout: float) -> tuple[set[Future[Any]], set[Future[Any]]]:

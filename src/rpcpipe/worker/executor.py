@@ -19,6 +19,8 @@ import cloudpickle
 import torch
 
 from rpcpipe.errors import Failure
+from rpcpipe.model.microbatch import map_tensors
+from rpcpipe.model.sendable import in_bounds
 from rpcpipe.schedules.action import Action
 from rpcpipe.transport.base import Transport
 from rpcpipe.worker.actor import Actor
@@ -271,7 +273,7 @@ class Executor:
                 function, args = cloudpickle.loads(call)
                 return bytes(cloudpickle.dumps(function(*args)))
             case ForwardByHand(pipeline, stage, inputs):
-                return self.actors[pipeline].module(stage)(inputs)
+                return map_tensors(in_bounds, self.actors[pipeline].module(stage)(inputs))
             case ForgetStep(pipeline, step):
                 if (actor := self.actors.get(pipeline)) is not None:
                     actor.reset(step)
