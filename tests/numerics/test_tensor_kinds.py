@@ -108,10 +108,13 @@ def test_kinds_that_cannot_be_sent_are_refused_by_the_layer(kind: str) -> None:
     pipe = pipe_of([Make(make), Take(lambda t: t)])
     x, y = data()
     before = pipe.state_dict()
-    for call in (lambda: pipe.train_step(x, y), lambda: pipe(x)):
+    # Without a gradient sparse tensors are carried.
+    for call in (lambda: pipe.train_step(x, y), lambda: pipe(x))[: 1 if kind == "sparse" else 2]:
         with pytest.raises(rp.StageError, match=f"the output of layer 0 has .*{words}"):
             call()
     assert all(torch.equal(value, before[name]) for name, value in pipe.state_dict().items())
+    if kind == "sparse":
+        return
     alone = pipe_of([nn.Linear(4, 4), Make(lambda h: (h, make(h)))], loss=lambda out, y: mse(out[0], y))
     alone.train_step(x, y)
     with pytest.raises(rp.StageError, match=f"the output of layer 1 has .*{words}"):

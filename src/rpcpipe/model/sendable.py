@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
 
 from rpcpipe.model import containers
 from rpcpipe.model.microbatch import Nest, flatten, unflatten
-
-T = TypeVar("T")
+from rpcpipe.transport.pickling import in_bounds
 
 _ORDINARY = (torch.Tensor, nn.Parameter)
 _NO_DISPATCH = torch.Tensor.__torch_dispatch__
@@ -27,19 +26,6 @@ def sendable(tensor: torch.Tensor, source: str) -> torch.Tensor:
     if tensor.is_conj() or tensor.is_neg():
         return tensor.resolve_conj().resolve_neg()
     return tensor if tensor.numel() else in_bounds(tensor)
-
-
-def in_bounds(value: T) -> T:
-    """Return ``value``; an empty tensor that begins behind the end of its memory, at which torch RPC aborts, is copied.
-
-    A chunk of an empty tensor has such an offset; the receiver checks it against what is sent of the memory.
-    """
-    empty = isinstance(value, torch.Tensor) and not value.numel() and _offset(value)
-    return value.clone() if empty else value  # type: ignore[attr-defined]
-
-
-def _offset(tensor: torch.Tensor) -> bool:
-    return tensor.layout is torch.strided and not tensor.is_nested and bool(tensor.storage_offset())
 
 
 def _check_kind(tensor: torch.Tensor, source: str) -> None:

@@ -42,7 +42,8 @@ class Memory:
 def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
     tensor = tensor.detach()
     if tensor.layout is torch.sparse_coo:
-        return [tensor._indices(), tensor._values()]
+        tensor = tensor.coalesce()
+        return [tensor.indices(), tensor.values()]
     if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
         return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
     if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):

@@ -33,10 +33,9 @@ from torch.distributed.rpc import api, internal
 from torch.utils import _pytree as pytree
 
 from rpcpipe.errors import Failure, RpcPipeError, StageError, WorkerLost
-from rpcpipe.model.sendable import in_bounds
 from rpcpipe.transport.base import DRIVER, Endpoint
 from rpcpipe.transport.interrupts import allow_interrupts, shield_interrupts
-from rpcpipe.transport.pickling import MessagePickler
+from rpcpipe.transport.pickling import MessagePickler, in_bounds
 from rpcpipe.transport.replies import Replies
 from rpcpipe.transport.rpc_store import ExchangeStore
 from rpcpipe.transport.torch_log import hush

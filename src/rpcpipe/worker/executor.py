@@ -20,9 +20,9 @@ import torch
 
 from rpcpipe.errors import Failure
 from rpcpipe.model.microbatch import map_tensors
-from rpcpipe.model.sendable import in_bounds
 from rpcpipe.schedules.action import Action
 from rpcpipe.transport.base import Transport
+from rpcpipe.transport.pickling import in_bounds
 from rpcpipe.worker.actor import Actor
 from rpcpipe.worker.mailbox import Entry, Mailbox
 from rpcpipe.worker.messages import Port
