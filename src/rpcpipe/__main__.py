@@ -1,4 +1,4 @@
-"""The command ``rpcpipe``: look at schedules, plan a training, examine this machine, serve as a worker."""
+"""Run the command ``rpcpipe``: draw schedules, plan a training run, examine this machine, serve as a worker."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rpcpipe.schedules import Costs, Schedule
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; the exit status (2 for wrong arguments)."""
+    """Run the command and return its exit status, 2 for wrong arguments; ``arguments``: sys.argv[1:] by default."""
     args = _parser().parse_args(arguments)
     try:
         if args.command == "doctor":
@@ -35,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    """Return the parser of all subcommands."""
     parser = argparse.ArgumentParser(prog="rpcpipe", description="Pipeline parallelism from one Python process.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("doctor", help="examine this machine; exit status 1 if a cluster would not form")
@@ -55,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _plan_parser(plan: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``rpcpipe plan``."""
     plan.add_argument("model", choices=["gpt"])
     for size in ("layers", "hidden", "heads", "vocab", "seq"):
         plan.add_argument(f"--{size}", type=int, required=True)
@@ -71,6 +73,7 @@ def _plan_parser(plan: argparse.ArgumentParser) -> None:
 
 
 def _plan(args: argparse.Namespace) -> None:
+    """Print the plan of a GPT of the given sizes; raises PartitionError if nothing fits."""
     model = GPT(args.layers, args.hidden, args.heads, args.vocab, args.seq)
     sizes = [1, 2, 4, 8] if args.chunks is None else [-(-args.batch // args.chunks)]
     layer_costs = {size: model.layer_costs(size, args.flops * args.efficiency) for size in sizes}
@@ -84,6 +87,7 @@ def _plan(args: argparse.Namespace) -> None:
 
 
 def _schedule(args: argparse.Namespace) -> None:
+    """Print a schedule's timeline, or the table of all schedules, and write the files that are asked for."""
     forward, input_gradient, weight_gradient = args.costs
     costs = Costs(forward, input_gradient, weight_gradient, latency=args.latency)
     if args.list or args.name is None:
@@ -100,16 +104,19 @@ def _schedule(args: argparse.Namespace) -> None:
 
 
 def _get(name: str, args: argparse.Namespace) -> Schedule:
+    """Return the schedule by its name, or from a .csv file; raises ScheduleError if it cannot run."""
     if name.endswith(".csv"):
         return Schedule.from_csv(Path(name).read_text(), name=Path(name).stem)
     return schedules.get(name, args.workers, args.chunks, _virtual(name, args.virtual)).validate()
 
 
-def _virtual(name: str, asked: int | None) -> int:
-    return schedules.fewest_virtual_stages(name) if asked is None else asked
+def _virtual(name: str, virtual: int | None) -> int:
+    """Return ``virtual``, or the fewest stages per worker that the schedule can have."""
+    return schedules.fewest_virtual_stages(name) if virtual is None else virtual
 
 
 def _table(args: argparse.Namespace, costs: Costs) -> str:
+    """Return a line for every schedule: its stages, makespan, bubble and peak, or why it does not exist here."""
     lines = [f"{'schedule':<12} {'stages':>6} {'makespan':>9} {'bubble':>7} {'peak in flight':>15}  remark"]
     for name in schedules.names():
         try:
@@ -119,9 +126,9 @@ def _table(args: argparse.Namespace, costs: Costs) -> str:
             continue
         timeline = schedule.simulate(_per_worker(costs, schedule))
         peaks = timeline.peak_in_flight
-        alive = f"{min(peaks)} to {max(peaks)}" if min(peaks) != max(peaks) else str(peaks[0])
+        peak = f"{min(peaks)} to {max(peaks)}" if min(peaks) != max(peaks) else str(peaks[0])
         lines.append(
-            f"{name:<12} {schedule.stages:>6} {timeline.makespan:>9.4g} {timeline.bubble:>7.1%} {alive:>15}"
+            f"{name:<12} {schedule.stages:>6} {timeline.makespan:>9.4g} {timeline.bubble:>7.1%} {peak:>15}"
             f"  {schedules.describe(name)}"
         )
     lines.append(
@@ -132,7 +139,7 @@ def _table(args: argparse.Namespace, costs: Costs) -> str:
 
 
 def _per_worker(costs: Costs, schedule: Schedule) -> Costs:
-    """The costs of one stage where a worker's share of the model is cut into several."""
+    """Return the costs of one stage, where ``costs`` are those of all stages of a worker."""
     share = schedule.workers / schedule.stages
     forward, input_gradient, weight_gradient = (
         float(cost) * share  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Small tables, for a terminal and for a notebook."""
+"""Format small tables for a terminal or a notebook, and numbers of bytes; read numbers of bytes."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from rpcpipe.errors import ArgumentError
 
 
 def text(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as their widest cell; no line ends in blanks."""
+    """Return the table as text, with columns as wide as their widest cell and no trailing blanks."""
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]]
     return "\n".join("  " + line.rstrip() for line in lines)
 
 
 def markup(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The same as HTML, every cell escaped."""
+    """Return the table as HTML under ``title``, with every cell escaped."""
 
     def line(cells: Sequence[str], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
@@ -27,7 +27,7 @@ def markup(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 
 
 def mebibytes(count: float) -> str:
-    """``count`` bytes for a person."""
+    """Return ``count`` bytes as text in MiB, or in GiB from 8 GiB on."""
     return f"{count / 2**20:,.1f} MiB" if count < 2**33 else f"{count / 2**30:,.1f} GiB"
 
 
@@ -35,8 +35,8 @@ _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "
 
 
 def parse_bytes(text: str) -> float:
-    """Bytes from what a person writes: 80GiB, 1.5 TB, 4096. Raises ArgumentError for anything else."""
-    found = re.fullmatch(r"([0-9.]+) *([kMGT]?i?)B?", text.strip())
-    if found is None or found[2] not in _UNITS:
+    """Return the bytes that ``text`` says, such as 80GiB, 1.5 TB or 4096; raises ArgumentError for other text."""
+    match = re.fullmatch(r"([0-9.]+) *([kMGT]?i?)B?", text.strip())
+    if match is None or match[2] not in _UNITS:
         raise ArgumentError(f"{text!r} is no number of bytes: write such as 80GiB, 80GB or 85899345920")
-    return float(found[1]) * _UNITS[found[2]]
+    return float(match[1]) * _UNITS[match[2]]

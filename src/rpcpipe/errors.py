@@ -1,4 +1,4 @@
-"""Everything rpcpipe raises, as one tree.
+"""Define every error that rpcpipe raises, as one tree.
 
     RpcPipeError
     ├── ArgumentError      (also ValueError)    a value that a call does not take
@@ -50,7 +50,7 @@ class CheckpointError(RpcPipeError):
 class WorkerLost(RpcPipeError):
     """A worker process died or stopped answering; the cluster must be launched again.
 
-    ``worker`` is its name, ``stages`` what it held, ``host`` and ``pid`` where it was.
+    ``worker`` is its name, ``stages`` the stages that it held, ``host`` and ``pid`` say where it ran.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class WorkerLost(RpcPipeError):
         self.worker, self.stages, self.host, self.pid = worker, stages, host, pid
 
     def again(self) -> WorkerLost:
-        """A copy to raise: an exception raised twice would gather both tracebacks."""
+        """Return a copy to raise; an exception that is raised twice would collect both tracebacks."""
         return WorkerLost(str(self), worker=self.worker, stages=self.stages, host=self.host, pid=self.pid)
 
 
@@ -73,23 +73,24 @@ _AFTER_A_STEP = (
 )
 _AFTER_A_CALL = "The worker is alive; mend the cause and call again."
 
-
-# What of a message, a traceback and a pickled exception travels.
+# At most so much of a message and of a traceback (characters), and of a pickled exception (bytes), is sent.
 _LONGEST_MESSAGE = 10_000
 _LONGEST_TRACEBACK = 20_000
 _LONGEST_PICKLE = 1 << 20
 
-# Mixed into the error that is raised at the driver they would mean something else there: they end
-# a generator, a coroutine.
+# StageError does not inherit from these: where the driver raises it, they would end a generator or a coroutine.
 _UNMIXABLE = (StopIteration, StopAsyncIteration)
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What went wrong on a worker, in strings and bytes only, so that it always travels.
+    """Describes what went wrong on a worker, in strings and bytes alone, so that it can always be sent.
 
-    torch RPC rebuilds a remote exception as ``type(message)``, which loses two-argument
-    constructors, local classes and non-ASCII text; a Failure is sent as a value instead.
+    torch RPC rebuilds a remote exception as ``type(message)``, which fails for constructors of two arguments, local
+    classes and non-ASCII text. A Failure is therefore sent as a value.
+
+    ``stage`` and ``chunk`` are None outside of an action, ``pickled`` is None where the exception cannot be pickled.
+    ``in_step``: the failure has cancelled a step. ``cancelled``: the call did not run, because its step had failed.
     """
 
     worker: str
@@ -103,10 +104,11 @@ class Failure:
     pickled: bytes | None = None
     in_step: bool = False
     cancelled: bool = False
-    after: str = ""  # what the weights are now, where it is not what _AFTER_A_STEP says
+    after: str = ""  # says what the weights are now, where _AFTER_A_STEP and _AFTER_A_CALL are not true
 
     @property
     def type_name(self) -> str:
+        """Return the name of the exception's type, with its module unless it is a builtin."""
         return self.qualname if self.module == "builtins" else f"{self.module}.{self.qualname}"
 
     @classmethod
@@ -120,8 +122,8 @@ class Failure:
         chunk: int | None = None,
         in_step: bool = False,
     ) -> Failure:
-        """Describe ``error``, which is being handled, without ever raising itself."""
-        message, text = _words(error)
+        """Return the Failure that describes ``error``; raises nothing, whatever ``error`` does when it is printed."""
+        message, text = _message_and_traceback(error)
         kind = type(error)
         return cls(
             worker, stage, chunk, action, kind.__module__, kind.__qualname__, message, text, _pickled(error), in_step
@@ -129,17 +131,17 @@ class Failure:
 
     @classmethod
     def stated(cls, kind: type[Exception], message: str, *, worker: str, stage: int) -> Failure:
-        """A failure of ``stage`` that is seen in what it reported."""
+        """Return a failure of ``stage`` that the driver found in the stage's report: there is no traceback."""
         return cls(worker, stage, None, "backward", kind.__module__, kind.__qualname__, message, "", in_step=True)
 
     @classmethod
     def cancel(cls, worker: str, action: str) -> Failure:
-        """The outcome of a call whose step another stage has failed."""
+        """Return the outcome of a call that did not run, because another stage failed the step."""
         return cls(worker, None, None, action, "builtins", "Cancelled", "the step was cancelled", "", cancelled=True)
 
 
-def _words(error: BaseException) -> tuple[str, str]:
-    """Message and traceback; of huge ones the parts that matter."""
+def _message_and_traceback(error: BaseException) -> tuple[str, str]:
+    """Return (message, traceback); a long message is cut at its end, a long traceback in its middle."""
     try:
         message = str(error)
         text = "".join(traceback.format_exception(error))
@@ -155,6 +157,7 @@ def _words(error: BaseException) -> tuple[str, str]:
 
 
 def _pickled(error: BaseException) -> bytes | None:
+    """Return the pickled exception; None if it cannot be pickled or is longer than ``_LONGEST_PICKLE``."""
     try:
         data = pickle.dumps(error)
     except Exception:
@@ -165,9 +168,9 @@ def _pickled(error: BaseException) -> bytes | None:
 class StageError(RpcPipeError):
     """The user's code raised on a worker; the step was cancelled and no weight changed.
 
-    Where the original's type is known here too, the error is of that type as well, so that ``except
-    ValueError`` works. ``stage``, ``chunk`` and ``action`` say where, ``remote_traceback`` how,
-    ``original`` is the exception itself where it could be sent.
+    Where this process knows the original exception's type, the error is also of that type, so that ``except
+    ValueError`` works. ``stage``, ``chunk`` and ``action`` say where it was raised, ``remote_traceback`` is the
+    worker's traceback, and ``original`` the exception itself, where it could be sent.
     """
 
     def __init__(self, failure: Failure) -> None:
@@ -175,7 +178,7 @@ class StageError(RpcPipeError):
         if failure.stage is not None:
             chunk = "" if failure.chunk is None else f", micro-batch {failure.chunk}"
             where = f"{failure.action} of stage {failure.stage}{chunk} on {failure.worker}"
-        # Past the original type's own __init__, whose arguments are not ours.
+        # Not super().__init__: a mixed-in type's constructor may want other arguments.
         BaseException.__init__(
             self,
             f"{where} raised {failure.type_name}: {failure.message}\n"
@@ -196,37 +199,41 @@ class StageError(RpcPipeError):
 
     @property
     def original(self) -> BaseException | None:
-        """The exception as the worker had it, without its traceback; None if it could not be sent."""
+        """Return the worker's exception, without its traceback; None if it could not be sent."""
         try:
-            found = pickle.loads(self.failure.pickled) if self.failure.pickled else None
+            exception = pickle.loads(self.failure.pickled) if self.failure.pickled else None
         except Exception:
             return None
-        return found if isinstance(found, BaseException) else None
+        return exception if isinstance(exception, BaseException) else None
 
     @staticmethod
     def of(failure: Failure) -> StageError:
-        """The error to raise: of the original's type too, where that is known in this process."""
+        """Return the error to raise for ``failure``, of the original's type too where this process knows that type."""
         kind = _known_type(failure)
         if kind is not None:
             try:
                 return _mixed(kind)(failure)  # type: ignore[arg-type]
             except Exception:
-                pass  # a type that does not mix, or whose __new__ wants its own arguments
+                pass  # its layout conflicts with StageError's, or its __new__ wants other arguments
         return StageError(failure)
 
 
 def _known_type(failure: Failure) -> type[Exception] | None:
-    """Looked up, not imported: who wants to catch a type has imported it."""
-    found: Any = sys.modules.get(failure.module)
+    """Return the original exception's type; None if it is not imported here, or StageError cannot inherit from it.
+
+    Nothing is imported: code that catches a type has imported it already.
+    """
+    kind: Any = sys.modules.get(failure.module)
     for name in failure.qualname.split("."):
-        found = getattr(found, name, None)
-    if not isinstance(found, type) or not issubclass(found, Exception):
-        return None  # SystemExit and KeyboardInterrupt of a worker must not end the driver
-    return None if issubclass(found, (StageError, *_UNMIXABLE)) else found
+        kind = getattr(kind, name, None)
+    if not isinstance(kind, type) or not issubclass(kind, Exception):
+        return None  # a worker's SystemExit or KeyboardInterrupt must not end the driver
+    return None if issubclass(kind, (StageError, *_UNMIXABLE)) else kind
 
 
 @functools.cache
 def _mixed(kind: type[Exception]) -> type[StageError]:
+    """Return a class that inherits from StageError and ``kind``; the same class every time."""
     return type("StageError", (StageError, kind), {"__module__": __name__, "__doc__": StageError.__doc__})
 
 

@@ -12,13 +12,15 @@ import pytest
 import torch
 
 import rpcpipe as rp
+from rpcpipe.driver.callbacks import record
+from rpcpipe.driver.result import StreamResult
 from support.local_cluster import LocalCluster
 from support.models import batches, cross_entropy, mlp, sgd
 from support.oracle import Oracle
 
 
 def local(**arguments: Any) -> rp.Pipeline:
-    return rp.Pipeline(mlp(), LocalCluster(3), loss=cross_entropy, optimizer=sgd, chunks=3, **arguments)  # type: ignore[arg-type]
+    return rp.Pipeline(mlp(), LocalCluster(3), loss=cross_entropy, optimizer=sgd, chunks=3, **arguments)
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -54,6 +56,17 @@ def test_json_lines_hold_the_figures(tmp_path: Path) -> None:
         assert line["peak_activation_bytes"] == list(result.peak_activation_bytes)
     assert [line["lr"] for line in lines(path)] == [[0.1], [0.05], [0.025]]
     assert line["time"] > 1.6e9
+
+
+def test_a_record_holds_every_figure_and_has_the_same_keys_under_all_schedules() -> None:
+    sync, streamed = (local(schedule=schedule).train_step(*next(batches(1))) for schedule in ("1f1b", "pipedream"))
+    assert list(record(sync)) == list(record(streamed))
+    figures = {field.name for field in dataclasses.fields(StreamResult)} - {"timeline", "idle"} | {"bubble"}
+    assert set(record(streamed)) == figures
+    assert type(sync) is rp.StepResult
+    assert type(streamed) is StreamResult
+    assert record(sync)["versions"] == []
+    assert record(streamed)["versions"] != []
 
 
 def test_nan_is_null(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def test_executed_order_is_the_schedules(schedule: str, dispatch: str, executed:
         pipe = rp.Pipeline(
             tiny(planned.stages), LocalCluster(3, seed), loss=mse, optimizer=sgd, schedule=schedule, chunks=6,
             virtual_stages=virtual, dispatch=dispatch,
-        )  # type: ignore[arg-type]  # fmt: skip
+        )  # fmt: skip
         result = pipe.train_step(torch.randn(6, 2), torch.randn(6, 2))
         assert tuple(tuple(executed[f"worker{index}"]) for index in range(3)) == planned.actions
         if virtual == 1:
@@ -74,7 +74,7 @@ def test_validator_simulator_and_executor_agree(
     pipe = rp.Pipeline(
         tiny(planned.stages), LocalCluster(workers, seed), loss=mse, optimizer=sgd, schedule=name, chunks=chunks,
         virtual_stages=virtual,
-    )  # type: ignore[arg-type]  # fmt: skip
+    )  # fmt: skip
     timeline = pipe.train_step(torch.randn(chunks, 2), torch.randn(chunks, 2)).timeline
     rows = tuple(tuple(executed.get(f"worker{index}", ())) for index in range(workers))
     assert rows == planned.actions
@@ -96,7 +96,7 @@ def test_a_failed_step_is_dropped_and_the_next_one_is_right(seed: int) -> None:
         return layers
 
     bad, good = (rp.Pipeline(model(), LocalCluster(3, seed), loss=cross_entropy, optimizer=sgd, chunks=5)
-                 for _ in range(2))  # type: ignore[arg-type]  # fmt: skip
+                 for _ in range(2))  # fmt: skip
     (x, y), (x2, y2) = batches(2)
     poisoned = x.clone()
     poisoned[6] = float("nan")  # micro-batch 3
@@ -117,7 +117,7 @@ def test_a_lost_message_runs_into_the_deadline_which_names_the_action() -> None:
 
     pipe = rp.Pipeline(
         mlp(), LocalCluster(3, drop=drop, timeout=0.2), loss=cross_entropy, optimizer=sgd, schedule="gpipe", chunks=4
-    )  # type: ignore[arg-type]
+    )
     x, y = next(batches(1))
     with pytest.raises(rp.DeadlineExceeded, match=r"worker2 waits for the input of forward of stage 2, micro-batch"):
         pipe.train_step(x, y)
@@ -135,6 +135,6 @@ def test_a_step_changes_no_weight_before_all_stages_are_done(
         step(self, *args)
 
     monkeypatch.setattr(LocalOptimizer, "step", record)
-    pipe = rp.Pipeline(tiny(2), LocalCluster(2, 7), loss=mse, optimizer=sgd, chunks=4)  # type: ignore[arg-type]
+    pipe = rp.Pipeline(tiny(2), LocalCluster(2, 7), loss=mse, optimizer=sgd, chunks=4)
     pipe.train_step(torch.randn(4, 2), torch.randn(4, 2))
     assert done_at_update == [{"worker0": 8, "worker1": 8}] * 2

@@ -27,7 +27,7 @@ def largest(output: torch.Tensor, target: torch.Tensor) -> tuple[float, float]:
 
 
 def local(seed: int = 0, **arguments: Any) -> rp.Pipeline:
-    return rp.Pipeline(mlp(), LocalCluster(3, seed), optimizer=sgd, **{"loss": cross_entropy, "chunks": 3, **arguments})  # type: ignore[arg-type]
+    return rp.Pipeline(mlp(), LocalCluster(3, seed), optimizer=sgd, **{"loss": cross_entropy, "chunks": 3, **arguments})
 
 
 @pytest.mark.parametrize("dispatch", ["rref", "batched"])
@@ -133,5 +133,5 @@ def test_metrics_that_cannot_be_are_refused() -> None:
     with pytest.raises(ValueError, match="'loss'"):
         pipe.evaluate(data, {"loss": correct})
     with pytest.raises(rp.StageError, match="metric 'mean' must return"):
-        pipe.evaluate(data, {"mean": lambda output, target: output.mean()})  # type: ignore[dict-item]
+        pipe.evaluate(data, {"mean": lambda output, target: output.mean()})
     assert pipe.evaluate(data) > 0

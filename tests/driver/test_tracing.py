@@ -8,7 +8,7 @@ from support.models import batches, cross_entropy, mlp, sgd
 
 
 def test_tracing_over_the_shuffling_transport() -> None:
-    pipe = rp.Pipeline(mlp(), LocalCluster(3, 5), loss=cross_entropy, optimizer=sgd, chunks=4)  # type: ignore[arg-type]
+    pipe = rp.Pipeline(mlp(), LocalCluster(3, 5), loss=cross_entropy, optimizer=sgd, chunks=4)
     with pipe.trace() as timeline:
         pipe.train_step(*next(batches(1)))
     assert len(timeline.spans) == 2 * 4 * 3 + 3

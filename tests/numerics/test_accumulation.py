@@ -133,7 +133,7 @@ def test_the_schedule_may_change_in_between(cluster: rp.Cluster) -> None:
         assert_same_run(pipe, loop, iter([batch]))
         with pytest.raises(rp.StageError):
             pipe.train_step(batch[0], batch[1] + 100)
-        pipe.schedule = name  # type: ignore[assignment]
+        pipe.schedule = name
     pipe.close()
 
 
@@ -183,7 +183,7 @@ def test_one_call_is_no_accumulation_and_refusals() -> None:
         pipeline(LocalCluster(2), 2, schedule="pipedream")
     pipe = pipeline(LocalCluster(2), 2)
     with pytest.raises(rp.ScheduleError, match="larger batches and more chunks"):
-        pipe.schedule = "pipedream-2bw"  # type: ignore[assignment]
+        pipe.schedule = "pipedream-2bw"
     pipe = pipeline(LocalCluster(2), 1, schedule="pipedream", chunks=1)
     pipe.accumulate = 2
     with pytest.raises(rp.ScheduleError, match="accumulate=2"):

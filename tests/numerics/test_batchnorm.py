@@ -125,7 +125,7 @@ def test_deferred_through_rpc_with_accumulation_and_a_change_of_schedule(cluster
     loop = Whole(model(), sgd, cross_entropy, 6, accumulate=2)
     assert_close_run(pipe, loop, batches(3, 12))
     pipe.evaluate(batches(1))
-    pipe.schedule = "gpipe"  # type: ignore[assignment]
+    pipe.schedule = "gpipe"
     assert_close_run(pipe, loop, batches(3, 12))
     expected = loop.model.eval()(next(batches(1, 6))[0])
     torch.testing.assert_close(pipe(next(batches(1, 6))[0]), expected, rtol=1e-5, atol=1e-6)
@@ -137,7 +137,7 @@ def test_deferred_layers_move() -> None:
     pipe = rp.Pipeline(deep(), LocalCluster(2), loss=cross_entropy, optimizer=adamw, chunks=4, batch_norm="deferred")
     for name in ("interleaved", "1f1b", "zb-v"):
         assert_close_run(pipe, loop, batches(2, 12))
-        pipe.schedule = name  # type: ignore[assignment]
+        pipe.schedule = name
     assert_close_run(pipe, loop, batches(2, 12))
 
 

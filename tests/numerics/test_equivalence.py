@@ -66,7 +66,7 @@ def test_same_bits_in_any_order_of_messages(schedule: str) -> None:
                 pipe = rp.Pipeline(
                     mlp(), LocalCluster(workers, seed), loss=cross_entropy, optimizer=sgd, schedule=schedule,
                     chunks=chunks, virtual_stages=virtual, dispatch=("rref", "batched")[seed % 2],
-                )  # type: ignore[arg-type]  # fmt: skip
+                )  # fmt: skip
                 train_both(pipe, Oracle(mlp(), sgd, cross_entropy, chunks), steps=2, size=chunks + chunks // 2)
 
 
@@ -124,7 +124,7 @@ def test_the_schedule_changes_in_a_live_run_and_the_bits_stay(kind: str, request
     names = ["gpipe", "zb-v", "interleaved", "zb-h1", "dualpipe-v", "looped-bfs", "naive", "1f1b"]
     for batch, name in zip(batches(len(names), 16), names, strict=True):
         assert pipe.train_step(*batch).loss == oracle.train_step(*batch)
-        pipe.schedule = name  # type: ignore[assignment]
+        pipe.schedule = name
         for optimizer in (pipe.optimizer, oracle.optimizer):
             optimizer.param_groups[0]["lr"] *= 0.9
     custom = rp.Schedule.from_csv(rp.schedules.get("eager-1f1b", 4, 4).to_csv())
@@ -134,7 +134,7 @@ def test_the_schedule_changes_in_a_live_run_and_the_bits_stay(kind: str, request
     assert pipe.train_step(*batch).loss == oracle.train_step(*batch)
     assert_same_weights(pipe, oracle.model)
     with pytest.raises(rp.ScheduleError, match="unknown schedule"):
-        pipe.schedule = "zigzag"  # type: ignore[assignment]
+        pipe.schedule = "zigzag"
     assert pipe.train_step(*batch).loss == oracle.train_step(*batch)
     pipe.close()
 
@@ -161,7 +161,7 @@ def test_moving_after_an_evaluation_trains_on_in_training_mode(cluster: rp.Clust
     for batch, name in zip(batches(4, 16), ["interleaved", "1f1b", "zb-v", "gpipe"], strict=True):
         assert pipe.train_step(*batch).loss == oracle.train_step(*batch)
         pipe.evaluate([batch])
-        pipe.schedule = name  # type: ignore[assignment]
+        pipe.schedule = name
     assert pipe.train_step(*batch).loss == oracle.train_step(*batch)
     assert_same_weights(pipe, oracle.model)
     pipe.close()
@@ -171,7 +171,7 @@ def test_a_refused_schedule_leaves_the_pipeline_as_it_was(cluster: rp.Cluster) -
     pipe = rp.Pipeline(mlp(4), cluster, loss=cross_entropy, optimizer=sgd, chunks=4)
     oracle = Oracle(mlp(4), sgd, cross_entropy, 4)
     with pytest.raises(rp.PartitionError, match="cannot cut 4 layers into 8 stages"):
-        pipe.schedule = "zb-v"  # type: ignore[assignment]
+        pipe.schedule = "zb-v"
     assert pipe.schedule.name == "1f1b"
     batch = next(batches(1))
     assert pipe.train_step(*batch).loss == oracle.train_step(*batch)

@@ -241,7 +241,7 @@ def test_float16_is_refused_where_stages_update_on_their_own() -> None:
         pipeline(LocalCluster(2), torch.float16, schedule="pipedream")
     pipe, loop = pipeline(LocalCluster(2), torch.float16), natural(torch.float16)
     with pytest.raises(rp.ScheduleError, match="a synchronous schedule"):
-        pipe.schedule = "pipedream"  # type: ignore[assignment]
+        pipe.schedule = "pipedream"
     assert_same_run(pipe, loop)
     with pytest.raises(ValueError, match=r"torch.bfloat16, torch.float16 or None, not torch.float32"):
         pipeline(LocalCluster(2), torch.float32)

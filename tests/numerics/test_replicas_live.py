@@ -27,9 +27,9 @@ def test_the_schedule_changes_in_a_live_run_and_the_bits_stay(
     names = ["gpipe", "zb-v", "interleaved", "zb-h1", "dualpipe-v", "1f1b"]
     for batch, name in zip(batches(len(names), 16), names, strict=True):
         assert pipe.train_step(*batch).loss == ours.train_step(*batch)
-        pipe.schedule = name  # type: ignore[assignment]
+        pipe.schedule = name
     with pytest.raises(rp.ScheduleError, match="'pipedream' updates each replica's weights at its own times"):
-        pipe.schedule = "pipedream"  # type: ignore[assignment]
+        pipe.schedule = "pipedream"
     train_both(pipe, ours, size=16)
     pipe.close()
 

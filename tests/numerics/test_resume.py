@@ -141,7 +141,7 @@ def odd_pipeline(workers: int) -> rp.Pipeline:
     torch.manual_seed(3)
     layers = [Odd(), nn.Dropout(0.2), Odd(), nn.Linear(12, 4)]
     balance = {1: [4], 4: [1, 1, 1, 1]}[workers]
-    return rp.Pipeline(layers, LocalCluster(workers), loss=cross_entropy, optimizer=amsgrad, balance=balance, chunks=2)  # type: ignore[arg-type]
+    return rp.Pipeline(layers, LocalCluster(workers), loss=cross_entropy, optimizer=amsgrad, balance=balance, chunks=2)
 
 
 def amsgrad(params: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -184,7 +184,7 @@ def test_hyperparameters_that_only_some_workers_have_stay_the_factorys(tmp_path:
         return torch.optim.SGD(params, lr=0.1 / len(params), momentum=0.9)
 
     def pipeline() -> rp.Pipeline:
-        return rp.Pipeline(mlp(), LocalCluster(2), loss=cross_entropy, optimizer=by_size, balance=[6, 2], chunks=2)  # type: ignore[arg-type]
+        return rp.Pipeline(mlp(), LocalCluster(2), loss=cross_entropy, optimizer=by_size, balance=[6, 2], chunks=2)
 
     pipe, other, data = pipeline(), pipeline(), list(batches(4))
     pipe.optimizer.param_groups[0]["momentum"] = 0.5

@@ -123,7 +123,7 @@ def test_gradients_of_different_minibatches_never_mix(seed: int) -> None:
         pipe = rp.Pipeline(
             linear(), LocalCluster(4, seed), loss=lambda out, y: (out * y).mean(), schedule="pipedream", chunks=1,
             optimizer=lambda params: torch.optim.SGD(params, lr=0.0),
-        )  # type: ignore[arg-type]  # fmt: skip
+        )  # fmt: skip
         list(pipe.train((torch.ones(1, 1), torch.full((1, 1), float(n))) for n in range(1, 30)))
     assert list(seen.values()) == [[float(n) for n in range(1, 30)]] * 4
 

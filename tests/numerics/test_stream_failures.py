@@ -59,7 +59,7 @@ def test_or_the_run_stops_before_it() -> None:
 
 
 def test_a_synchronous_step_stops_as_well() -> None:
-    pipe = rp.Pipeline(mlp(), LocalCluster(2), loss=cross_entropy, optimizer=sgd, chunks=2, nonfinite="stop")  # type: ignore[arg-type]
+    pipe = rp.Pipeline(mlp(), LocalCluster(2), loss=cross_entropy, optimizer=sgd, chunks=2, nonfinite="stop")
     before = pipe.state_dict()
     x, y = next(batches(1))
     with pytest.raises(FloatingPointError, match="gradient"):

@@ -66,9 +66,9 @@ def test_a_single_step_flushes_and_a_synchronous_schedule_takes_over() -> None:
     x, y = next(batches(1))
     assert pipe.train_step(x, y).loss == train(oracle, [(x, y)], "stash", 2, 2)[0]
     assert_same_weights(pipe, oracle.model)
-    pipe.schedule = "1f1b"  # type: ignore[assignment]
+    pipe.schedule = "1f1b"
     assert pipe.train_step(x, y).versions == ()
-    pipe.schedule = "pipedream"  # type: ignore[assignment]
+    pipe.schedule = "pipedream"
     assert pipe.train_step(x, y).versions != ()
     with pytest.raises(rp.ScheduleError, match="needs a synchronous schedule"):
         pipe.step()
@@ -78,7 +78,7 @@ def test_a_schedule_that_becomes_synchronous_ends_the_loop() -> None:
     pipe = pipeline(2, "stash")
     results = pipe.train(batches(20))
     next(results)
-    pipe.schedule = "gpipe"  # type: ignore[assignment]
+    pipe.schedule = "gpipe"
     with pytest.raises(rp.ScheduleError, match="has become 'gpipe', which does not stream"):
         list(results)
     assert pipe.train_step(*next(batches(1))).step == pipe.trained - 1

@@ -257,7 +257,7 @@ def test_they_stay_alike_through_changes_of_schedule(
     data = list(batches(6, 16 * replicas))
     for batch, name in zip(data, ["zb-v", "gpipe", "interleaved", "zb-v", "1f1b", "dualpipe-v"], strict=True):
         assert pipe.train_step(*batch).loss == pytest.approx(reference.train_step(*batch).loss, rel=1e-6)
-        pipe.schedule = name  # type: ignore[assignment]
+        pipe.schedule = name
         assert_alike(pipe)
     for name, value in reference.state_dict().items():
         assert (pipe.state_dict()[name] - value).norm() <= 1e-6 * value.norm()
@@ -356,7 +356,7 @@ def test_asynchronous_schedules_refuse_weights_tied_across_stages(schedule: str)
         rp.Pipeline(specs(), LocalCluster(4), loss=cross_entropy, optimizer=sgd, schedule=schedule)
     pipe = rp.Pipeline(specs(), LocalCluster(4), loss=cross_entropy, optimizer=sgd)
     with pytest.raises(rp.ScheduleError, match="update"):
-        pipe.schedule = schedule  # type: ignore[assignment]
+        pipe.schedule = schedule
     assert pipe.schedule.name == "1f1b"
     near = [rp.LayerSpec(nn.Embedding, VOCABULARY, WIDTH), *specs()[1:7:4], rp.LayerSpec(Mean, WIDTH, VOCABULARY)]
     one_stage = rp.Pipeline(

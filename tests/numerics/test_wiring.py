@@ -171,7 +171,7 @@ def test_the_ways_follow_a_live_change_of_schedule(kind: str, request: pytest.Fi
     oracle = Oracle(rp.layers.Sequential(layers()), adamw, cross_entropy, 8)
     for (given, targets), name in zip(batches(4, 16), ["zb-v", "interleaved", "naive", "dualpipe-v"], strict=True):
         assert pipe.train_step(given, targets).loss == oracle.train_step(given, targets)
-        pipe.schedule = name  # type: ignore[assignment]
+        pipe.schedule = name
     train_both(pipe, oracle, size=16)
     pipe.close()
 

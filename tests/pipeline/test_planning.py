@@ -18,7 +18,7 @@ def test_a_plan_is_what_the_pipeline_runs() -> None:
     x, y = next(batches(1, size=16))
     plan = rp.plan(mlp(), x, 2, loss=cross_entropy, targets=y, optimizer=adamw, latency=0.0)
     cluster = LocalCluster(2)
-    pipe = rp.Pipeline(mlp(), cluster, loss=cross_entropy, optimizer=adamw, plan=plan)  # type: ignore[arg-type]
+    pipe = rp.Pipeline(mlp(), cluster, loss=cross_entropy, optimizer=adamw, plan=plan)
     assert pipe.schedule == rp.schedules.get(plan.schedule, 2, plan.chunks, plan.virtual_stages)
     assert (tuple(pipe.balance), pipe.chunks) == (plan.balance, plan.chunks)
     oracle = Oracle(mlp(), adamw, cross_entropy, plan.chunks)

@@ -82,7 +82,7 @@ def test_transformers_and_plain_torch_read_the_weights(tmp_path: Path) -> None:
 
 def test_a_model_of_transformers_reads_its_pipelines_checkpoint(tmp_path: Path) -> None:
     config = GPT2Config(vocab_size=32, n_embd=8, n_layer=2, n_head=2, n_positions=16, bos_token_id=0, eos_token_id=0)
-    pipe = rp.from_transformers(config, LocalCluster(3), optimizer=adamw, chunks=2)  # type: ignore[arg-type]
+    pipe = rp.from_transformers(config, LocalCluster(3), optimizer=adamw, chunks=2)
     ids = torch.randint(0, 32, (4, 6))
     pipe.train_step({"input_ids": ids}, {"labels": ids})
     folder = pipe.save(tmp_path)

@@ -56,7 +56,7 @@ def test_hand_made_calls_are_differentiated_across_workers(cluster: rp.Cluster) 
     x, y = next(batches(1))
     model = mlp(4, dropout=0.0)
     pipe = rp.Pipeline(mlp(4, dropout=0.0), cluster, loss=cross_entropy, optimizer=sgd, balance=[2, 2])
-    with dist_autograd.context() as context_id:  # type: ignore[no-untyped-call]
+    with dist_autograd.context() as context_id:
         hidden = pipe.stages[0].forward(x)
         output = pipe.stages[1].forward(hidden)
         dist_autograd.backward(context_id, [cross_entropy(output.to_here(), y)])  # type: ignore[attr-defined]
@@ -90,7 +90,7 @@ class Pointers:
 
 
 def test_the_hand_over_copies_nothing(pipe: rp.Pipeline) -> None:
-    with dist_autograd.context() as context_id:  # type: ignore[no-untyped-call]
+    with dist_autograd.context() as context_id:
         assert pipe.stages[1].call(Pointers(context_id)) is True
 
 

@@ -105,7 +105,7 @@ def test_nests_of_tensors_travel(cluster: rp.Cluster) -> None:
     total = 0.0
     for rows in (slice(0, 3), slice(3, 5)):
         part = {"a": inputs["a"][rows], "mask": inputs["mask"][rows], "scale": 0.5}  # type: ignore[index]
-        value = masked(reference(part), [target[0][rows]]) * (len(part["a"]) / 5)  # type: ignore[arg-type]
+        value = masked(reference(part), [target[0][rows]]) * (len(part["a"]) / 5)
         value.backward()  # type: ignore[no-untyped-call]
         total += value.item()
     assert pipe.train_step(inputs, target).loss == pytest.approx(total, rel=1e-6)

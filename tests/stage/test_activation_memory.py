@@ -31,7 +31,7 @@ def test_measured_as_predicted(schedule: str, workers: int, mode: str) -> None:
     pipe = rp.Pipeline(
         mlp(8, 32), LocalCluster(workers), loss=cross_entropy, optimizer=sgd, schedule=schedule, chunks=8,
         virtual_stages=rp.schedules.fewest_virtual_stages(schedule), checkpoint=checkpoint,
-    )  # type: ignore[arg-type]  # fmt: skip
+    )  # fmt: skip
     x, y = next(batches(1, 64, width=32))
     layers = profile(named_layers(mlp(8, 32)), x[:8].clone(), loss=cross_entropy, target=y[:8].clone())
     ends = [0, *accumulate(pipe.balance)]

@@ -11,7 +11,7 @@ def test_gradients_of_inputs_land_in_the_box() -> None:
     linear, x = nn.Linear(3, 3), torch.randn(2, 3)
     nest, entered = autograd.enter(StageInput({"x": x, "ids": torch.arange(3), "n": 5}, [True, False]))
     out = linear(nest["x"].mul_(2))  # in place on what came from the stage before: no leaf is touched
-    grads = autograd.backward(Saved(autograd.differentiable(out), entered), [torch.ones(2, 3)])
+    grads = autograd.backward(Saved.of(out, entered), [torch.ones(2, 3)])
     torch.testing.assert_close(grads[0], 2 * torch.ones(2, 3) @ linear.weight)
     assert linear.weight.grad is not None
     assert not x.requires_grad
@@ -21,7 +21,7 @@ def test_an_unused_input_and_an_unused_output_have_no_gradient() -> None:
     linear = nn.Linear(3, 3)
     nest, entered = autograd.enter(StageInput((torch.randn(2, 3), torch.randn(2, 3)), [True, True]))
     outputs = (linear(nest[0]), linear(nest[0]) * 2)
-    grads = autograd.backward(Saved(autograd.differentiable(outputs), entered), [torch.ones(2, 3), None])
+    grads = autograd.backward(Saved.of(outputs, entered), [torch.ones(2, 3), None])
     assert grads[0] is not None
     assert grads[1] is None
     torch.testing.assert_close(linear.bias.grad, torch.full((3,), 2.0))

@@ -93,8 +93,8 @@ def run(module: nn.Module, x: torch.Tensor, *, split: bool, requires_grad: bool 
         out = module[1:](hidden)
     else:
         out = module(nest)
-    saved = Saved(autograd.differentiable(out), entered)
-    grads: list[torch.Tensor | None] = [torch.ones_like(o).cumsum(-1) for o in saved.outputs]
+    saved = Saved.of(out, entered)
+    grads: list[torch.Tensor | None] = [torch.ones_like(o).cumsum(-1) for o in autograd.differentiable(out)]
     if not split:
         return autograd.backward(saved, grads)
     inputs, deferred = backward_input(saved, grads)
@@ -136,7 +136,7 @@ class Products(TorchDispatchMode):
 def test_the_work_is_divided_and_none_is_done_twice() -> None:
     module = nn.Sequential(*[nn.Linear(8, 8) for _ in range(3)])
     nest, entered = autograd.enter(StageInput(torch.randn(4, 8), [True]))
-    saved = Saved([module(nest)], entered)
+    saved = Saved.of(module(nest), entered)
     with Products() as first:
         _, deferred = backward_input(saved, [torch.ones(4, 8)])
     with Products() as second:
@@ -150,7 +150,7 @@ def test_what_only_the_input_gradient_needed_is_freed_after_it() -> None:
     hidden = module[:3](nest)
     out = module[3](hidden)
     softmax_result = weakref.ref(out.untyped_storage())
-    saved = Saved([out], entered)
+    saved = Saved.of([out], entered)
     del out, hidden, nest
     _, deferred = backward_input(saved, [torch.randn(4, 8)])
     del saved

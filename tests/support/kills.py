@@ -85,7 +85,7 @@ class Kills:
     def check(self, at_least: int) -> None:
         """The folder holds a checkpoint of what was said to be saved, or of the step after, to the bit."""
         cluster = LocalCluster(1)
-        pipe = rp.Pipeline(mlp(width=WIDTH), cluster, loss=cross_entropy, optimizer=adamw, chunks=2)  # type: ignore[arg-type]
+        pipe = rp.Pipeline(mlp(width=WIDTH), cluster, loss=cross_entropy, optimizer=adamw, chunks=2)
         assert pipe.load(self.folder) == pipe.trained
         assert pipe.trained in (at_least, at_least + 1), f"{pipe.trained} is in the folder, {at_least} was saved"
         while self._oracle.step < pipe.trained:

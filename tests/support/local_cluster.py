@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+from rpcpipe.cluster import Worker
 from rpcpipe.transport.local import LocalTransport
+from rpcpipe.transport.pickling import dumps, loads
 from rpcpipe.worker.executor import Executor
 
 
 class LocalCluster:
-    """Workers in this process over the shuffling transport; enough of a Cluster for a Pipeline."""
+    """A PipelineCluster of workers in this process, over the shuffling transport."""
 
     def __init__(
         self, workers: int, seed: int = 0, *, timeout: float = 5.0, drop: Callable[[str, str], bool] | None = None
     ) -> None:
         self.transport = LocalTransport(seed, drop=drop)
-        self.workers = [SimpleNamespace(name=f"worker{index}", host="elsewhere") for index in range(workers)]
+        self.workers = [Worker(f"worker{index}", index + 1, "elsewhere", 0, "cpu") for index in range(workers)]
         self.timeout = timeout
         self.healthy = True
         self.pipelines: set[Any] = set()
@@ -32,3 +33,9 @@ class LocalCluster:
 
     def check(self) -> None:
         pass
+
+    def call(self, worker: Worker, function: Callable[..., Any], /, *args: Any) -> Any:
+        """Return ``function(*args)``, run by ``worker``'s executor."""
+        reply = self.transport.call(worker.name, "run", dumps((function, args), "the call's function"))
+        self.transport.wait([reply], self.timeout)
+        return loads(reply.result())

@@ -26,7 +26,7 @@ def one_cycle(optimizer: torch.optim.Optimizer) -> OneCycleLR:
 
 def make(workers: int, optimizer: Any = adamw, **arguments: Any) -> rp.Pipeline:
     arguments = {"chunks": 4, "clip_grad_norm": 0.5, "seed": 7} | arguments
-    return rp.Pipeline(mlp(), LocalCluster(workers), loss=cross_entropy, optimizer=optimizer, **arguments)  # type: ignore[arg-type]
+    return rp.Pipeline(mlp(), LocalCluster(workers), loss=cross_entropy, optimizer=optimizer, **arguments)
 
 
 @contextmanager
@@ -42,7 +42,7 @@ def refused(pipe: rp.Pipeline, match: str, **stateful: Any) -> Iterator[None]:
 
 
 def pipeline_of(*layers: nn.Module, optimizer: Any = adamw) -> rp.Pipeline:
-    return rp.Pipeline(list(layers), LocalCluster(2), loss=cross_entropy, optimizer=optimizer)  # type: ignore[arg-type]
+    return rp.Pipeline(list(layers), LocalCluster(2), loss=cross_entropy, optimizer=optimizer)
 
 
 def assert_same_state(one: rp.Pipeline, other: rp.Pipeline) -> None:

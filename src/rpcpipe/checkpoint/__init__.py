@@ -1,4 +1,4 @@
-"""Saved state on disk: a folder per checkpoint, a shard per worker, published by a rename; nothing is pickled."""
+"""Saved state on disk: a folder per checkpoint, a shard per worker, published by a rename, without pickle."""
 
 from rpcpipe.checkpoint.manifest import Manifest
 from rpcpipe.checkpoint.plain_state import Stateful

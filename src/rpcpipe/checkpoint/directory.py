@@ -1,9 +1,9 @@
-"""Where checkpoints lie: complete folders that appear and disappear in one rename each.
+"""The directory of checkpoints: complete folders, each of which appears and disappears by one rename.
 
 ``directory/00007-step-000123`` is the seventh save, after 123 training steps. A checkpoint is written
-into a hidden sibling and renamed once all of it is on the disk; an old one is renamed before it is
-deleted. So whatever is killed when, a folder of this name is complete, and the newest is the one
-of the highest number.
+into a hidden sibling folder and renamed once all its files are on the disk; an old checkpoint is renamed
+before it is deleted. Invariant: a folder with such a name is complete, whichever process is killed at
+whatever time, and the newest checkpoint has the highest number.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _HIDDEN = ".rpcpipe-"
 
 @contextmanager
 def draft(directory: Path) -> Iterator[Path]:
-    """A new folder in ``directory`` to write a checkpoint into; gone afterwards unless it was published.
+    """Yield a new folder in ``directory`` to write a checkpoint into; delete it afterwards unless it was published.
 
-    Raises CheckpointError where the file system refuses.
+    Raises CheckpointError for an error of the file system.
     """
     path = directory / f"{_HIDDEN}{uuid.uuid4().hex}"
     try:
@@ -35,23 +35,23 @@ def draft(directory: Path) -> Iterator[Path]:
         _clean(directory)
         path.mkdir()
         yield path
-    except RpcPipeError:  # of which some are OSErrors too
+    except RpcPipeError:  # some of these are OSErrors, too
         raise
     except OSError as error:
         raise CheckpointError(
             f"the driver cannot save to {directory}: {error}; checkpoints there are as before"
         ) from error
     finally:
-        # A worker that still writes may make this fail: then the next save cleans up.
+        # A worker that still writes may make the deletion fail; the next save then deletes the rest.
         shutil.rmtree(path, ignore_errors=True)
 
 
 def publish(path: Path, step: int) -> Path:
-    """Give the complete draft ``path`` its name; returns it."""
+    """Rename the complete draft ``path`` to a checkpoint of ``step`` training steps; return the new path."""
     directory = path.parent
     number = max(_published(directory), default=0) + 1
     sync(path)
-    # The name is new, so this replaces nothing. Two drivers that save to one directory collide here.
+    # The name is new, so the rename replaces nothing. Two drivers that save to one directory collide here.
     final = path.rename(directory / f"{number:05}-step-{step:06}")
     sync(directory)
     sync(directory.parent)
@@ -59,28 +59,31 @@ def publish(path: Path, step: int) -> Path:
 
 
 def prune(directory: Path, keep: int | None) -> None:
-    """Delete all but the newest ``keep`` checkpoints; None keeps them all. Raises CheckpointError."""
-    found = _published(directory)
+    """Delete all checkpoints except the newest ``keep``; None keeps all. Raises CheckpointError."""
+    checkpoints = _published(directory)
     try:
-        for number in sorted(found)[: -keep if keep is not None else 0]:
-            found[number].rename(directory / f"{_HIDDEN}{uuid.uuid4().hex}")
+        for number in sorted(checkpoints)[: -keep if keep is not None else 0]:
+            checkpoints[number].rename(directory / f"{_HIDDEN}{uuid.uuid4().hex}")
     except OSError as error:
         raise CheckpointError(f"the new checkpoint is saved, but an old one cannot be removed: {error}") from error
     _clean(directory)
 
 
 def newest(directory: Path) -> Path:
-    """The checkpoint ``directory`` itself, or the newest one in it; raises CheckpointError if there is none."""
+    """Return ``directory`` if it is a checkpoint, else the newest checkpoint in it.
+
+    Raises CheckpointError if ``directory`` neither is nor holds a checkpoint.
+    """
     if (directory / MANIFEST).exists():
         return directory
-    found = _published(directory) if directory.is_dir() else {}
-    if not found:
+    checkpoints = _published(directory) if directory.is_dir() else {}
+    if not checkpoints:
         raise CheckpointError(f"no checkpoint in {directory}: neither {MANIFEST} nor a folder like 00001-step-000100")
-    return found[max(found)]
+    return checkpoints[max(checkpoints)]
 
 
 def sync(path: Path) -> None:
-    """Return when the file or folder is on the disk."""
+    """Write the file or folder ``path`` through to the disk; return once it is there."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -89,11 +92,12 @@ def sync(path: Path) -> None:
 
 
 def _published(directory: Path) -> dict[int, Path]:
+    """Return the checkpoints in ``directory`` by their numbers."""
     matches = ((_NAME.fullmatch(path.name), path) for path in directory.iterdir())
     return {int(match[1]): path for match, path in matches if match}
 
 
 def _clean(directory: Path) -> None:
-    """Delete what killed or failed saves have left."""
+    """Delete the hidden folders that killed or failed saves have left."""
     for path in directory.glob(f"{_HIDDEN}*"):
         shutil.rmtree(path, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""A checkpoint's table of contents: all that is not a tensor, and where each tensor lies."""
+"""The manifest of a checkpoint: every value that is not a tensor, and the location of each tensor."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ _FORMAT = 1
 
 @dataclass
 class Manifest:
-    """``weights`` by the unsplit model's names, every other tensor by the name that the JSON gives it.
+    """The contents of one checkpoint.
 
-    ``state``: per trainable parameter its optimizer state; ``groups``: hyperparameters; both as
-    ``encoding`` writes them, and so are ``position``, the caller's ``stateful`` and the pipeline's own
-    ``parts``. ``shared``: a parameter's further names and its first one.
+    ``weights`` locates tensors by the unsplit model's names, ``tensors`` all other tensors by the names that
+    the encoded values give them. ``plain_state.encode`` has encoded ``state`` (per trainable parameter its
+    optimizer state), ``groups`` (hyperparameters), ``position``, the caller's ``stateful`` and the pipeline's
+    ``parts``. ``shared`` maps further names of a parameter to its first name.
     """
 
     step: int
@@ -37,23 +38,26 @@ class Manifest:
     tensors: dict[str, Stored] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
-        """Into ``folder``, on the disk."""
+        """Write the manifest into ``folder``; return once it is on the disk."""
         content = asdict(self)
         _write(folder / MANIFEST, {"format": _FORMAT, "crc32": _checksum(content), "content": content})
 
     def write_index(self, folder: Path, total_size: int) -> None:
-        """The index of the weights that transformers and others look for; ``load`` does not."""
+        """Write the index of weights that transformers and other libraries look for; ``load`` does not read it.
+
+        ``total_size``: the bytes of all weights.
+        """
         weight_map = {name: stored.file for name, stored in self.weights.items()}
         index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
         _write(folder / "model.safetensors.index.json", index)
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """Raises CheckpointError with the path unless it is whole."""
+        """Return the manifest in ``folder``. Raises CheckpointError with the path for one that is not intact."""
         path = folder / MANIFEST
         try:
-            found = json.loads(path.read_text())
-            version, checksum, content = found["format"], found["crc32"], found["content"]
+            document = json.loads(path.read_text())
+            version, checksum, content = document["format"], document["crc32"], document["content"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
         if version != _FORMAT:
@@ -70,7 +74,7 @@ class Manifest:
         return cls(**content)
 
     def state_of(self, name: str) -> dict[str, Any] | None:
-        """The optimizer state of parameter ``name``, by whichever of its names it was saved; None if there is none."""
+        """Return the optimizer state of the parameter that has ``name`` among its names; None if none was saved."""
         return self.state.get(name, self.state.get(self.shared.get(name, name)))
 
 

@@ -1,6 +1,6 @@
-"""Any state made of plain values and tensors, as JSON and a dict of tensors beside it; back to the bit.
+"""Encode state made of plain values and tensors as JSON and a dict of tensors, and decode it bit for bit.
 
-What JSON does not know is an object with one key that begins with "$". Nothing is pickled.
+A value of a type that JSON lacks becomes an object with one key that begins with "$". Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rpcpipe.errors import CheckpointError
 
 
 def encode(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
-    """JSON for ``value``; the tensors in it go to ``tensors`` under names that begin with ``path``.
+    """Return JSON for ``value``; add its tensors to ``tensors`` under names that begin with ``path``.
 
     Raises CheckpointError for anything but None, bool, int, float, str, tensors, and lists, tuples,
     dicts and Counters of them.
@@ -43,7 +43,7 @@ def encode(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
 
 
 def decode(value: Any, tensor: Callable[[str], torch.Tensor]) -> Any:
-    """Inverse of ``encode``; ``tensor`` gives the tensors by name."""
+    """Return the value that ``encode`` has encoded as ``value``; ``tensor(name)`` returns its tensors."""
     if isinstance(value, list):
         return [decode(item, tensor) for item in value]
     if not isinstance(value, dict):
@@ -63,7 +63,7 @@ def decode(value: Any, tensor: Callable[[str], torch.Tensor]) -> Any:
 
 
 class HasState(Protocol):
-    """What torch's schedulers, optimizers, modules and stateful data loaders are."""
+    """An object like torch's schedulers, optimizers, modules and stateful data loaders."""
 
     def state_dict(self) -> dict[str, Any]: ...
 

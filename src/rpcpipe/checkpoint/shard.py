@@ -1,6 +1,6 @@
-"""One worker's part of a checkpoint: written by it, and read by whichever worker needs it.
+"""One worker's part of a checkpoint: that worker writes it, and any worker may read it.
 
-Reading has two phases, so that no worker changes anything before all have read all they need.
+Reading has two phases, so that no worker changes its state before all workers have read what they need.
 """
 
 from __future__ import annotations
@@ -21,13 +21,17 @@ from rpcpipe.errors import CheckpointError
 from rpcpipe.model.microbatch import map_tensors
 from rpcpipe.stage.optimizer import LocalOptimizer
 
-# How many of many names an error shows.
+# The most names that an error message shows.
 _SHOWN = 5
 
 
 @dataclass
 class Written:
-    """What a worker has written. ``sizes``: of its files; ``weight_bytes``: of the tensors in its weights' file."""
+    """The record of what a worker has written.
+
+    ``sizes``: the bytes of each file. ``weight_bytes``: the bytes of the weights' tensors. ``state``, ``shared``,
+    ``optimizer`` and ``groups`` are as in ``Manifest``, for this worker's parameters.
+    """
 
     sizes: dict[str, int]
     weights: dict[str, Stored]
@@ -49,8 +53,11 @@ def write(
     *,
     with_weights: bool,
 ) -> Written:
-    """Write the optimizer's state, and on demand the modules', into files of ``folder`` called ``label``."""
-    kept = _state_dict(modules) if with_weights else {}
+    """Write the optimizer's state, and ``with_weights`` the modules', to files of ``folder`` named by ``label``.
+
+    Raises CheckpointError for state that is not plain values and dense tensors, and for an error of the file system.
+    """
+    weights = _state_dict(modules) if with_weights else {}
     groups = {} if optimizer is None else optimizer.group_of
     names, shared = _names(modules, groups)
     tensors: dict[str, torch.Tensor] = {}
@@ -62,15 +69,17 @@ def write(
     sizes: dict[str, int] = {}
 
     def stored(kind: str, content: Mapping[str, torch.Tensor]) -> dict[str, Stored]:
+        if not content:
+            return {}
         path = folder / f"{kind}-{label}.safetensors"
-        found = tensor_file.write(path, content) if content else {}
-        sizes.update({path.name: path.stat().st_size} if content else {})
-        return found
+        locations = tensor_file.write(path, content)
+        sizes[path.name] = path.stat().st_size
+        return locations
 
     return Written(
         sizes=sizes,
-        weights=stored("model", kept),
-        weight_bytes=sum(tensor.nbytes for tensor in kept.values()),
+        weights=stored("model", weights),
+        weight_bytes=sum(tensor.nbytes for tensor in weights.values()),
         tensors=stored("optimizer", tensors),
         state=state,
         shared=shared,
@@ -82,7 +91,7 @@ def write(
 
 @dataclass
 class Loaded:
-    """What a worker has read and checked, and nothing uses yet."""
+    """State that a worker has read and checked, and that is not live until ``apply``."""
 
     modules: list[nn.Module]
     weights: list[dict[str, torch.Tensor]]
@@ -91,7 +100,7 @@ class Loaded:
     state: dict[nn.Parameter, dict[str, Any]]
 
     def apply(self) -> None:
-        """Replace the live state."""
+        """Replace the live state of the modules and the optimizer."""
         for module, weights in zip(self.modules, self.weights, strict=True):
             module.load_state_dict(weights)
         if self.optimizer is not None:
@@ -99,7 +108,10 @@ class Loaded:
 
 
 def read(modules: Sequence[nn.Module], optimizer: LocalOptimizer | None, folder: Path, manifest: Manifest) -> Loaded:
-    """Read what ``modules`` and ``optimizer`` need; raises CheckpointError and changes nothing."""
+    """Read and return the state of ``modules`` and ``optimizer``, which stay as they are.
+
+    Raises CheckpointError for a checkpoint of another model or optimizer, and for damaged files.
+    """
     live = _state_dict(modules)
     _check_names(folder, live, manifest)
     with Reader(folder, manifest.weights) as reader:
@@ -121,14 +133,19 @@ def read(modules: Sequence[nn.Module], optimizer: LocalOptimizer | None, folder:
 
 
 def _saved_state(folder: Path, manifest: Manifest, name: str, reader: Reader) -> dict[str, Any]:
-    found = manifest.state_of(name)
-    if found is None:
+    """Return the saved optimizer state of parameter ``name``. Raises CheckpointError if there is none."""
+    state = manifest.state_of(name)
+    if state is None:
         raise CheckpointError(f"{folder} holds no optimizer state for {name!r}, which was frozen when it was saved")
-    return dict(decode(found, reader.get))
+    return dict(decode(state, reader.get))
 
 
 def _placed(state: dict[str, Any], device: torch.device, group: Mapping[str, Any]) -> dict[str, Any]:
-    """``state`` where torch's ``Optimizer.load_state_dict`` puts it: beside its parameter, counters on the CPU."""
+    """Return ``state`` on the devices that torch's ``Optimizer.load_state_dict`` chooses.
+
+    Tensors are on the parameter's ``device``; step counters stay on the CPU, except for capturable and fused
+    optimizers.
+    """
     counts_on_device = group.get("capturable") or group.get("fused")
     return {
         key: value if key == "step" and not counts_on_device else map_tensors(lambda t: t.to(device), value)
@@ -137,6 +154,7 @@ def _placed(state: dict[str, Any], device: torch.device, group: Mapping[str, Any
 
 
 def _check_names(folder: Path, live: Mapping[str, torch.Tensor], manifest: Manifest) -> None:
+    """Raise CheckpointError unless ``manifest`` has every tensor of ``live`` with its dtype and shape."""
     missing = [name for name in live if name not in manifest.weights]
     if missing:
         raise CheckpointError(f"{folder} is of another model: it lacks {some(missing)}")
@@ -150,12 +168,13 @@ def _check_names(folder: Path, live: Mapping[str, torch.Tensor], manifest: Manif
 
 
 def some(names: Sequence[str]) -> str:
-    """The first of ``names``, for an error."""
+    """Return the first of ``names`` and the count of the rest, for an error message."""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(map(repr, names[:_SHOWN])) + more
 
 
 def _state_dict(modules: Sequence[nn.Module]) -> dict[str, torch.Tensor]:
+    """Return the state of all ``modules`` by name; raise CheckpointError for state that torch could not load back."""
     state = {name: value for module in modules for name, value in module.state_dict().items()}
     for name, value in state.items():
         if not isinstance(value, torch.Tensor):
@@ -173,7 +192,7 @@ def _state_dict(modules: Sequence[nn.Module]) -> dict[str, torch.Tensor]:
 def _names(
     modules: Sequence[nn.Module], wanted: Container[nn.Parameter]
 ) -> tuple[dict[nn.Parameter, str], dict[str, str]]:
-    """The first name of every ``wanted`` parameter; its further names, with the first."""
+    """Return (first name by ``wanted`` parameter, first name by further name)."""
     names: dict[nn.Parameter, str] = {}
     shared: dict[str, str] = {}
     for module in modules:

@@ -1,4 +1,4 @@
-"""Tensors in safetensors files, each with its checksum, which that format has not."""
+"""Read and write tensors in safetensors files, with a checksum for each tensor, which the format lacks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rpcpipe.errors import CheckpointError
 
 
 class Stored(NamedTuple):
-    """Where a tensor is, and what it must be."""
+    """The location of a tensor, and the dtype, shape and checksum that it must have."""
 
     file: str
     dtype: str
@@ -33,13 +33,16 @@ def require() -> None:
 
 
 def write(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, Stored]:
-    """Write ``tensors`` and return when they are on the disk; raises CheckpointError with the path."""
+    """Write ``tensors`` to ``path``; return their locations once they are on the disk.
+
+    Raises CheckpointError with the path.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     dense = _dense(tensors)
     try:
-        save_file(dense, path, {"format": "pt"})  # the key that transformers asks for
+        save_file(dense, path, {"format": "pt"})  # transformers requires this key
         sync(path)
     except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"cannot write {path}: {type(error).__name__}: {error}") from error
@@ -47,7 +50,10 @@ def write(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, Stored]:
 
 
 def _dense(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """On the CPU, contiguous, and no two in one storage; copies only what is not so."""
+    """Return ``tensors`` on the CPU, contiguous, and no two in one storage; copy only where necessary.
+
+    Raises CheckpointError for a tensor that is not dense.
+    """
     dense: dict[str, torch.Tensor] = {}
     storages: set[int] = set()
     for name, tensor in tensors.items():
@@ -61,12 +67,12 @@ def _dense(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def crc32(tensor: torch.Tensor) -> int:
-    """Of a contiguous tensor's bytes."""
+    """Return the checksum of a contiguous tensor's bytes."""
     return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
 class Reader:
-    """Reads single tensors out of the files in ``folder``, each as ``stored`` says it must be."""
+    """Reads single tensors from the files in ``folder`` and checks each against its entry in ``stored``."""
 
     def __init__(self, folder: Path, stored: Mapping[str, Stored]) -> None:
         self._folder = folder
@@ -83,25 +89,26 @@ class Reader:
         self._open.close()
 
     def get(self, name: str) -> torch.Tensor:
-        """A copy in memory of tensor ``name``; raises CheckpointError with file and tensor."""
+        """Return a copy of tensor ``name`` in memory. Raises CheckpointError with file and tensor."""
         from safetensors import SafetensorError
 
         wanted = self._stored[name]
         where = f"{self._folder / wanted.file}: tensor {name!r}"
         try:
-            found: torch.Tensor = self._file(wanted.file).get_tensor(name).clone()
+            tensor: torch.Tensor = self._file(wanted.file).get_tensor(name).clone()
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{where} cannot be read: {type(error).__name__}: {error}") from error
-        if (str(found.dtype), tuple(found.shape)) != (wanted.dtype, wanted.shape):
+        if (str(tensor.dtype), tuple(tensor.shape)) != (wanted.dtype, wanted.shape):
             raise CheckpointError(
-                f"{where} is {found.dtype} of shape {tuple(found.shape)}"
+                f"{where} is {tensor.dtype} of shape {tuple(tensor.shape)}"
                 f" and was saved as {wanted.dtype} of {wanted.shape}"
             )
-        if crc32(found) != wanted.crc32:
+        if crc32(tensor) != wanted.crc32:
             raise CheckpointError(f"{where} is damaged: its checksum is not the one that was saved")
-        return found
+        return tensor
 
     def _file(self, name: str) -> Any:
+        """Return the open file ``name``; ``__exit__`` closes it."""
         from safetensors import safe_open
 
         if name not in self._files:

@@ -6,13 +6,14 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableSet, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from rpcpipe import _tables
 from rpcpipe.cluster.rendezvous import Member, WorkerGroup, describe
 from rpcpipe.errors import ArgumentError, Failure, RpcPipeError, StageError, WorkerLost
+from rpcpipe.transport.base import Transport
 from rpcpipe.transport.pickling import dumps, loads
 
 log = logging.getLogger("rpcpipe")
@@ -44,6 +45,47 @@ class Tenant(Protocol):
 
     def replica_of(self, worker: str) -> int | None:
         """Return the replica that ``worker`` belongs to; None where there is only one."""
+        ...
+
+
+class PipelineCluster(Protocol):
+    """What a pipeline uses of a cluster. ``Cluster`` has it, and so has a cluster without processes, for tests."""
+
+    @property
+    def workers(self) -> Sequence[Worker]:
+        """Return the workers that can hold stages."""
+        ...
+
+    @property
+    def timeout(self) -> float:
+        """Return the seconds without any progress after which a wait raises DeadlineExceeded."""
+        ...
+
+    @property
+    def transport(self) -> Transport:
+        """Return what carries messages to the workers."""
+        ...
+
+    @property
+    def pipelines(self) -> MutableSet[Tenant]:
+        """Return the pipelines that use the cluster; a pipeline adds itself and discards itself."""
+        ...
+
+    @property
+    def healthy(self) -> bool:
+        """Return whether the cluster is open and no worker has died."""
+        ...
+
+    def check(self) -> None:
+        """Raise RpcPipeError if the cluster is closed, WorkerLost if a worker has died."""
+        ...
+
+    def call(self, worker: Worker, function: Callable[..., Any], /, *args: Any) -> Any:
+        """Return ``function(*args)``, run on ``worker``; raises StageError, TimeoutError or WorkerLost."""
+        ...
+
+    def relabel(self) -> None:
+        """Ask every pipeline again for its stages, which have come, moved or gone."""
         ...
 
 

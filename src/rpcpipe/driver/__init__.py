@@ -1,8 +1,8 @@
-"""Runs steps: issues a schedule's calls to the workers, collects their reports, gates and applies the update."""
+"""Run steps: issue a schedule's calls to the workers, collect their reports, gate and apply the update."""
 
 from rpcpipe.driver.callbacks import JsonLines, TensorBoard
 from rpcpipe.driver.driver import Driver
-from rpcpipe.driver.result import StepResult
+from rpcpipe.driver.result import StepResult, StreamResult
 from rpcpipe.driver.runtime import Runtime
 
-__all__ = ["Driver", "JsonLines", "Runtime", "StepResult", "TensorBoard"]
+__all__ = ["Driver", "JsonLines", "Runtime", "StepResult", "StreamResult", "TensorBoard"]

@@ -1,4 +1,4 @@
-"""How far an accumulation of gradients has come; the gradients stay on the workers."""
+"""The driver's progress in an accumulation of gradients; the gradients themselves stay on the workers."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from rpcpipe.errors import ArgumentError
 
 
 class Progress(NamedTuple):
-    """How far the driver has come in one accumulation of ``calls`` calls.
+    """The progress in one accumulation of ``calls`` calls.
 
-    ``done`` of them ended well, the last as step ``after``; a loss of (sum, count) has counted
-    ``total`` in them.
+    ``done`` calls have succeeded, the last as step ``after``. ``total`` is the sum of their counts where the
+    loss returns (sum, count), else None.
     """
 
     calls: int
@@ -21,11 +21,11 @@ class Progress(NamedTuple):
 
     @property
     def is_last(self) -> bool:
-        """Does the update follow on the next call?"""
+        """Whether the next call is the last one, which the update follows."""
         return self.done + 1 == self.calls
 
     def counted(self, count: float | None) -> float | None:
-        """``count`` with that of the calls before."""
+        """Return ``count`` plus the calls' total so far. Raises ArgumentError if only some calls have a count."""
         if self.done and (self.total is None) != (count is None):
             raise ArgumentError(
                 "the loss returned the mean in some calls of one accumulation and (sum, count) in others;"
@@ -34,5 +34,5 @@ class Progress(NamedTuple):
         return count if self.total is None or count is None else self.total + count
 
     def later(self, step: int, count: float | None) -> Progress:
-        """After ``step``, which counted ``count``, ended well."""
+        """Return the progress after ``step``, which has succeeded with ``count``."""
         return Progress(self.calls) if self.is_last else Progress(self.calls, self.done + 1, step, self.counted(count))

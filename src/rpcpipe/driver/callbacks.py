@@ -1,8 +1,7 @@
-"""Where the figures of every step go: callbacks that take a StepResult."""
+"""Callbacks, which take the StepResult of every step: JSON lines and TensorBoard."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -14,17 +13,24 @@ from typing import Any
 from rpcpipe.driver.result import StepResult
 
 Callback = Callable[[StepResult], Any]
-_LEFT_OUT = ("timeline", "idle")
+# The figures of a record in their order. Those of streams have an empty value in a synchronous step's record, so that
+# all lines of a file have the same keys.
+_OF_STREAMS: dict[str, Any] = {
+    "skipped": 0, "versions": (), "staleness": (), "peak_versions": (), "peak_version_bytes": (),
+}  # fmt: skip
+_FIGURES = (
+    "step", "loss", "grad_norm", "seconds", "peak_in_flight", "applied", "peak_activation_bytes", "recomputed", "lr",
+    *_OF_STREAMS, "accumulated", "loss_scale", "bubble",
+)  # fmt: skip
 
 
 def record(result: StepResult) -> dict[str, Any]:
-    """The figures by name, fit for JSON: None for NaN and infinity, lists for tuples."""
-    found = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
-    kept = {name: value for name, value in found.items() if name not in _LEFT_OUT}
-    return {name: _plain(value) for name, value in {**kept, "bubble": result.bubble}.items()}
+    """Return the figures of ``result`` by name, fit for JSON: None for NaN and infinity, lists for tuples."""
+    return {name: _plain(getattr(result, name, _OF_STREAMS.get(name))) for name in _FIGURES}
 
 
 def _plain(value: Any) -> Any:
+    """Return ``value`` fit for JSON."""
     if isinstance(value, tuple):
         return [_plain(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -33,9 +39,9 @@ def _plain(value: Any) -> Any:
 class JsonLines:
     """Appends one JSON object per step to ``path``: StepResult's figures and ``time``, seconds since 1970.
 
-    Every line is written by one call as soon as its step is done, so a kill loses at most the line under
-    way; what is left of such a line is cut off when the file is opened again. Lines are never taken
-    back: after a resume a step number may appear twice, and the later line is the one that counts.
+    Every line is written by one call as soon as its step is done, so a kill loses at most the last line; the
+    torn rest of that line is cut off when the file is opened again. Lines are never removed: after a resume
+    a step number may appear twice, and the later line counts.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -55,14 +61,15 @@ class JsonLines:
 
 
 def _cut_torn_line(path: Path) -> None:
+    """Truncate the file after its last newline."""
     size, block = path.stat().st_size, 1 << 16
     with path.open("r+b") as file:
         end = size
         while end > 0:
             start = max(0, end - block)
             file.seek(start)
-            if (found := file.read(end - start).rfind(b"\n")) >= 0:
-                end = start + found + 1
+            if (newline := file.read(end - start).rfind(b"\n")) >= 0:
+                end = start + newline + 1
                 break
             end = start
         if end < size:
@@ -70,10 +77,10 @@ def _cut_torn_line(path: Path) -> None:
 
 
 class TensorBoard:
-    """Writes every step's figures as scalars for TensorBoard to read from ``directory``.
+    """Writes every step's figures as scalars to ``directory``, from which TensorBoard reads them.
 
-    Figures of several stages or parameter groups are named by number: ``peak_in_flight/0``. After a
-    resume TensorBoard hides what was written before from the first step on that is written again.
+    Figures of several stages or parameter groups are named by index: ``peak_in_flight/0``. After a resume
+    TensorBoard hides older scalars of the first step that is written again and of all later steps.
     Raises ImportError where the extra ``track`` is not installed.
     """
 
@@ -101,7 +108,7 @@ class TensorBoard:
             self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Write what is left and close the file."""
+        """Write all pending scalars and close the file."""
         if self._writer is not None:
             self._writer.close()
 
@@ -110,7 +117,7 @@ class TensorBoard:
 
 
 def tell(callbacks: Sequence[Callback], result: StepResult) -> None:
-    """Call all of them; then the first exception is raised, with a note that the step is done."""
+    """Call every callback with ``result``; then raise the first exception, with a note that the step is done."""
     first: Exception | None = None
     for callback in callbacks:
         try:

@@ -1,4 +1,4 @@
-"""Which worker holds which layers, and the routes between stages that follow from it."""
+"""The deployment of a model: which worker holds which layers, and the resulting routes between stages."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from rpcpipe.worker.gradient_exchange import group_of
 
 @dataclass(frozen=True)
 class Deployment:
-    """The model's layers, cut by ``balance`` (layers per stage), on the workers that ``schedule`` gives them.
+    """The model's layers, cut by ``balance`` (layers per stage), on the workers where ``schedule`` places the stages.
 
     ``wirings``: by layer, the named values that it takes and gives. ``ties``: the weights that layers share.
-    ``shard``: every replica's optimizer has its part of the parameters alone.
+    ``shard``: every replica's optimizer holds only its share of the parameters.
     """
 
     layout: Layout
@@ -38,7 +38,7 @@ class Deployment:
 
     @property
     def parts(self) -> dict[int, tuple[list[str], int]]:
-        """By stage: its layers' names and the index of the first."""
+        """By stage: its layers' names and the first layer's index in the model."""
         return stage_parts(self.layers, self.balance)
 
     @cached_property
@@ -52,22 +52,22 @@ class Deployment:
         return StageLinks(self.value_routes, {tie.group: self._members(self._tied_stages(tie)) for tie in self.ties})
 
     def parts_on(self, worker: str) -> dict[int, tuple[list[str], int]]:
-        """Of ``parts`` those of the stages on ``worker``."""
+        """Return the ``parts`` of the stages on ``worker``."""
         holder, _ = self.layout.index(worker)
         return {stage: part for stage, part in self.parts.items() if self.schedule.placement[stage] == holder}
 
     def owners(self) -> list[dict[str, str]]:
-        """By replica, the worker of every layer."""
+        """Return, by replica, the worker of every layer."""
         rows = map(self.layout.pipeline_of, range(self.layout.replicas))
         return [owners(self.layers, self.balance, self.schedule, row) for row in rows]
 
     def program(self, stages: Sequence[StageHandle]) -> StepProgram:
-        """The calls of its steps, where its workers hold ``stages``."""
+        """Return the program of the pipeline's steps, whose workers hold ``stages``."""
         return StepProgram(self.schedule, self.layout, self.value_routes, self._groups(stages), shard=self.shard)
 
     def _groups(self, stages: Sequence[StageHandle]) -> list[Group]:
-        """Who sums gradients with whom: the replicas of a stage, and all who have a copy of a tied weight."""
-        found = [
+        """Return the groups that sum gradients: a stage's replicas, and the workers with a copy of a tied weight."""
+        groups = [
             Group(group_of(stage.index), stage.workers, (stage.index,), stage.buckets, stage.buffered)
             for stage in stages
             if len(stage.workers) > 1
@@ -77,13 +77,15 @@ class Deployment:
             shared = self._tied_stages(tie)
             members = self._members(shared)
             if len(members) > 1 and tie.holders[0].name in trainable:
-                found.append(Group(tie.group, members, shared, [0]))
-        return found
+                groups.append(Group(tie.group, members, shared, [0]))
+        return groups
 
     def _tied_stages(self, tie: Tie) -> tuple[int, ...]:
+        """Return the stages that hold a copy of the tied weight."""
         layers = {holder.layer for holder in tie.holders}
         return tuple(stage for stage, (names, _) in self.parts.items() if layers & set(names))
 
     def _members(self, stages: tuple[int, ...]) -> tuple[str, ...]:
+        """Return the names of all workers that hold one of ``stages``, each name once."""
         holders = dict.fromkeys(self.schedule.placement[stage] for stage in stages)
         return tuple(name for holder in holders for name in self.layout.replicas_of(holder))

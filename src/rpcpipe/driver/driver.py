@@ -1,7 +1,7 @@
-"""The driver's half of a pipeline: issue the step, collect the reports, gate, apply.
+"""The driver's side of a pipeline: issue the step, collect the reports, gate and apply the update.
 
-Nothing here waits for data: all of a step's calls are issued ahead, and the workers put them in
-order by their sequence numbers.
+The driver waits for no data between stages: it issues all of a step's calls ahead, and the workers restore
+their order by sequence numbers.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from rpcpipe.worker.operations import (
     UpdateWeights,
 )
 
-# How often a silent wait asks the workers whether anything still moves, in seconds.
+# Seconds without a reply after which a wait asks the workers for their progress.
 _POLL = 1.0
 _CLOCK_CALLS = 8
 
@@ -43,32 +43,31 @@ K = TypeVar("K")
 
 @dataclass(frozen=True)
 class GradientGate:
-    """What all stages together say of a step before any weight changes; ``factor`` clips its gradients."""
+    """The gradients' norm over all stages, known before any weight changes, and the ``factor`` that clips them."""
 
     grad_norm: float
     factor: float
 
     @property
     def finite(self) -> bool:
+        """Whether every gradient is finite."""
         return math.isfinite(self.grad_norm)
 
     @classmethod
     def of(cls, reports: Mapping[str, Report], max_norm: float | None) -> GradientGate:
-        """The norm of all gradients and what clipping to ``max_norm`` makes of it.
-
-        The factor is ``torch.nn.utils.clip_grad_norm_``'s.
-        """
+        """Return the 2-norm of all gradients, with the factor by which ``clip_grad_norm_(…, max_norm)`` clips them."""
         by_stage: dict[int, dict[int, float]] = {}
         for report in reports.values():
             for stage, norms in report.norms.items():
                 by_stage.setdefault(stage, {}).update(norms)  # replicas report different ones
-        found = [norm for _, norms in sorted(by_stage.items()) for _, norm in sorted(norms.items())]
-        norm = gradients.total_norm(found)
+        norm = gradients.total_norm(
+            [norm for _, norms in sorted(by_stage.items()) for _, norm in sorted(norms.items())]
+        )
         return cls(norm, 1.0 if max_norm is None else gradients.clip_factor(norm, max_norm))
 
 
 class Driver:
-    """One pipeline's calls to its workers, each worker's in one strict sequence."""
+    """Sends one pipeline's calls to its workers; the calls to each worker form one strict sequence."""
 
     def __init__(
         self, transport: Transport, pipeline: str, workers: Sequence[str], *, timeout: float, batched: bool
@@ -81,29 +80,29 @@ class Driver:
         self._batched = batched
         self._next = dict.fromkeys(self.workers, 0)
         self._held: list[object] = []
-        # Recorded before anything is sent: whatever ends a step, the next call begins by rolling it back.
+        # The state is recorded before a message is sent, so the next call can roll back a step however it ended.
         self._recovery: State = Idle()
 
     def new_step(self) -> int:
-        """A number that no message has carried yet."""
+        """Return a step number that no message has carried yet."""
         self._step += 1
         return self._step - 1
 
     # --- a step, in the order of DESIGN: issue, collect, gate, apply ---
 
     def run(self, calls: Sequence[Call], plan: StepContext, values: Mapping[Port, Any]) -> dict[str, Report]:
-        """Execute one step's actions; every worker's report, or one error and a cancelled step."""
+        """Execute one step's actions; return every worker's report. After an error the step is rolled back."""
         with self._cancelling(plan.step):
             return self.collect(self.issue(calls, plan, values))
 
     def issue(self, calls: Sequence[Call], plan: StepContext, values: Mapping[Port, Any]) -> dict[str, Future[Any]]:
-        """Send one step's actions; each worker's reply. Several steps without updates may be under way at once."""
+        """Send one step's actions; return each worker's reply. Several steps without updates may be under way."""
         return self._issue_batched(calls, plan, values) if self._batched else self._issue(calls, plan, values)
 
     def normalize_gradients(self, step: int, count: float, reports: Mapping[str, Report]) -> None:
-        """Divide the gradients of a loss that gave sums; ``reports`` get the norms of what comes out.
+        """Divide the gradients of a loss of (sum, count) by ``count``; put the new norms into ``reports``.
 
-        Nothing counted, nothing learnt: 0/0 is for the gate to refuse, not for the weights.
+        With ``count`` 0 the gradients become NaN, which the gate keeps from the weights.
         """
         with self._cancelling(step):
             task = Task(NormalizeGradients(count or math.nan))
@@ -111,22 +110,22 @@ class Driver:
                 reports[worker].norms = norms
 
     def publish_gradients(self, step: int, context_id: int, gate: GradientGate) -> dict[str, Future[Any]]:
-        """File every stage's gradients in the step's distributed-autograd context."""
+        """Begin to add every stage's gradients to the step's distributed-autograd context; return the replies."""
         task = Task(PublishGradients(context_id, gate.factor))
         with self._cancelling(step):
             return self._post_all(step, task)
 
     def settle(self, step: int, replies: Mapping[str, Future[Any]]) -> None:
-        """Wait for what ``publish_gradients`` has begun."""
+        """Wait for the ``replies`` of ``publish_gradients``."""
         with self._cancelling(step):
             self.collect(replies)
 
     def update_weights(
         self, step: int, context_id: int, changes: Sequence[Mapping[str, Any]], after: Mapping[str, list[Task]]
     ) -> dict[str, tuple[int, int]]:
-        """Apply the context's gradients on all workers, or on none; when each worker did it.
+        """Apply the context's gradients on all workers, or on none; return each worker's (start, end) in ns.
 
-        ``after``: what a worker has to do then, the last of which says when as well.
+        ``after``: tasks to run on each worker after its update. The last one must return (start, end) in ns.
         """
         task = Task(UpdateWeights(context_id, changes))
         with self._cancelling(step, updating=True):
@@ -135,93 +134,96 @@ class Driver:
             )
 
     def roll_back(self, step: int, *, updating: bool) -> None:
-        """Undo what ``step`` did, if it began last, before anything else runs; ``updating``: its update too."""
+        """Roll ``step`` back before any later call, if it began last; ``updating``: roll back its update, too."""
         self._note(TakeBack(step, updating))
 
     def clock_offset(self, worker: str) -> int:
-        """Nanoseconds by which ``worker``'s clock is ahead of this process's.
+        """Return the nanoseconds by which ``worker``'s clock is ahead of this process's.
 
-        From the quickest of a few calls, in whose middle the worker's clock was read (Cristian,
-        1989); wrong by at most half of that call's time.
+        The quickest of a few calls is taken to have read the clock at its middle (Cristian, 1989); the error
+        is at most half of that call's duration.
         """
-        found = []
+        calls = []
         for _ in range(_CLOCK_CALLS):
             sent = time.monotonic_ns()
             there: int = self.collect({worker: self._transport.call(worker, "clock")})[worker]
             back = time.monotonic_ns()
-            found.append((back - sent, there - (sent + back) // 2))
-        return min(found)[1]
+            calls.append((back - sent, there - (sent + back) // 2))
+        return min(calls)[1]
 
     # --- a stream ---
 
     def feed(
         self, step: int, calls: Iterable[tuple[str, Task, list[tuple[Port, Any]]]]
     ) -> tuple[list[object], dict[tuple[str, int], Future[Any]]]:
-        """Issue (worker, task, values for it): RRefs to keep, and each update's reply by worker and group."""
+        """Issue every (worker, task, values for it) of a stream.
+
+        Returns (RRefs to keep until the batch is done, each update's reply by worker and group).
+        """
         held: list[object] = []
         replies: dict[tuple[str, int], Future[Any]] = {}
         waiting: dict[str, tuple[list[Task], list[tuple[Port, Any]]]] = {}
         for worker, task, values in calls:
-            tasks, given = waiting.setdefault(worker, ([], []))
+            tasks, task_values = waiting.setdefault(worker, ([], []))
             tasks.append(task)
-            given += values
+            task_values += values
             if isinstance(task.operation, RunAction) and task.operation.route.action.kind == "U":
                 replies[worker, task.group] = self._post(worker, step, *waiting.pop(worker))
             elif not self._batched:
                 with shield_interrupts():
                     call = self._call(worker, step, *waiting.pop(worker))
                     held.append(self._transport.remote(worker, "accept", *call))
-        for worker, (tasks, given) in waiting.items():
-            self._post(worker, step, tasks, given)
+        for worker, (tasks, task_values) in waiting.items():
+            self._post(worker, step, tasks, task_values)
         return held, replies
 
     def send(self, worker: str, step: int, task: Task) -> Future[Any]:
-        """One task in its place of ``step``."""
+        """Send one task of ``step``; return its reply."""
         return self._post(worker, step, [task])
 
     def watch(self, step: int) -> list[Future[Any]]:
-        """Each worker's first failure in ``step``, as soon as it is known there."""
+        """Return, for each worker, a future of its first failure in ``step``."""
         return [self._transport.call(worker, "watch", self._pipeline, step) for worker in self.workers]
 
     def places(self) -> dict[str, int]:
-        """Each worker's next place, after what rolls back an unsettled step."""
+        """Roll back an unsettled step; then return the next place in each worker's sequence."""
         self._note(OtherCall(-1))
         return dict(self._next)
 
     def abandon(self, step: int, group: int) -> None:
-        """Do no more of the stream from ``group`` on."""
+        """Cancel the stream's tasks from ``group`` on, on all workers."""
         for worker in self.workers:
             self._transport.send(worker, "abandon", self._pipeline, step, group)
 
     def cancel(self, step: int, first: Mapping[str, int]) -> None:
-        """Drop ``step``, whose tasks have the places from ``first`` on; values that still come are discarded."""
+        """Drop ``step``, whose tasks have the places from ``first`` on, and the values that still arrive for it."""
         for worker in self.workers:
             self._transport.send(worker, "cancel", self._pipeline, step, first[worker], self._next[worker])
 
     # --- calls ---
 
     def control(self, worker: str, operation: Operation) -> Any:
-        """One operation of ``worker``'s actor, between steps."""
+        """Execute one operation of ``worker``'s actor between steps; return its result."""
         return self.collect({worker: self.call(worker, operation)})[worker]
 
     def call(self, worker: str, operation: Operation) -> Future[Any]:
-        """Like ``control``, without waiting."""
+        """Execute one operation like ``control``; return the future of its result."""
         return self._post(worker, -1, [Task(operation)])
 
     def remote(self, worker: str, operation: Operation) -> Any:
-        """Like ``call``; the result stays on the worker and an RRef comes back."""
+        """Execute one operation like ``control``; keep its result on the worker and return an RRef to it."""
         with shield_interrupts():
             return self._transport.remote(worker, "submit", *self._call(worker, -1, [Task(operation)]), later=True)
 
     def remote_chained(self, worker: str, number: int, inputs: Any) -> Any:
-        """An RRef to stage ``number``'s output for ``inputs``, which may hold RRefs."""
+        """Return an RRef to stage ``number``'s output for ``inputs``, which may hold RRefs."""
         return self._transport.remote_chained(worker, "forward", self._pipeline, number, inputs)
 
     def _note(self, event: Event) -> None:
-        """Take note of ``event``; what it makes of the step under way is rolled back on all workers.
+        """Record ``event``; if the step under way must be rolled back, send the rollback to all workers.
 
-        Nothing is waited for: what comes next comes after it in every worker's sequence, and what workers still send
-        for the step is discarded by its number.
+        The rollback is not awaited: later calls follow it in every worker's sequence, and values that workers still
+        send for the step are discarded by its number.
         """
         with shield_interrupts():
             self._recovery, undone = transition(self._recovery, event)
@@ -233,18 +235,18 @@ class Driver:
                 self._post(worker, -1, [Task(RollBackStep(undone.step, undone.updating))])
 
     def drop(self) -> list[Future[Any]]:
-        """Free the stages."""
+        """Free the stages on all workers; return their replies."""
         self._held.clear()
         return [self._transport.call(worker, "drop", self._pipeline) for worker in self.workers]
 
     def _issue(self, calls: Iterable[Call], plan: StepContext, values: Mapping[Port, Any]) -> dict[str, Future[Any]]:
-        """One asynchronous call per action, whose RRef is kept until the step is over."""
+        """Send one asynchronous call per action and keep its RRef until the step is over; return the replies."""
         self._held = []
         begin = {worker: [Task(BeginStep(plan))] for worker in self.workers}
         for worker, tasks in calls:
             tasks = begin.pop(worker, []) + tasks
             with shield_interrupts():
-                call = self._call(worker, plan.step, tasks, _given(tasks, values))
+                call = self._call(worker, plan.step, tasks, _values_for(tasks, values))
                 self._held.append(self._transport.remote(worker, "accept", *call))
         return {
             worker: self._post(worker, plan.step, [*begin.get(worker, []), Task(ReportStep())])
@@ -254,26 +256,26 @@ class Driver:
     def _issue_batched(
         self, calls: Iterable[Call], plan: StepContext, values: Mapping[Port, Any]
     ) -> dict[str, Future[Any]]:
-        """The same tasks in one message per worker."""
+        """Send the same tasks as ``_issue``, in one message per worker; return the reports' replies."""
         tasks = {worker: [Task(BeginStep(plan))] for worker in self.workers}
         for worker, more in calls:
             tasks[worker] += more
         return {
-            worker: self._post(worker, plan.step, [*mine, Task(ReportStep())], _given(mine, values))
-            for worker, mine in tasks.items()
+            worker: self._post(worker, plan.step, [*own_tasks, Task(ReportStep())], _values_for(own_tasks, values))
+            for worker, own_tasks in tasks.items()
         }
 
     def _post_all(self, step: int, task: Task) -> dict[str, Future[Any]]:
         return {worker: self._post(worker, step, [task]) for worker in self.workers}
 
     def _post(self, worker: str, step: int, tasks: list[Task], values: Sequence[tuple[Port, Any]] = ()) -> Future[Any]:
-        with shield_interrupts():  # a number taken and not sent would stop the worker's sequence
+        with shield_interrupts():  # a place that is taken but not sent would block the worker's sequence
             return self._transport.call(worker, "submit", *self._call(worker, step, tasks, values))
 
     def _call(
         self, worker: str, step: int, tasks: list[Task], values: Sequence[tuple[Port, Any]] = ()
     ) -> tuple[str, int, int, list[Task], Sequence[tuple[Port, Any]]]:
-        """The arguments of ``submit`` and ``accept``; takes the tasks' places in the sequence."""
+        """Take the tasks' places in the worker's sequence; return the arguments of ``submit`` and ``accept``."""
         self._note(OtherCall(step))
         sequence = self._next[worker]
         self._next[worker] += len(tasks)
@@ -283,6 +285,7 @@ class Driver:
 
     @contextmanager
     def _cancelling(self, step: int, *, updating: bool = False) -> Iterator[None]:
+        """Record the begin and the outcome of the block's calls of ``step``; an exception rolls the step back."""
         self._note(OtherCall(step))
         self._note(Begin(step, dict(self._next), updating))
         try:
@@ -293,9 +296,10 @@ class Driver:
         self._note(Succeed())
 
     def collect(self, replies: Mapping[K, Future[Any]], watches: Collection[Future[Any]] = ()) -> dict[K, Any]:
-        """All replies by key; the first failure is raised, and so is a standstill.
+        """Wait for all ``replies``; return their results by key.
 
-        ``watches`` need not come, but if one does with a failure that is raised.
+        Raises the first failure as StageError, also one that arrives from ``watches``, which are not awaited
+        otherwise, and DeadlineExceeded if no worker finishes anything for the timeout.
         """
         for outcome in self._arriving(replies, watches):
             if isinstance(outcome, Failure):
@@ -303,12 +307,16 @@ class Driver:
         return {key: reply.result() for key, reply in replies.items()}
 
     def outcomes(self, replies: Mapping[K, Future[Any]]) -> dict[K, Any]:
-        """All replies by key, failures among them; a standstill is raised."""
+        """Wait for all ``replies``; return their results by key, with Failures among them.
+
+        Raises DeadlineExceeded if no worker finishes anything for the timeout.
+        """
         for _ in self._arriving(replies):
             pass
         return {key: reply.result() for key, reply in replies.items()}
 
     def _arriving(self, replies: Mapping[K, Future[Any]], watches: Collection[Future[Any]] = ()) -> Iterator[Any]:
+        """Yield the results of ``replies`` and ``watches`` as they arrive, until all replies have arrived."""
         wanted = set(replies.values())
         pending = wanted | set(watches)
         patience = _Patience(self._transport, self.workers, self._timeout)
@@ -319,13 +327,13 @@ class Driver:
                 patience.check()
 
 
-def _given(tasks: Sequence[Task], values: Mapping[Port, Any]) -> list[tuple[Port, Any]]:
-    """The driver's own values for ``tasks``."""
+def _values_for(tasks: Sequence[Task], values: Mapping[Port, Any]) -> list[tuple[Port, Any]]:
+    """Return the ports that ``tasks`` await among ``values``, with their values."""
     return [(port, values[port]) for task in tasks for port in task.awaits if port in values]
 
 
 class _Patience:
-    """Ends a wait in which no worker has finished anything for ``timeout`` seconds."""
+    """Ends a wait during which no worker finishes any task for ``timeout`` seconds."""
 
     def __init__(self, transport: Transport, workers: Sequence[str], timeout: float) -> None:
         self._transport = transport
@@ -335,13 +343,14 @@ class _Patience:
         self._moved = time.monotonic()
 
     def check(self) -> None:
-        asked = {worker: self._transport.call(worker, "progress") for worker in self._workers}
-        pending, until = set(asked.values()), time.monotonic() + min(_POLL, self._timeout / 4)
+        """Ask all workers for their progress; raise DeadlineExceeded if none has finished anything in time."""
+        replies = {worker: self._transport.call(worker, "progress") for worker in self._workers}
+        pending, until = set(replies.values()), time.monotonic() + min(_POLL, self._timeout / 4)
         while pending and (left := until - time.monotonic()) > 0:
             done, pending = self._transport.wait(pending, left)
             if not done:
                 break
-        states = {worker: reply.result() for worker, reply in asked.items() if reply.done()}
+        states = {worker: reply.result() for worker, reply in replies.items() if reply.done()}
         finished = {worker: state[0] for worker, state in states.items()}
         moved = any(self._last.get(worker, count) != count for worker, count in finished.items())
         self._last.update(finished)

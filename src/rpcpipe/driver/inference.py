@@ -1,6 +1,6 @@
-"""Forward only, in eval mode: every worker forwards stage by stage, micro-batch by micro-batch.
+"""Forward passes only, in eval mode: every worker runs its stages' forwards, micro-batch by micro-batch.
 
-Batches follow each other without a gap: while one is collected the next are under way already.
+Batches follow each other without a gap: while the driver collects one batch, the next ones are under way.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rpcpipe.worker.operations import SetMetrics, SetSelection
 
 
 class Passed(NamedTuple):
-    """A batch: its samples, its micro-batches' shares of them, and what the workers report."""
+    """A batch: its number of samples, its micro-batches' shares of it, and the workers' reports."""
 
     size: float
     weights: tuple[float, ...]
@@ -31,25 +31,25 @@ class Passed(NamedTuple):
 
     @property
     def output(self) -> Nest:
-        """What the last stage kept, of the whole batch."""
+        """The outputs of the whole batch that the last stage kept."""
         packed = {chunk: part for report in self.reports.values() for chunk, part in report.outputs.items()}
         return merge([unpack(packed[chunk]) for chunk in sorted(packed)])
 
 
 class Passes:
-    """Batches on their way through ``pipe``, which takes no other step meanwhile.
+    """Batches that pass through a pipeline, which takes no other step meanwhile.
 
-    To the workers each is a step of its own; ``ahead`` are fed beyond the one that is awaited. After a
-    failure, and where the caller stops early, what is under way is dropped.
+    For the workers each batch is a separate step; ``ahead`` batches are fed beyond the one that is awaited. After
+    a failure, and where the caller stops early, the batches under way are dropped.
     """
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
-        # Their micro-batches fill the pipeline, and two more hide the driver's own time.
+        # As many micro-batches as there are workers fill the pipeline, and two more hide the driver's time.
         self.ahead = -(-(runtime.layout.pipeline_size + 2) // runtime.chunks)
 
     def run(self, batches: Iterable[tuple[Nest, Nest | None]], *, keep_outputs: bool = False) -> Iterator[Passed]:
-        """Each (inputs, targets) in their order; targets may be None where outputs are wanted."""
+        """Run every (inputs, targets) and yield the results in order. Targets may be None with ``keep_outputs``."""
         runtime, waiting = self._runtime, deque[tuple[Passed, dict[str, Future[Any]]]]()
         runtime.enter(self)
         first = runtime.driver.places()
@@ -68,22 +68,23 @@ class Passes:
             runtime.leave(self)
 
     def apply(self) -> None:
-        """An optimizer's step in between."""
+        """Raise RpcPipeError: there is no update to apply."""
         raise RpcPipeError("batches run forward only now, there is nothing to apply; finish the iterator first")
 
     def forget(self) -> None:
-        """Passes forward accumulate nothing."""
+        """Do nothing: forward passes accumulate no gradients."""
 
     def _feed(self, inputs: Nest, targets: Nest | None, keep_outputs: bool) -> tuple[Passed, dict[str, Future[Any]]]:
+        """Issue one batch; return it without reports, and the workers' replies."""
         runtime = self._runtime
         batch = runtime.program.cut(copied(inputs))
-        answers = None
+        target_parts = None
         if targets is not None:
             targets = copied(targets)
-            answers = runtime.program.cut_targets(targets if keep_outputs else runtime.prepare(targets), batch)
+            target_parts = runtime.program.cut_targets(targets if keep_outputs else runtime.prepare(targets), batch)
         plan = StepContext(runtime.driver.new_step(), runtime.trained, False, batch.weights, keep_outputs=keep_outputs)
         calls = runtime.program.forward(batch.counts, targets=targets is not None)
-        replies = runtime.driver.issue(calls, plan, runtime.given(batch.parts, answers))
+        replies = runtime.driver.issue(calls, plan, runtime.given(batch.parts, target_parts))
         return Passed(batch.size, batch.weights, {}), replies
 
     def _collect(self, passed: Passed, replies: Mapping[str, Future[Any]]) -> Passed:
@@ -91,13 +92,13 @@ class Passes:
 
 
 def outputs(runtime: Runtime, batches: Iterable[Nest]) -> Iterator[Nest]:
-    """The model's output for every batch of inputs."""
+    """Yield the model's output for every batch of inputs."""
     for passed in Passes(runtime).run(((inputs, None) for inputs in batches), keep_outputs=True):
         yield passed.output
 
 
 def tell_last_stage(runtime: Runtime, operation: SetMetrics | SetSelection) -> None:
-    """Send ``operation``, about the outputs of the passes that follow, to the last stage in all replicas."""
+    """Execute ``operation``, which holds for all later passes, on the last stage of every replica."""
     driver = runtime.driver
     driver.collect({worker: driver.call(worker, operation) for worker in runtime.stages[-1].workers})
 
@@ -105,13 +106,17 @@ def tell_last_stage(runtime: Runtime, operation: SetMetrics | SetSelection) -> N
 def evaluate(
     runtime: Runtime, batches: Iterable[tuple[Nest, Nest]], metrics: Mapping[str, Metric]
 ) -> tuple[float, dict[str, float]]:
-    """(mean loss over all samples, or over all that a loss of (sum, count) counts; each metric's mean)."""
+    """Return (mean loss, mean of each metric) over ``batches``.
+
+    The mean loss is over all samples, or over the total count where the loss returns (sum, count). Raises
+    ArgumentError for a metric named ``loss``, and if nothing counts in any batch.
+    """
     require("loss" not in metrics, "a metric cannot be named 'loss': the loss is reported beside the metrics")
     tell_last_stage(runtime, SetMetrics(dumps(dict(metrics), "what to measure")))
     total, samples, sums = 0.0, 0.0, list[Sums]()
     for size, weights, reports in Passes(runtime).run(batches):
-        found = {chunk: value for report in reports.values() for chunk, value in report.metrics.items()}
-        sums += [found[chunk] for chunk in sorted(found)]
+        measured = {chunk: value for report in reports.values() for chunk, value in report.metrics.items()}
+        sums += [measured[chunk] for chunk in sorted(measured)]
         loss, count = mean_loss(reports, weights)
         share = size if count is None else count
         if share:

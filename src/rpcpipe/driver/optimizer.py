@@ -1,4 +1,4 @@
-"""The optimizer on the driver, in front of the workers' own."""
+"""The optimizer on the driver, which stands for the workers' optimizers."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from rpcpipe.stage.optimizer import hyperparameters
 
 
 class PipelineOptimizer(torch.optim.Optimizer):
-    """What ``pipe.optimizer`` is: the workers' param_groups, to be read and set on the driver.
+    """The type of ``pipe.optimizer``: reads and sets the workers' param_groups on the driver.
 
-    Learning-rate schedulers and ``param_groups[i]["lr"] = …`` work as on any torch optimizer; a
-    changed value reaches all workers with the next step. Its parameters are empty stand-ins.
+    Learning-rate schedulers and ``param_groups[i]["lr"] = …`` work as on any torch optimizer; a changed value
+    reaches all workers with the next step. The parameters are empty stand-ins. ``apply`` applies the gradients
+    of the active step, ``forget`` drops the accumulated gradients.
     """
 
     def __init__(
@@ -30,14 +31,14 @@ class PipelineOptimizer(torch.optim.Optimizer):
 
     @property
     def lr(self) -> tuple[float, ...]:
-        """The learning rate of every group; 0 for an optimizer that has none."""
+        """The learning rate of every group; 0 for an optimizer without learning rate."""
         return tuple(float(group.get("lr", 0.0)) for group in self.param_groups)
 
     def changes(self) -> list[dict[str, Any]]:
-        """Per group, the hyperparameters that are no longer what the factory gave."""
+        """Return, per group, the hyperparameters that have ever differed from the factory's."""
         current = hyperparameters(self)
-        # A scheduler may add keys (initial_lr) and a value may have come back to its first one
-        # after another was sent, so every key that ever differed goes on being sent.
+        # A value may return to its initial one after another value was sent, so every key that ever differed
+        # is sent from then on. A scheduler may also add keys (initial_lr).
         for initial, now in zip(self._initial, current, strict=True):
             for key in [key for key in initial if initial[key] != now[key]]:
                 del initial[key]
@@ -47,13 +48,16 @@ class PipelineOptimizer(torch.optim.Optimizer):
         ]
 
     def adopt(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        """Take over ``groups``, which the workers have as well."""
+        """Set the hyperparameters to ``groups``, which the workers have already."""
         for group, saved in zip(self.param_groups, groups, strict=True):
             group.update(saved)
         self._initial = hyperparameters(self)
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Apply the gradients of the open step on all workers: what ``s.optimize()`` does."""
+        """Apply the gradients of the open step on all workers, as ``s.optimize()`` does.
+
+        Raises ArgumentError for a ``closure``.
+        """
         if closure is not None:
             raise ArgumentError(
                 "a pipeline's optimizer takes no closure: its gradients come from train_step or pipe.step()"
@@ -61,5 +65,5 @@ class PipelineOptimizer(torch.optim.Optimizer):
         self._apply()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients that calls of ``train_step`` have accumulated since the last update."""
+        """Drop the gradients that calls of ``train_step`` have accumulated since the last update."""
         self._forget()

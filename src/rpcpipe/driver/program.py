@@ -1,11 +1,11 @@
-"""A step's calls: every action of the schedule addressed to its worker, and the exchange of gradients behind it.
+"""The calls of a step: every action of the schedule, addressed to its worker, and the exchange of gradients.
 
-Derived from ``Schedule.upstream`` and its inverse, so the rule of what waits for what stays in one
-place. Named values add ports and no dependency: their routes lead from stage to later stage, and there
-the running value's forward, and back the gradient's backward, has gone before them stage by stage.
+Routes are derived from ``Schedule.upstream`` and its inverse, so dependencies are stated in one place only. Named
+values add ports and no dependency between actions: their routes lead from a stage to a later one, whose forward
+follows that of the earlier stage anyway, and the backwards follow each other in reverse.
 
-A replica executes the same schedule on workers of its own. Micro-batches are numbered across the whole batch, so
-no message, random number, loss or span needs a replica index, and the oracle is a plain loop over all micro-batches.
+Every replica runs the same schedule on separate workers; micro-batches are numbered across the whole batch, so no
+message, random number, loss or span needs a replica index, and the oracle is a plain loop over all micro-batches.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from rpcpipe.worker.operations import (
 
 
 class Fed(NamedTuple):
-    """A micro-batch that enters a stream: what stages are told of it, its inputs and its targets."""
+    """A micro-batch that enters a stream: its context for the stages, its inputs and its targets."""
 
     share: MicroBatch
     part: Nest
@@ -48,8 +48,8 @@ class Fed(NamedTuple):
 class Group(NamedTuple):
     """Workers that sum gradients over their copies of the same parameters.
 
-    ``stages``: those whose backwards make the gradients, ``owners``: of the buckets. ``buffered``: the one
-    stage has buffers, which are to be the same on all members.
+    ``stages``: the stages whose backwards make the gradients. ``owners``: by bucket, the member that sums it.
+    ``buffered``: the group's only stage has buffers, which must be equal on all members.
     """
 
     name: str
@@ -60,10 +60,10 @@ class Group(NamedTuple):
 
 
 class StepProgram:
-    """The calls of a pipeline's steps, for batches of any size.
+    """Makes the calls of a pipeline's steps, for batches of any size.
 
-    ``value_routes``: the ways of named values. ``groups``: who exchanges gradients. ``shard``: optimizers have only
-    what they own.
+    ``value_routes``: the routes of named values. ``groups``: the groups that exchange gradients. ``shard``: whether
+    each optimizer holds only the parameters that its worker owns.
     """
 
     def __init__(
@@ -80,15 +80,15 @@ class StepProgram:
         self._made: dict[tuple[Any, ...], list[Call]] = {}
 
     def cut(self, inputs: Nest) -> Batch:
-        """``inputs`` in micro-batches; ArgumentError for what cannot be cut or sent."""
+        """Cut ``inputs`` into micro-batches; raises ArgumentError for what cannot be cut or sent."""
         return cut_inputs(inputs, self._layout.replicas, self._schedule.chunks)
 
     def cut_targets(self, targets: Nest, inputs: Batch) -> list[Nest]:
-        """Their targets, detached; ArgumentError unless they make as many micro-batches."""
+        """Cut ``targets`` as ``cut`` does the inputs, detached; raises ArgumentError unless their numbers agree."""
         return cut_targets(targets, inputs, self._layout.replicas, self._schedule.chunks)
 
     def given(self, inputs: list[Nest], targets: list[Nest] | None) -> dict[Port, Any]:
-        """The driver's inputs and targets by the port that awaits them."""
+        """Return the micro-batches' inputs and targets by the port that awaits them."""
         values = {
             port: value
             for chunk, part in enumerate(inputs)
@@ -100,10 +100,10 @@ class StepProgram:
         return values
 
     def train(self, counts: tuple[int, ...], *, updates: bool) -> list[Call]:
-        """Forward and backward where replica r has ``counts[r]`` micro-batches, and the sums over the replicas.
+        """Return the calls of a training step in which replica r has ``counts[r]`` micro-batches.
 
-        Gradients are pushed after a stage's last backward, so that the backwards of other stages and replicas
-        hide it. ``updates``: an update follows.
+        They end with the sums over the replicas. Gradients are pushed right after a stage's last backward, so that
+        the push overlaps with other stages' and replicas' backwards. ``updates``: an update follows.
         """
         spread = updates and not self._shard
         if (counts, spread) not in self._made:
@@ -113,7 +113,7 @@ class StepProgram:
         return self._made[counts, spread]
 
     def forward(self, counts: tuple[int, ...], *, targets: bool) -> list[Call]:
-        """Forward only; ``targets``: with the loss."""
+        """Return the calls of a forward pass; ``targets``: the last stage computes the loss."""
         key = ("forward", counts, targets)
         if key not in self._made:
             schedule = forward_only(self._schedule, max(counts))
@@ -127,73 +127,78 @@ class StepProgram:
         fed: Fed | None,
         update: Callable[[int], Update],
     ) -> list[tuple[str, Task, list[tuple[Port, Any]]]]:
-        """(worker, task, the driver's values for it) for each (worker, action) of a stream.
+        """Return (worker, task, the driver's values for it) for each (worker, action) of a stream.
 
-        ``groups``: by micro-batch, the update that it belongs to. Forwards are of the micro-batch ``fed``.
+        ``groups``: by micro-batch, the update that it belongs to. ``fed``: the micro-batch of the forwards.
+        ``update``: returns the context of a group's update.
         """
         names, calls = self._layout.names, []
         for worker, action in actions:
             group = groups[action.chunk]
-            way = route(self._schedule, action, names, targets=True, value_routes=self._value_routes)
+            action_route = route(self._schedule, action, names, targets=True, value_routes=self._value_routes)
             values: list[tuple[Port, Any]] = []
             context: MicroBatch | Update | None = None
             if action.kind == "F":
                 assert fed is not None
                 context = fed.share
-                given = entering(fed.part, action.chunk, self._value_routes)
-                values += [(port, given[port]) for port in way.awaits if port in given]
+                inputs = entering(fed.part, action.chunk, self._value_routes)
+                values += [(port, inputs[port]) for port in action_route.awaits if port in inputs]
                 values += [(Port(action, "target"), fed.target)] if worker == len(names) - 1 else []
             elif action.kind == "U":
                 context = update(group)
-            calls.append((names[worker], Task(RunAction(way, context), way.awaits, group), values))
+            task = Task(RunAction(action_route, context), action_route.awaits, group)
+            calls.append((names[worker], task, values))
         return calls
 
     def after_update(self) -> dict[str, list[Task]]:
-        """Where optimizers are sharded, what each worker does after its own to get the others' weights."""
-        found: dict[str, list[Task]] = {}
+        """Return the tasks by which each worker receives the others' weights after its update; {} unless sharded."""
+        gathers: dict[str, list[Task]] = {}
         for group in self._groups if self._shard else ():
-            for at, worker in enumerate(group.members):
-                found.setdefault(worker, []).extend(gather_weights(group.name, group.owners, at))
-        return {worker: [*tasks, Task(LastUpdate())] for worker, tasks in found.items()}
+            for index, worker in enumerate(group.members):
+                gathers.setdefault(worker, []).extend(gather_weights(group.name, group.owners, index))
+        return {worker: [*tasks, Task(LastUpdate())] for worker, tasks in gathers.items()}
 
     def _rows(self, schedule: Schedule, counts: Sequence[int], *, targets: bool) -> list[list[Call]]:
-        """Every replica's actions."""
+        """Return every replica's calls, one per action."""
         rows = []
         for replica, count in enumerate(counts):
-            mine = schedule.truncated(count, sum(counts[:replica]))
             routes = compile_routes(
-                mine, self._layout.pipeline_of(replica), targets=targets, value_routes=self._value_routes
+                schedule.truncated(count, sum(counts[:replica])),
+                self._layout.pipeline_of(replica),
+                targets=targets,
+                value_routes=self._value_routes,
             )
             rows.append([(worker, [Task(RunAction(route), route.awaits)]) for worker, route in routes])
         return rows
 
     def _with_pushes(self, calls: list[Call]) -> list[Call]:
-        """``calls`` of one replica, each group's gradients pushed behind the last backward that adds to them."""
+        """Return one replica's ``calls`` with a push of each group's gradients after the last backward for them."""
         pushes: dict[int, list[Task]] = {}
         last = _last_backwards(calls)
         for worker in dict.fromkeys(worker for worker, _ in calls):
             for group in self._groups_of(worker):
-                if (at := _complete_at(group, worker, calls, last)) is not None:
-                    pushes.setdefault(at, []).append(reduce_scatter(group.name))
-        return [(worker, tasks + pushes.get(at, [])) for at, (worker, tasks) in enumerate(calls)]
+                if (index := _complete_at(group, worker, calls, last)) is not None:
+                    pushes.setdefault(index, []).append(reduce_scatter(group.name))
+        return [(worker, tasks + pushes.get(index, [])) for index, (worker, tasks) in enumerate(calls)]
 
     def _sums(self, replica: int, calls: list[Call], spread: bool) -> list[Call]:
-        """What each worker of a replica does after all of its ``calls``.
+        """Return the calls to a replica's workers that follow all of its ``calls``.
 
-        push ─▶ sum what one owns ─▶ take the other sums (or, sharded, the weights after the update) ─▶ buffers
+        push ─▶ sum the owned buckets ─▶ take the other sums (or, sharded, the weights after the update) ─▶ buffers
         """
         ends, last = [], _last_backwards(calls)
         for worker in self._layout.pipeline_of(replica):
             groups = self._groups_of(worker)
-            places = [group.members.index(worker) for group in groups]
+            members = [group.members.index(worker) for group in groups]
+            # A worker without any backward for a group pushes, too: the other members await its part.
             idle = [group for group in groups if _complete_at(group, worker, calls, last) is None]
-            end = [reduce_scatter(group.name) for group in idle]  # no backward here: what the others await all the same
-            for group, at in zip(groups, places, strict=True):
-                end += reduces(group.name, group.members, group.owners, at, spread=spread)
-            for group, at in zip(groups, places, strict=True):
-                end += gather_sums(group.name, group.owners, at) if spread else []
-            for group, at in zip(groups, places, strict=True):
-                end += follow(group.stages[0], group.members, at) if group.buffered else []
+            end = [reduce_scatter(group.name) for group in idle]
+            for group, index in zip(groups, members, strict=True):
+                end += reduces(group.name, group.members, group.owners, index, spread=spread)
+            for group, index in zip(groups, members, strict=True):
+                end += gather_sums(group.name, group.owners, index) if spread else []
+            for group, index in zip(groups, members, strict=True):
+                end += follow(group.stages[0], group.members, index) if group.buffered else []
             ends += [(worker, end)] if end else []
         return ends
 
@@ -202,43 +207,47 @@ class StepProgram:
 
 
 def _last_backwards(calls: Sequence[Call]) -> dict[int, int]:
-    """By stage, where in ``calls`` its parameters' gradients grow last."""
+    """Return, by stage, the index in ``calls`` of the last action that adds to its parameters' gradients."""
     return {
-        task.operation.route.action.stage: at
-        for at, (_, [task, *_]) in enumerate(calls)
+        task.operation.route.action.stage: index
+        for index, (_, [task, *_]) in enumerate(calls)
         if isinstance(task.operation, RunAction) and task.operation.route.action.kind in "BW"
     }
 
 
 def _complete_at(group: Group, worker: str, calls: Sequence[Call], last: Mapping[int, int]) -> int | None:
-    """Where in ``calls`` the group's gradients on ``worker`` are complete; None if nothing adds to them there."""
+    """Return the index in ``calls`` of the last backward for the group's gradients on ``worker``; None without any."""
     return max(
         (last[stage] for stage in group.stages if stage in last and calls[last[stage]][0] == worker), default=None
     )
 
 
 def _in_turns(rows: Sequence[list[Call]]) -> list[Call]:
-    """One call of each row after the other, so that all replicas begin at once."""
+    """Return the calls of ``rows`` in turns, one of each row, so that all replicas begin at once."""
     return [call for turn in zip_longest(*rows) for call in turn if call is not None]
 
 
 def compile_routes(
     schedule: Schedule, workers: Sequence[str], *, targets: bool, value_routes: Sequence[ValueRoute] = ()
 ) -> list[tuple[str, Route]]:
-    """(worker, route) for every action, in an order in which everything could run one by one.
+    """Return (worker, route) for every action, in an order in which the actions could run one by one.
 
-    ``targets``: the last stage awaits the targets as well. ``value_routes``: the ways of named values.
+    ``targets``: the last stage awaits the targets, too. ``value_routes``: the routes of named values.
     """
-    return [(workers[at], route(schedule, action, workers, targets, value_routes)) for at, action, _ in schedule.walk()]
+    return [
+        (workers[index], route(schedule, action, workers, targets, value_routes))
+        for index, action, _ in schedule.walk()
+    ]
 
 
 def route(
     schedule: Schedule, action: Action, workers: Sequence[str], targets: bool, value_routes: Sequence[ValueRoute] = ()
 ) -> Route:
-    """What ``action`` awaits and where its results go."""
+    """Return the route of ``action``: the ports that it awaits, and the destinations of its results."""
     kind, stage, chunk = action
-    before = {way.source for way in value_routes if way.target == stage and way.source != stage - 1}
-    behind = {way.target for way in value_routes if way.source == stage and way.target != stage + 1}
+    # A named value travels between neighbouring stages with the running value, so it needs no other link there.
+    before = {values.source for values in value_routes if values.target == stage and values.source != stage - 1}
+    behind = {values.target for values in value_routes if values.source == stage and values.target != stage + 1}
     awaits: list[str] = []
     ends: list[Action] = []
     if schedule.upstream(action) is not None or (kind == "F" and stage == 0):
@@ -264,13 +273,16 @@ def route(
 
 
 def reduce_scatter(group: str) -> Task:
-    """Every member's, once its gradients are complete."""
+    """Return the task that pushes a member's complete gradients to their owners."""
     return Task(ReduceScatter(group))
 
 
 def reduces(group: str, workers: Sequence[str], owners: Sequence[int], index: int, *, spread: bool) -> list[Task]:
-    """Member ``index``'s, for the buckets it owns; ``owners``: of all. ``spread``: ``gather_sums`` follow."""
-    slots = [gradients_from(worker) for at, worker in enumerate(workers) if at != index]
+    """Return member ``index``'s tasks that sum the buckets that it owns.
+
+    ``owners``: by bucket, the owner. ``spread``: the sums are pushed, so the other members need ``gather_sums``.
+    """
+    slots = [gradients_from(worker) for member, worker in enumerate(workers) if member != index]
     return [
         Task(Reduce(group, bucket, spread), tuple(Port(Bucket(group, bucket), slot) for slot in slots))
         for bucket, owner in enumerate(owners)
@@ -279,7 +291,7 @@ def reduces(group: str, workers: Sequence[str], owners: Sequence[int], index: in
 
 
 def gather_sums(group: str, owners: Sequence[int], index: int) -> list[Task]:
-    """Member ``index``'s, for the buckets whose gradients others sum."""
+    """Return member ``index``'s tasks that receive the sums of the buckets that other members own."""
     return [
         Task(GatherSums(group, bucket), (Port(Bucket(group, bucket), "sums"),))
         for bucket, owner in enumerate(owners)
@@ -288,7 +300,7 @@ def gather_sums(group: str, owners: Sequence[int], index: int) -> list[Task]:
 
 
 def gather_weights(group: str, owners: Sequence[int], index: int) -> list[Task]:
-    """Member ``index``'s, for the buckets whose parameters others update."""
+    """Return member ``index``'s tasks that receive the weights of the buckets that other members own."""
     return [
         Task(GatherWeights(group, bucket), (Port(Bucket(group, bucket), "weights"),))
         for bucket, owner in enumerate(owners)
@@ -297,8 +309,11 @@ def gather_weights(group: str, owners: Sequence[int], index: int) -> list[Task]:
 
 
 def follow(stage: int, workers: Sequence[str], index: int) -> list[Task]:
-    """Replica ``index``'s, for a stage with buffers: all take over the first one's, which adds up statistics."""
-    about = Bucket(group_of(stage), 0)
+    """Return replica ``index``'s tasks that make a stage's buffers equal on all replicas.
+
+    The first replica adds up the running statistics; the other replicas receive its buffers.
+    """
+    bucket = Bucket(group_of(stage), 0)
     if index:
-        return [Task(GiveStatistics(stage)), Task(TakeBuffers(stage), (Port(about, "buffers"),))]
-    return [Task(AddStatistics(stage), tuple(Port(about, statistics_from(worker)) for worker in workers[1:]))]
+        return [Task(GiveStatistics(stage)), Task(TakeBuffers(stage), (Port(bucket, "buffers"),))]
+    return [Task(AddStatistics(stage), tuple(Port(bucket, statistics_from(worker)) for worker in workers[1:]))]

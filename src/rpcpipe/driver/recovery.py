@@ -1,11 +1,11 @@
-"""What of a step must be rolled back on the workers, decided without sending anything.
+"""Decide, without sending anything, what of a step must be rolled back on the workers.
 
     Idle ──begin──▶ Running ──succeed──▶ Settled
                      │    └──update──▶ Updating ──succeed──▶ Settled
                      └── fail, take_back, another step's call: roll back once, then Idle
 
-A step that is settled can still be taken back (by an exception in the caller's with-block, by a Ctrl-C that came
-after the last worker had updated); one that was rolled back cannot be rolled back again.
+A settled step can still be rolled back (after an exception in the caller's with-block, or a Ctrl-C that came
+after the last worker had updated). No step is rolled back twice.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Idle:
-    """No step has anything that could be rolled back."""
+    """There is nothing that could be rolled back."""
 
 
 @dataclass(frozen=True)
 class Running:
-    """Calls of ``step`` are under way. ``first``: each worker's place in its sequence where the step began."""
+    """Calls of ``step`` are under way. ``first``: by worker, the place in its sequence where the step began."""
 
     step: int
     first: Mapping[str, int]
@@ -37,7 +37,7 @@ class Updating:
 
 @dataclass(frozen=True)
 class Settled:
-    """All that was asked of ``step`` has ended well."""
+    """All calls of ``step`` have succeeded."""
 
     step: int
     first: Mapping[str, int]
@@ -48,7 +48,7 @@ State = Idle | Running | Updating | Settled
 
 @dataclass(frozen=True)
 class Begin:
-    """Calls of ``step`` are about to be sent; ``places``: each worker's next one. ``updating``: updates are."""
+    """Calls of ``step`` are about to be sent, with ``updating`` its updates. ``places``: each worker's next place."""
 
     step: int
     places: Mapping[str, int]
@@ -57,17 +57,17 @@ class Begin:
 
 @dataclass(frozen=True)
 class Succeed:
-    """What was begun has ended well on all workers."""
+    """The calls under way have succeeded on all workers."""
 
 
 @dataclass(frozen=True)
 class Fail:
-    """What was begun has failed, or was interrupted."""
+    """The calls under way have failed or were interrupted."""
 
 
 @dataclass(frozen=True)
 class TakeBack:
-    """The caller gives ``step`` up; ``updating``: its update may have been applied."""
+    """The caller gives up ``step``; ``updating``: its update may have been applied."""
 
     step: int
     updating: bool
@@ -75,7 +75,7 @@ class TakeBack:
 
 @dataclass(frozen=True)
 class OtherCall:
-    """Something that is no part of the step, but of ``step`` (-1: of none), is about to be sent."""
+    """A call of ``step`` (-1: of no step), which may be another step than the one under way, is about to be sent."""
 
     step: int
 
@@ -85,7 +85,7 @@ Event = Begin | Succeed | Fail | TakeBack | OtherCall
 
 @dataclass(frozen=True)
 class RollBack:
-    """To be sent to every worker, once: drop ``step`` from ``first`` on and undo what it did."""
+    """The order to every worker to drop the tasks of ``step`` from ``first`` on and undo its effects, sent once."""
 
     step: int
     first: Mapping[str, int]
@@ -93,7 +93,7 @@ class RollBack:
 
 
 def transition(state: State, event: Event) -> tuple[State, RollBack | None]:
-    """Return the next state, and what is to be rolled back before anything else is sent."""
+    """Return the next state, and the rollback that must be sent before any other call, if any."""
     if isinstance(event, Begin):
         assert isinstance(state, Idle | Settled) or state.step == event.step, "OtherCall comes first"
         first = event.places if isinstance(state, Idle) or state.step != event.step else state.first

@@ -1,10 +1,11 @@
-"""What a step gave."""
+"""Results: the figures of one synchronous step, or of one batch of a stream."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
 from rpcpipe import _tables
 from rpcpipe.model.microbatch import Nest
@@ -15,7 +16,7 @@ from rpcpipe.worker.messages import Report
 _HEADER = ("stage", "its worker busy", "peak in flight")
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, kw_only=True)
 class StepResult:
     """Figures of one ``train_step``.
 
@@ -24,19 +25,12 @@ class StepResult:
     were alive at once, per stage, ``bubble`` the workers' measured idle share from the first
     action's start to the last one's end. ``applied`` is False where NaN or Inf in the gradients
     left the weights as they were, and where the gradients of ``accumulated`` calls, this one included,
-    wait for those of further ones; ``grad_norm`` is then the norm so far. ``loss_scale`` is what the
-    loss was multiplied by for the backward, 1 but under float16, ``lr`` the learning rate of every
+    wait for those of further calls; ``grad_norm`` is then the norm so far. ``loss_scale`` is the factor
+    of the loss in the backward, 1 except under float16, ``lr`` the learning rate of every
     parameter group. By stage, ``peak_activation_bytes`` is the most memory that autograd had saved at
-    once, the inputs of what is recomputed included and parameters not, and ``recomputed`` the number of
-    layers' forwards that were run again. ``input_grads`` holds the gradients of the loss's mean for those inputs that
-    require one, in a nest like the inputs with None elsewhere; None if no input does, and in a stream.
-
-    Under an asynchronous schedule a result is of one batch in the stream: ``seconds`` since the
-    result before, ``bubble`` each worker's idle share between its updates, ``grad_norm`` the mean over
-    the batch's updates, of which ``skipped`` were left out. By stage, ``versions`` says with how many
-    updates in the weights each of the batch's minibatches was computed, ``staleness`` how many were
-    missing at most, ``peak_versions`` how many versions were held at once since the stream last stood
-    empty, and ``peak_version_bytes`` how large they were.
+    once, which includes the inputs of recomputed layers and excludes parameters, and ``recomputed`` the
+    number of layer forwards that were recomputed. ``input_grads`` holds the gradients of the mean loss for the
+    inputs that require one, in a nest like the inputs with None elsewhere; None if no input does, and in a stream.
     """
 
     step: int
@@ -49,19 +43,14 @@ class StepResult:
     peak_activation_bytes: tuple[int, ...] = ()
     recomputed: tuple[int, ...] = ()
     lr: tuple[float, ...] = ()
-    skipped: int = 0
-    versions: tuple[tuple[int, ...], ...] = ()
-    staleness: tuple[int, ...] = ()
-    peak_versions: tuple[int, ...] = ()
-    peak_version_bytes: tuple[int, ...] = ()
     accumulated: int = 0
     loss_scale: float = 1.0
-    idle: float | None = field(default=None, repr=False)
     input_grads: Nest = field(default=None, repr=False, compare=False)
 
     @property
     def bubble(self) -> float:
-        return self.timeline.bubble if self.idle is None else self.idle
+        """The workers' idle share of the step."""
+        return self.timeline.bubble
 
     def __repr__(self) -> str:
         return f"{self._title()}\n{_tables.text(_HEADER, self._rows())}"
@@ -90,7 +79,10 @@ class StepResult:
 def mean_loss(
     reports: Mapping[str, Report], weights: Sequence[float] | Mapping[int, float]
 ) -> tuple[float, float | None]:
-    """(mean over the batch, total count or None) from the last stage's losses."""
+    """Return (mean loss over the batch, total count) from the last stage's losses.
+
+    The count is None where the loss returns means. ``weights``: each micro-batch's share of the batch.
+    """
     losses = {chunk: loss for report in reports.values() for chunk, loss in report.losses.items()}
     counts = [count for _, count in losses.values() if count is not None]
     if not counts:
@@ -100,19 +92,22 @@ def mean_loss(
 
 
 def by_stage(reports: Mapping[str, Report], field: str, joined: Callable[[list[int]], int] = max) -> tuple[int, ...]:
-    """A report's field of one number per stage, of all stages; ``joined``: what replicas' numbers make together."""
-    found: dict[int, list[int]] = {}
+    """Return the reports' ``field``, a number per stage, of all stages in order.
+
+    ``joined`` reduces the numbers of a stage's replicas to one.
+    """
+    values: dict[int, list[int]] = {}
     for report in reports.values():
         for stage, value in getattr(report, field).items():
-            found.setdefault(stage, []).append(value)
-    return tuple(joined(found[stage]) for stage in sorted(found))
+            values.setdefault(stage, []).append(value)
+    return tuple(joined(values[stage]) for stage in sorted(values))
 
 
 @dataclass(frozen=True)
 class StreamedBatch:
-    """A batch of a stream: the groups of micro-batches that its updates are made of, counted from update ``base`` on.
+    """A batch of a stream. ``groups`` are its updates, counted from update ``base`` of the pipeline on.
 
-    ``shares``: by micro-batch, its share of the batch. ``lr``: by parameter group.
+    ``shares``: each micro-batch's share of the batch. ``lr``: the learning rate of every parameter group.
     """
 
     base: int
@@ -122,65 +117,97 @@ class StreamedBatch:
 
     @property
     def number(self) -> int:
-        """The batch's first update."""
+        """The number of the batch's first update."""
         return self.base + self.groups.start
 
 
-def of_stream(
-    batch: StreamedBatch,
-    reports: Mapping[str, Report],
-    updates: Sequence[Sequence[Report]],
-    timeline: Timeline,
-    *,
-    seconds: float,
-    ended: Mapping[str, int],
-) -> StepResult:
-    """A batch's result from its workers' ``reports``, joined, and those of each of its ``updates``.
+@dataclass(frozen=True, repr=False, kw_only=True)
+class StreamResult(StepResult):
+    """Figures of one batch of a stream, which an asynchronous schedule trains.
 
-    ``ended``: when each worker's last update before ended, by its own clock.
+    ``seconds`` counts from the result before, ``bubble`` is the mean of the workers' idle shares between
+    their updates, and ``grad_norm`` the mean over the batch's updates, of which ``skipped`` were left out.
+    By stage, ``versions`` gives the number of updates in the weights with which each of the batch's
+    minibatches was computed, ``staleness`` the most updates that were missing, ``peak_versions`` the most
+    versions held at once since the stream last stood empty, and ``peak_version_bytes`` their size.
     """
-    done = [group for group in updates if not group[0].skipped]
-    norms = [
-        gradients.total_norm([norm for report in group for of in report.norms.values() for norm in of.values()])
-        for group in done
-    ]
-    used = [
-        [
-            span.version
-            for span in timeline.spans
-            if span.stage == stage and span.kind == "B" and span.chunk in batch.shares
-        ]
-        for stage in range(len(reports))
-    ]
-    held = [report.versions[stage] for stage, report in enumerate(reports.values())]
-    owners = [group for group in batch.groups for _ in range(len(batch.shares) // len(batch.groups))]
-    return StepResult(
-        batch.number,
-        mean_loss(reports, batch.shares)[0],
-        sum(norms) / len(norms) if norms else math.nan,
-        seconds,
-        by_stage(reports, "peak_in_flight"),
-        len(done) == len(updates),
-        timeline,
-        peak_activation_bytes=by_stage(reports, "peak_bytes"),
-        recomputed=by_stage(reports, "recomputed"),
-        lr=batch.lr,
-        skipped=len(updates) - len(done),
-        versions=tuple(tuple(batch.base + version for version in versions) for versions in used),
-        staleness=tuple(max(g - v for g, v in zip(owners, versions, strict=True)) for versions in used),
-        peak_versions=tuple(count for count, _ in held),
-        peak_version_bytes=tuple(count * size for count, size in held),
-        idle=sum(_idle(report, ended.get(name)) for name, report in reports.items()) / len(reports),
+
+    skipped: int
+    versions: tuple[tuple[int, ...], ...]
+    staleness: tuple[int, ...]
+    peak_versions: tuple[int, ...]
+    peak_version_bytes: tuple[int, ...]
+    idle: float = field(repr=False)
+
+    @property
+    def bubble(self) -> float:
+        """The workers' mean idle share between their updates."""
+        return self.idle
+
+    @classmethod
+    def of_batch(
+        cls,
+        *,
+        batch: StreamedBatch,
+        reports: Mapping[str, Report],
+        updates: Sequence[Sequence[Report]],
+        timeline: Timeline,
+        seconds: float,
+        ended: Mapping[str, int],
+    ) -> Self:
+        """Build the result of ``batch`` from its workers' joined ``reports`` and each update's reports.
+
+        ``ended``: by worker, when its last update before the batch ended, in ns of the worker's clock.
+        """
+        applied = [update for update in updates if not update[0].skipped]
+        norms = [_update_norm(update) for update in applied]
+        used = [_versions_used(timeline, stage, batch.shares) for stage in range(len(reports))]
+        held = [report.versions[stage] for stage, report in enumerate(reports.values())]
+        groups = [group for group in batch.groups for _ in range(len(batch.shares) // len(batch.groups))]
+        return cls(
+            step=batch.number,
+            loss=mean_loss(reports, batch.shares)[0],
+            grad_norm=sum(norms) / len(norms) if norms else math.nan,
+            seconds=seconds,
+            peak_in_flight=by_stage(reports, "peak_in_flight"),
+            applied=len(applied) == len(updates),
+            timeline=timeline,
+            peak_activation_bytes=by_stage(reports, "peak_bytes"),
+            recomputed=by_stage(reports, "recomputed"),
+            lr=batch.lr,
+            skipped=len(updates) - len(applied),
+            versions=tuple(tuple(batch.base + version for version in versions) for versions in used),
+            staleness=tuple(max(g - v for g, v in zip(groups, versions, strict=True)) for versions in used),
+            peak_versions=tuple(count for count, _ in held),
+            peak_version_bytes=tuple(count * size for count, size in held),
+            idle=sum(_idle(report, ended.get(name)) for name, report in reports.items()) / len(reports),
+        )
+
+
+def _update_norm(update: Sequence[Report]) -> float:
+    """Return the 2-norm of all gradients of one update, from its workers' reports."""
+    return gradients.total_norm(
+        [norm for report in update for norms in report.norms.values() for norm in norms.values()]
     )
 
 
+def _versions_used(timeline: Timeline, stage: int, chunks: Container[int]) -> list[int]:
+    """Return the weight version of each backward of ``chunks`` on ``stage``, in the order of execution."""
+    return [
+        span.version for span in timeline.spans if span.stage == stage and span.kind == "B" and span.chunk in chunks
+    ]
+
+
 def last_update(report: Report) -> int:
-    """When the worker's last update in ``report`` ended, by its own clock in ns."""
+    """Return when the worker's last update in ``report`` ended, in ns of its clock."""
     return max(end for kind, _, _, _, end, _ in report.spans if kind == "U")
 
 
 def _idle(report: Report, since: int | None) -> float:
-    """Idle share from ``since``, the end of the update before if there was one, to the worker's last update."""
+    """Return the idle share of a worker from ``since`` to the end of its last update in ``report``.
+
+    ``since``: when the update before ended, in ns; None for the start of the report's first action.
+    """
     end = last_update(report)
     start = min(begin for _, _, _, begin, _, _ in report.spans) if since is None else since
     busy = sum(max(0, stop - max(start, begin)) for _, _, _, begin, stop, _ in report.spans)

@@ -1,4 +1,4 @@
-"""What a pipeline's steps, streams and inference passes share."""
+"""The state that a pipeline's steps, streams and inference passes share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from rpcpipe.checkpoint.plain_state import Stateful
-from rpcpipe.cluster.cluster import Cluster
+from rpcpipe.cluster.cluster import PipelineCluster
 from rpcpipe.driver.accumulation import Progress
 from rpcpipe.driver.batch import Batch, input_gradients
 from rpcpipe.driver.callbacks import Callback
@@ -30,28 +30,32 @@ from rpcpipe.worker.messages import Port, Report, StageInfo
 
 
 class Active(Protocol):
-    """What is open on a pipeline: a step, a stream that is being fed, or passes forward."""
+    """The active object of a pipeline: a step, a stream that is being fed, or forward passes."""
 
     def apply(self) -> None:
-        """Do what ``pipe.optimizer.step()`` means now."""
+        """Carry out ``pipe.optimizer.step()``."""
         ...
 
     def forget(self) -> None:
-        """Let no further call add to the gradients accumulated so far."""
+        """Drop the gradients accumulated so far: no later call adds to them."""
         ...
 
 
 class OpenStream(Protocol):
     """A stream with batches under way."""
 
-    def flush(self) -> None: ...
+    def flush(self) -> None:
+        """Wait until all batches under way are done."""
+        ...
 
-    def abandon(self) -> None: ...
+    def abandon(self) -> None:
+        """Forget the batches under way, without sending a message."""
+        ...
 
 
 @dataclass
 class Settings:
-    """How a pipeline trains. ``clip_grad_norm`` and ``nonfinite`` may be changed between steps."""
+    """The settings of training. ``clip_grad_norm`` and ``nonfinite`` may change between steps."""
 
     accumulate: int = 1
     batch_norm: str = "micro_batch"
@@ -62,7 +66,11 @@ class Settings:
     virtual_stages: int = 1
 
     def check(self, policy: str | None, *, scaled: bool) -> None:
-        """ScheduleError for what does not fit a schedule under which every stage updates on its own."""
+        """Raise ScheduleError for settings that do not fit an asynchronous schedule with ``policy``.
+
+        ``policy``: the versions that stages keep of their weights; None for a synchronous schedule, which fits all
+        settings. ``scaled``: whether the loss is scaled.
+        """
         if policy is None:
             return
         if scaled:
@@ -83,17 +91,17 @@ class Settings:
 
 
 class Runtime:
-    """A pipeline's state. One step, stream or pass is active at a time.
+    """The state of a pipeline, shared by steps, streams and inference passes. At most one of them is active.
 
-    ``trained`` counts the training steps done and seeds the next one's random numbers. ``prepare`` makes what is cut
-    into micro-batches of a batch's targets. ``parts``: what else goes on from step to step, by name: save writes it and
-    load brings it back. ``busy``: each worker's share of the last step. ``offsets``: by worker, the nanoseconds by
-    which its clock is ahead.
+    ``trained`` counts the training steps done and seeds the next step's random numbers. ``prepare`` maps a batch's
+    targets to the nest that is cut into micro-batches. ``parts``: by name, further state that lasts from step to step
+    and that save writes and load restores. ``busy``: by worker, its busy share of the last step. ``offsets``: by
+    worker, the nanoseconds by which its clock is ahead.
     """
 
     def __init__(
         self,
-        cluster: Cluster,
+        cluster: PipelineCluster,
         driver: Driver,
         deployment: Deployment,
         settings: Settings,
@@ -119,11 +127,11 @@ class Runtime:
         self.deployment = deployment
         self.stages: tuple[StageHandle, ...] = ()
         self.program = deployment.program(self.stages)
-        self.make_optimizer([{}])  # of nothing, until the workers say what theirs have
+        self.make_optimizer([{}])  # replaced once the workers have reported their parameter groups
 
     @property
     def layout(self) -> Layout:
-        """The workers, and their replicas."""
+        """The pipeline's workers and replicas."""
         return self.deployment.layout
 
     @property
@@ -133,11 +141,11 @@ class Runtime:
 
     @property
     def chunks(self) -> int:
-        """Micro-batches of a full batch."""
+        """The number of micro-batches of a full batch."""
         return self.schedule.chunks
 
     def install(self, deployment: Deployment, infos: Mapping[str, Mapping[int, StageInfo]] | None = None) -> None:
-        """The workers now hold ``deployment``; ``infos``: what each says of its stages, if they have changed."""
+        """Record that the workers hold ``deployment``; ``infos``: by worker and stage, the new descriptions if any."""
         self.deployment = deployment
         if infos is not None:
             self.stages = tuple(
@@ -150,19 +158,22 @@ class Runtime:
         self.cluster.relabel()
 
     def make_optimizer(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        """Stand in front of workers' optimizers that have these parameter groups."""
+        """Create the driver's optimizer for workers' optimizers with the parameter groups ``groups``."""
         self.optimizer = PipelineOptimizer(groups, self.apply_active, self.forget_accumulated)
 
     def stages_on(self, worker: str) -> list[int]:
-        """The stages that the named worker holds."""
+        """Return the stages that ``worker`` holds."""
         return [stage.index for stage in self.stages if worker in stage.workers]
 
     def replica_of(self, worker: str) -> int | None:
-        """Which replica the named worker is part of, where there are several."""
+        """Return the replica of ``worker``; None unless the pipeline has several replicas and uses ``worker``."""
         return self.layout.replica_of(worker)
 
     def given(self, parts: list[Nest], targets: list[Nest] | None) -> dict[Port, Any]:
-        """The micro-batches' inputs and targets by the port that awaits them; ArgumentError if a name is missing."""
+        """Return the micro-batches' inputs and targets by the port that awaits them.
+
+        Raises ArgumentError if a named value is missing, or if inputs and targets differ in size.
+        """
         check_inputs(parts[0], self.deployment.wirings)
         return self.program.given(parts, targets)
 
@@ -171,7 +182,7 @@ class Runtime:
         return input_gradients(batch, inputs, reports, self.deployment.stage_links.value_routes, factor)
 
     def title(self) -> str:
-        """Describe the pipeline in a line."""
+        """Return a line that describes the pipeline."""
         copies = f" in {self.layout.replicas} replicas" if self.layout.replicas > 1 else ""
         return (
             f"Pipeline({self.schedule.name}, {len(self.stages)} stages{copies}, {self.chunks} micro-batches,"
@@ -179,14 +190,14 @@ class Runtime:
         )
 
     def rows(self) -> list[list[str]]:
-        """A table's rows: each stage on each of its workers."""
+        """Return a table's rows, one for each stage on each of its workers."""
         return [row for stage in self.stages for row in stage.rows(self.busy)]
 
     @contextmanager
     def traced(self) -> Iterator[Timeline]:
-        """Fill a timeline with what workers do inside of the block, on the driver's clock."""
-        here = socket.gethostname()
-        remote = {worker.name for worker in self.cluster.workers if worker.host != here}
+        """Yield a timeline that the block's steps fill, on the driver's clock."""
+        own_host = socket.gethostname()
+        remote = {worker.name for worker in self.cluster.workers if worker.host != own_host}
         self.offsets = {name: self.driver.clock_offset(name) if name in remote else 0 for name in self.names}
         self.tracer = Tracer(self.names, self.offsets, f"{self.schedule.name}, measured")
         try:
@@ -199,7 +210,7 @@ class Runtime:
     # --- one thing at a time ---
 
     def enter(self, active: Active) -> None:
-        """``active`` is open from now on; RpcPipeError if something else is."""
+        """Make ``active`` the active object; raise RpcPipeError if another object is active."""
         if self.active is not None:
             raise RpcPipeError(
                 "a step of this pipeline is open already; first leave its with-block, or finish the iterator of predict"
@@ -207,11 +218,11 @@ class Runtime:
         self.active = active
 
     def leave(self, active: Active) -> None:
-        """``active`` is no longer open; nothing if it was not."""
+        """End the activity of ``active``; do nothing if it is not active."""
         self.active = None if self.active is active else self.active
 
     def note(self, timeline: Timeline) -> None:
-        """Keep what a step measured, for the table."""
+        """Keep the workers' busy shares of a step's ``timeline``, for the table."""
         shares = (busy / (timeline.makespan or 1.0) for busy in timeline.busy)
         self.busy = dict(zip(self.names, shares, strict=True))
 
@@ -222,7 +233,7 @@ class Runtime:
             self.active.forget()
 
     def apply_active(self) -> None:
-        """Do what ``pipe.optimizer.step()`` means; RpcPipeError where nothing is open."""
+        """Carry out ``pipe.optimizer.step()``; raise RpcPipeError if nothing is active."""
         if self.active is None:
             raise RpcPipeError("no step is open; call train_step, or optimize inside `with pipe.step() as s:`")
         self.active.apply()
@@ -230,7 +241,10 @@ class Runtime:
     # --- life ---
 
     def check(self) -> None:
-        """Raise unless the pipeline can take work; what streams is drained first."""
+        """Prepare the pipeline for other work: drain an open stream.
+
+        Raises RpcPipeError if the pipeline or the cluster is closed, and WorkerLost if a worker has died.
+        """
         if self.closed:
             raise RpcPipeError("the pipeline is closed; make a new one")
         self.cluster.check()
@@ -238,7 +252,7 @@ class Runtime:
             self.stream.flush()
 
     def check_policy(self, policy: str | None) -> None:
-        """ScheduleError where the settings do not fit a schedule with this policy of weights."""
+        """Raise ScheduleError if the settings do not fit a schedule with this ``policy`` of weight versions."""
         self.settings.check(policy, scaled=self.scaler is not None)
 
     def close(self) -> None:
@@ -256,7 +270,7 @@ class Runtime:
             getattr(callback, "close", lambda: None)()
 
 
-def release(cluster: Cluster, driver: Driver) -> None:
-    """Free a pipeline's stages, if there is anybody to do it."""
+def release(cluster: PipelineCluster, driver: Driver) -> None:
+    """Free a pipeline's stages, if the cluster is healthy."""
     if cluster.healthy:
         driver.drop()

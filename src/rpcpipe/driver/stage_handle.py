@@ -1,4 +1,4 @@
-"""A stage as the driver sees it: what ``pipe.stages[k]`` is."""
+"""The driver's handle to a stage: the type of ``pipe.stages[k]``."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ HEADER = ("stage", "worker", "device", "layers", "parameters", "weights", "busy 
 
 
 class StageHandle:
-    """Stage ``index``, on worker ``worker``; with replicas on all of ``workers``, of which that is the first.
+    """Stage ``index`` on worker ``worker``, with replicas on all of ``workers``, the first of which is ``worker``.
 
-    ``infos``: what each of them says of it.
+    ``infos``: by worker, the description of the stage.
     """
 
     def __init__(self, driver: Driver, index: int, infos: Mapping[str, StageInfo]) -> None:
@@ -44,7 +44,7 @@ class StageHandle:
         return f"stage {self.index} on {workers} ({device}): layers {names}, {parameters} parameters, {size}"
 
     def rows(self, busy: Mapping[str, float]) -> list[list[str]]:
-        """The cells below ``HEADER``, a row for each replica; ``busy``: workers' shares of the last step."""
+        """Return the cells below ``HEADER``, one row per replica; ``busy``: workers' busy shares of the last step."""
         names = self.layers[0] if len(self.layers) == 1 else f"{self.layers[0]} … {self.layers[-1]}"
         several = len(self.workers) > 1
         return [
@@ -62,10 +62,10 @@ class StageHandle:
         return self._driver.remote(self.worker, GetModule(self.index))
 
     def call(self, function: Callable[[nn.Module], Any]) -> Any:
-        """``function(module)`` on the stage's worker; it may change the weights.
+        """Return ``function(module)``, run on the stage's worker; the function may change the weights.
 
-        With replicas it runs on all of them, with random numbers seeded alike, so that they stay the same;
-        the result is the first one's.
+        With replicas the function runs on all of them, with equal seeds of random numbers, so that the replicas stay
+        equal; the result is the first replica's.
         """
         data = dumps(function, "the call's function")
         seed = None if len(self.workers) == 1 else int(torch.randint(1 << 62, ()))
@@ -73,10 +73,10 @@ class StageHandle:
         return loads(self._driver.collect(replies)[self.worker])
 
     def forward(self, inputs: Nest) -> Any:
-        """An RRef to the module's output for ``inputs``: a nest of tensors, or another RRef.
+        """Return an RRef to the module's output for ``inputs``: a nest of tensors, or another RRef.
 
-        Inside ``dist_autograd.context()`` its graph is recorded across the workers. Raises RpcPipeError
-        for a stage with Wired layers: what they take does not come by hand.
+        Inside ``dist_autograd.context()`` the autograd graph is recorded across the workers. Raises
+        RpcPipeError for a stage with Wired layers, whose named values only a step delivers.
         """
         if self._info.wired:
             raise RpcPipeError(
@@ -86,7 +86,10 @@ class StageHandle:
         return self._driver.remote_chained(self.worker, self.index, inputs)
 
     def parameter_rrefs(self) -> list[Any]:
-        """An RRef to every trainable parameter of the stage, on every replica: beside all lie the same gradients."""
+        """Return an RRef to every trainable parameter of the stage on every replica; all replicas' gradients are equal.
+
+        Raises RpcPipeError if the optimizer is sharded.
+        """
         if self._info.sharded:
             raise RpcPipeError(
                 "with shard_optimizer=True a gradient lies on one replica only and s.optimize() spreads the new"

@@ -1,4 +1,4 @@
-"""One training step by hand: what ``with pipe.step() as s:`` gives."""
+"""One training step by hand: the object of ``with pipe.step() as s:``."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ log = logging.getLogger("rpcpipe")
 
 
 class Step:
-    """A step; ``context_id`` names its distributed-autograd context inside the with-block.
+    """A training step. ``context_id`` names its distributed-autograd context inside the with-block.
 
-    A class, not a generator: Python delivers no Ctrl-C between the return of ``__enter__`` and the
-    with-block.
+    It is a class and not a generator because Python delivers no Ctrl-C between the return of ``__enter__``
+    and the with-block.
     """
 
     context_id: int
@@ -65,13 +65,13 @@ class Step:
                 context, self._context = self._context, None
                 context.__exit__(None, None, None)
             if kind is not None and (isinstance(error, KeyboardInterrupt) or not self._updated):
-                # An interrupt may come after the last worker has updated, before the caller can know of it.
+                # A Ctrl-C may come after the last worker has updated and before the caller can know of the update.
                 self._runtime.driver.roll_back(self._message, updating=self._updated)
             elif kind is None and self.done:
                 self._advance()
 
     def _advance(self) -> None:
-        """The step has ended well."""
+        """Count the step, which has succeeded, and update the loss scale."""
         runtime, result = self._runtime, self.result()
         runtime.trained += 1
         runtime.progress = self._progress
@@ -80,16 +80,19 @@ class Step:
 
     @property
     def done(self) -> bool:
-        """Has a batch been run?"""
+        """Whether a batch has been run."""
         return self._result is not None
 
     def forward_backward(self, inputs: Nest, targets: Nest) -> float:
-        """Run the batch; the gradients of its mean loss are then in the context. Returns the loss."""
+        """Run the batch, put the gradients of its mean loss into the context, and return the loss."""
         self._runtime.driver.settle(self._message, self.run(inputs, targets))
         return self.result().loss
 
     def run(self, inputs: Nest, targets: Nest) -> dict[str, Future[Any]]:
-        """``forward_backward`` that does not wait until the gradients are in the context."""
+        """Run the batch like ``forward_backward``; return the replies that say when the gradients are in the context.
+
+        Raises RpcPipeError if a batch has been run in this step already.
+        """
         if self.done:
             raise RpcPipeError("forward_backward was called in this step already; open another step")
         runtime, driver = self._runtime, self._runtime.driver
@@ -104,17 +107,18 @@ class Step:
         if not gate.finite:
             self._refuse_nonfinite(plan, loss, reports)
             if not math.isfinite(loss):
-                driver.roll_back(self._message, updating=False)  # statistics of NaN would never be mended
+                driver.roll_back(self._message, updating=False)  # NaN would stay in running statistics for ever
             log.warning("step %d: the gradient's norm is %s; no weight changes", self._number, gate.grad_norm)
         self._progress = self._progress.later(self._message, count)
+        measured = spans(reports, runtime.offsets, self._number)
         self._result = StepResult(
-            self._number,
-            loss,
-            gate.grad_norm,
-            time.perf_counter() - self._started,
-            by_stage(reports, "peak_in_flight"),
-            plan.updates and gate.finite,
-            Timeline(spans(reports, runtime.offsets, self._number), workers=len(reports), name=runtime.schedule.name),
+            step=self._number,
+            loss=loss,
+            grad_norm=gate.grad_norm,
+            seconds=time.perf_counter() - self._started,
+            peak_in_flight=by_stage(reports, "peak_in_flight"),
+            applied=plan.updates and gate.finite,
+            timeline=Timeline(measured, workers=len(reports), name=runtime.schedule.name),
             peak_activation_bytes=by_stage(reports, "peak_bytes"),
             recomputed=by_stage(reports, "recomputed", sum),
             accumulated=self._progress.done,
@@ -125,6 +129,7 @@ class Step:
         return driver.publish_gradients(self._message, self.context_id, gate) if self._result.applied else {}
 
     def _plan(self, weights: Sequence[float]) -> StepContext:
+        """Return the step's context; ``weights``: each micro-batch's share of the batch."""
         runtime, progress = self._runtime, self._progress
         return StepContext(
             self._message,
@@ -138,9 +143,9 @@ class Step:
         )
 
     def _gate(self, plan: StepContext, reports: Mapping[str, Report], count: float | None) -> GradientGate:
-        """What the gradients come to: those of the update, or those accumulated so far."""
+        """Return the gate of the update's gradients, or of those accumulated so far. Normalizes the former."""
         runtime, total = self._runtime, self._progress.counted(count)
-        # As GradScaler sees them: that nothing counted, 0/0, is no matter of the scale.
+        # Judged before normalization, like GradScaler does: a count of 0 makes NaN but is no overflow of the scale.
         self._overflowed = not GradientGate.of(reports, None).finite
         if plan.updates and total is not None:
             runtime.driver.normalize_gradients(self._message, total, reports)
@@ -150,33 +155,34 @@ class Step:
         return dataclasses.replace(gate, grad_norm=gate.grad_norm / plan.scale / (total or 1.0))
 
     def _refuse_nonfinite(self, plan: StepContext, loss: float, reports: Mapping[str, Report]) -> None:
-        """Where the user wants to stop: name a stage whose gradient is NaN or Inf, the latest, as backwards go.
+        """With ``nonfinite="stop"``, raise StageError for the last stage whose gradient is not finite.
 
-        A smaller loss scale mends the overflow of a finite loss.
+        The last such stage is the first in the order of the backwards. The overflow of a finite loss under a loss
+        scale raises nothing, because a smaller scale mends it.
         """
         if self._runtime.settings.nonfinite == "skip" or (plan.scale > 1.0 and math.isfinite(loss)):
             return
-        norms = [(stage, name, norms) for name, report in reports.items() for stage, norms in report.norms.items()]
-        for stage, name, found in sorted(norms, reverse=True):
-            if not all(map(math.isfinite, found.values())):
+        entries = [(stage, name, norms) for name, report in reports.items() for stage, norms in report.norms.items()]
+        for stage, name, norms in sorted(entries, reverse=True):
+            if not all(map(math.isfinite, norms.values())):
                 message = f"a gradient of stage {stage} is not finite (nonfinite='stop')"
                 raise StageError.of(Failure.stated(FloatingPointError, message, worker=name, stage=stage))
 
     def optimize(self) -> None:
-        """Apply the gradients on all workers, or on none; nothing where they are to accumulate further."""
+        """Apply the gradients on all workers, or on none; do nothing while they accumulate further."""
         if self.done and self.result().accumulated:
             return
         self._runtime.optimizer.step()
 
     def forget(self) -> None:
-        """Let no further call add to the gradients accumulated so far."""
+        """Drop the gradients accumulated so far: no later call adds to them."""
         self._progress = self._progress._replace(done=0, after=None, total=None)
 
     def apply(self) -> None:
-        """What ``optimize`` does once a learning-rate scheduler has counted the call."""
+        """Update the weights. ``optimize`` leads here through the optimizer, whose calls schedulers count."""
         if not self.result().applied:
             return
-        self._updated = True  # before it is true: taking back what was not done does no harm
+        self._updated = True  # set before the update: rolling back an update that did not happen is harmless
         times = self._runtime.driver.update_weights(
             self._message, self.context_id, self._runtime.optimizer.changes(), self._runtime.program.after_update()
         )
@@ -184,7 +190,7 @@ class Step:
             self._runtime.tracer.update(times, self._number)
 
     def result(self) -> StepResult:
-        """The figures so far; raises RpcPipeError before ``forward_backward``."""
+        """Return the figures so far. Raises RpcPipeError before ``forward_backward``."""
         if self._result is None:
             raise RpcPipeError("call s.forward_backward(inputs, targets) first")
         return dataclasses.replace(

@@ -1,8 +1,8 @@
 """Asynchronous training: minibatches follow each other through the stages without a flush.
 
-The driver feeds ahead of what it collects, so the workers never wait for it. A stream is one step
-without end for the mailboxes; its unit of success and failure is the group, all that goes into one
-update. The segment from where it last stood empty is what versions are counted in.
+The driver feeds batches ahead of those that it collects, so the workers never wait for the driver. For the
+mailboxes a stream is one step without end. The unit of success and failure is the group: the micro-batches of
+one update. Versions are counted from where the stream last stood empty.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from rpcpipe.driver.callbacks import tell
 from rpcpipe.driver.program import Fed
-from rpcpipe.driver.result import StepResult, StreamedBatch, last_update, of_stream
+from rpcpipe.driver.result import StreamedBatch, StreamResult, last_update
 from rpcpipe.driver.runtime import Runtime
 from rpcpipe.driver.tracing import spans
 from rpcpipe.errors import Failure, RpcPipeError, ScheduleError, StageError, WorkerLost
@@ -36,7 +36,7 @@ log = logging.getLogger("rpcpipe")
 
 @dataclasses.dataclass
 class _Batch:
-    """A batch on its way: its groups and, by micro-batch, its share of the batch."""
+    """A batch under way: its groups, each micro-batch's share of the batch, and the RRefs to keep meanwhile."""
 
     groups: range
     shares: dict[int, float]
@@ -46,11 +46,12 @@ class _Batch:
 
 @dataclasses.dataclass
 class StreamState:
-    """A stream since it last stood empty, which is where versions of the weights are counted from.
+    """The state of a stream since it last stood empty. Versions of the weights are counted from there.
 
-    ``step`` names it in every message, ``first`` is each worker's place in its sequence where it began, ``base`` the
-    updates done before. ``groups``: by micro-batch the group, ``changes``: by group the hyperparameters.
-    ``committed``: so many groups have ended well on all workers. ``ended``: by worker, when its last update ended.
+    ``step`` names the stream in every message. ``first``: by worker, the place in its sequence where the stream
+    began. ``base``: the number of updates before the stream. ``groups``: by micro-batch, its group. ``changes``: by
+    group, the hyperparameters. ``committed``: the number of groups that have succeeded on all workers. ``ended``: by
+    worker, when its last update ended, in ns of its clock. ``since``: when the last result was collected, in s.
     """
 
     step: int
@@ -71,18 +72,21 @@ class StreamState:
 
 
 class Stream:
-    """Batches on their way through ``pipe``; ``results`` are those that came back and nobody has taken."""
+    """Streams batches through a pipeline; ``results`` are the collected results that the caller has not taken."""
 
     def __init__(self, runtime: Runtime) -> None:
-        self.results: deque[StepResult] = deque()
+        self.results: deque[StreamResult] = deque()
         self._runtime = runtime
         self._state: StreamState | None = None
-        # So many batches are fed before the oldest is awaited: their micro-batches fill the pipeline,
-        # and two more hide the driver's own time.
+        # The number of batches fed before the oldest is awaited: as many micro-batches as there are stages fill the
+        # pipeline, and two more hide the driver's time.
         self._ahead = -(-(len(runtime.names) + 2) // runtime.chunks)
 
-    def run(self, batches: Iterable[tuple[Nest, Nest]], flush_every: int | None) -> Generator[StepResult, None, None]:
-        """Feed all ``batches``; the results in their order, some batches later."""
+    def run(self, batches: Iterable[tuple[Nest, Nest]], flush_every: int | None) -> Generator[StreamResult, None, None]:
+        """Feed all ``batches`` and yield their results in order, some batches later.
+
+        ``flush_every``: the number of batches after which the pipeline is drained, None for never.
+        """
         try:
             for count, (inputs, targets) in enumerate(batches, 1):
                 self.feed(inputs, targets)
@@ -92,9 +96,9 @@ class Stream:
                     yield self.take()
         except KeyboardInterrupt:
             with shield_interrupts():
-                self._drain()  # what was fed will be done; the next call waits for it
+                self._drain()  # the batches fed so far will be done; the next call waits for them
             raise
-        except BaseException:  # the caller leaves the loop, or has no more batches
+        except BaseException:  # the caller leaves the loop, or the iterator of batches has raised
             self.flush()
             while self.results:
                 self.take()
@@ -103,8 +107,8 @@ class Stream:
         while self.results:
             yield self.take()
 
-    def take(self) -> StepResult:
-        """The oldest result, which the callbacks are told."""
+    def take(self) -> StreamResult:
+        """Return the oldest result, and call the callbacks with it."""
         result = self.results.popleft() if self.results else self._collect()
         tell(self._runtime.callbacks, result)
         return result
@@ -112,11 +116,14 @@ class Stream:
     # --- feeding ---
 
     def feed(self, inputs: Nest, targets: Nest) -> None:
-        """Issue all that one more batch lets the workers do."""
+        """Issue all actions that one more batch makes possible.
+
+        Raises ArgumentError if inputs and targets differ in size or a named value is missing.
+        """
         runtime = self._runtime
         cut = runtime.program.cut(copied(inputs))
         parts, shares = cut.parts, cut.weights
-        answers = runtime.program.cut_targets(runtime.prepare(copied(targets)), cut)
+        target_parts = runtime.program.cut_targets(runtime.prepare(copied(targets)), cut)
         check_inputs(parts[0], runtime.deployment.wirings)
         with shield_interrupts():
             if not self._is_open:
@@ -124,7 +131,7 @@ class Stream:
                 self._begin()
             runtime.enter(self)
             try:
-                runtime.optimizer.step()  # for learning-rate schedulers, which count the calls; leads to apply
+                runtime.optimizer.step()  # calls apply; learning-rate schedulers count the calls
             finally:
                 runtime.leave(self)
             double = runtime.policy == "2bw"
@@ -141,19 +148,19 @@ class Stream:
                 share = MicroBatch(self._open.base + group, index, shares[index], group, last, len(parts) == 1)
                 if not double:
                     share = MicroBatch(self._open.base + group, 0, 1.0, group, last=True, alone=True)
-                self._issue(self._open.order.feed(last=last), Fed(share, part, answers[index]), batch.held)
+                self._issue(self._open.order.feed(last=last), Fed(share, part, target_parts[index]), batch.held)
         if double and len(parts) < len(runtime.names):
-            self.flush()  # the next batch's version would not be there in time
+            self.flush()  # the version that the next batch needs would not be ready in time
 
     def apply(self) -> None:
-        """Called through ``pipe.optimizer.step()``: the hyperparameters that hold for the batch being fed."""
+        """Take the optimizer's hyperparameters for the batch being fed; called by ``pipe.optimizer.step()``."""
         self._open.hyperparameters = self._runtime.optimizer.changes()
 
     def forget(self) -> None:
-        """A stream accumulates nothing."""
+        """Do nothing: a stream accumulates no gradients over calls."""
 
     def abandon(self) -> None:
-        """The pipeline is closed: nothing of the stream matters any more."""
+        """Forget the stream without sending a message, because the pipeline is closed."""
         if self._state is not None:
             self._state.is_open = False
 
@@ -168,6 +175,7 @@ class Stream:
         return self._state
 
     def _begin(self) -> None:
+        """Start the stream on all workers. Raises ScheduleError if the pipeline's schedule is synchronous now."""
         runtime = self._runtime
         if runtime.policy is None:
             raise ScheduleError(
@@ -188,7 +196,7 @@ class Stream:
         self._state, runtime.stream = state, self
 
     def _issue(self, actions: list[tuple[int, Action]], fed: Fed | None, held: list[object]) -> None:
-        """Send ``actions``, of which forwards are of the micro-batch ``fed``; handles to keep go to ``held``."""
+        """Send ``actions``, with ``fed`` as the forwards' micro-batch, and add the RRefs to keep to ``held``."""
         runtime, state = self._runtime, self._open
 
         def update(group: int) -> Update:
@@ -200,7 +208,7 @@ class Stream:
         state.replies |= replies
 
     def _drain(self) -> None:
-        """Let all that was fed come to its end."""
+        """Issue all actions that finish the batches fed so far."""
         if self._is_open and not self._open.drained:
             self._open.drained = True
             self._issue(self._open.order.drain(), None, self._open.batches[-1].held if self._open.batches else [])
@@ -208,7 +216,7 @@ class Stream:
     # --- collecting ---
 
     def flush(self) -> None:
-        """Drain the pipeline: afterwards all stages have the same updates, and one version of the weights."""
+        """Drain the pipeline. Afterwards all stages have the same updates and one version of the weights."""
         if not self._is_open:
             return
         with shield_interrupts():
@@ -217,8 +225,8 @@ class Stream:
                 self.results.append(self._collect())
             self._close(None)
 
-    def _collect(self) -> StepResult:
-        """The oldest batch's result."""
+    def _collect(self) -> StreamResult:
+        """Wait for the oldest batch and return its result; end the stream after an error."""
         runtime, batch = self._runtime, self._open.batches[0]
         wanted = {(name, group): self._open.replies[name, group] for group in batch.groups for name in runtime.names}
         with shield_interrupts():
@@ -238,7 +246,8 @@ class Stream:
             runtime.trained = self._open.base + self._open.committed
             return self._result(batch, reports)
 
-    def _result(self, batch: _Batch, reports: Mapping[tuple[str, int], Report]) -> StepResult:
+    def _result(self, batch: _Batch, reports: Mapping[tuple[str, int], Report]) -> StreamResult:
+        """Return the result of ``batch``; ``reports``: by worker and group."""
         runtime, number = self._runtime, self._open.base + batch.groups.start
         since, self._open.since = self._open.since, time.perf_counter()
         by_worker = {name: Report.joined([reports[name, group] for group in batch.groups]) for name in runtime.names}
@@ -246,8 +255,14 @@ class Stream:
         updates = [[reports[name, group] for name in runtime.names] for group in batch.groups]
         measured = spans(by_worker, runtime.offsets, number)
         timeline = Timeline(measured, workers=len(by_worker), name=runtime.schedule.name)
-        seconds = self._open.since - since
-        result = of_stream(streamed, by_worker, updates, timeline, seconds=seconds, ended=self._open.ended)
+        result = StreamResult.of_batch(
+            batch=streamed,
+            reports=by_worker,
+            updates=updates,
+            timeline=timeline,
+            seconds=self._open.since - since,
+            ended=self._open.ended,
+        )
         self._open.ended |= {name: last_update(report) for name, report in by_worker.items()}
         if not result.applied:
             log.warning("step %d: loss or gradient is not finite; %d updates skipped", number, result.skipped)
@@ -259,14 +274,17 @@ class Stream:
     # --- ending ---
 
     def _close(self, updates: int | None) -> None:
-        """Workers forget the stream; ``updates``: and go back to so many first."""
+        """End the stream on all workers. ``updates``: first restore the state after this number of updates."""
         runtime = self._runtime
         self._open.is_open, runtime.stream = False, None
         runtime.driver.cancel(self._open.step, runtime.driver.places())
         runtime.driver.collect({name: runtime.driver.call(name, EndStream(updates)) for name in runtime.names})
 
     def _stop(self, error: StageError) -> RpcPipeError:
-        """Do what was fed before the failed group, on all stages; the error to raise."""
+        """Finish the groups before the failed one on all stages and end the stream; return the error to raise.
+
+        If the stages have done different numbers of groups by then, all return to their newest common snapshot.
+        """
         runtime, driver = self._runtime, self._runtime.driver
         group = self._open.committed if error.chunk is None else self._open.groups[error.chunk]
         try:
@@ -275,23 +293,26 @@ class Stream:
                 self._drain()
                 outcomes = driver.outcomes(self._open.replies)
                 done = {self._leading(name, outcomes) for name in runtime.names}
-                kept = done.pop() if len(done) == 1 else None
-                updates = stream_rollback.newest(self._open.committed) if kept is None else kept
-                self._close(updates if kept is None else None)
-        except BaseException as worse:
-            self._abort(worse)
+                common = done.pop() if len(done) == 1 else None
+                updates = stream_rollback.newest(self._open.committed) if common is None else common
+                self._close(updates if common is None else None)
+        except BaseException as second_error:
+            self._abort(second_error)
             raise
         return StageError.of(dataclasses.replace(error.failure, after=self._account(updates)))
 
     def _leading(self, name: str, outcomes: Mapping[tuple[str, int], Any]) -> int:
-        """How many groups the worker has done without a gap."""
+        """Return the number of groups, counted without a gap, that the worker has done."""
         group = self._open.committed
         while not isinstance(outcomes.get((name, group), Failure.cancel(name, "")), Failure):
             group += 1
         return group
 
     def _abort(self, error: BaseException) -> None:
-        """Something does not move or is gone: drop all, go back to what all stages surely have."""
+        """End the stream after an error that leaves the workers' progress unknown.
+
+        All stages restore the newest snapshot that all of them hold; nothing is sent if a worker is lost.
+        """
         runtime = self._runtime
         self._open.is_open, runtime.stream = False, None
         if isinstance(error, WorkerLost) or not runtime.cluster.healthy:
@@ -304,7 +325,7 @@ class Stream:
             error.add_note(self._account(updates))
 
     def _account(self, updates: int) -> str:
-        """Which minibatches are in the weights and which are not; sets ``trained``."""
+        """Set ``trained`` and return a text for users on which minibatches are in the weights."""
         runtime = self._runtime
         runtime.trained = self._open.base + updates
         unit = "batches" if runtime.policy == "2bw" else "minibatches"

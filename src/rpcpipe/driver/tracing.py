@@ -1,4 +1,4 @@
-"""From workers' reports to a Timeline on the driver's clock."""
+"""Build a Timeline on the driver's clock from the workers' reports."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rpcpipe.worker.messages import Port, Report
 
 
 def spans(reports: Mapping[str, Report], offsets: Mapping[str, int], step: int) -> list[Span]:
-    """Every action of a step; ``offsets``: nanoseconds by which a worker's clock is ahead."""
+    """Return a span in seconds for every action of a step; ``offsets``: ns by which each worker's clock is ahead."""
     return [
         Span(index, kind, stage, chunk, (start - offsets[name]) * 1e-9, (end - offsets[name]) * 1e-9, step, used)
         for index, (name, report) in enumerate(reports.items())
@@ -20,7 +20,7 @@ def spans(reports: Mapping[str, Report], offsets: Mapping[str, int], step: int) 
 def updates(
     times: Mapping[str, tuple[int, int]], workers: Sequence[str], offsets: Mapping[str, int], step: int
 ) -> list[Span]:
-    """The optimizer's work on every worker."""
+    """Return a span in seconds for every worker's update; ``times``: by worker, its (start, end) in ns."""
     return [
         Span(workers.index(name), "U", -1, -1, (start - offsets[name]) * 1e-9, (end - offsets[name]) * 1e-9, step)
         for name, (start, end) in times.items()
@@ -34,24 +34,24 @@ class Tracer:
         self.timeline = Timeline(workers=len(workers), name=name)
         self._workers = list(workers)
         self._offsets = offsets
-        # Halves of transfers, until the other one is reported: in a stream perhaps some updates later.
+        # Ends of transfers whose other end is not reported yet; a stream may report it some updates later.
         self._sent: dict[Port, tuple[int, Action, float, int]] = {}
         self._arrived: dict[Port, tuple[int, float]] = {}
 
     def step(self, reports: Mapping[str, Report], number: int) -> None:
-        """Add a step's actions and transfers."""
+        """Add the actions and transfers of step ``number``."""
         self.timeline.spans += spans(reports, self._offsets, number)
         for index, (name, report) in enumerate(reports.items()):
             offset = self._offsets[name]
-            for producer, port, at in report.sends:
-                self._sent[port] = index, producer, (at - offset) * 1e-9, number
-            for port, at in report.arrivals:
-                self._arrived[port] = index, (at - offset) * 1e-9
+            for producer, port, sent_ns in report.sends:
+                self._sent[port] = index, producer, (sent_ns - offset) * 1e-9, number
+            for port, arrived_ns in report.arrivals:
+                self._arrived[port] = index, (arrived_ns - offset) * 1e-9
         for port in self._sent.keys() & self._arrived.keys():
-            (source, producer, sent, of), (target, arrived) = self._sent.pop(port), self._arrived.pop(port)
+            (source, producer, sent, step), (target, arrived) = self._sent.pop(port), self._arrived.pop(port)
             assert isinstance(port.action, Action)
-            self.timeline.transfers.append(Transfer(source, target, producer, port.action, sent, arrived, of))
+            self.timeline.transfers.append(Transfer(source, target, producer, port.action, sent, arrived, step))
 
     def update(self, times: Mapping[str, tuple[int, int]], number: int) -> None:
-        """Add a step's optimizer."""
+        """Add the updates of step ``number``."""
         self.timeline.spans += updates(times, self._workers, self._offsets, number)

@@ -6,6 +6,10 @@ recomputation. A plain loop reproduces a pipeline by calling ``seed_layer`` befo
 
 from __future__ import annotations
 
+import random
+import sys
+from typing import Any
+
 import torch
 
 _MASK = (1 << 64) - 1
@@ -39,3 +43,20 @@ def _seed(value: int) -> None:
     torch.default_generator.manual_seed(value)
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.manual_seed(value)
+
+
+# What Python's generator and numpy's, if numpy is imported, go on from.
+PythonState = tuple[Any, Any]
+
+
+def python_state() -> PythonState:
+    """Return the state of the generators that layers may use beside torch's."""
+    numpy = sys.modules.get("numpy")
+    return random.getstate(), None if numpy is None else numpy.random.get_state()
+
+
+def set_python_state(state: PythonState) -> None:
+    """Go on from ``state``, for a recomputation or after one."""
+    random.setstate(state[0])
+    if state[1] is not None:
+        sys.modules["numpy"].random.set_state(state[1])

@@ -1,4 +1,4 @@
-"""The user's API: what composes cluster, model, driver and checkpoints, and checks their arguments."""
+"""Provide the user's API. It checks arguments and composes cluster, model, driver and checkpoints."""
 
 from rpcpipe.pipeline.from_transformers import from_transformers
 from rpcpipe.pipeline.generation import generate

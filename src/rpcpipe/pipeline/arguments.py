@@ -1,4 +1,4 @@
-"""Pipeline's arguments, checked before anything starts; every refusal says the values and what to do."""
+"""Check Pipeline's arguments before anything starts. Every error gives the values and says what to do."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from rpcpipe import schedules
+from rpcpipe.cluster.cluster import PipelineCluster
 from rpcpipe.driver.layout import Layout, stage_parts
 from rpcpipe.driver.runtime import Settings
 from rpcpipe.errors import ArgumentError, CheckpointError, PartitionError, ScheduleError, require
@@ -32,7 +33,7 @@ _DISPATCH = ("rref", "batched")
 
 @dataclass(frozen=True)
 class Options:
-    """``Pipeline``'s arguments but for the model and the cluster; it documents them."""
+    """Holds all arguments of ``Pipeline`` but the model and the cluster; ``Pipeline`` documents them."""
 
     loss: Loss
     optimizer: Factory
@@ -55,7 +56,7 @@ class Options:
     sample: Nest = None
 
     def planned(self, plan: Plan | None) -> Options:
-        """Return the options with what ``plan`` has decided in their place."""
+        """Return the options with the values that ``plan`` has decided; the same options if there is no plan."""
         if plan is None:
             return self
         return replace(
@@ -64,7 +65,7 @@ class Options:
         )  # fmt: skip
 
     def checked(self) -> Options:
-        """Return the options; raises ArgumentError for what can be seen to be wrong without model and cluster."""
+        """Return the options; raises ArgumentError for values that are wrong whatever the model and the cluster."""
         check_functions(self.loss, self.optimizer, self.dispatch, self.chunks)
         check_checkpoint(self.checkpoint)
         check_training(self.nonfinite, self.flush_every, self.accumulate, self.autocast, self.batch_norm)
@@ -72,7 +73,7 @@ class Options:
 
     @property
     def settings(self) -> Settings:
-        """What may change, or is asked for, while training runs."""
+        """Return the options that a running pipeline reads or changes."""
         return Settings(
             self.accumulate, self.batch_norm, self.clip_grad_norm, self.flush_every, self.nonfinite, self.weights,
             self.virtual_stages,
@@ -80,9 +81,12 @@ class Options:
 
 
 def layout_of(
-    cluster: Any, schedule: str | Schedule, balance: str | Sequence[int], virtual: int, replicas: int
+    cluster: PipelineCluster, schedule: str | Schedule, balance: str | Sequence[int], virtual: int, replicas: int
 ) -> Layout:
-    """The workers that the pipeline uses."""
+    """Return the layout: the cluster's first workers, as many as schedule, balance and replicas need.
+
+    Raises ArgumentError, ScheduleError for an unknown schedule, and PartitionError for a wrong number of workers.
+    """
     require(replicas >= 1, f"replicas must be at least 1, not {replicas}")
     names = [worker.name for worker in cluster.workers]
     wanted, rest = divmod(len(names), replicas)
@@ -104,7 +108,7 @@ def layout_of(
 
 
 def make_schedule(schedule: str | Schedule, workers: int, chunks: int, virtual: int, replicas: int) -> Schedule:
-    """The schedule by name for these sizes, or the given one; valid."""
+    """Return ``schedule``, or the schedule of that name for these sizes; raises ScheduleError if it cannot run."""
     if isinstance(schedule, str):
         schedule = schedules.get(schedule, workers, chunks, virtual)
     if replicas > 1 and schedule.name in POLICIES:
@@ -118,9 +122,10 @@ def make_schedule(schedule: str | Schedule, workers: int, chunks: int, virtual: 
 def cut_layers(
     layers: OrderedDict[str, Layer], balance: str | Sequence[int], stages: int, measure: Callable[[], Any]
 ) -> list[int]:
-    """Layers per stage, by hand or as equal as can be; raises PartitionError.
+    """Return the number of layers of each stage, as ``balance`` gives it or as equal in cost as possible.
 
-    ``measure``: profiles the layers, for "time" and "memory".
+    ``measure()`` profiles the layers; it is called for the balances "time" and "memory" alone. Raises PartitionError
+    if the layers cannot be cut so, ArgumentError for an unknown ``balance``.
     """
     if len(layers) < stages:
         raise PartitionError(
@@ -141,7 +146,7 @@ def cut_layers(
 
 
 def check_functions(loss: Any, optimizer: Any, dispatch: str, chunks: int) -> None:
-    """Refuse what can be seen to be wrong without running it."""
+    """Raise ArgumentError for a loss, optimizer, dispatch or number of micro-batches that cannot work."""
     require(callable(loss), f"loss must be callable as loss(output, target), not {loss!r}")
     require(callable(optimizer), f"optimizer must be a function of the parameters, not {optimizer!r}")
     require(dispatch in _DISPATCH, f"dispatch must be one of {_DISPATCH}, not {dispatch!r}")
@@ -151,7 +156,7 @@ def check_functions(loss: Any, optimizer: Any, dispatch: str, chunks: int) -> No
 def check_training(
     nonfinite: str, flush_every: int | None, accumulate: int, autocast: torch.dtype | None, batch_norm: str
 ) -> None:
-    """How a step ends and in what it computes."""
+    """Raise ArgumentError for a wrong value of an option of training."""
     require(nonfinite in ("skip", "stop"), f"nonfinite must be 'skip' or 'stop', not {nonfinite!r}")
     require(flush_every is None or flush_every >= 1, f"flush_every must be at least 1, not {flush_every}")
     require(accumulate >= 1, f"accumulate must be at least 1, not {accumulate}")
@@ -160,7 +165,10 @@ def check_training(
 
 
 def check_ties(policy: str | None, ties: Sequence[Tie], layers: Sequence[str], sizes: Sequence[int]) -> None:
-    """ScheduleError for weights tied across stages where every stage updates on its own."""
+    """Raise ScheduleError if weights are tied across stages and ``policy`` lets every stage update on its own.
+
+    ``policy`` is None for synchronous schedules. ``sizes``: the number of layers of each stage.
+    """
     stage_of = {name: stage for stage, (names, _) in stage_parts(layers, sizes).items() for name in names}
     for tie in ties if policy is not None else ():
         stages = sorted({stage_of[holder.layer] for holder in tie.holders})
@@ -186,7 +194,7 @@ def pairs(batches: Iterable[Any], call: str) -> Iterator[tuple[Nest, Nest]]:
 
 
 def check_groups(groups: Sequence[Sequence[Any]]) -> None:
-    """There is an optimizer, and every worker's has as many parameter groups as the others'."""
+    """Raise ArgumentError if no worker has an optimizer, or if their numbers of parameter groups differ."""
     require(bool(groups), "no parameter of the model requires a gradient: there is nothing to train")
     require(
         len({len(group) for group in groups}) == 1,
@@ -196,7 +204,7 @@ def check_groups(groups: Sequence[Sequence[Any]]) -> None:
 
 
 def check_state(live: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> None:
-    """CheckpointError unless ``state`` has the names and shapes of ``live``."""
+    """Raise CheckpointError unless ``state`` has the names and shapes of ``live``, the model's state."""
     missing, extra = sorted(live.keys() - state.keys()), sorted(state.keys() - live.keys())
     wrong = [key for key in live.keys() & state.keys() if live[key].shape != state[key].shape]
     if missing or extra or wrong:

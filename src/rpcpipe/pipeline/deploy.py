@@ -1,4 +1,4 @@
-"""Brings a pipeline's layers to its workers, and to others when its schedule changes in a live run."""
+"""Bring a pipeline's layers to its workers, and move them when its schedule changes in a live run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import cloudpickle
 
 from rpcpipe import schedules
-from rpcpipe.cluster.cluster import Cluster
+from rpcpipe.cluster.cluster import PipelineCluster
 from rpcpipe.driver.deployment import Deployment
 from rpcpipe.driver.driver import Driver
 from rpcpipe.driver.runtime import Runtime, release
@@ -31,8 +31,12 @@ from rpcpipe.worker.operations import GetOptimizerState, ReleaseLayers, Repartit
 from rpcpipe.worker.stage_set import ActorSpec
 
 
-def start(model: Model, cluster: Cluster, options: Options) -> Runtime:
-    """Cut ``model``, bring its stages to their workers, and return what runs it."""
+def start(model: Model, cluster: PipelineCluster, options: Options) -> Runtime:
+    """Cut ``model`` into stages, build these on their workers, and return the pipeline's Runtime.
+
+    Raises ArgumentError, ScheduleError or PartitionError before any worker is asked to build a stage, StageError for
+    a layer or optimizer that fails on its worker, and WorkerLost.
+    """
     cluster.check()
     layout = layout_of(cluster, options.schedule, options.balance, options.virtual_stages, options.replicas)
     schedule = make_schedule(
@@ -52,7 +56,7 @@ def start(model: Model, cluster: Cluster, options: Options) -> Runtime:
     prepare = functools.partial(_prepared, getattr(options.loss, "prepare", None))
     runtime = Runtime(cluster, driver, deployment, options.settings, policy=policy, prepare=prepare, scaler=scaler)
     cluster.pipelines.add(runtime)
-    # In a REPL a pipeline is often just replaced: its stages go with it.
+    # In a REPL a pipeline is often replaced without being closed; this frees its stages.
     weakref.finalize(runtime, release, cluster, driver).atexit = False
     common = ActorSpec(
         {}, schedule.stages - 1, options.loss, options.optimizer, seed, options.checkpoint, options.autocast,
@@ -75,8 +79,11 @@ def _prepared(prepare: Callable[[Nest], Nest] | None, targets: Nest) -> Nest:
     return prepare(targets)
 
 
-def measure(cluster: Cluster, layers: OrderedDict[str, Layer], sample: Nest, seed: int) -> list[LayerCost]:
-    """Return every layer's costs on the first worker for ``sample``, one micro-batch of inputs."""
+def measure(cluster: PipelineCluster, layers: OrderedDict[str, Layer], sample: Nest, seed: int) -> list[LayerCost]:
+    """Return every layer's costs on the first worker for ``sample``, one micro-batch of inputs.
+
+    Raises ArgumentError if there is no sample, StageError for a layer that fails.
+    """
     require(
         sample is not None, "balance='time' or 'memory' needs sample=…: one micro-batch of inputs to run the layers on"
     )
@@ -85,17 +92,17 @@ def measure(cluster: Cluster, layers: OrderedDict[str, Layer], sample: Nest, see
 
 
 def _create(runtime: Runtime, identity: str, layers: OrderedDict[str, Layer], common: ActorSpec) -> None:
-    """Build every worker's stages; one worker's layers are pickled at a time."""
-    dumps((common.loss, common.optimizer), "loss and optimizer")  # for its warning alone: they go with the layers
+    """Build the stages on all workers; only one worker's layers are held in pickled form at a time."""
+    dumps((common.loss, common.optimizer), "loss and optimizer")  # only for its warning; they are sent with the layers
     deployment, replies = runtime.deployment, {}
     for name in runtime.names:
         worker, replica = deployment.layout.index(name)
-        mine = {
+        own_stages = {
             stage: (OrderedDict((key, layers[key]) for key in keys), first)
             for stage, (keys, first) in deployment.parts_on(name).items()
         }
         peers = ReplicaGroup(deployment.layout.replicas_of(worker), replica, deployment.shard)
-        spec = cloudpickle.dumps(dataclasses.replace(common, stages=mine, peers=peers))
+        spec = cloudpickle.dumps(dataclasses.replace(common, stages=own_stages, peers=peers))
         replies[name] = runtime.cluster.transport.call(name, "create", identity, spec)
     infos = runtime.driver.collect(replies)
     runtime.install(deployment, infos)
@@ -105,7 +112,10 @@ def _create(runtime: Runtime, identity: str, layers: OrderedDict[str, Layer], co
 
 
 def change_schedule(runtime: Runtime, wanted: str | Schedule) -> None:
-    """Go on under another schedule; refusals leave everything as it was."""
+    """Switch to another schedule, given by name or as a Schedule, and move the layers that it places elsewhere.
+
+    Raises ArgumentError or ScheduleError, before anything changes, for a schedule that does not fit.
+    """
     require(runtime.active is None, "the schedule cannot change inside a step")
     before, settings = runtime.deployment, runtime.settings
     virtual = settings.virtual_stages
@@ -130,9 +140,9 @@ def change_schedule(runtime: Runtime, wanted: str | Schedule) -> None:
 
 
 def _move(runtime: Runtime, after: Deployment) -> None:
-    """Bring every layer, with its optimizer state, to the worker that ``after`` gives it.
+    """Move every layer, with its optimizer state, to the worker that holds it in ``after``.
 
-    What raises here closes the pipeline, as some layers may be on neither worker's stages.
+    An error closes the pipeline, because layers that have left one worker may not have reached the other.
     """
     driver = runtime.driver
     moves: dict[tuple[str, str], list[str]] = {}
@@ -142,15 +152,15 @@ def _move(runtime: Runtime, after: Deployment) -> None:
                 moves.setdefault((old[layer], new[layer]), []).append(layer)
     try:
         states = _sharded_states(runtime)
-        given: dict[str, list[bytes]] = {name: [] for name in runtime.names}
+        received: dict[str, list[bytes]] = {name: [] for name in runtime.names}
         for (source, target), moving in moves.items():
-            given[target].append(driver.control(source, ReleaseLayers(moving)))
+            received[target].append(driver.control(source, ReleaseLayers(moving)))
         replies = {}
         for name in runtime.names:
-            mine = after.parts_on(name)
-            others = {layer: states[layer] for layers, _ in mine.values() for layer in layers if layer in states}
+            parts = after.parts_on(name)
+            own_states = {layer: states[layer] for layers, _ in parts.values() for layer in layers if layer in states}
             last = after.schedule.stages - 1
-            replies[name] = driver.call(name, Repartition(mine, last, after.stage_links, given[name], others))
+            replies[name] = driver.call(name, Repartition(parts, last, after.stage_links, received[name], own_states))
         runtime.install(after, driver.collect(replies))
     except BaseException:
         runtime.close()
@@ -158,11 +168,14 @@ def _move(runtime: Runtime, after: Deployment) -> None:
 
 
 def _sharded_states(runtime: Runtime) -> Mapping[str, dict[str, Any]]:
-    """Where replicas share the optimizer's state, all of it by layer: who owns what changes with the stages."""
+    """Return the optimizer's whole state by layer, if replicas share it; nothing otherwise.
+
+    Which replica owns a parameter's state changes with the stages, so every worker gets the whole state.
+    """
     if not runtime.deployment.shard:
         return {}
-    driver, whole = runtime.driver, dict[str, dict[str, Any]]()
+    driver, states = runtime.driver, dict[str, dict[str, Any]]()
     for part in driver.collect({name: driver.call(name, GetOptimizerState()) for name in runtime.names}).values():
         for layer, state in part.items():
-            whole.setdefault(layer, {}).update(state)
-    return whole
+            states.setdefault(layer, {}).update(state)
+    return states

@@ -1,11 +1,11 @@
-"""Models of transformers as pipelines: GPT-2, BERT and Llama, cut between their own layers.
+"""Make pipelines of transformers' models: GPT-2, BERT and Llama, cut between their layers.
 
-The layers are transformers' own classes; what its models do between layers (embeddings, masks, rotary
-angles, losses) is done at the stage that needs it. A layer's name is its path in the unsplit model, so
-``state_dict`` and saved weights have transformers' names. One file per family; adding one is a function
-from its config, or a model, to a dict of layers.
+The layers are transformers' classes; what its models do between layers (embeddings, masks, rotary angles, losses) is
+done at the stage that needs it. A layer's name is its path in the unsplit model, so ``state_dict`` and saved weights
+have transformers' names. ``model/hf`` has one file per family; a new family is a function from a config, or a model,
+to a dict of layers.
 
-Needs the extra ``hf``; transformers is imported on the first use.
+This needs the extra ``hf``; transformers is imported on the first use.
 """
 
 from __future__ import annotations
@@ -13,32 +13,31 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from rpcpipe.cluster.cluster import Cluster
+from rpcpipe.cluster.cluster import PipelineCluster
 from rpcpipe.errors import require
 from rpcpipe.pipeline.pipeline import Pipeline
 from rpcpipe.pipeline.planning import balance_by_parameters
 
 
 def from_transformers(
-    config_or_model: Any, cluster: Cluster, *, stages: int | None = None, **pipeline_arguments: Any
+    config_or_model: Any, cluster: PipelineCluster, *, stages: int | None = None, **pipeline_arguments: Any
 ) -> Pipeline:
-    """A Pipeline of a transformers model on ``cluster``.
+    """Return a Pipeline of a transformers model on ``cluster``.
 
-    ``config_or_model``: a GPT2Config, BertConfig or LlamaConfig, of which every layer is built, with
-    transformers' initial weights, on its worker and never here; or a GPT2LMHeadModel,
-    BertForPreTraining, BertForMaskedLM or LlamaForCausalLM, whose weights are kept and which is left
-    as it is. A BertConfig means BertForPreTraining unless its ``architectures`` names BertForMaskedLM.
-    ``stages``: cut into so many by parameters, on as many workers; all of the cluster's by default.
-    ``pipeline_arguments`` are Pipeline's; ``loss`` is the model's own unless given.
+    ``config_or_model``: a GPT2Config, BertConfig or LlamaConfig, whose layers are built with transformers' initial
+    weights on their workers and never here; or a GPT2LMHeadModel, BertForPreTraining, BertForMaskedLM or
+    LlamaForCausalLM, whose weights are used and which is not changed. A BertConfig means BertForPreTraining unless its
+    ``architectures`` names BertForMaskedLM. ``stages``: the number of stages to cut the model into by parameters, one
+    on each of the first workers; by default all workers are used. ``pipeline_arguments`` are Pipeline's; ``loss`` is
+    the model's unless given.
 
-    Inputs are a dict as the model's forward takes it: input_ids (batch, time), and where wanted
-    attention_mask, token_type_ids, position_ids, all (batch, time). Targets are a dict of its label
-    arguments: labels (batch, time), and for BertForPreTraining next_sentence_label (batch). Outputs are
-    the logits, (batch, time, vocabulary); for BertForPreTraining a dict of prediction_logits and
-    seq_relationship_logits.
+    Inputs are a dict as the model's forward takes it: input_ids (batch, time) and optionally attention_mask,
+    token_type_ids and position_ids, all (batch, time). Targets are a dict of the forward's label arguments: labels
+    (batch, time), and for BertForPreTraining next_sentence_label (batch). Outputs are the logits, (batch, time,
+    vocabulary), for BertForPreTraining a dict of prediction_logits and seq_relationship_logits.
 
-    Raises ImportError without the extra ``hf``, ArgumentError for another model or an option that a
-    pipeline cannot carry, and what Pipeline raises.
+    Raises ImportError without the extra ``hf``, ArgumentError for another model or an option of it that a pipeline
+    does not support, and whatever Pipeline raises.
     """
     try:
         from rpcpipe.model.hf.registry import family_of

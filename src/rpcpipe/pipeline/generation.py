@@ -1,8 +1,8 @@
-"""Text from a causal language model that lives in a pipeline.
+"""Generate text with a causal language model in a pipeline.
 
-Every new token costs a pass over all tokens so far: there is no key-value cache. Prompts are dealt
-into groups, and while one group's next token is drawn the others are on their way through the stages.
-Only the logits of a row's last position travel, as the last stage picks them out.
+There is no key-value cache: every new token costs a pass over all tokens so far. Prompts are dealt into groups, and
+while the next tokens of one group are drawn the other groups are on their way through the stages. The last stage
+selects the logits at each row's last position; only these are sent to the driver.
 """
 
 from __future__ import annotations
@@ -24,12 +24,16 @@ from rpcpipe.worker.operations import SetSelection
 
 
 def _same(value: Any) -> Any:
+    """Return ``value``."""
     return value
 
 
 @dataclass
 class _Row:
-    """A prompt and what has been added to it. Its random numbers are its own, whatever the others do."""
+    """Holds a prompt with the tokens added to it, (time) ``ids``, and how many tokens are ``left`` to add.
+
+    Every row has a generator, so the tokens that it draws do not depend on other rows.
+    """
 
     ids: torch.Tensor
     left: int
@@ -38,19 +42,19 @@ class _Row:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn from logits: the likeliest at ``temperature`` 0, else one of the ``top_k`` likeliest."""
+    """Draws tokens from logits: the likeliest at ``temperature`` 0, else one of the ``top_k`` likeliest."""
 
     temperature: float = 0.0
     top_k: int | None = None
 
     def draw(self, logits: torch.Tensor, generator: torch.Generator) -> int:
-        """A token's number from (vocabulary) logits."""
+        """Return the index of the token drawn from ``logits``, (vocabulary)."""
         if self.temperature == 0:
             return int(logits.argmax())
         logits = logits.float() / self.temperature
         if self.top_k is not None and self.top_k < len(logits):
-            least = logits.topk(self.top_k).values[-1]
-            logits = logits.masked_fill(logits < least, -torch.inf)
+            lowest = logits.topk(self.top_k).values[-1]
+            logits = logits.masked_fill(logits < lowest, -torch.inf)
         return int(torch.multinomial(logits.softmax(-1), 1, generator=generator))
 
 
@@ -67,17 +71,17 @@ def generate(
     inputs: Callable[[torch.Tensor], Nest] = _same,
     logits: Callable[[Nest], torch.Tensor] = _same,
 ) -> list[torch.Tensor]:
-    """Every prompt with up to ``new_tokens`` more tokens, in eval mode.
+    """Return every prompt with up to ``new_tokens`` tokens added to it, each a (time) tensor; runs in eval mode.
 
-    ``prompts``: (batch, time) token ids, or a list of (time) tensors of any lengths from 1 on.
-    ``temperature`` 0 takes the likeliest token, else one is drawn from softmax(logits / temperature),
-    of the ``top_k`` likeliest; the same ``seed`` gives a prompt the same tokens, whatever its
-    neighbours. The model sees the last ``context`` tokens at most. A row ends with the token ``stop``.
-    ``inputs`` makes the model's input of (batch, time) ids, ``logits`` finds (batch, time, vocabulary)
-    in its output, on the last stage's worker.
+    ``prompts``: (batch, time) token ids, or a list of (time) tensors of one or more tokens each. ``temperature`` 0
+    takes the likeliest token; otherwise a token is drawn from softmax(logits / temperature) over the ``top_k``
+    likeliest. The same ``seed`` gives the prompt at the same index the same tokens, whatever the other prompts are.
+    The model sees the last ``context`` tokens at most. A row ends with the token ``stop``. ``inputs`` makes the
+    model's input of (batch, time) ids; ``logits`` returns (batch, time, vocabulary) from its output and is called on
+    the last stage's worker.
 
-    The model must be causal: shorter rows are filled up on the right, with zeros that no position
-    before them may see. Raises ArgumentError for arguments that cannot be.
+    The model must be causal: shorter rows are padded on the right with zeros, which earlier positions must not see.
+    Raises ArgumentError for a wrong argument, and StageError, WorkerLost or DeadlineExceeded.
     """
     require(new_tokens >= 0, f"new_tokens must not be negative, is {new_tokens}")
     require(temperature >= 0, f"temperature must not be negative, is {temperature}")
@@ -89,46 +93,47 @@ def generate(
     rows = [_row(prompt, new_tokens, rng.derive(seed, index)) for index, prompt in enumerate(prompts)]
     passes, sampling = Passes(pipe.runtime), Sampling(temperature, top_k)
     groups = passes.ahead + 1
-    known = deque(group for group in (rows[start::groups] for start in range(groups)) if group and new_tokens)
+    waiting = deque(group for group in (rows[start::groups] for start in range(groups)) if group and new_tokens)
     under_way = deque[list[_Row]]()
 
     def feed() -> Iterator[tuple[Nest, torch.Tensor]]:
-        while known:
-            under_way.append(known.popleft())
+        while waiting:
+            under_way.append(waiting.popleft())
             ids, last = _window(under_way[-1], context)
             yield inputs(ids), last
 
-    while known:  # again where a group that had ended left a gap
+    while waiting:  # a run ends early if no group was waiting when it asked for the next one
         for passed in passes.run(feed(), keep_outputs=True):
             if group := _grow(under_way.popleft(), passed.output, sampling, stop):
-                known.append(group)
+                waiting.append(group)
     return [row.ids for row in rows]
 
 
 class _LastLogits:
-    """Of a micro-batch's logits those at each row's last position: (batch, vocabulary)."""
+    """Selects the logits at each row's last position, (batch, vocabulary), from a micro-batch's output."""
 
     def __init__(self, logits: Callable[[Nest], torch.Tensor]) -> None:
         self._logits = logits
 
     def __call__(self, output: Nest, last: torch.Tensor) -> torch.Tensor:
-        found = self._logits(output)
-        return found[torch.arange(len(last), device=found.device), last]
+        logits = self._logits(output)
+        return logits[torch.arange(len(last), device=logits.device), last]
 
 
 def _row(prompt: torch.Tensor, new_tokens: int, seed: int) -> _Row:
+    """Return the row that starts with ``prompt``, on the CPU."""
     return _Row(prompt.long().cpu(), new_tokens, torch.Generator().manual_seed(seed))
 
 
 def _window(rows: list[_Row], context: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids filled up with zeros, each row's last position)."""
-    seen = [row.ids if context is None else row.ids[-context:] for row in rows]
-    ids = torch.nn.utils.rnn.pad_sequence(seen, batch_first=True)
-    return ids, torch.tensor([len(row) - 1 for row in seen])
+    """Return the rows' last ``context`` ids, (batch, time) padded with zeros, and each row's last position, (batch)."""
+    windows = [row.ids if context is None else row.ids[-context:] for row in rows]
+    ids = torch.nn.utils.rnn.pad_sequence(windows, batch_first=True)
+    return ids, torch.tensor([len(window) - 1 for window in windows])
 
 
 def _grow(rows: list[_Row], logits: torch.Tensor, sampling: Sampling, stop: int | None) -> list[_Row]:
-    """Add a token to every row; the rows that go on."""
+    """Add a token, drawn from (batch, vocabulary) ``logits``, to every row; return the rows that need more tokens."""
     for row, scores in zip(rows, logits, strict=True):
         token = sampling.draw(scores, row.generator)
         row.ids = torch.cat([row.ids, torch.tensor([token])])

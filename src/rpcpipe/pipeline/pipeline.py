@@ -1,4 +1,4 @@
-"""The user's API: composition of the parts, no mechanism of its own."""
+"""Define ``Pipeline``, the user's API. Its methods check that work is possible, and call the packages below."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from rpcpipe import _tables
 from rpcpipe.checkpoint.plain_state import Holders
-from rpcpipe.cluster.cluster import Cluster
+from rpcpipe.cluster.cluster import PipelineCluster
 from rpcpipe.driver import inference
 from rpcpipe.driver.callbacks import Callback, JsonLines, tell
 from rpcpipe.driver.optimizer import PipelineOptimizer
@@ -44,47 +44,48 @@ class Pipeline:
         model: An ``nn.Sequential``, or a list of ``nn.Module``, ``LayerSpec`` and ``Wired``, or a dict of them by
             their names in the unsplit model's ``state_dict`` (``encoder.layer.0``).
         cluster: The workers, of ``rp.launch`` or ``rp.connect``.
-        loss: ``loss(output, target)`` returns the mean as a scalar tensor, or (sum, count), which is normalized over
-            the whole batch. If it has a method ``prepare``, the driver cuts ``loss.prepare(targets)`` into
-            micro-batches instead of the targets.
+        loss: ``loss(output, target)`` returns the mean over its samples as a scalar tensor, or (sum, count), which is
+            normalized over the whole batch. If it has a method ``prepare``, the driver cuts ``loss.prepare(targets)``
+            into micro-batches instead of the targets.
         optimizer: ``optimizer(params)`` makes a torch optimizer, once per worker.
         schedule: A name of ``rp.schedules.names()``, or a ``Schedule``.
-        chunks: Micro-batches per batch, fewer where the batch is too small; a ``Schedule`` brings its own.
-        balance: Layers per stage, or "parameters", "time" or "memory", the last two measured on the first worker with
-            ``sample``. A list shorter than the cluster, or a ``Schedule`` for fewer workers, uses the first workers
-            and leaves the others to further pipelines.
+        chunks: Micro-batches per batch, fewer if the batch is too small; a ``Schedule`` has its own number.
+        balance: Layers per stage, or "parameters", "time" or "memory"; the last two are measured on the first worker
+            with ``sample``. A list shorter than the cluster, or a ``Schedule`` for fewer workers, uses the first
+            workers and leaves the others to further pipelines.
         checkpoint: Which activations are dropped and recomputed: "never", "except_last" (every stage but the last),
             "always", a ratio (the layers that save most bytes per second of recomputation, up to that share of a
-            stage's bytes), or a function of (stage, chunk).
+            stage's bytes), or a function of (stage, chunk) that returns whether to recompute.
         virtual_stages: Stages per worker, for the looped schedules.
-        replicas: Copies of every stage, each with its share of the batch (``tensor.chunk(replicas)``) and ``chunks``
-            micro-batches of that; the schedule's worker w is workers w·R … w·R + R - 1.
-        shard_optimizer: Each replica's optimizer has only its part of the parameters (ZeRO-1).
-        weights: Which version of its weights a stage uses under an asynchronous schedule: "stash", "vertical_sync" or
-            "latest".
+        replicas: Copies of every stage, each with a share of the batch (``tensor.chunk(replicas)``) cut into
+            ``chunks`` micro-batches; the schedule's worker w is workers w·R … w·R + R - 1.
+        shard_optimizer: Whether each replica's optimizer has only a part of the parameters (ZeRO-1).
+        weights: The version of its weights that a stage uses under an asynchronous schedule: "stash", "vertical_sync"
+            or "latest".
         flush_every: Batches after which ``train`` drains an asynchronous schedule; None for never.
-        clip_grad_norm: The largest norm of all gradients together; None for any.
+        clip_grad_norm: The norm to which the gradients of all parameters together are clipped; None for no clipping.
         nonfinite: "skip" leaves out an update whose loss or gradient is not finite, "stop" raises.
-        seed: Of the weights of ``LayerSpec`` and of all random numbers.
+        seed: Seeds the weights of every ``LayerSpec`` and all random numbers of training.
         dispatch: "rref" issues one asynchronous call per action and keeps its RRef, "batched" one message per worker
             and step; the results are the same.
         autocast: torch.bfloat16 or torch.float16, in which layers and loss run under ``torch.autocast``; for float16
             ``scaler``, a ``torch.amp.GradScaler``, scales the loss.
-        accumulate: So many calls of ``train_step`` make one update.
-        batch_norm: BatchNorm's running statistics move with every "micro_batch", or "deferred", once a batch as the
-            unsplit batch's would.
+        accumulate: The number of calls of ``train_step`` that make one update.
+        batch_norm: When BatchNorm's running statistics move: with every "micro_batch", or "deferred", once per batch by
+            the statistics of the unsplit batch.
         sample: One micro-batch of inputs, for ``balance="time"`` or ``"memory"``.
-        plan: Of ``rp.plan``; takes the place of all that it has decided: schedule, chunks, balance, virtual stages,
-            checkpoint, replicas, sharding.
+        plan: A plan of ``rp.plan``. Its schedule, chunks, balance, virtual stages, checkpoint, replicas and sharding
+            replace these arguments.
 
     Raises:
-        ScheduleError, PartitionError, ValueError: Before anything starts.
+        ScheduleError, PartitionError, ArgumentError: Before anything starts; all three are also ValueErrors.
+        StageError, WorkerLost: While the workers build their stages.
     """
 
     def __init__(
         self,
         model: Model,
-        cluster: Cluster,
+        cluster: PipelineCluster,
         *,
         loss: Loss,
         optimizer: Factory,
@@ -113,31 +114,31 @@ class Pipeline:
         )  # fmt: skip
         self._runtime = deploy.start(model, cluster, options.planned(plan).checked())
 
-    # --- what it is ---
+    # --- state and settings ---
 
     @property
     def runtime(self) -> Runtime:
-        """What steps, streams and passes work on."""
+        """Return the state that steps, streams and inference passes share."""
         return self._runtime
 
     @property
-    def cluster(self) -> Cluster:
-        """The workers."""
+    def cluster(self) -> PipelineCluster:
+        """Return the cluster whose workers hold the stages."""
         return self._runtime.cluster
 
     @property
     def optimizer(self) -> PipelineOptimizer:
-        """A ``torch.optim.Optimizer`` on the driver: ``lr_scheduler`` and ``param_groups`` work unchanged."""
+        """Return a ``torch.optim.Optimizer`` on the driver; ``param_groups`` and torch's schedulers work unchanged."""
         return self._runtime.optimizer
 
     @property
     def stages(self) -> tuple[StageHandle, ...]:
-        """The stages; ``stages[k].call(function)`` runs a function on one's module."""
+        """Return the stages; ``stages[k].call(function)`` runs a function on the module of stage k."""
         return self._runtime.stages
 
     @property
     def trained(self) -> int:
-        """Training steps done; the next one's random numbers are seeded by it."""
+        """Return the number of training steps done, which seeds the random numbers of the next one."""
         return self._runtime.trained
 
     @trained.setter
@@ -146,17 +147,17 @@ class Pipeline:
 
     @property
     def chunks(self) -> int:
-        """Micro-batches of a full batch."""
+        """Return the number of micro-batches of a full batch."""
         return self._runtime.chunks
 
     @property
     def balance(self) -> list[int]:
-        """Layers per stage."""
+        """Return the number of layers of each stage."""
         return list(self._runtime.deployment.balance)
 
     @property
     def accumulate(self) -> int:
-        """Calls of ``train_step`` that make one update; what is set holds from the next update on."""
+        """Return how many calls of ``train_step`` make one update; a new value holds from the next update on."""
         return self._runtime.settings.accumulate
 
     @accumulate.setter
@@ -165,45 +166,46 @@ class Pipeline:
 
     @property
     def scaler(self) -> torch.amp.GradScaler | None:
-        """The loss scale under float16; its settings are changed by its setters or ``load_state_dict``."""
+        """Return the loss scaler under float16, None otherwise; its setters and ``load_state_dict`` change it."""
         return self._runtime.scaler
 
     @property
     def callbacks(self) -> list[Callback]:
-        """What is called after every step."""
+        """Return the functions that are called after every step."""
         return self._runtime.callbacks
 
     @property
     def clip_grad_norm(self) -> float | None:
-        """The largest norm of all gradients together; may be set between two steps."""
+        """Return the norm to which all gradients are clipped, None for none; may be set between two steps."""
         return self._runtime.settings.clip_grad_norm
 
     @clip_grad_norm.setter
-    def clip_grad_norm(self, largest: float | None) -> None:
-        self._runtime.settings.clip_grad_norm = largest
+    def clip_grad_norm(self, norm: float | None) -> None:
+        self._runtime.settings.clip_grad_norm = norm
 
     @property
     def nonfinite(self) -> str:
-        """What a loss or gradient that is not finite does: "skip" or "stop"; may be set between two steps."""
+        """Return what happens when a loss or gradient is not finite, "skip" or "stop"; may be set between two steps."""
         return self._runtime.settings.nonfinite
 
     @nonfinite.setter
-    def nonfinite(self, what: str) -> None:
-        self._runtime.settings.nonfinite = what
+    def nonfinite(self, action: str) -> None:
+        self._runtime.settings.nonfinite = action
 
     @property
     def schedule(self) -> Schedule:
-        """The schedule of a full batch; may be set between two steps, by name or a Schedule.
+        """Return the schedule of a full batch. It may be set between two steps, to a name or a Schedule.
 
-        Where the new one has other stages or holds them elsewhere, the layers and their optimizer
-        state move over RPC; the losses go on to the bit.
+        If the new schedule has other stages or places them on other workers, the layers and their optimizer state move
+        over RPC, and the losses go on to the bit. Raises ArgumentError or ScheduleError, before anything changes, for
+        a schedule that does not fit.
         """
         return self._runtime.schedule
 
     @schedule.setter
-    def schedule(self, wanted: str | Schedule) -> None:
+    def schedule(self, schedule: str | Schedule) -> None:
         self._runtime.check()
-        deploy.change_schedule(self._runtime, wanted)
+        deploy.change_schedule(self._runtime, schedule)
 
     def close(self) -> None:
         """Free the stages on the workers; closing twice is allowed."""
@@ -220,11 +222,12 @@ class Pipeline:
     # --- training ---
 
     def train_step(self, inputs: Nest, targets: Nest) -> StepResult:
-        """One batch forward and backward, and one update, or the ``accumulate``-th part of one.
+        """Run one batch forward and backward and update the weights; return the loss and what was measured.
 
         ``inputs`` and ``targets``: nests of tensors with the batch in dimension 0, or as ``rp.Replicated``,
-        ``rp.Batched`` and ``rp.MicroBatches`` say. The result has the gradients of inputs that require one. Raises
-        StageError, WorkerLost or DeadlineExceeded; the weights are then as before.
+        ``rp.Batched`` and ``rp.MicroBatches`` say; the result has the gradients of inputs that require one. With
+        ``accumulate`` = n, only every n-th call updates. Raises ArgumentError for inputs or targets that do not fit,
+        and StageError, WorkerLost or DeadlineExceeded; the weights are then as before.
         """
         if self._runtime.policy is not None:
             self._runtime.check()
@@ -233,20 +236,20 @@ class Pipeline:
             stream.flush()
             return stream.take()
         with shield_interrupts(), self.step() as step:
-            # Not forward_backward: its wait for the hand-over would cost a round trip.
+            # Not forward_backward, which waits until the gradients are in the context: one more round trip.
             step.run(inputs, targets)
             step.optimize()
-            shield_interrupts.check()  # up to here the step can be taken back; from here on it is done
+            shield_interrupts.check()  # before this line the step can be rolled back; after it the step is done
             result = step.result()
         tell(self.callbacks, result)
         return result
 
     def train(self, batches: Iterable[tuple[Nest, Nest]], progress: bool = False) -> Iterator[StepResult]:
-        """``train_step`` for each (inputs, targets); ``progress`` shows a bar with the loss.
+        """Train on each (inputs, targets) of ``batches`` as ``train_step`` does, and yield each result.
 
-        Asynchronous schedules stream: a result comes some batches after its batch was fed (enough to
-        keep all workers busy), so a learning rate set on seeing it holds for the batches fed from
-        then on. Any other call on the pipeline drains the stream first.
+        ``progress`` shows a bar with the loss. Asynchronous schedules stream: a result is yielded some batches after
+        its batch was fed (enough to keep all workers busy), so a learning rate set then holds for the batches fed from
+        then on. Any other call on the pipeline drains the stream first. Raises what ``train_step`` raises.
         """
         results = (
             (self.train_step(inputs, targets) for inputs, targets in pairs(batches, "train"))
@@ -260,21 +263,22 @@ class Pipeline:
                 yield result
 
     def on_step(self, callback: Callback | str | os.PathLike[str]) -> Callback:
-        """Call ``callback(result)`` after every step of ``train_step`` and ``train``, here; returns it.
+        """Call ``callback(result)`` on the driver after every step of ``train_step`` and ``train``; return it.
 
-        A path stands for ``JsonLines(path)``. What a callback raises comes out of ``train_step`` or
-        ``train`` once the others have been called; the step is done and counted by then, and the
-        pipeline usable. ``callbacks`` lists them; ``close`` closes those that have a ``close``.
+        A path stands for ``JsonLines(path)``. ``train_step`` or ``train`` raises what a callback raises, once the
+        other callbacks have been called; by then the step is done and counted, and the pipeline is usable.
+        ``callbacks`` lists them; ``close`` closes those that have a method ``close``.
         """
-        made = callback if callable(callback) else JsonLines(callback)
-        self.callbacks.append(made)
-        return made
+        function = callback if callable(callback) else JsonLines(callback)
+        self.callbacks.append(function)
+        return function
 
     def step(self) -> Step:
-        """A step by hand, inside a distributed-autograd context: ``s.context_id``.
+        """Return a step to run by hand, ``with pipe.step() as s:``, inside a distributed-autograd context.
 
-        The gradients are in the context after ``s.forward_backward(inputs, targets)``; apply them
-        with ``s.optimize()``, or with torch's ``DistributedOptimizer`` on ``parameter_rrefs()``.
+        The gradients are in the context ``s.context_id`` after ``s.forward_backward(inputs, targets)``; apply them
+        with ``s.optimize()``, or with torch's ``DistributedOptimizer`` on ``parameter_rrefs()``. Raises ScheduleError
+        under an asynchronous schedule.
         """
         self._runtime.check()
         if self._runtime.policy is not None:
@@ -285,7 +289,7 @@ class Pipeline:
 
     @contextmanager
     def trace(self) -> Iterator[Timeline]:
-        """A timeline that the block's steps fill: actions, transfers and updates, on the driver's clock."""
+        """Yield a timeline that the block's steps fill with actions, transfers and updates, on the driver's clock."""
         self._runtime.check()
         with self._runtime.traced() as timeline:
             yield timeline
@@ -293,15 +297,15 @@ class Pipeline:
     # --- inference ---
 
     def __call__(self, inputs: Nest) -> Nest:
-        """The model's output in eval mode, gathered on this process."""
+        """Return the model's output for ``inputs`` in eval mode, gathered in this process."""
         [output] = self.predict([inputs])
         return output
 
     def predict(self, batches: Iterable[Nest]) -> Iterator[Nest]:
-        """The output for every batch of inputs, as ``pipe(inputs)``, without a gap between the batches.
+        """Yield the output for every batch of inputs, as ``pipe(inputs)`` returns it, without a gap between batches.
 
-        The iterator reads some batches ahead; the pipeline takes no other step until it is finished
-        or closed.
+        The iterator reads some batches ahead. Until it is finished or closed, other calls of the pipeline that run
+        batches raise RpcPipeError.
         """
         self._runtime.check()
         return inference.outputs(self._runtime, batches)
@@ -315,29 +319,30 @@ class Pipeline:
     def evaluate(
         self, batches: Iterable[tuple[Nest, Nest]], metrics: Mapping[str, Metric] | None = None
     ) -> float | dict[str, float]:
-        """The mean loss over all samples of ``batches``, in eval mode.
+        """Return the mean loss over all samples of ``batches``, in eval mode.
 
-        ``metrics``: functions by name, each (output, target) of a micro-batch -> (sum, count), called
-        on the last stage's worker; the result is then {"loss": …, name: sum / count, …}.
+        ``metrics``: functions by name, each of the (output, target) of a micro-batch and returning (sum, count), called
+        on the last stage's worker; then {"loss": …, name: sum / count, …} is returned. Raises ArgumentError if nothing
+        is counted in any batch.
         """
         self._runtime.check()
-        loss, found = inference.evaluate(self._runtime, pairs(batches, "evaluate"), metrics or {})
-        return loss if metrics is None else {"loss": loss, **found}
+        loss, means = inference.evaluate(self._runtime, pairs(batches, "evaluate"), metrics or {})
+        return loss if metrics is None else {"loss": loss, **means}
 
     # --- weights ---
 
     def parameter_rrefs(self) -> list[Any]:
-        """An RRef to every trainable parameter, each replica's, in the model's order, for ``DistributedOptimizer``."""
+        """Return RRefs to every replica's trainable parameters, in the model's order, for ``DistributedOptimizer``."""
         self._runtime.check()
         return [rref for stage in self.stages for rref in stage.parameter_rrefs()]
 
     def state_dict(self) -> OrderedDict[str, torch.Tensor]:
-        """All parameters and buffers under the unsplit model's names, on the CPU."""
+        """Return all parameters and buffers under the unsplit model's names, on the CPU."""
         self._runtime.check()
         return state.state_dict(self._runtime)
 
     def load_state_dict(self, state_dict: Mapping[str, torch.Tensor]) -> None:
-        """Inverse of ``state_dict``; reads the unsplit model's as well.
+        """Load what ``state_dict`` of this pipeline or of the unsplit model returned.
 
         Raises CheckpointError, before anything changes, unless names and shapes are the model's.
         """
@@ -352,21 +357,22 @@ class Pipeline:
         position: Any = None,
         keep: int | None = 2,
     ) -> Path:
-        """Write all that training goes on from into a new folder of ``directory``, which is returned.
+        """Write everything that training needs to go on into a new folder of ``directory``, and return the folder.
 
-        ``stateful`` names what goes on beside weights, optimizer, seed and ``trained``: learning-rate
-        schedulers, a ``torch.Generator``, anything with ``state_dict`` and ``load_state_dict``.
-        ``position``: where the data is, of plain values. Killed at any moment it leaves the checkpoint
-        before readable; in the end the newest ``keep`` stay. Raises CheckpointError with worker and path.
+        ``stateful``: by name, objects to save beside weights, optimizer, seed and ``trained``: learning-rate
+        schedulers, a ``torch.Generator``, anything with ``state_dict`` and ``load_state_dict``. ``position``: plain
+        values that say where in the data training is. A save that is killed, at any moment, leaves the checkpoints
+        before it readable. The newest ``keep`` checkpoints stay, all if it is None. Raises CheckpointError with worker
+        and path.
         """
         self._runtime.check()
         return state.save(self._runtime, directory, stateful or {}, position, keep)
 
     def load(self, directory: str | Path, *, stateful: Holders | None = None) -> Any:
-        """Go on from the newest checkpoint in ``directory``, or from that very one; returns its ``position``.
+        """Go on from the newest checkpoint in ``directory``, or from that very checkpoint; return its ``position``.
 
-        Another cut, schedule or number of workers goes on with the same bits. Raises CheckpointError
-        with file and tensor, before anything changes.
+        ``stateful``: objects by the names given to ``save``. Training goes on with the same bits, also with another
+        cut, schedule or number of workers. Raises CheckpointError with file and tensor, before anything changes.
         """
         self._runtime.check()
         return state.load(self._runtime, directory, stateful or {})

@@ -1,4 +1,4 @@
-"""``rp.plan``: measure or estimate a model's layers, then search for the fastest way to train it."""
+"""Measure or estimate a model's layers, and search for the fastest plan or the best balanced cut."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from rpcpipe.planning.search import CHECKPOINTS, Search, layouts
 from rpcpipe.stage.optimizer import Factory
 from rpcpipe.stage.profiler import estimate, profile
 
-# From the end of an action to the start of its consumer on another worker of one host, without CUDA
-# (docs/design/transport.md, control cost), and what a byte adds.
+# Seconds from the end of an action to the start of its consumer on another worker of the same host, without CUDA
+# (docs/design/transport.md, control cost), and bytes per second.
 _LATENCY, _BANDWIDTH = 1.2e-3, 3.5e9
 
 
@@ -50,29 +50,35 @@ def plan(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> Plan:
-    """The fastest way to train ``model`` on ``workers`` for batches like ``sample``, within ``memory`` bytes a worker.
+    """Return the fastest plan to train ``model`` on ``workers`` with batches like ``sample``.
 
-    The layers are run, with ``loss(output, targets)`` and the ``optimizer`` where given: on a cluster's
-    workers at once, as in a step, or for a number of workers in this process on ``device``. With ``flops``,
-    the operations a device does in a second, nothing runs: they are counted on the meta device. ``latency``
-    in seconds and ``bandwidth`` in bytes a second are those between two workers; ``moments``: the optimizer's
-    state in copies of the parameters (Adam's 2). ``chunks``: the numbers of micro-batches to try,
-    ``replicas``: how many, or None to try all. Raises PartitionError where nothing fits, and says what would.
+    The layers are run, with ``loss(output, targets)`` and ``optimizer`` if given: on all workers of a cluster at once,
+    as in a step, or, if ``workers`` is a number, in this process on ``device``. With ``flops``, the operations per
+    second of a device, no layer is run: operations are counted on the meta device.
+
+    ``memory``: bytes that a worker may use, None for any. ``latency`` (seconds) and ``bandwidth`` (bytes per second)
+    are those between two workers. ``moments``: the size of the optimizer's state in copies of the parameters, 2 for
+    Adam. ``chunks``, ``schedules`` and ``checkpoints``: the numbers of micro-batches, the schedules and the modes of
+    recomputation to try. ``replicas``: the number of replicas, or None to try every number. ``seed``: of the
+    profiled layers' random numbers.
+
+    Raises PartitionError, which says what would fit, if nothing fits, and ArgumentError for a wrong argument.
     """
     require(memory is None or memory > 0, f"memory must be positive, not {memory} bytes a worker")
     require(flops is None or flops > 0, f"flops must be positive, not {flops}")
-    known = set(SIMPLEST)
-    require(bool(schedules) and known.issuperset(schedules), f"schedules must be among {SIMPLEST}, not {schedules}")
+    require(
+        bool(schedules) and set(SIMPLEST).issuperset(schedules), f"schedules must be among {SIMPLEST}, not {schedules}"
+    )
     count = len(workers.workers) if isinstance(workers, Cluster) else workers
     require(count >= 1, f"workers must be at least 1, not {count}")
     layers, size = named_layers(model), batch_size(sample)
     parts = _micro_batches(size, count, chunks)
     if flops is None:
         run = functools.partial(profile, loss=loss, optimizer=optimizer, seed=seed)
-        call = _on(workers, device, run)
+        measure = _measure_on(workers, device, run)
     else:
-        call = functools.partial(estimate, flops=flops, loss=loss)
-    layer_costs = {part: _profiled(call, layers, sample, targets, part) for part in parts}
+        measure = functools.partial(estimate, flops=flops, loss=loss)
+    layer_costs = {part: _costs_of_size(measure, layers, sample, targets, part) for part in parts}
     machine = Machine(
         count, math.inf if memory is None else memory, latency, bandwidth, _cores(workers, device, flops), moments
     )
@@ -82,39 +88,40 @@ def plan(
 
 
 def _micro_batches(size: int, workers: int, chunks: Sequence[int] | None) -> list[int]:
-    """Sizes of micro-batches to profile, largest first."""
-    wanted = chunks or [workers * factor for factor in (1, 2, 4, 8)]
-    require(min(wanted) >= 1, f"chunks must be at least 1, not {wanted}")
-    return sorted({-(-size // min(count, size)) for count in wanted}, reverse=True)
+    """Return the sizes of micro-batches to profile, in samples, largest first."""
+    counts = chunks or [workers * factor for factor in (1, 2, 4, 8)]
+    require(min(counts) >= 1, f"chunks must be at least 1, not {counts}")
+    return sorted({-(-size // min(count, size)) for count in counts}, reverse=True)
 
 
-def _profiled(
-    call: Callable[..., list[LayerCost]], layers: OrderedDict[str, Layer], sample: Nest, targets: Nest, size: int
+def _costs_of_size(
+    measure: Callable[..., list[LayerCost]], layers: OrderedDict[str, Layer], sample: Nest, targets: Nest, size: int
 ) -> list[LayerCost]:
+    """Return every layer's costs for a micro-batch of ``size`` samples."""
     count = -(-batch_size(sample) // size)
     part = split(sample, count)[0]
-    return call(layers, part, target=None if targets is None else split(targets, count)[0])
+    return measure(layers, part, target=None if targets is None else split(targets, count)[0])
 
 
-def _on(workers: int | Cluster, device: torch.device | str, run: Callable[..., Any]) -> Callable[..., Any]:
+def _measure_on(workers: int | Cluster, device: torch.device | str, run: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function of (layers, part, target) that profiles with ``run``, on the cluster's workers or here."""
     if not isinstance(workers, Cluster):
         return functools.partial(run, device=device)
-    # All at once, as many as have a core: alone, a worker would have the memory's bandwidth to itself.
+    # As many workers at once as there are cores: one alone would have the memory's whole bandwidth.
     cluster, busy = workers, workers.workers[: _cores(workers, device, None)]
 
-    def there(layers: OrderedDict[str, Layer], part: Nest, target: Nest) -> list[LayerCost]:
-        def on(worker: Worker) -> list[LayerCost]:
-            found = cluster.call(worker, functools.partial(run, device=worker.device, target=target), layers, part)
-            return list(found)
+    def measure_on_all(layers: OrderedDict[str, Layer], part: Nest, target: Nest) -> list[LayerCost]:
+        def measure_on(worker: Worker) -> list[LayerCost]:
+            return list(cluster.call(worker, functools.partial(run, device=worker.device, target=target), layers, part))
 
         with ThreadPoolExecutor(len(busy)) as pool:
-            return mean_costs(list(pool.map(on, busy)))
+            return mean_costs(list(pool.map(measure_on, busy)))
 
-    return there
+    return measure_on_all
 
 
 def _cores(workers: int | Cluster, device: torch.device | str, flops: float | None) -> int | None:
-    """Cores that all workers share: those of this host, if that is where and on what all compute."""
+    """Return the number of cores that all workers share; None unless they compute on the CPU of one host."""
     if flops is not None:
         return None
     if isinstance(workers, Cluster):
@@ -124,30 +131,35 @@ def _cores(workers: int | Cluster, device: torch.device | str, flops: float | No
 
 
 def balance_by_parameters(model: Model, stages: int) -> list[int]:
-    """The largest stage's parameters are as few as possible. Builds LayerSpecs on the meta device.
+    """Return the number of layers of each stage, so that the largest stage has as few parameters as possible.
 
-    Raises PartitionError if the model has fewer layers than ``stages``.
+    LayerSpecs are built on the meta device. Raises PartitionError if the model has fewer layers than ``stages``.
     """
     return partition.balance(parameter_counts(named_layers(model)), stages)
 
 
 def balance_by_time(model: Model, stages: int, sample: Nest) -> list[int]:
-    """The slowest stage's forward and backward are as short as possible; runs every layer here.
+    """Return the number of layers of each stage, so that the slowest stage's forward and backward are fastest.
 
-    ``sample``: one micro-batch of inputs. ``Pipeline(balance="time", sample=…)`` measures on a worker.
+    Every layer is run in this process with ``sample``, one micro-batch of inputs; ``Pipeline(balance="time",
+    sample=…)`` measures on a worker instead. Raises PartitionError if the model has fewer layers than ``stages``.
     """
     return _measured_cut(model, stages, sample, "time")
 
 
 def balance_by_memory(model: Model, stages: int, sample: Nest) -> list[int]:
-    """The largest stage's memory is as small as possible: seven times its parameters (gradient, Adam's
-    moments, and the copy with which a failed step is taken back) and the activations of ``sample``,
-    one micro-batch of inputs."""
+    """Return the number of layers of each stage, so that the largest stage's memory is as small as possible.
+
+    A stage's memory is seven times its parameters (weights, gradient, Adam's two moments, and the copy of weights and
+    moments from which a failed step is rolled back) and its activations for ``sample``, one micro-batch of inputs,
+    with which every layer is run in this process. Raises PartitionError if the model has fewer layers than ``stages``.
+    """
     return _measured_cut(model, stages, sample, "memory")
 
 
-def _measured_cut(model: Model, stages: int, sample: Nest, what: str) -> list[int]:
-    measured = profile(named_layers(model), sample)
+def _measured_cut(model: Model, stages: int, sample: Nest, balance: str) -> list[int]:
+    """Return the number of layers of each stage, balanced by "time" or "memory"."""
+    layer_costs = profile(named_layers(model), sample)
     return partition.balance(
-        balancing_costs(measured, what), stages, communication=[layer.output_bytes for layer in measured]
+        balancing_costs(layer_costs, balance), stages, communication=[layer.output_bytes for layer in layer_costs]
     )

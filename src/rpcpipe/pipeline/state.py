@@ -1,6 +1,6 @@
-"""Save and load: the driver's half. The workers write and read the tensors, each its own.
+"""Save and load a pipeline, on the driver. Every worker writes and reads the tensors of its stages.
 
-Random numbers are a function of (seed, step, micro-batch, layer), so seed and step are their state.
+Random numbers are a function of (seed, step, micro-batch, layer), so seed and step are all of their state.
 """
 
 from __future__ import annotations
@@ -41,17 +41,18 @@ _SHARED = "A checkpoint needs one file system that all hosts have at the same pa
 
 
 def state_dict(runtime: Runtime) -> OrderedDict[str, torch.Tensor]:
-    """All parameters and buffers, on the CPU."""
+    """Return all parameters and buffers of the first replica by name, in the model's order and on the CPU."""
     driver = runtime.driver
-    found = driver.collect({name: driver.call(name, GetState()) for name in runtime.layout.pipeline_of(0)})
-    by_stage = {stage: state for stages in found.values() for stage, state in stages.items()}
+    states = driver.collect({name: driver.call(name, GetState()) for name in runtime.layout.pipeline_of(0)})
+    by_stage = {stage: state for stages in states.values() for stage, state in stages.items()}
     return OrderedDict((key, value) for stage in sorted(by_stage) for key, value in by_stage[stage].items())
 
 
 def load_state_dict(runtime: Runtime, state: Mapping[str, torch.Tensor]) -> None:
-    """Inverse of ``state_dict``; CheckpointError, before anything changes, unless names and shapes fit.
+    """Give all replicas the parameters and buffers of ``state``.
 
-    A tied weight may come under one of its names or, with the same value, under several.
+    A tied weight may be given under one of its names or, with the same value, under several. Raises CheckpointError,
+    before anything changes, unless names and shapes are the model's.
     """
     state = completed(runtime.deployment.ties, state)
     check_state(state_dict(runtime), state)
@@ -65,7 +66,12 @@ def load_state_dict(runtime: Runtime, state: Mapping[str, torch.Tensor]) -> None
 
 
 def save(runtime: Runtime, directory: str | Path, stateful: Holders, position: Any, keep: int | None) -> Path:
-    """What ``pipe.save`` does; a Ctrl-C ends it where it waits for the workers, or comes when it is done."""
+    """Write a checkpoint into a new folder of ``directory``, keep the newest ``keep`` ones, and return the folder.
+
+    Ctrl-C is delivered while waiting for workers (the save is abandoned) or at the end (the save is complete). Raises
+    ArgumentError within a step or an accumulation and for a wrong ``keep``, ImportError without safetensors, and
+    CheckpointError.
+    """
     require(runtime.active is None, "a step is open: save after its with-block")
     done = runtime.progress.done
     require(
@@ -97,7 +103,11 @@ def save(runtime: Runtime, directory: str | Path, stateful: Holders, position: A
 
 
 def load(runtime: Runtime, directory: str | Path, stateful: Holders) -> Any:
-    """What ``pipe.load`` does: everybody reads and checks, then everybody changes."""
+    """Load the newest checkpoint in ``directory``, or that very checkpoint; return its ``position``.
+
+    All workers and the driver read and check their parts before any of them changes. Raises ArgumentError within a
+    step, ImportError without safetensors, and CheckpointError.
+    """
     require(runtime.active is None, "a step is open: load after its with-block")
     tensor_file.require()
     folder = newest(Path(directory).absolute())
@@ -111,20 +121,20 @@ def load(runtime: Runtime, directory: str | Path, stateful: Holders) -> Any:
     with shield_interrupts():
         try:
             calls = dict.fromkeys(names, ReadCheckpoint(folder, manifest))
-            found = _outcomes(runtime, calls, "nothing has changed")
-            _check_complete(folder, manifest, found.values())
+            names_read = _outcomes(runtime, calls, "nothing has changed")
+            _check_complete(folder, manifest, names_read.values())
             shield_interrupts.check()
-            # A part that either side lacks is left as it is: precision, say, may differ.
-            own = [
+            # A part that only one side has is left as it is; the two may train in different precision, for instance.
+            own_parts = [
                 (part, parts[name], f"the pipeline's {name}") for name, part in runtime.parts.items() if name in parts
             ]
-            _restore([*own, *((holder, states[name], repr(name)) for name, holder in stateful.items())], folder)
+            _restore([*own_parts, *((holder, states[name], repr(name)) for name, holder in stateful.items())], folder)
         except BaseException:
             if runtime.cluster.healthy:
                 for name in names:
                     driver.call(name, DropCheckpoint())
             raise
-        # From here on it is done: what is posted happens, whatever interrupts the wait.
+        # From here on the load takes effect: workers run what is sent, whatever interrupts the wait.
         replies = {name: driver.call(name, ApplyCheckpoint(manifest.seed)) for name in names}
         runtime.optimizer.adopt(groups)
         runtime.trained = manifest.step
@@ -134,24 +144,31 @@ def load(runtime: Runtime, directory: str | Path, stateful: Holders) -> Any:
 
 
 def _write_shards(runtime: Runtime, folder: Path) -> list[Written]:
-    """Every worker writes its own, all at once."""
-    # Replicas hold the same, but for optimizers that are sharded over them.
+    """Let all workers write their shards at once; return what each has written.
+
+    Raises CheckpointError if a worker fails, or if the driver does not see its files.
+    """
+    # Replicas hold the same state, unless their optimizers are sharded.
     names = runtime.names if runtime.deployment.shard else runtime.layout.pipeline_of(0)
-    calls = {name: SaveShard(folder, f"{number:05}-of-{len(names):05}") for number, name in enumerate(names, 1)}
-    found = _outcomes(runtime, calls, "the checkpoints before are as they were")
-    for name, shard in found.items():
+    calls = {name: SaveShard(folder, f"{index:05}-of-{len(names):05}") for index, name in enumerate(names, 1)}
+    shards = _outcomes(runtime, calls, "the checkpoints before are as they were")
+    for name, shard in shards.items():
         for file, size in shard.sizes.items():
             path = folder / file
             if not path.exists() or path.stat().st_size != size:
                 raise CheckpointError(f"{name} has written {path} and the driver does not see it. {_SHARED}")
-    return list(found.values())
+    return list(shards.values())
 
 
 def _outcomes(runtime: Runtime, calls: Mapping[str, Operation], after: str) -> dict[str, Any]:
-    """Every worker's result once all are done; one CheckpointError, which ends with ``after``, if any failed."""
+    """Wait for all workers' results and return them by worker.
+
+    If any failed, raises one CheckpointError, whose message ends with ``after``; StageError for an error of any other
+    type.
+    """
     driver = runtime.driver
-    found = driver.outcomes({name: driver.call(name, operation) for name, operation in calls.items()})
-    failed = {name: outcome for name, outcome in found.items() if isinstance(outcome, Failure)}
+    outcomes = driver.outcomes({name: driver.call(name, operation) for name, operation in calls.items()})
+    failed = {name: outcome for name, outcome in outcomes.items() if isinstance(outcome, Failure)}
     for name, failure in failed.items():
         error = StageError.of(failure)
         if not isinstance(error, CheckpointError):
@@ -160,13 +177,13 @@ def _outcomes(runtime: Runtime, calls: Mapping[str, Operation], after: str) -> d
         host = next(worker.host for worker in runtime.cluster.workers if worker.name == name)
         hint = "" if host == socket.gethostname() else f" {_SHARED}"
         raise CheckpointError(f"{name} on {host}: {failure.message}{others}; {after}.{hint}") from error
-    return found
+    return outcomes
 
 
 def _fill(manifest: Manifest, written: Sequence[Written], ties: Sequence[Tie]) -> None:
-    """Enter what the workers have written.
+    """Enter into ``manifest`` what the workers have written.
 
-    Where optimizers are sharded, a tied weight's state is with its first layer alone.
+    Where optimizers are sharded, only a tied weight's first layer has its state.
     """
     for shard in written:
         manifest.weights |= shard.weights
@@ -179,59 +196,69 @@ def _fill(manifest: Manifest, written: Sequence[Written], ties: Sequence[Tie]) -
 
 
 def _merged(written: Sequence[Written], changes: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Per group the hyperparameters of the next step: ``changes``, and where nothing changed what all workers have.
+    """Return the hyperparameters of the next step by parameter group.
 
-    What a factory makes different on every worker is left to the factory.
+    These are ``changes``, set on the driver since the last update, and otherwise the values that all workers have in
+    common. A value that the factory makes different on each worker is left out: the factory makes it again.
     """
     first, *others = [shard.groups for shard in written if shard.groups]
     return [
-        {key: value for key, value in group.items() if all(_same(value, other[at].get(key)) for other in others)}
-        | dict(changes[at])
-        for at, group in enumerate(first)
+        {key: value for key, value in group.items() if all(_same(value, other[index].get(key)) for other in others)}
+        | dict(changes[index])
+        for index, group in enumerate(first)
     ]
 
 
-def _same(one: Any, other: Any) -> bool:
-    return (
-        torch.equal(one, other) if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor) else one == other
-    )
+def _same(left: Any, right: Any) -> bool:
+    """Return whether two hyperparameters, plain values or tensors, are equal."""
+    if isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor):
+        return torch.equal(left, right)
+    return bool(left == right)
 
 
 def _check_driver(runtime: Runtime, folder: Path, manifest: Manifest, stateful: Holders) -> None:
+    """Raise CheckpointError unless ``stateful`` has the saved names and the optimizer the saved number of groups."""
     if manifest.stateful.keys() != stateful.keys():
         raise CheckpointError(
             f"{folder} holds the state of {sorted(manifest.stateful)} and load was given {sorted(stateful)};"
             " pass stateful={name: object} with the names given to save"
         )
-    mine = len(runtime.optimizer.param_groups)
-    if len(manifest.groups) != mine:
+    own_groups = len(runtime.optimizer.param_groups)
+    if len(manifest.groups) != own_groups:
         raise CheckpointError(
-            f"{folder} holds {len(manifest.groups)} parameter groups, this pipeline's optimizer has {mine}"
+            f"{folder} holds {len(manifest.groups)} parameter groups, this pipeline's optimizer has {own_groups}"
         )
 
 
-def _check_complete(folder: Path, manifest: Manifest, found: Iterable[Sequence[str]]) -> None:
-    extra = sorted(manifest.weights.keys() - {name for names in found for name in names})
+def _check_complete(folder: Path, manifest: Manifest, names_read: Iterable[Sequence[str]]) -> None:
+    """Raise CheckpointError if the checkpoint has weights that no worker has read; ``names_read``: by worker."""
+    extra = sorted(manifest.weights.keys() - {name for names in names_read for name in names})
     if extra:
         raise CheckpointError(f"{folder} is of another model: this one lacks {some(extra)}")
 
 
 def _states(stateful: Holders) -> dict[str, Any]:
+    """Return the state of every object by its name."""
     return {name: _state(holder) for name, holder in stateful.items()}
 
 
 def _state(holder: Stateful) -> Any:
+    """Return the state of a generator, or of an object with ``state_dict``."""
     return holder.get_state() if isinstance(holder, torch.Generator) else holder.state_dict()
 
 
-def _restore(given: Sequence[tuple[Stateful, Any, str]], folder: Path) -> None:
-    """Give every holder its state; ``given``: with what it is called. If one refuses, none has changed."""
-    before = [copy.deepcopy(_state(holder)) for holder, _, _ in given]
-    for number, (holder, state, name) in enumerate(given, 1):
+def _restore(saved: Sequence[tuple[Stateful, Any, str]], folder: Path) -> None:
+    """Set the state of every object; ``saved``: (object, state, its name in messages).
+
+    Raises CheckpointError if an object does not take its state; the objects before it then have their old states
+    again.
+    """
+    before = [copy.deepcopy(_state(holder)) for holder, _, _ in saved]
+    for count, (holder, state, name) in enumerate(saved, 1):
         try:
             _set_state(holder, state)
         except Exception as error:
-            for (changed, _, _), old in zip(given[:number], before, strict=False):
+            for (changed, _, _), old in zip(saved[:count], before, strict=False):
                 _set_state(changed, old)
             raise CheckpointError(
                 f"{name} refuses its state in {folder}: {type(error).__name__}: {error}; nothing has changed"
@@ -239,6 +266,7 @@ def _restore(given: Sequence[tuple[Stateful, Any, str]], folder: Path) -> None:
 
 
 def _set_state(holder: Stateful, state: Any) -> None:
+    """Set the state that ``_state`` returned."""
     if isinstance(holder, torch.Generator):
         holder.set_state(state)
     else:
@@ -246,6 +274,7 @@ def _set_state(holder: Stateful, state: Any) -> None:
 
 
 def _finish(runtime: Runtime, replies: Mapping[str, Any]) -> None:
+    """Wait until all workers have loaded their parts. An error other than Ctrl-C closes the pipeline."""
     try:
         runtime.driver.collect(replies)
     except KeyboardInterrupt:

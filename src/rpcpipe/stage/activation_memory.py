@@ -1,13 +1,13 @@
-"""The tensors that autograd saves during a forward: measure their memory, or save none."""
+"""Counts the memory that autograd keeps of a forward."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
-from torch.autograd.graph import saved_tensors_hooks
+from torch.autograd.graph import get_gradient_edge
+
+from rpcpipe.stage.graph import nodes_below, saved_tensors
 
 
 class Memory:
@@ -51,51 +51,7 @@ def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
     return []  # opaque, as mkldnn's
 
 
-class Meter:
-    """Measures the distinct memory that autograd saves inside the with-block, without the tensors in ``known``."""
-
-    def __init__(self, known: Iterable[torch.Tensor]) -> None:
-        self._known = Memory(known)
-        self.saved = Memory()
-        self._hooks: AbstractContextManager[None] = saved_tensors_hooks(self._pack, _same)
-
-    @property
-    def bytes(self) -> int:
-        """Saved bytes."""
-        return self.saved.without(self._known)
-
-    def beside(self, other: Memory) -> int:
-        """Return the saved bytes, also without the storages in ``other``."""
-        return self.saved.without(self._known, other)
-
-    def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
-        self.saved.add(tensor)
-        # Detached: the tensor may be an output of the node that saves it, which makes a cycle that is never freed.
-        return tensor.detach()
-
-    def __enter__(self) -> Meter:
-        self._hooks.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._hooks.__exit__(*error)
-
-
-def forgetting() -> AbstractContextManager[None]:
-    """Return a context in which autograd builds its graph, which tells what needs a gradient, but saves no tensor.
-
-    Unlike under ``no_grad``, every operation takes the same code path as in its recomputation.
-    """
-    return saved_tensors_hooks(_nothing, _gone)
-
-
-def _same(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
-
-
-def _nothing(_: torch.Tensor) -> None:
-    return None
-
-
-def _gone(_: None) -> torch.Tensor:
-    raise AssertionError("the graph of a forward whose activations were dropped has been used")
+def saved_by_graph(outputs: Iterable[torch.Tensor]) -> Memory:
+    """Return the memory that autograd keeps for the backward of ``outputs``."""
+    roots = [get_gradient_edge(leaf).node for leaf in outputs if leaf.requires_grad]
+    return Memory(tensor for node in nodes_below(roots) for tensor in saved_tensors(node))

@@ -65,10 +65,18 @@ class GraphEntry:
 
 @dataclass
 class Saved:
-    """The ends of one micro-batch's graph, kept from the forward to the backward."""
+    """The ends of one micro-batch's graph, kept from the forward to the backward.
 
-    outputs: list[torch.Tensor]
+    Of the outputs that need a gradient only the edges are kept: their values are needed by the next stage alone.
+    """
+
+    outputs: list[GradientEdge]
     entered: GraphEntry
+
+    @classmethod
+    def of(cls, outputs: Nest, entered: GraphEntry) -> Saved:
+        """Return the ends of the graph that has computed ``outputs``."""
+        return cls([get_gradient_edge(leaf) for leaf in differentiable(outputs)], entered)
 
 
 def copied(received: StageInput) -> StageInput:
@@ -107,7 +115,7 @@ def backward(saved: Saved, grads: Gradients) -> Gradients:
 
     An output that no later layer used has gradient None and is left out.
     """
-    pairs = [(out, grad) for out, grad in zip(saved.outputs, grads, strict=True) if grad is not None]
+    pairs = [(edge, grad) for edge, grad in zip(saved.outputs, grads, strict=True) if grad is not None]
     if pairs:
         torch.autograd.backward(*map(list, zip(*pairs, strict=True)))  # type: ignore[arg-type]
     return saved.entered.box

@@ -24,7 +24,7 @@ from rpcpipe.model.microbatch import Nest, map_tensors, tensors
 from rpcpipe.model.wiring import Flow, Wiring, advance, live_names, required_inputs
 from rpcpipe.planning.layer_cost import LayerCost
 from rpcpipe.stage import autograd
-from rpcpipe.stage.activation_memory import Memory, Meter
+from rpcpipe.stage.activation_memory import Memory, saved_by_graph
 from rpcpipe.stage.optimizer import Factory, Parameters
 from rpcpipe.stage.split_backward import backward_input, backward_weight
 
@@ -203,8 +203,9 @@ class _Measure:
         update = _update(module, self.optimizer) if self.optimizer is not None else 0.0
         for parameter in module.parameters():
             parameter.grad = None
-        with Meter([*module.parameters(), *module.buffers()]) as meter:
-            outputs, _ = _forward(module, received)
+        outputs, _ = _forward(module, received)
+        saved = saved_by_graph(tensors(outputs))
+        known = Memory([*module.parameters(), *module.buffers()])
         for buffer, value in buffers:
             buffer.data.copy_(value)
         warm = times[len(times) > 1 :]
@@ -216,12 +217,12 @@ class _Measure:
             backward,
             inputs,
             weights,
-            activation_bytes=meter.beside(before.saved),
+            activation_bytes=saved.without(known, before.saved),
             parameter_bytes=sum(parameter.nbytes for parameter in module.parameters()),
             output_bytes=Memory(tensors(leaving.nest)).without(),
             update=update,
         )
-        return cost, leaving, _Run(outputs, meter.saved)
+        return cost, leaving, _Run(outputs, saved)
 
 
 def _forward(module: nn.Module, received: autograd.StageInput) -> tuple[Nest, autograd.GraphEntry]:
@@ -234,18 +235,20 @@ def _round(module: nn.Module, received: autograd.StageInput, clock: Timer) -> tu
     clock.tick()
     outputs, entry = _forward(module, autograd.copied(received))
     clock.tick()
-    saved = autograd.Saved(autograd.differentiable(outputs), entry)
-    autograd.backward(saved, [torch.ones_like(out) for out in saved.outputs])
+    autograd.backward(autograd.Saved.of(outputs, entry), _ones(outputs))
     clock.tick()
     outputs, entry = _forward(module, received)
-    saved = autograd.Saved(autograd.differentiable(outputs), entry)
     clock.tick()
-    _, deferred = backward_input(saved, [torch.ones_like(out) for out in saved.outputs])
+    _, deferred = backward_input(autograd.Saved.of(outputs, entry), _ones(outputs))
     clock.tick()
     backward_weight(deferred)
     clock.tick()
     forward, backward, _, inputs, weights = clock.seconds()
     return forward, backward, inputs, weights
+
+
+def _ones(outputs: Nest) -> autograd.Gradients:
+    return [torch.ones_like(leaf) for leaf in autograd.differentiable(outputs)]
 
 
 def _update(module: nn.Module, factory: Factory) -> float:

@@ -8,7 +8,7 @@ the segments.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -17,10 +17,13 @@ import torch
 from torch import nn
 
 from rpcpipe.errors import ArgumentError
-from rpcpipe.model.microbatch import Nest, tensors
+from rpcpipe.model import rng
+from rpcpipe.model.microbatch import Nest, map_tensors, tensors
 from rpcpipe.stage import autograd
-from rpcpipe.stage.activation_memory import Memory, Meter, forgetting
+from rpcpipe.stage.activation_memory import Memory, saved_by_graph
+from rpcpipe.stage.audit import Audit
 from rpcpipe.stage.autograd import Gradients
+from rpcpipe.stage.buffers import ForwardBuffers, Values
 from rpcpipe.stage.split_backward import WeightBackward, backward_input
 
 Checkpoint = str | float | Callable[[int, int], bool]
@@ -108,28 +111,37 @@ def merge(chosen: Sequence[bool]) -> list[Run]:
     return runs
 
 
-# (first layer, one past the last layer, nest, its graph entry, whether this is a recomputation) -> outputs
+# (first layer, one past the last layer, nest, its graph entry, whether activations are dropped) -> outputs
 Forward = Callable[[int, int, Nest, autograd.GraphEntry, bool], Nest]
 
 
 @dataclass
+class Dropped:
+    """What a segment's recomputation starts from: its input, and the state that its forward has changed since."""
+
+    received: autograd.StageInput
+    buffers: Values
+    random: rng.PythonState
+
+
+@dataclass
 class Segment:
-    """A run of layers for one micro-batch, with its graph in ``saved`` or the input to recompute it in ``received``."""
+    """A run of layers for one micro-batch: its graph in ``saved``, or what recomputes it in ``dropped``."""
 
     run: Run
     forward: Forward
     saved: autograd.Saved | None = None
-    received: autograd.StageInput | None = None
+    dropped: Dropped | None = None
     bytes: int = 0
-    recomputing: bool = False
 
 
 class MicroBatchGraph:
     """The segments of one micro-batch, kept by a stage from the forward to the backward."""
 
-    def __init__(self, segments: list[Segment], replay: Callable[[Segment], None]) -> None:
+    def __init__(self, segments: list[Segment], replay: Callable[[Segment], None], audit: Audit) -> None:
         self._segments = segments
         self._replay = replay
+        self._audit = audit
 
     @property
     def bytes(self) -> int:
@@ -137,9 +149,9 @@ class MicroBatchGraph:
         return sum(segment.bytes for segment in self._segments)
 
     @property
-    def outputs(self) -> list[torch.Tensor]:
-        """Outputs of the last segment that need a gradient. Recomputes the segment if it was dropped."""
-        return self._ready(self._segments[-1]).outputs
+    def outputs(self) -> int:
+        """Number of outputs of the last segment that need a gradient. Recomputes the segment if it was dropped."""
+        return len(self._ready(self._segments[-1]).outputs)
 
     def prepare(self) -> bool:
         """Recompute the last segment before its gradient arrives; return False if there is nothing to recompute."""
@@ -151,7 +163,9 @@ class MicroBatchGraph:
     def backward(self, grads: Gradients) -> Gradients:
         """Run the full backward: accumulate into ``.grad`` and return the input gradients."""
         while self._segments:
-            grads = autograd.backward(self._ready(self._segments[-1]), grads)
+            saved = self._ready(self._segments[-1])
+            with self._audit.backward("whole"):
+                grads = autograd.backward(saved, grads)
             self._segments.pop()
         return grads
 
@@ -162,7 +176,9 @@ class MicroBatchGraph:
         """
         deferred = []
         for segment in reversed(self._segments):
-            grads, weight_backward = backward_input(self._ready(segment), grads)
+            saved = self._ready(segment)
+            with self._audit.backward("input"):
+                grads, weight_backward = backward_input(saved, grads)
             deferred.append(weight_backward)
             segment.saved = None
         return grads, deferred, self.bytes
@@ -177,18 +193,27 @@ class MicroBatchGraph:
 class SegmentRunner:
     """Runs a stage's segments and counts the bytes that they keep.
 
-    The bytes of a segment are measured on the first micro-batch of every shape and reused for later ones,
-    because hooks on every saved tensor of every micro-batch would cost a per cent. ``replayed`` is called
-    after every recomputation.
+    The graph of a segment is read on the first micro-batch of every shape: its bytes are reused for later ones, and
+    ``audit`` looks for what a stage cannot compute as one process would. ``leaves`` returns the stage's parameters as
+    its graphs have them. ``replayed`` is called after every recomputation.
     """
 
-    def __init__(self, module: nn.Module, recompute: Recompute, replayed: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        module: nn.Sequential,
+        recompute: Recompute,
+        replayed: Callable[[], None],
+        audit: Audit,
+        leaves: Callable[[], Collection[torch.Tensor]],
+    ) -> None:
         self.recomputed = 0
         self._replayed = replayed
         self._module = module
         self._recompute = recompute
+        self._audit, self._leaves = audit, leaves
         self._bytes: dict[Any, int] = {}
         self._mutates: dict[int, bool] = {}
+        self._buffers = ForwardBuffers(module)
 
     def run(self, chunk: int, received: autograd.StageInput, forward: Forward) -> tuple[MicroBatchGraph, Nest]:
         """Run the forward of ``chunk``; return its graph, and the outputs with their autograd graph if that is kept."""
@@ -196,47 +221,52 @@ class SegmentRunner:
         learning = self._recompute.learns
         costs: list[tuple[int, float]] = []
         outputs: Nest = None
-        for run in self._recompute.runs(chunk):
-            if segments:
-                received = autograd.leave(outputs)
-            segment = Segment(run, forward)
-            start = time.perf_counter()
-            outputs = self._drop(segment, received) if run.drop else self._keep(segment, received)
-            costs.append((segment.bytes, time.perf_counter() - start))
-            segments.append(segment)
+        with self._audit.forward():
+            for run in self._recompute.runs(chunk):
+                if segments:
+                    received = autograd.leave(outputs)
+                segment = Segment(run, forward)
+                start = time.perf_counter()
+                outputs = self._drop(segment, received) if run.drop else self._keep(segment, received)
+                costs.append((segment.bytes, time.perf_counter() - start))
+                segments.append(segment)
         if learning:
             self._recompute.learn(costs)
-        return MicroBatchGraph(segments, self._again), outputs
+        return MicroBatchGraph(segments, self._again, self._audit), outputs
 
     def _keep(self, segment: Segment, received: autograd.StageInput) -> Nest:
         """Run a segment, keep its graph, and return its outputs."""
-        key = (segment.run, tuple((leaf.shape, leaf.dtype) for leaf in tensors(received.nest)))
-        if key in self._bytes:
-            outputs = self._forward(segment, received)
-        else:
-            with Meter(self._known()) as meter:
-                outputs = self._forward(segment, received)
-            self._bytes[key] = meter.bytes
-        segment.bytes = self._bytes[key]
+        start, stop, _ = segment.run
+        seen = self._buffers.before(start, stop)
+        outputs = self._forward(segment, received)
+        self._buffers.after(start, stop, seen, dropped=False)
         return outputs
-
-    def _known(self) -> list[torch.Tensor]:
-        return [*self._module.parameters(), *self._module.buffers()]
 
     def _forward(self, segment: Segment, received: autograd.StageInput) -> Nest:
         nest, entry = autograd.enter(received)
-        outputs = segment.forward(segment.run.start, segment.run.stop, nest, entry, segment.recomputing)
-        segment.saved = autograd.Saved(autograd.differentiable(outputs), entry)
+        outputs = segment.forward(segment.run.start, segment.run.stop, nest, entry, False)
+        segment.saved = autograd.Saved.of(outputs, entry)
+        key = (segment.run, tuple((leaf.shape, leaf.dtype) for leaf in tensors(received.nest)))
+        if key not in self._bytes:
+            self._audit.graph(segment.saved, self._leaves())
+            known = Memory([*self._module.parameters(), *self._module.buffers()])
+            self._bytes[key] = saved_by_graph(tensors(outputs)).without(known)
+        segment.bytes = self._bytes[key]
         return outputs
 
     def _drop(self, segment: Segment, received: autograd.StageInput) -> Nest:
-        """Run a segment, keep only its input, as it was before any in-place change, and return its outputs."""
-        start, inputs = segment.run.start, tensors(received.nest)
-        original = received if self._mutates.get(start) is False else autograd.copied(received)
+        """Run a segment, keep only what its recomputation starts from, and return its outputs."""
+        start, stop, _ = segment.run
+        # Containers of its own: a layer may add to a dict, or take from it.
+        original = autograd.StageInput(map_tensors(lambda leaf: leaf, received.nest), received.wants_grad)
+        if self._mutates.get(start) is not False:
+            original = autograd.copied(original)
+        inputs, random = tensors(received.nest), rng.python_state()
         versions = [leaf._version for leaf in inputs]
-        with forgetting():
-            outputs = self._forward(segment, received)
-        segment.saved = None  # the graph, although it saves no tensors, would keep intermediate results alive
+        seen = self._buffers.before(start, stop)
+        nest, entry = autograd.enter(received)
+        outputs = segment.forward(start, stop, nest, entry, True)
+        buffers = self._buffers.after(start, stop, seen, dropped=True)
         mutated = [leaf._version for leaf in inputs] != versions
         if mutated and self._mutates.get(start) is False:
             raise RuntimeError(
@@ -244,18 +274,19 @@ class SegmentRunner:
                 " it cannot be recomputed: pass checkpoint='never' or a function that spares this stage"
             )
         self._mutates[start] = mutated or self._mutates.get(start, False)
-        segment.received = original if mutated else received
-        segment.bytes = Memory(tensors(segment.received.nest)).without()
+        segment.dropped = Dropped(original, buffers, random)
+        segment.bytes = Memory(tensors(original.nest)).without()
         return outputs
 
     def _again(self, segment: Segment) -> None:
-        """Recompute a segment and restore the buffers: BatchNorm's statistics already include this micro-batch."""
-        assert segment.received is not None
-        self.recomputed += segment.run.stop - segment.run.start
-        received, segment.received, segment.recomputing = segment.received, None, True
-        buffers = [(buffer, buffer.clone()) for buffer in self._module.buffers()]
-        with torch.enable_grad():
-            self._keep(segment, received)
-        for buffer, value in buffers:
-            buffer.data.copy_(value)
+        """Recompute a segment as its forward ran, and leave buffers and generators as they are now."""
+        assert segment.dropped is not None
+        start, stop, _ = segment.run
+        self.recomputed += stop - start
+        dropped, segment.dropped = segment.dropped, None
+        random = rng.python_state()
+        rng.set_python_state(dropped.random)
+        with torch.enable_grad(), self._buffers.as_of(start, stop, dropped.buffers):
+            self._forward(segment, dropped.received)
+        rng.set_python_state(random)
         self._replayed()

@@ -11,14 +11,21 @@ again for the edges towards parameters only. No product is computed twice.
 
 from __future__ import annotations
 
+import contextlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node
 
+from rpcpipe.stage import autograd
 from rpcpipe.stage.autograd import Saved
+from rpcpipe.stage.graph import accumulators_below, is_python, nodes_below, raw_saved
+
+# torch.utils.checkpoint(use_reentrant=True) refuses inputs=…, a compiled graph retain_graph=True.
+_WHOLE = ("CheckpointFunctionBackward", "CompiledFunctionBackward")
 
 
 @dataclass
@@ -48,15 +55,17 @@ def backward_input(saved: Saved, grads: list[torch.Tensor | None]) -> tuple[list
     ``grads`` are the gradients of ``saved.outputs``, None for an output that no later layer used. Accumulates
     nothing into ``.grad``.
     """
-    pairs = [(out, grad) for out, grad in zip(saved.outputs, grads, strict=True) if grad is not None]
+    pairs = [(edge, grad) for edge, grad in zip(saved.outputs, grads, strict=True) if grad is not None]
     entries = saved.entered.edges or saved.entered.inner
-    trunk = _Trunk([out.grad_fn for out, _ in pairs if out.grad_fn is not None], entries)
+    trunk = _Trunk([edge.node for edge, _ in pairs], entries)
+    if trunk.whole:
+        return autograd.backward(saved, grads), WeightBackward()
     # An output may be an input passed through; its gradient is the input's gradient. Where the trunk ends at
     # the first layer's output, inside the stage, that output and everything below it are left to W.
     leading = trunk.nodes if saved.entered.edges else trunk.inside
-    roots = [(get_gradient_edge(out), grad) for out, grad in pairs if out.grad_fn not in leading]
+    roots = [(edge, grad) for edge, grad in pairs if edge.node not in leading]
     deferred = WeightBackward(roots=roots)
-    through = [pair for pair in pairs if pair[0].grad_fn in leading]
+    through = [pair for pair in pairs if pair[0].node in leading]
     if not through:
         return [None] * len(saved.entered.edges), deferred
     branches, shared = trunk.branches()
@@ -64,7 +73,7 @@ def backward_input(saved: Saved, grads: list[torch.Tensor | None]) -> tuple[list
         GradientEdge(branch.node, index) for branch in branches for index in range(len(branch.node._input_metadata))
     ]
     captured = torch.autograd.grad(
-        [out for out, _ in through],
+        [edge for edge, _ in through],
         [*entries, *arrivals, *shared],
         [grad for _, grad in through],
         retain_graph=True,
@@ -122,7 +131,7 @@ class _Trunk:
     """The nodes from which the stage's input can be reached."""
 
     def __init__(self, roots: list[Node], entries: list[GradientEdge]) -> None:
-        self._order = _children_first(roots)
+        self._order = nodes_below(roots)
         entry = {edge.node for edge in entries}
         self.nodes: set[Node] = set()
         for node in self._order:
@@ -130,77 +139,51 @@ class _Trunk:
                 self.nodes.add(node)
         self.inside = self.nodes - entry
 
+    @property
+    def whole(self) -> bool:
+        """Whether a node refuses to run for some of its inputs alone, or twice."""
+        return any(type(node).__name__ in _WHOLE for node in self.inside)
+
     def branches(self) -> tuple[list[Branch], list[GradientEdge]]:
-        """Return the edges that leave the trunk, by node, and the accumulators that several of these edges reach."""
-        uses: dict[Node, int] = {}
-        leaving = list(self._leaving())
-        for _, edge in leaving:
-            for accumulator in _accumulators(edge.node):
-                uses[accumulator] = uses.get(accumulator, 0) + 1
-        several = {accumulator for accumulator, count in uses.items() if count > 1}
+        """Return the edges that leave the trunk, by node, and the accumulators whose gradients ``I`` computes.
+
+        These are the accumulators that several edges reach, because autograd sums their gradients, and those below a
+        custom Function, whose backward may have side effects and so runs once.
+        """
+        leaving = [(node, edge, accumulators_below(edge.node)) for node, edge in self._leaving()]
+        uses = Counter(accumulator for _, _, below in leaving for accumulator in below)
+        early = {accumulator for accumulator, count in uses.items() if count > 1}
+        early |= {accumulator for node, _, below in leaving if is_python(node) for accumulator in below}
+        reached: set[Node] = set()
+        while reached != early:  # an edge is either run by W for all its accumulators, or for none
+            reached = early
+            early = reached.union(*(below for _, _, below in leaving if below & reached))
         branches: dict[Node, Branch] = {}
-        for node, edge in leaving:
-            if not several & _accumulators(edge.node):
+        for node, edge, below in leaving:
+            if not below & early:
                 branches.setdefault(node, Branch(node, [])).edges.append(edge)
-        return list(branches.values()), [GradientEdge(accumulator, 0) for accumulator in several]
+        return list(branches.values()), [GradientEdge(accumulator, 0) for accumulator in early]
 
     def _leaving(self) -> Iterator[tuple[Node, GradientEdge]]:
         """Yield (trunk node, edge) for every edge from the trunk towards parameters."""
         for node in reversed(self._order):
             if node in self.inside:
                 for child, index in node.next_functions:
-                    if child is not None and child not in self.nodes and _accumulators(child):
+                    if child is not None and child not in self.nodes and accumulators_below(child):
                         yield node, GradientEdge(child, index)
 
     def release(self, kept: set[int]) -> None:
         """Free the saved tensors of trunk nodes that ``W`` does not run; ``kept`` holds the ids of those it runs."""
         for node in self.inside:
             if id(node) not in kept:
-                for name in _saved_names(node):
-                    _drop(getattr(node, name))
-
-
-def _children_first(roots: list[Node]) -> list[Node]:
-    """Return all nodes below ``roots``, every node after its children. No recursion, since graphs are deep."""
-    order: list[Node] = []
-    state: dict[Node, bool] = {}
-    stack = list(roots)
-    while stack:
-        node = stack[-1]
-        if node not in state:
-            state[node] = False
-            stack += [child for child, _ in node.next_functions if child is not None and child not in state]
-        else:
-            stack.pop()
-            if not state[node]:
-                state[node] = True
-                order.append(node)
-    return order
-
-
-def _accumulators(node: Node) -> set[Node]:
-    """Return the parameters' accumulators below ``node``, including ``node``."""
-    return {below for below in _children_first([node]) if hasattr(below, "variable")}
-
-
-_names_by_type: dict[type, list[str]] = {}
-
-
-def _saved_names(node: Node) -> list[str]:
-    names = _names_by_type.get(type(node))
-    if names is None:
-        names = [name for name in dir(type(node)) if name.startswith("_raw_saved_")]
-        _names_by_type[type(node)] = names
-    return names
+                for saved in raw_saved(node):
+                    _drop(saved)
 
 
 def _drop(saved: Any) -> None:
-    """Free a saved tensor, or several, by hooks that pack it into None."""
-    for entry in saved if isinstance(saved, tuple) else (saved,):
-        try:
-            entry.register_hooks(lambda tensor: None, _gone)
-        except RuntimeError:
-            continue  # no tensor is saved, or the user's hooks hold it
+    """Free a saved tensor by hooks that pack it into None."""
+    with contextlib.suppress(RuntimeError):  # no tensor is saved, or the user's hooks hold it
+        saved.register_hooks(lambda tensor: None, _gone)
 
 
 def _gone(_: None) -> torch.Tensor:

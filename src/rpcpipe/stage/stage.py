@@ -21,6 +21,7 @@ from rpcpipe.model.microbatch import Nest, map_tensors
 from rpcpipe.model.sendable import sendable
 from rpcpipe.model.wiring import Flow, Wiring, advance, live_names
 from rpcpipe.stage import autograd, precision
+from rpcpipe.stage.audit import Audit
 from rpcpipe.stage.autograd import Gradients, StageInput
 from rpcpipe.stage.boundary import cut, join, leaving, part
 from rpcpipe.stage.context import MicroBatch, StepContext
@@ -87,7 +88,8 @@ class Stage:
         self.peak_in_flight = 0
         self.peak_bytes = 0
         recompute = options.recompute or Recompute("never", index, index, len(self.module))
-        self.segments = SegmentRunner(self.module, recompute, self._measure)
+        self.audit = Audit(self.module)
+        self.segments = SegmentRunner(self.module, recompute, self._measure, self.audit, self._leaves)
         self.versions: Versions | None = None
         self.micro_batches: dict[int, MicroBatch] = {}
         self._saved: dict[int, MicroBatchGraph] = {}
@@ -141,16 +143,19 @@ class Stage:
         stop: int,
         flow: Flow,
         entry: autograd.GraphEntry,
-        recomputing: bool,
+        dropping: bool,
     ) -> Nest:
-        """Run layers ``start`` … ``stop - 1`` in training, and the loss after the stage's last layer."""
+        """Run layers ``start`` … ``stop - 1`` in training, and the loss after the stage's last layer.
+
+        ``dropping``: the activations are not kept. The loss is then left to the recomputation: it may have a state.
+        """
         with precision.autocast(self.device, self._autocast):
-            flow = self._run_layers(micro_batch, flow, entry, start, stop)
+            flow = self._run_layers(micro_batch, flow, entry, start, stop, dropping=dropping)
             if stop < len(self.module):
                 return flow
             if self.loss is None:
                 return leaving(flow, self._outgoing)
-            return self._take_loss(chunk, flow[0], target, recomputing=recomputing)
+            return flow if dropping else self._take_loss(chunk, flow[0], target)
 
     def _leave(self, chunk: int, flow: Flow) -> dict[str, StageInput]:
         return part(autograd.leave(self.leaving.flow(flow, chunk)), self._outgoing)
@@ -172,11 +177,21 @@ class Stage:
         return {}
 
     def _run_layers(
-        self, micro_batch: MicroBatch, flow: Flow, entry: autograd.GraphEntry, start: int, stop: int
+        self,
+        micro_batch: MicroBatch,
+        flow: Flow,
+        entry: autograd.GraphEntry,
+        start: int,
+        stop: int,
+        *,
+        dropping: bool = False,
     ) -> Flow:
         version = self.version(micro_batch)
         for index in range(start, stop):
             layer = self.module[index]
+            if dropping and index > start:
+                # With a graph, as it is recomputed, but only of one layer at a time.
+                flow, _ = autograd.enter(autograd.leave(flow))
             rng.seed_layer(self.seed, micro_batch.rng_step, micro_batch.position, self.first_layer + index)
             call = layer if self.versions is None else partial(self.versions.call, layer, version)
             flow = advance(call, self._wirings[index], flow, self._live_names[index])
@@ -198,7 +213,7 @@ class Stage:
         """
         return chunk in self._saved and self._saved[chunk].prepare()
 
-    def _take_loss(self, chunk: int, outputs: Nest, target: Nest, *, recomputing: bool = False) -> torch.Tensor:
+    def _take_loss(self, chunk: int, outputs: Nest, target: Nest) -> torch.Tensor:
         assert self.loss is not None
         value = self.loss(outputs, map_tensors(lambda leaf: leaf.to(self.device), target))
         value, count = value if isinstance(value, tuple) else (value, None)
@@ -208,8 +223,7 @@ class Stage:
                 f"loss must return a scalar tensor (the mean), or (sum, count), not {shape};"
                 " reduce it, for instance by .mean()"
             )
-        if not recomputing:
-            self.losses[chunk] = (value.detach(), count)
+        self.losses[chunk] = (value.detach(), count)
         return value
 
     def version(self, micro_batch: MicroBatch) -> int:
@@ -218,7 +232,11 @@ class Stage:
 
     def backward(self, chunk: int, grads: Mapping[str, Gradients]) -> dict[str, Gradients]:
         """Run the full backward of ``chunk``: accumulate into ``.grad`` and return the input gradients by link."""
-        input_grads = self._saved[chunk].backward(self._output_grads(chunk, grads))
+        run = partial(self._saved[chunk].backward, self._output_grads(chunk, grads))
+        if self.versions is not None and self.audit.recomputes:
+            input_grads = self.versions.run(self.module, self.version(self.micro_batches[chunk]), run)
+        else:
+            input_grads = run()
         del self._saved[chunk]
         return self._send_back(chunk, input_grads)
 
@@ -229,6 +247,7 @@ class Stage:
         """Return whether ``chunk``'s loss is finite and its count positive; True on a stage without a loss."""
         if self.loss is None:
             return True
+        self.prepare(chunk)  # a recomputation computes the loss
         value, count = self.losses[chunk]
         return bool(value.isfinite()) and (count is None or float(count) > 0)
 
@@ -246,15 +265,22 @@ class Stage:
 
     def backward_weight(self, chunk: int) -> None:
         """Run the second half of ``chunk``'s backward: accumulate the weight gradients into ``.grad``."""
-        for deferred in self._deferred.pop(chunk)[0]:
-            backward_weight(deferred)
+        with self.audit.backward("weight"):
+            for deferred in self._deferred.pop(chunk)[0]:
+                backward_weight(deferred)
 
     def _output_grads(self, chunk: int, grads: Mapping[str, Gradients]) -> Gradients:
         if self.loss is None:
             return [None if grad is None else grad.to(self.device) for link in self._outgoing for grad in grads[link]]
-        weight = _weight(self.micro_batches[chunk], self.losses[chunk][1])
+        outputs = self._saved[chunk].outputs  # a recomputation computes the loss
+        loss, count = self.losses[chunk]
+        weight = _weight(self.micro_batches[chunk], count)
         # scale * weight, in the order in which autograd multiplies for scaler.scale(loss * weight).backward().
-        return [torch.full_like(loss, self._scale).mul_(weight) for loss in self._saved[chunk].outputs]
+        return [torch.full_like(loss, self._scale).mul_(weight) for _ in range(outputs)]
+
+    def _leaves(self) -> Collection[torch.Tensor]:
+        """Return the parameters as the leaves of this stage's graphs."""
+        return set(self.module.parameters()) if self.versions is None else self.versions.leaves
 
     def _to_device(self, received: StageInput) -> StageInput:
         if self.device.type == "cpu":

@@ -12,7 +12,8 @@ its forward.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -21,6 +22,20 @@ from torch.func import functional_call
 from rpcpipe.schedules.weight_versions import version
 
 Aliases = dict[nn.Parameter, torch.Tensor]
+
+
+R = TypeVar("R")
+
+
+class _Block(nn.Module):
+    """Calls a function, so that ``functional_call`` substitutes ``module``'s parameters meanwhile."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, function: Callable[[], Any]) -> Any:
+        return function()
 
 
 class Versions:
@@ -59,9 +74,34 @@ class Versions:
         }
         return functional_call(layer, named, arguments) if named else layer(*arguments)
 
+    def run(self, module: nn.Module, number: int, function: Callable[[], R]) -> R:
+        """Return ``function()``, during which ``module`` has the weights of version ``number``.
+
+        For a backward that runs layers again.
+        """
+        aliases = self._aliases(number)
+        named = {
+            f"module.{name}": aliases[parameter]
+            for name, parameter in module.named_parameters(remove_duplicate=False)
+            if parameter in aliases
+        }
+        result: R = functional_call(_Block(module), named, (function,))
+        return result
+
+    @property
+    def leaves(self) -> set[torch.Tensor]:
+        """All versions of the parameters that the stage trains, as the leaves of its graphs."""
+        return {alias for aliases in self._held.values() for alias in aliases.values()}
+
     def collect(self, number: int) -> None:
         """Move the gradients of version ``number`` to the parameters' ``.grad``."""
         for parameter, alias in self._aliases(number).items():
+            if parameter.grad is not None:
+                raise RuntimeError(
+                    f"a parameter of shape {tuple(parameter.shape)} was used past the version of its weights that the"
+                    " micro-batch began with (its layer keeps it in a list, or recomputes in the backward with a"
+                    " reference of its own); use a synchronous schedule"
+                )
             parameter.grad, alias.grad = alias.grad, None
 
     def before_update(self, group: int, *, skipped: bool = False) -> None:

@@ -1,1 +1,1 @@
-"""What runs in a worker process: a mailbox that orders messages, one compute thread, the actor that holds stages."""
+"""The worker process: a mailbox that orders messages, one compute thread, and the actor that holds stages."""

@@ -1,4 +1,4 @@
-"""``python -m rpcpipe.worker``."""
+"""Run ``python -m rpcpipe.worker``."""
 
 from rpcpipe.worker.main import main
 

@@ -1,4 +1,4 @@
-"""The remote actor: one pipeline's stages on one worker, and what they do in a step.
+"""The remote actor: executes one pipeline's operations on the stages of one worker.
 
 The executor's compute thread calls ``execute`` with one operation at a time, in the driver's order.
 """
@@ -56,7 +56,7 @@ from rpcpipe.worker.stage_set import ActorSpec, StageSet
 
 
 class Ledger(Protocol):
-    """Where gradients are filed: the step's distributed-autograd context."""
+    """Stores gradients in distributed-autograd contexts."""
 
     def context(self) -> AbstractContextManager[int]: ...
 
@@ -69,7 +69,7 @@ Send = Callable[[str, int, Port, Any], None]
 
 
 class Actor:
-    """Stages of one pipeline on worker ``name``, at work. ``held``: what it works on."""
+    """Executes operations on the stages ``held`` of one pipeline on worker ``name``."""
 
     def __init__(self, name: str, spec: ActorSpec, *, device: torch.device, send: Send, ledger: Ledger) -> None:
         self.held = StageSet(spec, device)
@@ -85,9 +85,9 @@ class Actor:
         self._arrivals: deque[tuple[int, Port, int]] = deque()  # handlers append
 
     def idle_work(self, action: Action | None = None) -> bool:
-        """Something useful to do while waiting for ``action``'s input; False if there is nothing.
+        """Do one piece of work while ``action`` waits for its input; return False if there is none.
 
-        A backward's recomputation overlaps with waiting for its gradient (Kim et al., "torchgpipe",
+        The recomputation of a backward overlaps with the wait for its gradient (Kim et al., "torchgpipe",
         section 3.2, early recomputation).
         """
         if action is not None and action.kind in "BI" and self.held.stages[action.stage].prepare(action.chunk):
@@ -95,19 +95,19 @@ class Actor:
         return self.held.optimizer is not None and self.held.optimizer.undo.refresh_one()
 
     def arrived(self, step: int, port: Port) -> None:
-        """A value for ``port`` came from another worker; called by a handler's thread."""
+        """Record when a value for ``port`` arrived from another worker. Called by a handler's thread."""
         self._arrivals.append((step, port, time.monotonic_ns()))
 
     def describe(self) -> dict[int, StageInfo]:
-        """Describe the stages here, by number."""
+        """Return the description of every stage of this worker, by stage."""
         return self.held.describe()
 
     def module(self, stage: int) -> nn.Module:
-        """Return a stage's module."""
+        """Return the module of ``stage``."""
         return self.held.module(stage)
 
     def execute(self, operation: Operation, inputs: Mapping[str, Any]) -> Any:
-        """Do what the driver asks for; ``inputs``: the values that the task awaited, by slot."""
+        """Execute ``operation`` and return its result. ``inputs``: the values that the task awaited, by slot."""
         match operation:
             case RunAction(route, context):
                 return self._run_action(route, context, inputs)
@@ -121,12 +121,12 @@ class Actor:
                 self.held.exchanges[group].take_sums(bucket, inputs["sums"])
             case GatherWeights(group, bucket):
                 self.held.exchanges[group].take_weights(bucket, inputs["weights"])
-            case GiveStatistics(number):
-                self._give_statistics(number)
-            case AddStatistics(number):
-                self._add_statistics(number, inputs)
-            case TakeBuffers(number):
-                self._take_buffers(number, inputs["buffers"])
+            case GiveStatistics(stage):
+                self._give_statistics(stage)
+            case AddStatistics(stage):
+                self._add_statistics(stage, inputs)
+            case TakeBuffers(stage):
+                self._take_buffers(stage, inputs["buffers"])
             case ReportStep():
                 return self._report_step()
             case NormalizeGradients(count):
@@ -142,15 +142,15 @@ class Actor:
             case EndStream(updates):
                 self._end_stream(updates)
             case CreateActor() | CallFunction() | ForwardByHand() | ForgetStep() | DropActor():
-                raise AssertionError("the worker's, not a pipeline's")
+                raise AssertionError("the executor runs this operation")
             case _:
                 return self.held.execute(operation)
         return None
 
-    # --- operations of a step, in the order in which they come ---
+    # --- operations of a step, in the order of their execution ---
 
     def _begin_step(self, plan: StepContext) -> None:
-        """Start ``plan.step``. That it starts means that the step before is settled everywhere."""
+        """Start ``plan.step``. The driver starts a step only once the step before is settled on all workers."""
         self._clear()
         self._plan = plan
         if plan.policy is not None:
@@ -160,16 +160,17 @@ class Actor:
                 stage.leaving.forget()
             self._buffers.take(stage.module for stage in self.held.stages.values())
             self.held.accumulated.resume(plan.accumulates_on, self.held.parameters)
-            if plan.accumulates_on is None and self.held.optimizer is not None:  # since then no weight has changed
+            # While gradients accumulate no weight changes, so the rollback copy stays valid.
+            if plan.accumulates_on is None and self.held.optimizer is not None:
                 self.held.optimizer.undo.invalidate()
 
     def _run_action(self, route: Route, context: MicroBatch | Update | None, values: Mapping[str, Any]) -> Any:
-        """Execute one action of the schedule and send its results on; an update returns a Report.
+        """Execute one action of the schedule and send its results to other stages; an update returns a Report.
 
-        ``values`` came by the links that the route awaits.
+        ``values``: by link, the inputs or gradients that the route awaits.
         """
-        kind, number, chunk = route.action
-        stage, plan = self.held.stages[number], self._plan
+        kind, index, chunk = route.action
+        stage, plan = self.held.stages[index], self._plan
         start = time.monotonic_ns()
         results: Mapping[str, Any] = {}
         if isinstance(context, Update):
@@ -179,43 +180,43 @@ class Actor:
             parcels = {link: parcel for link, parcel in values.items() if link != "target"}
             results = stage.forward(plan, micro_batch, chunk, parcels, values.get("target"))
         elif kind == "B" and plan.policy is not None:
-            results = self._stream_backwards[number].run(plan, chunk, values)
+            results = self._stream_backwards[index].run(plan, chunk, values)
         elif kind == "B":
             results = stage.backward(chunk, values)
         elif kind == "I":
             results = stage.backward_input(chunk, values)
         else:
             stage.backward_weight(chunk)
-        self._report.spans.append((kind, number, chunk, start, time.monotonic_ns(), stage.version(micro_batch)))
+        self._report.spans.append((kind, index, chunk, start, time.monotonic_ns(), stage.version(micro_batch)))
         for link, worker, port in route.sends:
             if plan.trace and worker != self.name:
                 self._report.sends.append((route.action, port, time.monotonic_ns()))
             self._send(worker, plan.step, port, results[link])
-        if kind in "BI" and plan.policy is None and (grads := results.get(link_to(number, DRIVER))):
-            self._report.input_grads[number, chunk] = grads
+        if kind in "BI" and plan.policy is None and (grads := results.get(link_to(index, DRIVER))):
+            self._report.input_grads[index, chunk] = grads
         return None
 
     def _reduce_scatter(self, group: str) -> None:
-        """Push the gradients that others sum to them."""
+        """Push to every other member of ``group`` the gradients that this member sums."""
         self._push(self.held.exchanges[group].scatter())
 
     def _reduce(self, group: str, bucket: int, spread: bool, parts: Mapping[str, Tensors]) -> None:
-        """Sum what was pushed and what is here; ``spread``: push the sums."""
+        """Sum the members' gradients ``parts`` of ``bucket`` with this worker's; ``spread``: push the sums."""
         exchange = self.held.exchanges[group]
         exchange.reduce(bucket, parts)
         if spread:
             self._push(exchange.sums(bucket))
 
-    def _give_statistics(self, number: int) -> None:
-        """Push what the micro-batches here add to running statistics to the first replica."""
+    def _give_statistics(self, stage: int) -> None:
+        """Push to the first replica what this replica's micro-batches add to running statistics."""
         first, *_ = self.held.spec.peers.workers
-        port = Port(Bucket(group_of(number), 0), statistics_from(self.name))
-        pending = [tensor for norm in self.held.stages[number].norms for tensor in norm.give()]
+        port = Port(Bucket(group_of(stage), 0), statistics_from(self.name))
+        pending = [tensor for norm in self.held.stages[stage].norms for tensor in norm.give()]
         self._send(first, self._plan.step, port, [tensor.cpu() for tensor in pending])
 
-    def _add_statistics(self, number: int, parts: Mapping[str, Sequence[torch.Tensor]]) -> None:
-        """Move the running statistics by what passed in all replicas, and push the buffers to the others."""
-        stage, others = self.held.stages[number], self.held.spec.peers.workers[1:]
+    def _add_statistics(self, index: int, parts: Mapping[str, Sequence[torch.Tensor]]) -> None:
+        """Update running statistics from the micro-batches of all replicas; push the buffers to the other replicas."""
+        stage, others = self.held.stages[index], self.held.spec.peers.workers[1:]
         for worker in others:
             tensors = iter(parts[statistics_from(worker)])
             for norm in stage.norms:
@@ -223,63 +224,63 @@ class Actor:
         for norm in stage.norms:
             norm.commit()
         buffers = [buffer.cpu() for buffer in stage.module.buffers()]
-        self._push((worker, Port(Bucket(group_of(number), 0), "buffers"), buffers) for worker in others)
+        self._push((worker, Port(Bucket(group_of(index), 0), "buffers"), buffers) for worker in others)
 
     @torch.no_grad()
-    def _take_buffers(self, number: int, buffers: Sequence[torch.Tensor]) -> None:
-        """Take over the first replica's."""
-        for mine, value in zip(self.held.stages[number].module.buffers(), buffers, strict=True):
-            mine.copy_(value)
+    def _take_buffers(self, stage: int, values: Sequence[torch.Tensor]) -> None:
+        """Set the stage's buffers to the first replica's ``values``."""
+        for buffer, value in zip(self.held.stages[stage].module.buffers(), values, strict=True):
+            buffer.copy_(value)
 
     def _push(self, pushes: Iterable[Push]) -> None:
         for worker, port, value in pushes:
             self._send(worker, self._plan.step, port, value)
 
     def _report_step(self) -> Report:
-        """All actions here are done: the worker's account of the step."""
+        """Return the worker's report of the step, all of whose actions on this worker are done."""
         report = self._report
         self._add_arrivals(report)
-        for number, stage in self.held.stages.items():
+        for index, stage in self.held.stages.items():
             report.losses.update(stage.loss_values())
             report.outputs.update({chunk: pack(output) for chunk, output in stage.outputs.items()})
             report.metrics.update(stage.measured)
-            report.peak_in_flight[number] = stage.peak_in_flight
-            report.peak_bytes[number], report.recomputed[number] = stage.peak_bytes, stage.segments.recomputed
+            report.peak_in_flight[index] = stage.peak_in_flight
+            report.peak_bytes[index], report.recomputed[index] = stage.peak_bytes, stage.segments.recomputed
             if self._plan.training:
                 for norm in stage.norms:
                     norm.commit()
                 if self._plan.updates:
                     gradients.unscale(stage.parameters, self._plan.scale)
-                report.norms[number] = self._norms(stage)
+                report.norms[index] = self._norms(stage)
             stage.outputs = {}
         if self._plan.training and not self._plan.updates:
             self.held.accumulated.keep(self._plan.step, self.held.parameters)
         return report
 
     def _norms(self, stage: Stage) -> dict[int, float]:
-        """Of the gradients that are summed here, by the parameter's place in the stage."""
+        """Return the 2-norm of every gradient that this worker sums, by the parameter's index in the stage."""
         elsewhere = self.held.owned_elsewhere
-        mine = {
-            at: parameter
-            for at, parameter in enumerate(stage.parameters)
+        owned = {
+            index: parameter
+            for index, parameter in enumerate(stage.parameters)
             if parameter.grad is not None and parameter not in elsewhere
         }
-        return dict(zip(mine, gradients.norms(list(mine.values())), strict=True))
+        return dict(zip(owned, gradients.norms(list(owned.values())), strict=True))
 
     def _add_arrivals(self, report: Report) -> None:
-        """Those of the step; of a stream, since its last update."""
+        """Move the arrivals of the step to ``report``; those of a stream, since its last update."""
         while self._arrivals and self._arrivals[0][0] <= self._plan.step:
-            step, port, at = self._arrivals.popleft()
+            step, port, arrived = self._arrivals.popleft()
             if self._plan.trace and step == self._plan.step:
-                report.arrivals.append((port, at))
+                report.arrivals.append((port, arrived))
 
     def _normalize_gradients(self, count: float) -> dict[int, dict[int, float]]:
-        """Turn the gradients of sums into those of means over ``count``; their norms, by stage."""
+        """Divide all gradients by ``count``; return their norms by stage and the parameter's index in it."""
         gradients.divide(self.held.parameters, count)
-        return {number: self._norms(stage) for number, stage in self.held.stages.items()}
+        return {index: self._norms(stage) for index, stage in self.held.stages.items()}
 
     def _publish_gradients(self, context_id: int, factor: float) -> None:
-        """File the gradients, times ``factor`` (clipping), in the step's distributed-autograd context."""
+        """Add the gradients, times ``factor`` (clipping), to the step's distributed-autograd context."""
         parameters = self.held.parameters
         if factor != 1.0:
             gradients.scale(parameters, factor)
@@ -288,7 +289,7 @@ class Actor:
             self._ledger.accumulate(context_id, root)
 
     def _update_weights(self, context_id: int, changes: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
-        """Apply the context's gradients; when that began and ended, in nanoseconds."""
+        """Apply the context's gradients; return the update's (start, end) in ns of this worker's clock."""
         start = time.monotonic_ns()
         if self.held.optimizer is not None:
             self.held.optimizer.step(self._ledger.get_gradients(context_id), changes)
@@ -299,23 +300,26 @@ class Actor:
         return self._updated
 
     def _roll_back(self, step: int, updating: bool) -> None:
-        """Take ``step`` back, which may not have begun here; ``updating``: its update too."""
+        """Roll ``step`` back, unless it has not begun on this worker; ``updating``: roll back its update, too."""
         if self._plan.step != step or not self._plan.training:
             return
         self._buffers.restore()
         if updating and self.held.optimizer is not None:
             self.held.optimizer.undo.restore()
 
-    # --- of a stream ---
+    # --- operations of a stream ---
 
     def _open_stream(self, policy: str) -> None:
-        for number, stage in self.held.stages.items():
-            stage.versions = Versions(policy, number, self.held.last_stage + 1, stage.module)
-            self._stream_backwards[number] = StreamBackward(stage)
+        for index, stage in self.held.stages.items():
+            stage.versions = Versions(policy, index, self.held.last_stage + 1, stage.module)
+            self._stream_backwards[index] = StreamBackward(stage)
         self._snapshots = Snapshots(self.held.optimizer) if self.held.optimizer is not None else None
 
     def _update(self, stage: Stage, chunk: int, update: Update, start: int) -> Report:
-        """Apply the group's gradients from a distributed-autograd context of its own."""
+        """Apply the gradients of ``update.group`` through a new distributed-autograd context; return the report.
+
+        Raises FloatingPointError for a gradient that is not finite although the loss is.
+        """
         versions, parameters = stage.versions, stage.parameters
         assert versions is not None
         report, self._report = self._report, Report(self.name)
@@ -347,7 +351,7 @@ class Actor:
         return report
 
     def _end_stream(self, updates: int | None = None) -> None:
-        """No version but the newest is needed; ``updates``: go back to so many first."""
+        """Drop all versions except the newest. ``updates``: first restore the state after this number of updates."""
         if self._snapshots is not None:
             if updates is not None:
                 self._snapshots.restore(updates)
@@ -359,13 +363,13 @@ class Actor:
         self._clear()
 
     def reset(self, step: int) -> None:
-        """Forget ``step``, which failed, unless the next one has begun (the messages may cross)."""
+        """Forget the failed ``step``, unless the next step has begun (the two messages may cross)."""
         if self._plan.step <= step:
             self._clear()
 
     def _clear(self) -> None:
         self._report = Report(self.name)
-        # Values of the step that begins may have come already; those of earlier steps are history.
+        # Values of the step that begins may have arrived already; only arrivals up to the last step are dropped.
         while self._arrivals and self._arrivals[0][0] <= self._plan.step:
             self._arrivals.popleft()
         for stage in self.held.stages.values():

@@ -1,8 +1,8 @@
-"""The one executor: a compute thread per worker that runs tasks in strict sequence.
+"""The executor: one compute thread per worker that runs tasks in strict sequence.
 
-Handlers (``submit``, ``deliver``, ``cancel``) are called by the transport's threads, file what
-they were given and return. The compute thread takes the next task that is complete, from whichever
-pipeline has one, and runs it.
+The transport's threads call the handlers (``submit``, ``deliver``, ``cancel``), which file tasks and values
+and return at once. The compute thread takes the next task whose values have all arrived, from any
+pipeline, and runs it.
 """
 
 from __future__ import annotations
@@ -45,10 +45,7 @@ log = logging.getLogger("rpcpipe.worker")
 
 
 class Executor:
-    """All pipelines' actors on one worker.
-
-    The transport's verbs end here: the handlers below.
-    """
+    """Holds all pipelines' actors on one worker and serves the transport's verbs by the handlers below."""
 
     def __init__(self, name: str, transport: Transport, *, device: torch.device, threads: int) -> None:
         self.name = name
@@ -68,25 +65,28 @@ class Executor:
     # --- handlers: called by any thread, never block ---
 
     def create(self, pipeline: str, spec: bytes) -> Future[Any]:
-        """Build an actor from a cloudpickled ActorSpec; replies with its description."""
+        """Build an actor from a cloudpickled ActorSpec; reply with the description of its stages."""
         with self._changed:
             self._mailboxes[pipeline] = Mailbox()
             return self._enqueue(CreateActor(pipeline, spec))
 
     def run(self, call: bytes) -> Future[Any]:
-        """A cloudpickled ``(function, args)`` on the compute thread, outside of any pipeline."""
+        """Run a cloudpickled ``(function, args)`` on the compute thread, outside of any pipeline; reply its result."""
         with self._changed:
             return self._enqueue(CallFunction(call))
 
     def forward(self, pipeline: str, number: int, nest: Any) -> Future[Any]:
-        """Stage ``number``'s module applied to ``nest``, with its graph: for distributed autograd by hand."""
+        """Apply stage ``number``'s module to ``nest`` with its autograd graph; reply with the output.
+
+        Serves distributed autograd by hand.
+        """
         with self._changed:
             return self._enqueue(ForwardByHand(pipeline, number, nest))
 
     def submit(
         self, pipeline: str, step: int, sequence: int, tasks: Sequence[Task], values: Sequence[tuple[Port, Any]] = ()
     ) -> Future[Any]:
-        """File ``tasks`` at ``sequence`` … and values for them; replies with the last one's outcome."""
+        """File ``tasks`` from place ``sequence`` on and ``values`` for them; reply with the last task's outcome."""
         reply: Future[Any] = Future()
         entries = [Entry(step, task) for task in tasks]
         entries[-1].reply = reply
@@ -105,28 +105,28 @@ class Executor:
     def accept(
         self, pipeline: str, step: int, sequence: int, tasks: Sequence[Task], values: Sequence[tuple[Port, Any]] = ()
     ) -> str:
-        """Like ``submit`` for calls whose outcome ``ReportStep`` tells: answers as soon as they are filed.
+        """File tasks like ``submit`` and reply at once; ``ReportStep`` reports their outcome.
 
-        An answer at the end of every action would cost the compute thread a message each.
+        A reply at the end of every action would cost the compute thread a message each.
         """
         self.submit(pipeline, step, sequence, tasks, values)
         return "accepted"
 
     def deliver(self, pipeline: str, step: int, port: Port, value: Any) -> None:
-        """File a value that another worker has pushed."""
+        """File ``value`` for ``port``, which another worker has pushed."""
         if isinstance(port.action, Action) and (actor := self.actors.get(pipeline)) is not None:
-            # Before the value is filed: with the last one the step may end at once.
+            # The arrival is recorded before the value is filed: with its last value the step may end at once.
             actor.arrived(step, port)
         self._put(pipeline, step, port, value)
 
     def clock(self) -> int:
-        """This process's monotonic clock, in nanoseconds."""
+        """Return this process's monotonic clock in nanoseconds."""
         return time.monotonic_ns()
 
     def cancel(self, pipeline: str, step: int, first: int, resume: int) -> None:
-        """Drop what is left of ``step``, whose tasks have the places from ``first`` up to ``resume``.
+        """Drop the remaining tasks of ``step``, which have the places from ``first`` up to ``resume``.
 
-        A task of it that is running ends without effect.
+        A task of the step that is running ends without effect.
         """
         with self._changed:
             mailbox = self._mailboxes.get(pipeline)
@@ -137,7 +137,7 @@ class Executor:
         self._refuse(late)
 
     def watch(self, pipeline: str, step: int) -> Future[Any]:
-        """Replies with the first failure in ``step`` at once, whatever waits before it; None when it is over."""
+        """Reply with the first failure of ``step`` as soon as it happens, or None once the step is over."""
         with self._changed:
             if (mailbox := self._mailboxes.get(pipeline)) is not None:
                 return mailbox.watch(step)
@@ -146,7 +146,7 @@ class Executor:
         return closed
 
     def abandon(self, pipeline: str, step: int, group: int) -> None:
-        """Do no more of the stream ``step`` from ``group`` on; what was fed before goes on to its end."""
+        """Cancel the tasks of the stream ``step`` from ``group`` on; earlier groups run to their end."""
         with self._changed:
             if (mailbox := self._mailboxes.get(pipeline)) is not None:
                 mailbox.fail(step, Failure.cancel(self.name, "a stream"), group)
@@ -161,15 +161,15 @@ class Executor:
         self._refuse(late)
 
     def progress(self) -> tuple[int, str]:
-        """(tasks finished so far, what is being done or waited for now)."""
+        """Return (tasks finished so far, what the worker runs or waits for now)."""
         with self._changed:
             if self._running is not None:
-                return self.finished, f"runs {_where(self._running[1].task)}"
-            waits = [words for box in self._mailboxes.values() if (words := box.waiting_for())]
+                return self.finished, f"runs {_describe(self._running[1].task)}"
+            waits = [text for mailbox in self._mailboxes.values() if (text := mailbox.waiting_for())]
             return self.finished, "; ".join(waits) or "idle"
 
     def close(self) -> None:
-        """End the compute thread once it is between two tasks."""
+        """End the compute thread after the task that it runs."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -192,15 +192,15 @@ class Executor:
 
     def serve(self) -> None:
         """Run tasks until ``close``."""
-        # A thread's OpenMP pool has its own size; set in the thread that computes.
+        # Every thread has an OpenMP pool, so the size is set in the thread that computes.
         torch.set_num_threads(self._threads)
-        # A handler that holds the GIL keeps this thread from starting its next kernel.
+        # A handler that holds the GIL delays the compute thread's next kernel: switch often.
         sys.setswitchinterval(_SWITCH_SECONDS)
         while (taken := self._next()) is not None:
             self._finish(*taken)
 
     def run_one(self) -> bool:
-        """Run one task if one is ready (the deterministic in-process transport's way)."""
+        """Run one task if one is ready; return whether one was. The in-process transport runs tasks this way."""
         with self._changed:
             taken = self._take()
         if taken is not None:
@@ -208,7 +208,7 @@ class Executor:
         return taken is not None
 
     def _next(self) -> tuple[str, Entry] | None:
-        """Wait for a complete task; do the actors' idle work meanwhile."""
+        """Return the next task whose values have all arrived, or None once closed; do idle work meanwhile."""
         while True:
             with self._changed:
                 if self._closed:
@@ -216,16 +216,16 @@ class Executor:
                 if (taken := self._take()) is not None:
                     return taken
                 if not self._idle_work_left:
-                    # Bounded by nothing: every change of what is looked at above notifies.
+                    # No deadline is needed: every change of the conditions above notifies.
                     self._changed.wait()
                     continue
-                awaited = {pipeline: box.awaited() for pipeline, box in self._mailboxes.items()}
+                awaited = {pipeline: mailbox.awaited() for pipeline, mailbox in self._mailboxes.items()}
             try:
                 self._idle_work_left = any(
                     actor.idle_work(awaited.get(pipeline)) for pipeline, actor in list(self.actors.items())
                 )
             except Exception:
-                # Left undone; the optimizer needs it done, tries again and reports the failure.
+                # The work stays undone. The optimizer needs it, tries again and reports the failure.
                 log.debug("idle work failed", exc_info=True)
                 self._idle_work_left = False
 
@@ -247,7 +247,7 @@ class Executor:
             self._idle_work_left = True
             mailbox = self._mailboxes.get(pipeline)
             if mailbox is not None and isinstance(outcome, Failure) and entry.step >= 0:
-                # Tasks between steps have step -1: their failure is theirs alone.
+                # Tasks between steps have step -1: their failure ends no other task.
                 mailbox.fail(entry.step, outcome, entry.task.group)
         if entry.reply is not None:
             entry.reply.set_result(outcome)
@@ -265,7 +265,7 @@ class Executor:
             )
 
     def _execute(self, operation: Operation) -> Any:
-        """Do what concerns the worker as a whole."""
+        """Execute an operation of the worker as a whole."""
         match operation:
             case CreateActor(pipeline, spec):
                 return self._create(pipeline, spec)
@@ -280,7 +280,7 @@ class Executor:
             case DropActor(pipeline):
                 self.actors.pop(pipeline, None)
             case _:
-                raise AssertionError(f"{title(operation)} is a pipeline's")
+                raise AssertionError(f"{title(operation)} needs a pipeline")
         return None
 
     def _create(self, pipeline: str, spec: bytes) -> Any:
@@ -290,18 +290,18 @@ class Executor:
             else:
                 self._transport.send(worker, "deliver", pipeline, step, port, value)
 
-        built: ActorSpec = cloudpickle.loads(spec)
-        actor = Actor(self.name, built, device=self._device, send=send, ledger=self._transport)
+        loaded: ActorSpec = cloudpickle.loads(spec)
+        actor = Actor(self.name, loaded, device=self._device, send=send, ledger=self._transport)
         self.actors[pipeline] = actor
         return actor.describe()
 
     def _refuse(self, entries: Sequence[Entry]) -> None:
-        """Answer tasks that were cancelled before they ran."""
+        """Reply to tasks that were cancelled before they ran."""
         for entry in entries:
             if entry.reply is not None:
                 entry.reply.set_result(Failure.cancel(self.name, title(entry.task.operation)))
 
 
-def _where(task: Task) -> str:
+def _describe(task: Task) -> str:
     operation = task.operation
     return operation.route.action.describe() if isinstance(operation, RunAction) else title(operation)

@@ -1,6 +1,7 @@
-"""What the template process runs: it forks workers and says how they ended.
+"""The template process's loop: it forks workers and reports their exit statuses.
 
-One thread, no operation of torch, no CUDA: a pool of threads, or a driver's context, would not live in the children.
+The template has one thread, runs no operation of torch and does not initialize CUDA: neither a pool of threads nor
+a CUDA context survives a fork.
 """
 
 from __future__ import annotations
@@ -22,26 +23,26 @@ from rpcpipe.cluster.spawner import end_with_parent
 from rpcpipe.cluster.template import PRELOADED, Surroundings
 
 _LONGEST = 1 << 12
-# What a request brings: surroundings, directory, status pipe, and the three of Stdio.
+# A request carries six descriptors: surroundings, directory, status pipe, and the three of Stdio.
 _DESCRIPTORS = 6
 
 
 def serve(connection: socket.socket, work: Callable[[socket.socket], NoReturn]) -> NoReturn:
-    """Fork a worker, which does ``work`` with its control socket, per request, until the driver's end closes."""
+    """Fork one worker per request, which runs ``work(control socket)``, until the driver's end closes; then exit."""
     for name in PRELOADED:
         importlib.import_module(name)
-    # What imports have made is never freed: a collection in a child would copy the pages that it lies in.
+    # Imported objects are never freed. Frozen, they are not touched by a child's collections, which would copy pages.
     gc.freeze()
     status = 0
     try:
         ForkServer(connection, work).run()
     except OSError:
-        status = 1  # the driver is gone
+        status = 1  # the driver has ended
     os._exit(status)
 
 
 class ForkServer:
-    """The template's loop. ``_children``: by pidfd, a worker's pid and the pipe that takes its exit status."""
+    """Serves fork requests. ``_children``: by pidfd, a worker's pid and the pipe that takes its exit status."""
 
     def __init__(self, connection: socket.socket, work: Callable[[socket.socket], NoReturn]) -> None:
         self._connection = connection
@@ -51,7 +52,7 @@ class ForkServer:
         self._poll.register(connection, select.POLLIN)
 
     def run(self) -> None:
-        """Serve until the driver closes its end, which it also does by dying."""
+        """Serve until the driver closes its end or dies."""
         refusal = _refusal()
         self._connection.send(f"refused {refusal}".encode() if refusal else b"ready")
         while not refusal:
@@ -62,6 +63,7 @@ class ForkServer:
                     return
 
     def _answer(self) -> bool:
+        """Fork a worker for the next request and send its pid and pidfd; return False once the driver's end closed."""
         data, fds, _, _ = socket.recv_fds(self._connection, _LONGEST, _DESCRIPTORS, socket.MSG_CMSG_CLOEXEC)
         if not data:
             return False
@@ -83,28 +85,29 @@ class ForkServer:
         return True
 
     def _reap(self, pidfd: int) -> None:
+        """Write the exit status of an ended worker to its status pipe."""
         pid, status = self._children.pop(pidfd)
         self._poll.unregister(pidfd)
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         try:
             os.write(status, str(code).encode())
         except BrokenPipeError:
-            pass  # the driver has let go of it
+            pass  # the driver has closed the pipe
         _close(pidfd, status)
 
     def _become_worker(
         self, template: int, surroundings: int, directory: int, status: int, control: int, out: int, err: int
     ) -> NoReturn:
         try:
-            os.setsid()  # Ctrl-C at the terminal is the driver's alone
+            os.setsid()  # Ctrl-C at the terminal must reach the driver only
             end_with_parent(template)
             self._connection.close()
             _close(status, *(fd for pidfd, (_, other) in self._children.items() for fd in (pidfd, other)))
             os.dup2(out, 1)
             os.dup2(err, 2)
             os.fchdir(directory)
-            with os.fdopen(surroundings) as told:
-                Surroundings(**json.load(told)).adopt()
+            with os.fdopen(surroundings) as file:
+                Surroundings(**json.load(file)).adopt()
             _close(directory, out, err)
             _reseed()
             self._work(socket.socket(fileno=control))
@@ -115,7 +118,7 @@ class ForkServer:
 
 
 def _refusal() -> str:
-    """Why this process must not fork; '' if it may."""
+    """Return why this process must not fork; '' if it may."""
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return "CUDA is initialized by what Python imports at its start"
     if (threads := len(os.listdir("/proc/self/task"))) > 1:
@@ -124,7 +127,7 @@ def _refusal() -> str:
 
 
 def _reseed() -> None:
-    """Random state as in a fresh process: drawn from the system, as Python itself does it in a fork."""
+    """Seed torch's and NumPy's random numbers from the system; Python's are reseeded by the fork itself."""
     torch.default_generator.seed()
     if (numpy_random := sys.modules.get("numpy.random")) is not None:
         numpy_random.seed()

@@ -1,18 +1,18 @@
-"""Members of a group hold the same parameters: their gradients summed over all, their new values spread.
+"""The exchange of gradients and weights between the members of a group, who hold the same parameters.
 
-A reduce-scatter by ownership, then an all-gather, made of pushes and of tasks in the workers' strict
-sequences: ``scatter`` sends every owner its part of the gradients, ``reduce`` sums on the owner what
-came, in the members' order, and sends the sums out, ``gather`` takes them over. The members are a
-stage's replicas, or stages that share a weight.
+It is a reduce-scatter by ownership, then an all-gather, made of pushes and of tasks in the workers' strict
+sequences: ``scatter`` sends every owner its part of the gradients, ``reduce`` sums the parts on the owner
+in the members' order, ``sums`` sends the sums to the other members and ``take_sums`` receives them. The
+members are a stage's replicas, or the stages that share a weight.
 
-Why no collective of torch.distributed: one that a failed or cancelled step leaves half-joined hangs its
-peers or meets the next step's, while a push carries its step's number and is cancelled, watched and
-waited for like any other value; and the order of summation would be the library's. The price is in
-docs/guide/parallelism.md.
+No collective of torch.distributed is used, for two reasons. A collective that a failed or cancelled step
+leaves half-joined hangs its peers or pairs with the next step's, while a push carries its step's number and
+is cancelled, watched and awaited like any other value. And the library would decide the order of
+summation. The price is in docs/guide/parallelism.md.
 
-Invariants: who pushes gradients gives them up, so the receiver may sum in place. What ``reduce`` sends
-must stay as it is until all members have reported, which the driver waits for before any gradient or
-weight changes again.
+Invariants: a member that pushes gradients drops its references, so the receiver may sum in place. The
+tensors of ``sums`` must not change until all members have reported; the driver waits for all reports
+before any gradient or weight changes again.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import nn
 
 from rpcpipe.worker.messages import Bucket, Port
 
-# Of one message: large enough for the wire's full rate, small enough that summing overlaps with it.
+# The size of one message: large enough for the wire's full rate, small enough that summing overlaps with sending.
 BUCKET_BYTES = 4 << 20
 
 Tensors = list[torch.Tensor | None]
@@ -35,23 +35,24 @@ Push = tuple[str, Port, Sequence[torch.Tensor | None]]
 
 
 def assign(sizes: Sequence[int], members: int) -> list[int]:
-    """The owner of each parameter of ``sizes`` bytes: the largest first, each to whom has least so far.
+    """Return the owner of each parameter of ``sizes`` bytes. Greedy: largest first, to the least loaded member.
 
-    At most 4/3 of the best possible maximum (Graham, "Bounds on Multiprocessing Timing Anomalies", 1969).
+    The largest load is at most 4/3 of the best possible one (Graham, "Bounds on Multiprocessing Timing
+    Anomalies", 1969).
     """
     load, owners = [0] * members, [0] * len(sizes)
-    for at in sorted(range(len(sizes)), key=lambda at: -sizes[at]):
-        owners[at] = min(range(members), key=load.__getitem__)
-        load[owners[at]] += sizes[at]
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+        owners[index] = min(range(members), key=load.__getitem__)
+        load[owners[index]] += sizes[index]
     return owners
 
 
 @dataclass(frozen=True)
 class ReplicaGroup:
-    """The workers that hold copies of the same stages, and which of them this is.
+    """The workers that hold copies of the same stages; ``workers[index]`` is this worker.
 
-    ``shard``: each one's optimizer has only what it owns and spreads the new weights instead of the sums
-    (Rajbhandari et al., "ZeRO", section 5: optimizer state partitioning).
+    ``shard``: each worker's optimizer holds only the parameters that it owns, and the new weights are sent to
+    the other members instead of the sums (Rajbhandari et al., "ZeRO", section 5: optimizer state partitioning).
     """
 
     workers: tuple[str, ...] = ()
@@ -60,11 +61,11 @@ class ReplicaGroup:
 
     @property
     def name(self) -> str:
-        """This worker's."""
+        """This worker's name."""
         return self.workers[self.index]
 
     def exchanges(self, stages: Mapping[int, Sequence[nn.Parameter]]) -> dict[str, GradientExchange]:
-        """By group, one per stage; each worker owns its part of all stages' parameters together."""
+        """Return an exchange per stage, by group; ``assign`` balances ownership over all stages together."""
         if len(self.workers) < 2:
             return {}
         sizes = [_bytes(parameter) for parameters in stages.values() for parameter in parameters]
@@ -78,21 +79,21 @@ class ReplicaGroup:
 
 
 def group_of(stage: int) -> str:
-    """The group of a stage's replicas."""
+    """Return the name of the group of a stage's replicas."""
     return f"stage {stage}"
 
 
 class Part(NamedTuple):
-    """One message's worth of parameters of one owner."""
+    """A bucket: the parameters of one owner that one message carries."""
 
     owner: int
     parameters: list[nn.Parameter]
 
 
 class GradientExchange:
-    """What member ``index`` does in ``group``; all members pass ``parameters`` of the same shapes and ``owners``.
+    """Member ``index``'s part in ``group``. All members pass ``parameters`` of the same shapes and the same ``owners``.
 
-    ``workers``: the members', each another one, in the order of summation.
+    ``workers``: the members' distinct workers, in the order of summation. ``limit``: bytes of one bucket.
     """
 
     def __init__(
@@ -112,7 +113,7 @@ class GradientExchange:
 
     @property
     def owners(self) -> list[int]:
-        """Each bucket's, for ``reduces`` and ``gathers``."""
+        """The owner of each bucket."""
         return [part.owner for part in self.parts]
 
     @property
@@ -121,7 +122,7 @@ class GradientExchange:
         return [parameter for part in self.parts if part.owner != self.index for parameter in part.parameters]
 
     def scatter(self) -> list[Push]:
-        """The other owners' parts of the gradients, which are given up."""
+        """Return pushes of the gradients to their owners, and drop them from ``.grad`` on this member."""
         slot, pushes = gradients_from(self.workers[self.index]), list[Push]()
         for bucket, (owner, parameters) in enumerate(self.parts):
             if owner != self.index:
@@ -131,29 +132,29 @@ class GradientExchange:
                 pushes.append((self.workers[owner], Port(Bucket(self.group, bucket), slot), _to_host(grads)))
         return pushes
 
-    def reduce(self, bucket: int, given: Mapping[str, Tensors]) -> None:
-        """Sum in the members' order, into ``.grad``; ``given``: the others' parts by slot."""
+    def reduce(self, bucket: int, received: Mapping[str, Tensors]) -> None:
+        """Sum the members' gradients of ``bucket`` in the members' order into ``.grad``; ``received``: by slot."""
         parameters = self.parts[bucket].parameters
         total: Tensors = [None] * len(parameters)
-        for at, worker in enumerate(self.workers):
-            mine = at == self.index
-            part = [parameter.grad for parameter in parameters] if mine else given[gradients_from(worker)]
+        for index, worker in enumerate(self.workers):
+            own = index == self.index
+            part = [parameter.grad for parameter in parameters] if own else received[gradients_from(worker)]
             total = _added(total, _to_device(part, parameters))
         for parameter, grad in zip(parameters, total, strict=True):
             parameter.grad = grad
 
     def sums(self, bucket: int) -> list[Push]:
-        """What ``reduce`` has made, for the others."""
+        """Return pushes of the sums that ``reduce`` has made to the other members."""
         return self._to_others(bucket, "sums", [parameter.grad for parameter in self.parts[bucket].parameters])
 
     def take_sums(self, bucket: int, sums: Tensors) -> None:
-        """Take over the owner's sums."""
+        """Set the gradients of ``bucket`` to the owner's ``sums``."""
         parameters = self.parts[bucket].parameters
         for parameter, grad in zip(parameters, _to_device(sums, parameters), strict=True):
             parameter.grad = grad
 
     def weights(self) -> list[Push]:
-        """The values of the parameters owned here, for the others."""
+        """Return pushes of the values of this member's parameters to the other members."""
         return [
             push
             for bucket, (owner, parameters) in enumerate(self.parts)
@@ -163,34 +164,34 @@ class GradientExchange:
 
     @torch.no_grad()
     def take_weights(self, bucket: int, weights: Tensors) -> None:
-        """Take over the owner's values."""
+        """Set the parameters of ``bucket`` to the owner's ``weights``."""
         for parameter, value in zip(self.parts[bucket].parameters, weights, strict=True):
             assert value is not None
             parameter.copy_(value)
 
     def _to_others(self, bucket: int, slot: str, tensors: Tensors) -> list[Push]:
         port, sent = Port(Bucket(self.group, bucket), slot), _to_host(tensors)
-        return [(worker, port, sent) for at, worker in enumerate(self.workers) if at != self.index]
+        return [(worker, port, sent) for index, worker in enumerate(self.workers) if index != self.index]
 
 
 def gradients_from(worker: str) -> str:
-    """The slot of a member's part, of which a bucket's owner awaits several."""
+    """Return the slot of the gradients that ``worker`` pushes to a bucket's owner."""
     return f"gradients from {worker}"
 
 
 def _cut(parameters: Sequence[nn.Parameter], owners: Sequence[int], limit: int) -> list[Part]:
-    """Each owner's parameters in buckets of at most ``limit`` bytes, if more than one."""
-    found: list[Part] = []
+    """Return each owner's parameters in buckets of at most ``limit`` bytes; a larger parameter is a bucket alone."""
+    buckets: list[Part] = []
     for owner in sorted(set(owners)):
         room = 0
-        for parameter in (mine for mine, of in zip(parameters, owners, strict=True) if of == owner):
+        for parameter in (parameter for parameter, o in zip(parameters, owners, strict=True) if o == owner):
             size = _bytes(parameter)
             if size > room:
-                found.append(Part(owner, []))
+                buckets.append(Part(owner, []))
                 room = limit
-            found[-1].parameters.append(parameter)
+            buckets[-1].parameters.append(parameter)
             room -= size
-    return found
+    return buckets
 
 
 def _bytes(parameter: nn.Parameter) -> int:
@@ -198,7 +199,7 @@ def _bytes(parameter: nn.Parameter) -> int:
 
 
 def _added(total: Tensors, part: Tensors) -> Tensors:
-    """``total + part``, in place unless one is sparse; None is zero."""
+    """Return ``total + part``, added in place unless one is sparse; None means zero."""
     both = [(into, grad) for into, grad in zip(total, part, strict=True) if into is not None and grad is not None]
     dense = [(into, grad) for into, grad in both if not (into.is_sparse or grad.is_sparse)]
     if dense:
@@ -216,14 +217,15 @@ def _sum(into: torch.Tensor | None, grad: torch.Tensor | None) -> torch.Tensor |
 
 
 def _to_host(tensors: Tensors) -> Tensors:
-    """Tensors travel through host memory; on the CPU these are the tensors themselves."""
+    """Return ``tensors`` in host memory, where they travel; tensors of the CPU are returned themselves."""
     return [None if tensor is None else tensor.cpu() for tensor in tensors]
 
 
 def _to_device(tensors: Tensors, like: Sequence[nn.Parameter]) -> Tensors:
-    return [None if tensor is None else tensor.to(at.device) for tensor, at in zip(tensors, like, strict=True)]
+    """Return each tensor on the device of the parameter at the same index of ``like``."""
+    return [None if tensor is None else tensor.to(p.device) for tensor, p in zip(tensors, like, strict=True)]
 
 
 def statistics_from(worker: str) -> str:
-    """The slot of what a replica's micro-batches add to running statistics."""
+    """Return the slot of the additions to running statistics that ``worker`` pushes to the first replica."""
     return f"statistics from {worker}"

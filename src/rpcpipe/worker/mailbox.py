@@ -1,16 +1,16 @@
-"""Puts calls and values that arrive in any order back into one strict order.
+"""The mailbox: restores one strict order of tasks and values that arrive in any order.
 
-torch RPC delivers messages in any order. Every task carries its place in the worker's sequence;
-every value the place it is meant for. This class only decides, it neither waits nor locks: its
-caller holds a lock and runs what ``take`` returns.
+torch RPC delivers messages in any order. Every task carries its place in the worker's sequence, every
+value the port that awaits it. The mailbox only decides; it neither waits nor locks. Its caller holds a
+lock and runs what ``take`` returns.
 
 Invariants: tasks leave in ascending sequence without gaps, except for those that ``cancel`` drops;
-a task leaves only with all values it awaits; values of a step before ``floor`` are refused.
+a task leaves only with all values that it awaits; values of a step before ``floor`` are dropped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +23,7 @@ from rpcpipe.worker.operations import RunAction, Task, title
 
 @dataclass(eq=False)
 class Entry:
-    """A task in its place. ``reply`` is set on the last one of a message."""
+    """A task of ``step``. The last task of a message has a ``reply``, which receives the outcome."""
 
     step: int
     task: Task
@@ -39,30 +39,30 @@ class Mailbox:
         self.expected = 0
         self.floor = 0
         self._queue: dict[int, Entry] = {}
-        self._skips: dict[int, int] = {}  # cancelled places: from, up to
+        self._skips: dict[int, int] = {}  # cancelled places: the first one, and the first after them
         self._inbox: dict[tuple[int, Port], Any] = {}
-        self._failed: dict[int, tuple[Failure, int]] = {}  # and from which group on
+        self._failed: dict[int, tuple[Failure, int]] = {}  # by step: the failure, and the first group that it ends
         self._watches: list[tuple[int, Future[Any]]] = []
 
     def submit(self, sequence: int, entries: Sequence[Entry]) -> list[Entry]:
-        """File ``entries`` from place ``sequence`` on; returns those that come too late to run."""
+        """File ``entries`` from place ``sequence`` on; return the entries whose places were cancelled before."""
         late = []
-        for at, entry in enumerate(entries, sequence):
-            if at < self.expected or any(first <= at < resume for first, resume in self._skips.items()):
+        for place, entry in enumerate(entries, sequence):
+            if place < self.expected or any(first <= place < resume for first, resume in self._skips.items()):
                 late.append(entry)
             else:
-                self._queue[at] = entry
+                self._queue[place] = entry
         return late
 
     def put(self, step: int, port: Port, value: Any) -> None:
-        """File ``value`` for ``port``; values of steps that are over are dropped."""
+        """File ``value`` for ``port``; drop it if ``step`` is over or has failed."""
         if step >= self.floor and not (step in self._failed and self._failed[step][1] == 0):
             self._inbox[step, port] = value
 
     def take(self) -> Entry | None:
-        """The next task in sequence if nothing it awaits is missing, else None.
+        """Remove and return the next entry in sequence, or None while the entry or one of its values is missing.
 
-        A task of a failed step comes with the failure and must not run.
+        An entry of a failed step is returned with the failure and must not run.
         """
         while self.expected in self._skips:
             self.expected = self._skips.pop(self.expected)
@@ -81,37 +81,38 @@ class Mailbox:
         return entry
 
     def fail(self, step: int, failure: Failure, group: int = 0) -> None:
-        """From here on every task of ``step``, from ``group`` on, ends with ``failure`` (the first one given)."""
+        """End every task of ``step``, from ``group`` on, with ``failure``; the first failure of a group stays."""
         if step < self.floor or (step in self._failed and self._failed[step][1] <= group):
             return
         self._failed[step] = failure, group
-        self._tell(step, failure)
+        self._resolve(step, failure)
         if group == 0:
-            self._forget(lambda of: of == step)
+            self._forget(lambda value_step: value_step == step)
 
     def watch(self, step: int) -> Future[Any]:
-        """The first failure of ``step`` as soon as it is known, or None once the step is over."""
+        """Return a future of the first failure of ``step``, or of None once the step is over."""
         watch: Future[Any] = Future()
         self._watches.append((step, watch))
         if step in self._failed:
-            self._tell(step, self._failed[step][0])
+            self._resolve(step, self._failed[step][0])
         elif step < self.floor:
-            self._tell(step, None)
+            self._resolve(step, None)
         return watch
 
-    def _tell(self, upto: int, outcome: Failure | None) -> None:
-        told = [watch for step, watch in self._watches if step <= upto]
-        self._watches = [(step, watch) for step, watch in self._watches if step > upto]
-        for watch in told:
+    def _resolve(self, last: int, outcome: Failure | None) -> None:
+        """Resolve the watches of the steps up to ``last``."""
+        resolved = [watch for step, watch in self._watches if step <= last]
+        self._watches = [(step, watch) for step, watch in self._watches if step > last]
+        for watch in resolved:
             watch.set_result(outcome)
 
     def cancel(self, step: int, first: int, resume: int) -> list[Entry]:
         """Drop the tasks from place ``first`` up to ``resume``, and all values up to ``step``.
 
-        What has its place before ``first`` still runs, also if it comes later: it may be the undoing of
-        the step before. Returns the tasks that were waiting.
+        Tasks before ``first`` still run, even if they arrive later: one may roll back the step before.
+        Returns the dropped entries that had arrived.
         """
-        dropped = [self._queue.pop(at) for at in sorted(self._queue) if first <= at < resume]
+        dropped = [self._queue.pop(place) for place in sorted(self._queue) if first <= place < resume]
         if self.expected >= first:
             self.expected = max(self.expected, resume)
         else:
@@ -120,24 +121,25 @@ class Mailbox:
         return dropped
 
     def finish(self, step: int) -> None:
-        """Steps up to ``step`` are over: what still comes for them is dropped."""
+        """End the steps up to ``step``: drop their values, including those that arrive later."""
         self.floor = max(self.floor, step + 1)
-        self._tell(step, None)
-        self._forget(lambda of: of < self.floor)
-        self._failed = {of: failure for of, failure in self._failed.items() if of >= self.floor}
+        self._resolve(step, None)
+        self._forget(lambda value_step: value_step < self.floor)
+        self._failed = {failed: failure for failed, failure in self._failed.items() if failed >= self.floor}
 
-    def _forget(self, over: Any) -> None:
+    def _forget(self, over: Callable[[int], bool]) -> None:
+        """Drop the values of every step for which ``over(step)`` is true."""
         for key in [key for key in self._inbox if over(key[0])]:
             del self._inbox[key]
 
     def awaited(self) -> Action | None:
-        """The action that is next in sequence and lacks a value, if any."""
+        """Return the action that is next in sequence, or None if the next task is no action or has not arrived."""
         entry = self._queue.get(self.expected)
         operation = None if entry is None else entry.task.operation
         return operation.route.action if isinstance(operation, RunAction) else None
 
     def waiting_for(self) -> str:
-        """The next task and the values it lacks, for a message to a person; '' if there is none."""
+        """Describe the next task and the values that it lacks, for a user; '' if no task is filed."""
         entry = self._queue.get(self.expected)
         if entry is None:
             return f"waits for call {self.expected}, which has not arrived" if self._queue else ""

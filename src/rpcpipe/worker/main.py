@@ -1,8 +1,8 @@
 """Run a worker process: join the group, then run tasks until the driver closes or dies.
 
-A process that a driver or a host agent starts is the template that workers are forked from, or inherits a
-control channel as a worker itself. One started by hand (or by torchrun or Slurm) is a host agent: it serves
-as a rank of ``rp.connect``.
+A process that a driver or a host agent starts is either the template that workers are forked from, or a worker
+that inherits a control channel. A process started by hand (or by torchrun or Slurm) is a host agent: it
+serves as a rank of ``rp.connect``.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from rpcpipe.worker.executor import Executor
 
 
 def main() -> None:
-    """Serve the process that started this one, which the environment names."""
+    """Run as the template, as a worker or as a host agent, as the environment says."""
     if (inherited := os.environ.pop(TEMPLATE_FD, None)) is not None:
         fork_server.serve(_inherit(inherited), work)
     if (inherited := os.environ.pop(CONTROL_FD, None)) is not None:
@@ -41,19 +41,19 @@ def main() -> None:
 
 
 def _inherit(inherited: str) -> socket.socket:
-    """Return the socket inherited from the parent; from now on this process ends with the parent.
+    """Return the socket inherited from the parent, and let this process end with the parent from now on.
 
-    ``inherited``: the socket's descriptor and the parent's pid, as the environment has them.
+    ``inherited``: the socket's descriptor and the parent's pid, separated by a space.
     """
     fd, parent = map(int, inherited.split())
-    # The kernel ends this process with its driver even if it is stopped or holds its GIL.
+    # The kernel ends this process with its parent even if this process is stopped or a thread holds the GIL.
     end_with_parent(parent)
     os.set_inheritable(fd, False)
     return socket.socket(fileno=fd)
 
 
 def work(connection: socket.socket) -> NoReturn:
-    """Serve as the worker of the process at the other end of the control socket ``connection``."""
+    """Serve as a worker of the process at the other end of the control socket ``connection``; then exit."""
     gc.enable()
     control = Control(Channel(connection))
     config = control.expect("config")
@@ -77,9 +77,9 @@ class Control:
         threading.Thread(target=self._read, daemon=True, name="rpcpipe-control").start()
 
     def expect(self, kind: str, timeout: float | None = None) -> Any:
-        """Return the payload of the driver's next message, which must be of ``kind``: exit otherwise.
+        """Return the payload of the driver's next message; exit the process unless the message is of ``kind``.
 
-        Raises queue.Empty after ``timeout`` seconds; without one the wait ends with the driver.
+        Raises queue.Empty after ``timeout`` seconds; with None the wait ends when the driver does.
         """
         received, payload = self._messages.get(timeout=timeout)
         if received != kind:
@@ -90,7 +90,7 @@ class Control:
         """Return the value that some rank publishes under ``key``; raises queue.Empty after ``timeout`` seconds."""
         box = self._box(key)
         value = box.get(timeout=timeout)
-        box.put(value)  # torch may read it again
+        box.put(value)  # torch may read the key again
         return value
 
     def _box(self, key: str) -> queue.SimpleQueue[str]:
@@ -102,7 +102,7 @@ class Control:
             try:
                 messages = self.channel.receive()
             except (EOFError, ValueError):
-                exit_now(1)  # the driver is gone
+                exit_now(1)  # the driver has ended
             for kind, payload in messages:
                 self._handle(kind, payload)
 
@@ -117,7 +117,7 @@ class Control:
             executor.close()
 
     def beat(self) -> None:
-        """Send every ``BEAT_SECONDS`` that this process lives, what it does and its memory in bytes."""
+        """Send a heartbeat every ``BEAT_SECONDS``: the executor's progress and this process's memory in bytes."""
         executor, process, pause = self.executor, psutil.Process(), threading.Event()
         assert executor is not None
         while True:
@@ -126,7 +126,7 @@ class Control:
 
 
 def _set_up(config: dict[str, Any]) -> None:
-    """Make this process as the driver's ``config`` says."""
+    """Set the import path, arguments, logging and device of this process from the driver's ``config``."""
     sys.path[:] = config["path"]
     sys.argv = config["argv"]
     logging.basicConfig(level=config["log_level"])
@@ -136,7 +136,7 @@ def _set_up(config: dict[str, Any]) -> None:
 
 
 def _join(config: dict[str, Any], control: Control) -> Executor:
-    """Join the group of ``config``; return the executor that it serves."""
+    """Join the group of ``config``; return the executor that serves the group's messages."""
     name, generation, timeout = config["name"], config["generation"], config["timeout"]
     transport = RpcTransport(generation)
     executor = Executor(name, transport, device=torch.device(config["device"]), threads=config["threads"])
@@ -149,17 +149,17 @@ def _join(config: dict[str, Any], control: Control) -> Executor:
         lambda key, value: control.channel.send("set", [key, value]), lambda key: control.fetch(key, timeout)
     )
     this_process.join(store, name, config["numbers"], generation, interface=config["interface"])
-    # torch's agent closes its listener for good if a peer goes while its first connection is being made,
-    # and the driver's has to serve later groups too: so that connection is made before anything can happen.
+    # torch's agent closes its listener for good if a peer ends while its first connection is being made.
+    # The driver's listener must serve later groups, too, so this call makes the connection before any work.
     transport.call(DRIVER, "clock").result(timeout)
     control.channel.send("joined")
     return executor
 
 
 def exit_now(status: int) -> NoReturn:
-    """End this process with ``status``. Not by sys.exit: while RPC threads run, interpreter shutdown may abort."""
+    """End this process with ``status``. sys.exit would not do: interpreter shutdown may abort while RPC threads run."""
     try:
         sys.stdout.flush()
         sys.stderr.flush()
-    finally:  # the reader of the output may be gone
+    finally:  # a flush raises if the reader of the output has ended
         os._exit(status)

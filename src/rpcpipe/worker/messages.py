@@ -1,4 +1,4 @@
-"""What travels between the driver and the workers: plain named tuples, cheap to pickle."""
+"""The values that travel between the driver and the workers: plain named tuples, which pickle fast."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from rpcpipe.stage.metrics import Sums
 
 
 class Bucket(NamedTuple):
-    """Some parameters of a group whose members exchange gradients or weights."""
+    """Some parameters of a group, whose gradients or weights its members exchange in one message."""
 
     group: str
     number: int
 
     def describe(self) -> str:
-        """For a message: ``bucket 1 of stage 0``."""
+        """Name the bucket for a user: ``bucket 1 of stage 0``."""
         return f"bucket {self.number} of {self.group}"
 
 
 class Port(NamedTuple):
-    """One of the values an action waits for, or a task of ``exchange``.
+    """The destination of a value: a slot of an action, or of a task that exchanges a bucket.
 
-    ``slot`` is "input", "target", "inputs" (named ones, from the driver) or "value of stage …"; of a bucket
-    "gradients from …", "sums" or "weights".
+    ``slot`` of an action is "input", "target", "inputs" (named values from the driver) or "value of stage …";
+    of a bucket "gradients from …", "sums", "weights", "statistics from …" or "buffers".
     """
 
     action: Action | Bucket
@@ -36,7 +36,7 @@ class Port(NamedTuple):
 
 
 class Send(NamedTuple):
-    """Where a stage's result for ``link``, its connection with another stage, goes."""
+    """The worker and the port that receive a stage's result for ``link``, its connection with another stage."""
 
     link: str
     worker: str
@@ -44,7 +44,7 @@ class Send(NamedTuple):
 
 
 class Route(NamedTuple):
-    """An action, what it waits for from elsewhere, and where its results go."""
+    """An action, the ports of the values that it awaits, and the destinations of its results."""
 
     action: Action
     awaits: tuple[Port, ...]
@@ -52,9 +52,9 @@ class Route(NamedTuple):
 
 
 class Update(NamedTuple):
-    """An update in a stream: the hyperparameters set on the driver, and what to clip to.
+    """An update in a stream: per parameter group the hyperparameters set on the driver, and the norm to clip to.
 
-    All stages have done the updates before ``committed``.
+    The updates of groups before ``committed`` have been done on all stages.
     """
 
     group: int
@@ -65,16 +65,15 @@ class Update(NamedTuple):
 
 @dataclass
 class Report:
-    """One worker's account of a step, or in a stream of what it did since its last update.
+    """One worker's figures of a step, or in a stream of its actions since its last update.
 
-    ``losses`` holds (value, count) per micro-batch on the last stage, count None for a mean, and
-    ``metrics`` what ``evaluate`` measures there beside it; ``input_grads`` the gradients of what came from the driver,
-    by (stage, micro-batch);
-    ``norms`` the 2-norm of every gradient summed here, by stage and the parameter's place in it;
-    ``spans`` holds (kind, stage, chunk, start, end, version) in nanoseconds of the worker's monotonic
-    clock, version -1 where weights have only one.
-    Where the step is traced, ``sends`` holds (producer, port, time) and ``arrivals`` (port, time) of the
-    values that other workers got from or gave to this one.
+    ``losses`` holds (value, count) per micro-batch on the last stage, with count None for a mean, and
+    ``metrics`` the sums of ``evaluate``'s metrics there. ``input_grads`` holds the gradients of values that the driver
+    has sent, by (stage, micro-batch). ``norms`` holds the 2-norm of every gradient that
+    this worker sums, by stage and the parameter's index in it. ``spans`` holds (kind, stage, chunk, start,
+    end, version) in nanoseconds of the worker's monotonic clock, with version -1 outside of streams.
+    Where the step is traced, ``sends`` holds (producer, port, time) of the values sent to other workers and
+    ``arrivals`` (port, time) of the values received from other workers.
     """
 
     worker: str
@@ -89,12 +88,12 @@ class Report:
     peak_in_flight: dict[int, int] = field(default_factory=dict)
     peak_bytes: dict[int, int] = field(default_factory=dict)
     recomputed: dict[int, int] = field(default_factory=dict)
-    versions: dict[int, tuple[int, int]] = field(default_factory=dict)  # most at once, bytes of one
+    versions: dict[int, tuple[int, int]] = field(default_factory=dict)  # (peak count, bytes of one version)
     skipped: bool = False
 
     @classmethod
     def joined(cls, reports: Sequence[Report]) -> Report:
-        """What one worker did in all of ``reports``; peaks are those of the last."""
+        """Return one worker's ``reports`` as one; the peaks, which only grow, are the last report's."""
         last = reports[-1]
         joined = cls(
             last.worker, peak_in_flight=last.peak_in_flight, versions=last.versions, peak_bytes=last.peak_bytes,
@@ -110,11 +109,13 @@ class Report:
 
 @dataclass(frozen=True)
 class StageInfo:
-    """What a worker says of a stage that it holds.
+    """A worker's description of a stage that it holds.
 
-    ``sizes``: parameters by layer. ``trainable``: names of those that require gradients. ``bytes``: of all parameters.
-    ``groups``: the optimizer's hyperparameters by group. ``wired``: do its layers take or give named values?
-    ``sharded``: is its optimizer? ``buckets``: by bucket of gradients, the replica that sums it.
+    ``sizes``: the number of parameters of each layer. ``trainable``: the names of the parameters that require
+    gradients. ``bytes``: the size of all parameters. ``buffered``: whether the stage has buffers. ``groups``: the
+    optimizer's hyperparameters by parameter group. ``wired``: whether layers of the stage take or give named values.
+    ``sharded``: whether the replicas' optimizers are sharded. ``buckets``: by bucket of gradients, the index of the
+    replica that sums it.
     """
 
     layers: list[str]

@@ -1,8 +1,8 @@
-"""What a worker can be asked to do, as values: the driver makes them, ``Actor.execute`` matches on them.
+"""The operations of a worker, as values that the driver makes and ``Actor.execute`` matches on.
 
-Named tuples, because a step carries hundreds of them and they pickle fastest. A new operation is a class here, its
-case in ``Actor.execute`` or ``StageSet.execute`` (mypy says which is missing), and
-a title if a person may read of it.
+They are named tuples because a step carries hundreds of them and named tuples pickle fastest. A new operation
+needs a class here, a case in ``Actor.execute`` or ``StageSet.execute`` (mypy says which one is missing), and a
+title if messages to users name it.
 """
 
 from __future__ import annotations
@@ -19,30 +19,30 @@ from rpcpipe.schedules.action import NAMES
 from rpcpipe.stage.context import MicroBatch, StepContext
 from rpcpipe.worker.messages import Port, Route, Update
 
-# --- of a step, in the order in which they come ---
+# --- operations of a step, in the order of their execution ---
 
 
 class BeginStep(NamedTuple):
-    """Start a step; that it starts means that the step before is settled everywhere."""
+    """Start a step. The driver sends it only once the step before is settled on all workers."""
 
     plan: StepContext
 
 
 class RunAction(NamedTuple):
-    """Execute one action of the schedule and send its results on; an update replies with a Report."""
+    """Execute one action of the schedule and send its results to other stages; an update replies with a Report."""
 
     route: Route
     context: MicroBatch | Update | None = None
 
 
 class ReduceScatter(NamedTuple):
-    """Push the gradients that other members of ``group`` sum to them."""
+    """Push to every other member of ``group`` the gradients that this member sums."""
 
     group: str
 
 
 class Reduce(NamedTuple):
-    """Sum what was pushed for ``bucket`` and what is here; ``spread``: push the sums to the other members."""
+    """Sum all members' gradients of ``bucket``; ``spread``: push the sums to the other members."""
 
     group: str
     bucket: int
@@ -50,56 +50,56 @@ class Reduce(NamedTuple):
 
 
 class GatherSums(NamedTuple):
-    """Take over the gradients that another member has summed."""
+    """Set the gradients of ``bucket`` to the sums of the member that owns it."""
 
     group: str
     bucket: int
 
 
 class GatherWeights(NamedTuple):
-    """Take over the weights that another member has updated."""
+    """Set the weights of ``bucket`` to those that the member that owns it has updated."""
 
     group: str
     bucket: int
 
 
 class GiveStatistics(NamedTuple):
-    """Push what the micro-batches here add to running statistics to the first replica."""
+    """Push to the first replica what this replica's micro-batches add to running statistics."""
 
     stage: int
 
 
 class AddStatistics(NamedTuple):
-    """Move running statistics by what passed in all replicas, and push the buffers to the others."""
+    """Update running statistics from the micro-batches of all replicas; push the buffers to the other replicas."""
 
     stage: int
 
 
 class TakeBuffers(NamedTuple):
-    """Take over the first replica's buffers."""
+    """Set the stage's buffers to the first replica's."""
 
     stage: int
 
 
 class ReportStep(NamedTuple):
-    """Reply with the worker's Report: all actions of the step are done here."""
+    """Reply with the worker's Report once all actions of the step on this worker are done."""
 
 
 class NormalizeGradients(NamedTuple):
-    """Divide the gradients of sums by ``total``, the batch's count; replies with their norms by stage."""
+    """Divide the gradients by ``total``, the batch's count; reply with their norms by stage and index."""
 
     total: float
 
 
 class PublishGradients(NamedTuple):
-    """File the gradients, times ``factor`` (clipping), in the distributed-autograd context."""
+    """Add the gradients, times ``factor`` (clipping), to the distributed-autograd context."""
 
     context_id: int
     factor: float
 
 
 class UpdateWeights(NamedTuple):
-    """Apply the context's gradients; ``changes``: per group the hyperparameters set on the driver."""
+    """Apply the context's gradients; ``changes``: per parameter group the hyperparameters set on the driver."""
 
     context_id: int
     changes: Sequence[Mapping[str, Any]]
@@ -110,14 +110,14 @@ class LastUpdate(NamedTuple):
 
 
 class RollBackStep(NamedTuple):
-    """Undo ``step``, which may not have begun here; ``updating``: its update too."""
+    """Roll ``step`` back, unless it has not begun on this worker; ``updating``: roll back its update, too."""
 
     step: int
     updating: bool
 
 
 class EndStream(NamedTuple):
-    """Keep no version but the newest; ``updates``: go back to so many first."""
+    """Drop all versions except the newest; ``updates``: first restore the state after this number of updates."""
 
     updates: int | None = None
 
@@ -128,24 +128,27 @@ StepOperation = (
     | EndStream
 )  # fmt: skip
 
-# --- between steps ---
+# --- operations between steps ---
 
 
 class GetModule(NamedTuple):
-    """The stage's module itself, for an RRef to it."""
+    """Return the stage's module itself, for an RRef to it."""
 
     stage: int
 
 
 class GetParameter(NamedTuple):
-    """The parameter itself, for an RRef to it."""
+    """Return the parameter itself, for an RRef to it."""
 
     stage: int
     name: str
 
 
 class CallModule(NamedTuple):
-    """Run the cloudpickled ``function(module)``; replies with the cloudpickled result. ``seed``: of random numbers."""
+    """Run the cloudpickled ``function(module)`` with random numbers from ``seed``; reply with the cloudpickled result.
+
+    With ``seed`` None the worker's random state is kept.
+    """
 
     stage: int
     function: bytes
@@ -153,13 +156,13 @@ class CallModule(NamedTuple):
 
 
 class SetMetrics(NamedTuple):
-    """What the last stage measures beside the loss from now on: cloudpickled functions by name."""
+    """Set the metrics that the last stage measures beside the loss: a cloudpickled dict of functions by name."""
 
     metrics: bytes
 
 
 class SetSelection(NamedTuple):
-    """What the last stage keeps of an output that comes with a target: a cloudpickled (output, target) -> nest."""
+    """Set what the last stage keeps of an output that has a target: a cloudpickled (output, target) -> nest."""
 
     function: bytes
 
@@ -169,37 +172,37 @@ class GetState(NamedTuple):
 
 
 class LoadState(NamedTuple):
-    """Inverse of ``GetState``; every shape is checked before anything changes."""
+    """Load the state that ``GetState`` returns; every shape is checked before any tensor changes."""
 
     states: Mapping[int, Mapping[str, torch.Tensor]]
 
 
 class SaveShard(NamedTuple):
-    """Write optimizer state, and the first replica weights, to files of ``folder`` called ``label``."""
+    """Write the optimizer's state, and on the first replica the weights, to files of ``folder`` named by ``label``."""
 
     folder: Path
     label: str
 
 
 class ReadCheckpoint(NamedTuple):
-    """Read what these stages need of a checkpoint; replies with the names of their weights."""
+    """Read what the worker's stages need of a checkpoint; reply with the names of their weights."""
 
     folder: Path
     manifest: Manifest
 
 
 class ApplyCheckpoint(NamedTuple):
-    """Go on from what ``ReadCheckpoint`` has read, with random numbers from ``seed``."""
+    """Replace the live state by what ``ReadCheckpoint`` has read, and the seed of random numbers by ``seed``."""
 
     seed: int
 
 
 class DropCheckpoint(NamedTuple):
-    """Forget what was read: another worker could not read its part."""
+    """Drop what ``ReadCheckpoint`` has read, because another worker could not read its part."""
 
 
 class ReleaseLayers(NamedTuple):
-    """Reply with the named layers, their optimizer state and kept gradients, for another worker's ``Repartition``."""
+    """Reply with the named layers, their optimizer state and accumulated gradients, for ``Repartition`` elsewhere."""
 
     names: Sequence[str]
 
@@ -209,9 +212,9 @@ class GetOptimizerState(NamedTuple):
 
 
 class Repartition(NamedTuple):
-    """Hold the stages ``parts`` from now on: of the layers that are here and those ``given``.
+    """Rebuild the worker's stages as ``parts``, from its own layers and the ``given`` replies of ``ReleaseLayers``.
 
-    ``others``: by layer, the optimizer's state that replicas have had.
+    ``others``: by layer, the optimizer's state that replicas held.
     """
 
     parts: Mapping[int, tuple[Sequence[str], int]]
@@ -226,24 +229,24 @@ HoldingOperation = (
     | ReadCheckpoint | ApplyCheckpoint | DropCheckpoint | ReleaseLayers | GetOptimizerState | Repartition
 )  # fmt: skip
 
-# --- of the worker, outside of any step ---
+# --- operations of the worker, outside of any step ---
 
 
 class CreateActor(NamedTuple):
-    """Build a pipeline's stages from a cloudpickled ActorSpec; replies with what they are."""
+    """Build a pipeline's stages from a cloudpickled ActorSpec; reply with their StageInfos."""
 
     pipeline: str
     spec: bytes
 
 
 class CallFunction(NamedTuple):
-    """Run a cloudpickled ``(function, args)``; replies with the cloudpickled result."""
+    """Run a cloudpickled ``(function, args)``; reply with the cloudpickled result."""
 
     call: bytes
 
 
 class ForwardByHand(NamedTuple):
-    """Apply stage ``stage``'s module to ``inputs``, with its graph: for distributed autograd by hand."""
+    """Apply the module of ``stage`` to ``inputs`` with its autograd graph, for distributed autograd by hand."""
 
     pipeline: str
     stage: int
@@ -251,7 +254,7 @@ class ForwardByHand(NamedTuple):
 
 
 class ForgetStep(NamedTuple):
-    """Forget ``step``, which failed."""
+    """Forget the failed ``step``."""
 
     pipeline: str
     step: int
@@ -269,9 +272,9 @@ Operation = StepOperation | HoldingOperation | WorkerOperation
 
 
 class Task(NamedTuple):
-    """One entry of a worker's strict sequence, and the values that it awaits.
+    """An operation in a worker's strict sequence, and the ports of the values that it awaits.
 
-    In a stream a failure ends the tasks of its ``group`` and of later ones; elsewhere all have 0.
+    In a stream a failure ends the tasks of its ``group`` and of later groups. Outside of streams ``group`` is 0.
     """
 
     operation: Operation
@@ -279,20 +282,21 @@ class Task(NamedTuple):
     group: int = 0
 
 
-# A worker, and tasks that go to it in one call.
+# A worker, and the tasks that one call sends to it.
 Call = tuple[str, list[Task]]
 
 _TITLES: Mapping[type, str] = {
-        UpdateWeights: "optimizer", CreateActor: "building the stage", CallModule: "call", CallFunction: "run",
-        ForwardByHand: "forward", SaveShard: "save", GetState: "state dict", LoadState: "load state dict",
-        ReadCheckpoint: "read checkpoint", ApplyCheckpoint: "apply checkpoint", Repartition: "moving layers",
-        ReleaseLayers: "moving layers", PublishGradients: "hand over", ReportStep: "report",
+    UpdateWeights: "optimizer", CreateActor: "building the stage", CallModule: "call", CallFunction: "run",
+    ForwardByHand: "forward", SaveShard: "save", GetState: "state dict", LoadState: "load state dict",
+    ReadCheckpoint: "read checkpoint", ApplyCheckpoint: "apply checkpoint", Repartition: "moving layers",
+    ReleaseLayers: "moving layers", PublishGradients: "hand over", ReportStep: "report",
 }  # fmt: skip
 
 
 def title(operation: Operation) -> str:
-    """Name ``operation`` for a person."""
+    """Return the name of ``operation`` in messages to users."""
     if isinstance(operation, RunAction):
         return NAMES[operation.route.action.kind]
     name = type(operation).__name__
-    return _TITLES.get(type(operation), "".join(f" {c.lower()}" if c.isupper() else c for c in name).strip())
+    words = "".join(f" {letter.lower()}" if letter.isupper() else letter for letter in name).strip()
+    return _TITLES.get(type(operation), words)

@@ -1,4 +1,4 @@
-"""What a worker holds of one pipeline: its stages and their optimizer, and what may be asked of them between steps."""
+"""A worker's stages of one pipeline with their optimizer, and the operations on them between steps."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ from rpcpipe.worker.operations import (
     SetSelection,
 )
 
-# By stage: its named layers, and the first one's index in the model.
+# By stage: its named layers, and the first layer's index in the model.
 Parts = dict[int, tuple[OrderedDict[str, layers.Layer], int]]
 
 
 @dataclass
 class ActorSpec:
-    """What a worker needs to build its stages; travels by cloudpickle."""
+    """All that a worker needs to build its stages; travels by cloudpickle."""
 
     stages: Parts
     last_stage: int
@@ -59,7 +59,7 @@ class ActorSpec:
     checkpoint: Checkpoint = "never"
     autocast: torch.dtype | None = None
     batch_norm: str = "micro_batch"
-    # Of all the model's layers.
+    # By name, the wirings of all the model's layers, not only of this worker's.
     wirings: Mapping[str, Wiring] = field(default_factory=dict)
     ties: tuple[Tie, ...] = ()
     stage_links: StageLinks = field(default_factory=StageLinks)
@@ -80,19 +80,19 @@ class StageSet:
         self._build(spec.stages, spec.last_stage, spec.stage_links)
 
     def _build(self, parts: Parts, last_stage: int, stage_links: StageLinks) -> None:
-        """Make the stages, and an optimizer over all their parameters."""
+        """Build the stages ``parts``, and an optimizer over all their parameters."""
         self.last_stage = last_stage
         built = {
-            number: OrderedDict((key, self._layer(layer, at)) for at, (key, layer) in enumerate(named.items(), first))
-            for number, (named, first) in sorted(parts.items())
+            index: OrderedDict((key, self._layer(layer, i)) for i, (key, layer) in enumerate(named.items(), first))
+            for index, (named, first) in sorted(parts.items())
         }
         drawn = {key for named, _ in parts.values() for key, layer in named.items() if not isinstance(layer, nn.Module)}
         modules = {key: module for named in built.values() for key, module in named.items()}
         tied = tied_weights.join(modules, self.spec.ties, drawn, self.spec.seed)
         self.stages, seen = {}, set[nn.Parameter]()
-        for number, named in built.items():
-            self.stages[number] = self._stage(number, named, parts[number][1], stage_links, seen)
-            seen.update(self.stages[number].module.parameters())
+        for index, named in built.items():
+            self.stages[index] = self._stage(index, named, parts[index][1], stage_links, seen)
+            seen.update(self.stages[index].module.parameters())
         self._exchange(tied, stage_links.members)
         spec = self.spec
         parameters = Parameters(pair for stage in self.stages.values() for pair in stage.named_parameters)
@@ -104,7 +104,7 @@ class StageSet:
 
     def _stage(
         self,
-        number: int,
+        index: int,
         named: OrderedDict[str, nn.Module],
         first: int,
         stage_links: StageLinks,
@@ -112,62 +112,63 @@ class StageSet:
     ) -> Stage:
         spec, last_stage = self.spec, self.last_stage
         options = StageOptions(
-            first, spec.seed, self._device, spec.loss if number == last_stage else None,
-            Recompute(spec.checkpoint, number, last_stage, len(named)), spec.autocast,
+            first, spec.seed, self._device, spec.loss if index == last_stage else None,
+            Recompute(spec.checkpoint, index, last_stage, len(named)), spec.autocast,
         )  # fmt: skip
         wirings = [spec.wirings[name] for name in named]
         return Stage(
-            number,
+            index,
             named,
             options,
             wirings=wirings,
-            outgoing=outgoing(stage_links.value_routes, number, last_stage),
+            outgoing=outgoing(stage_links.value_routes, index, last_stage),
             shared=seen,
         )
 
     def _exchange(self, tied: Mapping[str, nn.Parameter], members: Mapping[str, tuple[str, ...]]) -> None:
-        """Whom gradients are summed with: every parameter is in one group, a tied one in its own."""
+        """Create the exchanges. Every parameter is in one group; each tied parameter has a separate group."""
         peers, apart = self.spec.peers, set(tied.values())
         self.exchanges = peers.exchanges(
-            {number: [p for p in stage.parameters if p not in apart] for number, stage in self.stages.items()}
+            {index: [p for p in stage.parameters if p not in apart] for index, stage in self.stages.items()}
         )
         for group, parameter in tied.items():
             if len(members[group]) > 1:
-                mine = [parameter] if parameter.requires_grad else []
-                at = members[group].index(peers.name)
-                self.exchanges[group] = GradientExchange(group, members[group], at, mine, [0] * len(mine))
+                trainable = [parameter] if parameter.requires_grad else []
+                member = members[group].index(peers.name)
+                self.exchanges[group] = GradientExchange(group, members[group], member, trainable, [0] * len(trainable))
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """The trainable parameters of all stages here, in the model's order."""
+        """The trainable parameters of all stages of this worker, in the model's order."""
         return [parameter for stage in self.stages.values() for parameter in stage.parameters]
 
     @property
     def owned_elsewhere(self) -> set[nn.Parameter]:
-        """The parameters here whose gradients another worker sums."""
+        """The parameters of this worker's stages whose gradients another worker sums."""
         return {parameter for exchange in self.exchanges.values() for parameter in exchange.owned_elsewhere}
 
     @property
     def _tied_elsewhere(self) -> set[nn.Parameter]:
-        """Tied parameters whose first layer is on another worker, which keeps their sums."""
-        here = self._modules()
+        """The tied parameters whose first layer is on another worker, which keeps their accumulated gradients."""
+        modules = self._modules()
         return {
-            here[holder.layer].get_parameter(holder.parameter)
+            modules[holder.layer].get_parameter(holder.parameter)
             for tie in self.spec.ties
             for holder in tie.holders
-            if tie.holders[0].layer not in here and holder.layer in here
+            if tie.holders[0].layer not in modules and holder.layer in modules
         }
 
     @property
     def _updated_elsewhere(self) -> set[nn.Parameter]:
+        """The parameters whose optimizer state is on another replica."""
         return self.owned_elsewhere if self.spec.peers.shard else set()
 
     def describe(self) -> dict[int, StageInfo]:
-        """Describe the stages, by number."""
-        return {number: self._info(number, stage) for number, stage in self.stages.items()}
+        """Return the description of every stage, by stage."""
+        return {index: self._info(index, stage) for index, stage in self.stages.items()}
 
-    def _info(self, number: int, stage: Stage) -> StageInfo:
-        named, exchange = list(stage.module.named_children()), self.exchanges.get(group_of(number))
+    def _info(self, index: int, stage: Stage) -> StageInfo:
+        named, exchange = list(stage.module.named_children()), self.exchanges.get(group_of(index))
         parameters, trained = list(stage.module.parameters()), set(stage.parameters)
         return StageInfo(
             layers=[name for name, _ in named],
@@ -184,14 +185,14 @@ class StageSet:
         )
 
     def execute(self, operation: HoldingOperation) -> Any:
-        """Do what is asked for between steps."""
+        """Execute an operation between steps and return its result."""
         match operation:
-            case GetModule(number):
-                return self.module(number)
-            case GetParameter(number, name):
-                return self.module(number).get_parameter(name)
-            case CallModule(number, function, seed):
-                return self._call(number, function, seed)
+            case GetModule(stage):
+                return self.module(stage)
+            case GetParameter(stage, name):
+                return self.module(stage).get_parameter(name)
+            case CallModule(stage, function, seed):
+                return self._call(stage, function, seed)
             case SetMetrics(metrics):
                 self.stages[self.last_stage].metrics = cloudpickle.loads(metrics)
             case SetSelection(function):
@@ -218,50 +219,53 @@ class StageSet:
                 assert_never(operation)
         return None
 
-    def _call(self, number: int, function: bytes, seed: int | None) -> Any:
-        """``function(module)`` of stage ``number``, which may change weights; the result cloudpickled."""
+    def _call(self, stage: int, function: bytes, seed: int | None) -> Any:
+        """Return the cloudpickled result of ``function(module)`` of ``stage``, which may change weights."""
         if seed is not None:
             torch.manual_seed(seed)
         try:
-            return cloudpickle.dumps(cloudpickle.loads(function)(self.stages[number].module))
+            return cloudpickle.dumps(cloudpickle.loads(function)(self.stages[stage].module))
         finally:
             self._weights_changed()
 
-    def module(self, number: int) -> nn.Module:
-        """The stage's module itself, for an RRef to it."""
-        return self.stages[number].module
+    def module(self, stage: int) -> nn.Module:
+        """Return the module of ``stage`` itself, for an RRef to it."""
+        return self.stages[stage].module
 
     def _state_dict(self) -> dict[int, dict[str, torch.Tensor]]:
-        """Per stage its state under the unsplit model's names, on the CPU."""
+        """Return each stage's state under the unsplit model's names, on the CPU."""
         return {
-            number: {key: value.detach().cpu() for key, value in stage.module.state_dict().items()}
-            for number, stage in self.stages.items()
+            index: {key: value.detach().cpu() for key, value in stage.module.state_dict().items()}
+            for index, stage in self.stages.items()
         }
 
     def _load_state_dict(self, states: Mapping[int, Mapping[str, torch.Tensor]]) -> None:
-        """Inverse of ``_state_dict``; every shape is checked before anything changes."""
-        for number, state in states.items():
-            live = self.stages[number].module.state_dict()
+        """Load the states that ``_state_dict`` returns.
+
+        Raises CheckpointError for a shape that differs from the model's, before any tensor changes.
+        """
+        for index, state in states.items():
+            live = self.stages[index].module.state_dict()
             for key, value in state.items():
                 if live[key].shape != value.shape:
                     raise CheckpointError(f"{key} has shape {tuple(value.shape)}, the model's {tuple(live[key].shape)}")
-        for number, state in states.items():
-            self.stages[number].module.load_state_dict(dict(state))
+        for index, state in states.items():
+            self.stages[index].module.load_state_dict(dict(state))
         self._weights_changed()
 
     def _save(self, folder: Path, label: str) -> shard.Written:
-        """Write optimizer state, and the first replica weights, to files of ``folder`` called ``label``."""
+        """Write the optimizer's state, and on the first replica the weights, to files of ``folder`` named ``label``."""
         first = self.spec.peers.index == 0
         return shard.write(self._stage_modules, self.optimizer, self.spec.seed, folder, label, with_weights=first)
 
     def _read_checkpoint(self, folder: Path, manifest: Manifest) -> list[str]:
-        """Read what these stages need of a checkpoint, for ``ApplyCheckpoint``; the names of their weights."""
-        self._loaded = None  # what an interrupted load may have left
+        """Read what the stages need of a checkpoint, for ``ApplyCheckpoint``; return the names of their weights."""
+        self._loaded = None  # free what an interrupted load may have left, before more is read
         self._loaded = shard.read(self._stage_modules, self.optimizer, folder, manifest)
         return [name for weights in self._loaded.weights for name in weights]
 
     def _apply_checkpoint(self, seed: int) -> None:
-        """Go on from what ``ReadCheckpoint`` has read, with random numbers from ``seed``."""
+        """Replace the live state by what ``ReadCheckpoint`` has read, and the seed of random numbers by ``seed``."""
         assert self._loaded is not None
         self._loaded.apply()
         self._loaded = None
@@ -271,26 +275,27 @@ class StageSet:
         self._weights_changed()
 
     def _release(self, names: Sequence[str]) -> bytes:
-        """The named layers with their optimizer state and kept gradients, for another worker's ``Repartition``."""
-        modules = [(name, module) for name, module in self._modules().items() if name in names]
-        return bytes(cloudpickle.dumps([(name, m, self._states_of(m), self.accumulated.of(m)) for name, m in modules]))
+        """Return the cloudpickled layers ``names``, each with its optimizer state and accumulated gradients."""
+        released = [(name, module) for name, module in self._modules().items() if name in names]
+        return bytes(cloudpickle.dumps([(name, m, self._states_of(m), self.accumulated.of(m)) for name, m in released]))
 
     def _optimizer_state(self) -> dict[str, dict[str, Any]]:
-        """By layer and parameter."""
+        """Return the optimizer's state by layer and parameter."""
         return {name: self._states_of(module) for name, module in self._modules().items()}
 
-    def _repartition(self, wanted: Repartition) -> dict[int, StageInfo]:
-        parts, last_stage, stage_links, given, others = wanted
+    def _repartition(self, operation: Repartition) -> dict[int, StageInfo]:
+        """Rebuild the stages from this worker's and the received layers; return their descriptions."""
+        parts, last_stage, stage_links, received, others = operation
         modules, states = self._modules(), self._optimizer_state()
-        for name, module, state, kept in (entry for blob in given for entry in cloudpickle.loads(blob)):
+        for name, module, state, accumulated in (entry for blob in received for entry in cloudpickle.loads(blob)):
             modules[name], states[name] = module, state
-            self.accumulated.take(module, kept)
+            self.accumulated.take(module, accumulated)
         for name, state in others.items():
             states[name] = {**states[name], **state}
         self._build(
             {
-                number: (OrderedDict((name, modules[name]) for name in names), first)
-                for number, (names, first) in parts.items()
+                index: (OrderedDict((name, modules[name]) for name in names), first)
+                for index, (names, first) in parts.items()
             },
             last_stage,
             stage_links,
@@ -310,12 +315,15 @@ class StageSet:
         return [stage.module for stage in self.stages.values()]
 
     def _modules(self) -> dict[str, nn.Module]:
+        """Return the layers of all stages by name."""
         return {name: layer for stage in self.stages.values() for name, layer in stage.module.named_children()}
 
     def _states_of(self, module: nn.Module) -> dict[str, dict[str, Any]]:
+        """Return the optimizer's state of the parameters of ``module``, by the parameter's name."""
         state = {} if self.optimizer is None else self.optimizer.optimizer.state
         return {key: state[parameter] for key, parameter in module.named_parameters() if parameter in state}
 
     def _weights_changed(self) -> None:
+        """Invalidate the rollback copy, which no longer equals the weights."""
         if self.optimizer is not None:
             self.optimizer.undo.invalidate()

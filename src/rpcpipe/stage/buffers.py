@@ -1,0 +1,129 @@
+"""Buffers that a forward changes, so that each micro-batch's graph and recomputation see their own values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from rpcpipe.model.batchnorm import DeferredBatchNorm
+
+# (module, name of its buffer)
+Key = tuple[nn.Module, str]
+Values = dict[Key, torch.Tensor]
+
+# In training their outputs and gradients do not depend on the running statistics, so a graph may keep those that move.
+_STATISTICS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+@dataclass
+class _Buffers:
+    """The buffers of some layers; ``changing`` is known once a forward was observed."""
+
+    keys: list[Key]
+    statistics: list[Key]
+    changing: list[Key] | None = None
+
+
+@dataclass
+class Observation:
+    """What the buffers were before a forward: ``values`` of those that may change, and ``versions`` to find others."""
+
+    values: Values
+    versions: list[tuple[Key, torch.Tensor, int]]
+
+
+class ForwardBuffers:
+    """The buffers of a stage's layers.
+
+    Invariant: a buffer that forwards change is another tensor for each forward. What an earlier micro-batch's graph has
+    saved, or its recomputation starts from, so keeps its values.
+    """
+
+    def __init__(self, module: nn.Sequential) -> None:
+        self._module = module
+        self._known: dict[tuple[int, int], _Buffers] = {}
+
+    def before(self, start: int, stop: int) -> Observation:
+        """Prepare a forward of layers ``start`` … ``stop - 1``; to be passed to ``after``."""
+        buffers = self._buffers(start, stop)
+        if buffers.changing is None:
+            return Observation({key: _live(key).clone() for key in buffers.keys}, _versions(buffers.keys))
+        values = {key: _live(key) for key in buffers.changing}
+        copies = {id(value): value.clone() for value in values.values()}  # several modules may share one
+        _put({key: copies[id(value)] for key, value in values.items()})
+        return Observation(values, _versions([key for key in buffers.keys if key not in values]))
+
+    def after(self, start: int, stop: int, seen: Observation, *, dropped: bool) -> Values:
+        """Return the values before the forward of the buffers that it changed.
+
+        Raises RuntimeError if a forward whose activations were ``dropped`` is the first to change a buffer, and not the
+        first of all: its recomputation would start from another value.
+        """
+        buffers = self._buffers(start, stop)
+        moved = [
+            key for key, buffer, version in seen.versions if _live(key) is not buffer or buffer._version != version
+        ]
+        if buffers.changing is None:
+            # A kernel may write without counting a version, and a value may come out as it was.
+            buffers.changing = [
+                key for key, value in seen.values.items() if key in moved or not _equal(_live(key), value)
+            ]
+            return {key: seen.values[key] for key in buffers.changing}
+        buffers.changing = [*buffers.changing, *moved]
+        if moved and dropped:
+            raise RuntimeError(
+                f"{type(moved[0][0]).__name__} changed its buffer {moved[0][1]!r} for this micro-batch and not for"
+                " those before; it cannot be recomputed: call again, or pass checkpoint='never'"
+            )
+        return seen.values
+
+    @contextmanager
+    def as_of(self, start: int, stop: int, values: Values) -> Iterator[None]:
+        """Let buffers have ``values`` inside the block, for a recomputation; what it changes is dropped."""
+        buffers = self._buffers(start, stop)
+        live = {key: _live(key) for key in (*(buffers.changing or ()), *buffers.statistics)}
+        _put({key: values[key] if key in values else value.clone() for key, value in live.items()})
+        try:
+            yield
+        finally:
+            _put(live)
+
+    def _buffers(self, start: int, stop: int) -> _Buffers:
+        if (start, stop) not in self._known:
+            owners = [owner for layer in list(self._module)[start:stop] for owner in layer.modules()]
+            statistics = [key for owner in owners if _keeps_statistics(owner) for key in _keys([owner])]
+            keys = _keys([owner for owner in owners if not _keeps_statistics(owner)])
+            self._known[start, stop] = _Buffers(keys, statistics)
+        return self._known[start, stop]
+
+
+def _keeps_statistics(owner: nn.Module) -> bool:
+    return type(owner) in _STATISTICS or isinstance(owner, DeferredBatchNorm)
+
+
+def _keys(owners: Sequence[nn.Module]) -> list[Key]:
+    return [(owner, name) for owner in owners for name, buffer in owner._buffers.items() if buffer is not None]
+
+
+def _versions(keys: Sequence[Key]) -> list[tuple[Key, torch.Tensor, int]]:
+    return [(key, _live(key), _live(key)._version) for key in keys]
+
+
+def _live(key: Key) -> torch.Tensor:
+    buffer = key[0]._buffers[key[1]]
+    assert buffer is not None
+    return buffer
+
+
+def _put(values: Values) -> None:
+    for (owner, name), value in values.items():
+        owner._buffers[name] = value
+
+
+def _equal(buffer: torch.Tensor, before: torch.Tensor) -> bool:
+    """Return whether nothing changed; False where that is not defined, as for sparse tensors."""
+    return buffer.layout == torch.strided and buffer.shape == before.shape and torch.equal(buffer, before)
