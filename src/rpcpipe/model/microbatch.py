@@ -24,8 +24,15 @@ Nest = Any
 def flatten(nest: Nest) -> tuple[list[Any], pytree.TreeSpec]:
     """Return the leaves of ``nest`` in a fixed order, and its structure."""
     leaves, spec = pytree.tree_flatten(nest)
-    unknown = {type(leaf) for leaf in leaves} - containers.leaf_types
-    return flatten(nest) if unknown and containers.register(unknown) else (leaves, spec)
+    return flatten(nest) if _has_new_containers(leaves) else (leaves, spec)
+
+
+def _has_new_containers(leaves: list[Any]) -> bool:
+    """Register the containers among ``leaves`` with pytree; return whether there were any, which are no leaves then."""
+    for leaf in leaves:
+        if type(leaf) not in containers.leaf_types:
+            return containers.register({type(leaf) for leaf in leaves} - containers.leaf_types)
+    return False
 
 
 unflatten = pytree.tree_unflatten
@@ -33,7 +40,8 @@ unflatten = pytree.tree_unflatten
 
 def tensors(nest: Nest) -> list[torch.Tensor]:
     """Return the tensors in ``nest``, in a fixed order."""
-    return [leaf for leaf in flatten(nest)[0] if isinstance(leaf, torch.Tensor)]
+    leaves = pytree.tree_leaves(nest)
+    return tensors(nest) if _has_new_containers(leaves) else [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
 def map_tensors(function: Any, nest: Nest) -> Nest:
