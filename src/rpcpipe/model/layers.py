@@ -13,7 +13,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from torch.nn.parameter import is_lazy
 
 from rpcpipe.errors import ArgumentError, PartitionError
-from rpcpipe.model import containers, rng, tied_weights
+from rpcpipe.model import nest_types, rng, tied_weights
 from rpcpipe.model.microbatch import Nest
 from rpcpipe.model.wiring import Wiring, advance, live_names, required_inputs
 
@@ -203,7 +203,7 @@ def as_layer(layer: Any, what: str) -> Layer:
         raise PartitionError(f"{what} is the class {layer.__name__}; pass an instance of it, or rp.LayerSpec")
     if not callable(layer):
         raise PartitionError(f"{what} is a {type(layer).__name__}, not an nn.Module, a function or rp.LayerSpec")
-    if (held := containers.trainable(layer)) is not None:
+    if (held := nest_types.trainable(layer)) is not None:
         raise PartitionError(
             f"{what}, the function {_name_of(layer)}, uses {held}; its parameters would be copied and never trained:"
             " write an nn.Module that has it as an attribute"

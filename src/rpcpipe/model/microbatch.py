@@ -16,7 +16,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from rpcpipe.errors import ArgumentError, require
-from rpcpipe.model import containers
+from rpcpipe.model import nest_types
 
 Nest = Any
 
@@ -30,8 +30,8 @@ def flatten(nest: Nest) -> tuple[list[Any], pytree.TreeSpec]:
 def _has_new_containers(leaves: list[Any]) -> bool:
     """Register the containers among ``leaves`` with pytree; return whether there were any, which are no leaves then."""
     for leaf in leaves:
-        if type(leaf) not in containers.leaf_types:
-            return containers.register({type(leaf) for leaf in leaves} - containers.leaf_types)
+        if type(leaf) not in nest_types.leaf_types:
+            return nest_types.register({type(leaf) for leaf in leaves} - nest_types.leaf_types)
     return False
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rpcpipe.model import containers
+from rpcpipe.model import nest_types
 from rpcpipe.model.microbatch import Nest, flatten, unflatten
 from rpcpipe.transport.pickling import in_bounds
 
@@ -54,6 +54,6 @@ def checked(nest: Nest, source: str, change: Any = None) -> Nest:
         if isinstance(leaf, torch.Tensor):
             sound = sendable(leaf, source)
             leaves[index] = sound if change is None else change(sound)
-        elif type(leaf) not in containers.plain:
-            containers.check_leaf(leaf, source)
+        elif type(leaf) not in nest_types.plain:
+            nest_types.check_leaf(leaf, source)
     return unflatten(leaves, spec)
