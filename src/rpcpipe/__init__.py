@@ -20,7 +20,7 @@ from rpcpipe.errors import (
     StageError,
     WorkerLost,
 )
-from rpcpipe.model import LayerSpec, Sequential, Wired, layers
+from rpcpipe.model import Batched, LayerSpec, MicroBatches, Replicated, Sequential, Wired, layers
 from rpcpipe.pipeline import (
     Pipeline,
     balance_by_memory,
@@ -42,14 +42,17 @@ __version__ = "0.1.0"
 __all__ = [
     "Action",
     "ArgumentError",
+    "Batched",
     "CheckpointError",
     "Cluster",
     "DeadlineExceeded",
     "LayerSpec",
+    "MicroBatches",
     "PartitionError",
     "Pipeline",
     "Plan",
     "RendezvousError",
+    "Replicated",
     "RpcPipeError",
     "Schedule",
     "ScheduleError",

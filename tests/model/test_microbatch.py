@@ -43,3 +43,11 @@ def test_packing_keeps_everything() -> None:
     assert torch.equal(again.x, nest.x)
     assert again.rest["a"][1:] == [None, "text"]
     assert again.rest["b"]() == 7
+
+
+def test_a_batch_is_cut_for_replicas_and_then_into_micro_batches() -> None:
+    shares, samples, by_caller = microbatch.cut({"x": torch.arange(7), "flag": True}, 3, 2)
+    assert [[part["x"].tolist() for part in share] for share in shares] == [[[0, 1], [2]], [[3, 4], [5]], [[6]]]
+    assert samples == [2, 1, 2, 1, 1]
+    assert not by_caller
+    assert [len(share) for share in microbatch.cut(torch.arange(1), 3, 2).shares] == [1, 0, 0]

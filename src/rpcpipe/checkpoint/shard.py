@@ -196,6 +196,11 @@ def _state_dict(modules: Sequence[nn.Module]) -> tuple[dict[str, torch.Tensor], 
     for name, value in state.items():
         if not isinstance(value, torch.Tensor):
             raise CheckpointError(f"{name} is a {type(value).__name__}, not a tensor: keep it out of state_dict()")
+        if value.layout is not torch.strided:
+            raise CheckpointError(
+                f"{name} is sparse, and checkpoints hold dense tensors: register it with persistent=False and make"
+                " it in the layer's constructor, or register its indices and values"
+            )
         if any(stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape, strict=True)):
             raise CheckpointError(f"{name} is expanded, so torch could not load it: register it .contiguous()")
     return state, extra

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from rpcpipe.driver.result import mean_loss, merged_outputs
 from rpcpipe.driver.runtime import Runtime
 from rpcpipe.errors import ArgumentError, RpcPipeError, require
-from rpcpipe.model.microbatch import Nest, batch_size
+from rpcpipe.model.microbatch import Nest, copied
 from rpcpipe.stage.context import StepContext
 from rpcpipe.stage.metrics import Metric, Sums, means
 from rpcpipe.transport.interrupts import shield_interrupts
@@ -45,7 +45,7 @@ NOTHING = Wanted()
 class Passed(NamedTuple):
     """A batch: its number of samples, its micro-batches' shares of it, and the workers' reports."""
 
-    size: int
+    size: float
     weights: tuple[float, ...]
     reports: dict[str, Report]
 
@@ -96,14 +96,15 @@ class Passes:
     def _feed(self, inputs: Nest, targets: Nest | None, keep_outputs: bool) -> tuple[Passed, dict[str, Future[Any]]]:
         """Issue one batch; return it without reports, and the workers' replies."""
         runtime = self._runtime
-        parts, weights, counts = runtime.program.cut(inputs)
+        batch = runtime.program.cut(copied(inputs))
         target_parts = None
         if targets is not None:
-            target_parts = runtime.program.cut_targets(targets if keep_outputs else runtime.prepare(targets))
-        plan = StepContext(runtime.driver.new_step(), runtime.trained, False, weights, keep_outputs=keep_outputs)
-        calls = runtime.program.forward(counts, targets=targets is not None)
-        replies = runtime.driver.issue(calls, plan, runtime.given(parts, target_parts))
-        return Passed(batch_size(inputs), weights, {}), replies
+            targets = copied(targets)
+            target_parts = runtime.program.cut_targets(targets if keep_outputs else runtime.prepare(targets), batch)
+        plan = StepContext(runtime.driver.new_step(), runtime.trained, False, batch.weights, keep_outputs=keep_outputs)
+        calls = runtime.program.forward(batch.counts, targets=targets is not None)
+        replies = runtime.driver.issue(calls, plan, runtime.given(batch.parts, target_parts))
+        return Passed(batch.size, batch.weights, {}), replies
 
     def _collect(self, passed: Passed, replies: Mapping[str, Future[Any]]) -> Passed:
         return passed._replace(reports=self._runtime.driver.collect(replies))
@@ -141,7 +142,7 @@ def evaluate(
         measured = {chunk: value for report in reports.values() for chunk, value in report.metrics.items()}
         sums += [measured[chunk] for chunk in sorted(measured)]
         loss, count = mean_loss(reports, weights)
-        share = float(size) if count is None else count
+        share = size if count is None else count
         if share:
             total, samples = total + loss * share, samples + share
     if not samples:

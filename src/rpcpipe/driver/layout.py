@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rpcpipe.model.microbatch import Nest, split
 from rpcpipe.schedules import Schedule
 
 
@@ -36,14 +35,6 @@ class Layout:
     def replica_of(self, name: str) -> int | None:
         """Return the replica of the worker ``name``; None if the pipeline has one replica or does not use ``name``."""
         return self.index(name)[1] if self.replicas > 1 and name in self.names else None
-
-    def cut(self, nest: Nest, chunks: int) -> list[list[Nest]]:
-        """Return, by replica, the micro-batches of its share: ``chunk(replicas)``, then ``chunk(chunks)`` of each.
-
-        A batch with fewer samples makes fewer micro-batches, for the last replicas none.
-        """
-        shares = [split(share, chunks) for share in split(nest, self.replicas)]
-        return [*shares, *([] for _ in range(self.replicas - len(shares)))]
 
 
 def stage_parts(layers: Sequence[str], sizes: Sequence[int]) -> dict[int, tuple[list[str], int]]:

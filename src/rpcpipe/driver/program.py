@@ -11,15 +11,14 @@ message, random number, loss or span needs a replica index, and the oracle is a 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import chain, zip_longest
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
+from rpcpipe.driver.batch import Batch, cut_inputs, cut_targets, entering
 from rpcpipe.driver.layout import Layout
-from rpcpipe.errors import require
-from rpcpipe.model.microbatch import Nest, batch_size
+from rpcpipe.model.microbatch import Nest
 from rpcpipe.model.wiring import DRIVER, ValueRoute, link
 from rpcpipe.schedules import Action, Schedule, forward_only
-from rpcpipe.stage.autograd import StageInput
 from rpcpipe.stage.context import MicroBatch
 from rpcpipe.worker.gradient_exchange import gradients_from, group_of, statistics_from
 from rpcpipe.worker.messages import Bucket, Port, Route, Send, Update
@@ -36,14 +35,6 @@ from rpcpipe.worker.operations import (
     TakeBuffers,
     Task,
 )
-
-
-class Batch(NamedTuple):
-    """A batch's micro-batches in order, each micro-batch's share of the batch, and each replica's number of them."""
-
-    parts: list[Nest]
-    weights: tuple[float, ...]
-    counts: tuple[int, ...]
 
 
 class Fed(NamedTuple):
@@ -89,27 +80,21 @@ class StepProgram:
         self._made: dict[tuple[Any, ...], list[Call]] = {}
 
     def cut(self, inputs: Nest) -> Batch:
-        """Cut ``inputs`` into micro-batches."""
-        shares = self._layout.cut(inputs, self._schedule.chunks)
-        parts, total = list(chain.from_iterable(shares)), batch_size(inputs)
-        return Batch(parts, tuple(batch_size(part) / total for part in parts), tuple(map(len, shares)))
+        """Cut ``inputs`` into micro-batches; raises ArgumentError for what cannot be cut or sent."""
+        return cut_inputs(inputs, self._layout.replicas, self._schedule.chunks)
 
-    def cut_targets(self, targets: Nest) -> list[Nest]:
-        """Cut ``targets`` into micro-batches, as ``cut`` does the inputs."""
-        return list(chain.from_iterable(self._layout.cut(targets, self._schedule.chunks)))
+    def cut_targets(self, targets: Nest, inputs: Batch) -> list[Nest]:
+        """Cut ``targets`` as ``cut`` does the inputs, detached; raises ArgumentError unless their numbers agree."""
+        return cut_targets(targets, inputs, self._layout.replicas, self._schedule.chunks)
 
     def given(self, inputs: list[Nest], targets: list[Nest] | None) -> dict[Port, Any]:
-        """Return the micro-batches' inputs and targets by the port that awaits them.
-
-        Raises ArgumentError if their numbers differ.
-        """
+        """Return the micro-batches' inputs and targets by the port that awaits them."""
         values = {
             port: value
             for chunk, part in enumerate(inputs)
             for port, value in entering(part, chunk, self._value_routes).items()
         }
         if targets is not None:
-            check_sizes(inputs, targets)
             last = self._schedule.stages - 1
             values |= {Port(Action("F", last, chunk), "target"): part for chunk, part in enumerate(targets)}
         return values
@@ -282,28 +267,6 @@ def route(
         for end in ends
     ]
     return Route(action, tuple(Port(action, slot) for slot in awaits), tuple(sends))
-
-
-def check_sizes(inputs: Sequence[Nest], targets: Sequence[Nest]) -> None:
-    """Raise ArgumentError unless ``inputs`` and ``targets`` have the same number of micro-batches."""
-    require(
-        len(inputs) == len(targets),
-        f"inputs make {len(inputs)} micro-batches and targets {len(targets)}: their batch sizes differ",
-    )
-
-
-def entering(part: Nest, chunk: int, value_routes: Sequence[ValueRoute]) -> dict[Port, StageInput]:
-    """Return, by port, the values of micro-batch ``chunk``'s inputs ``part`` that the driver sends to each stage."""
-    names: dict[int, list[str]] = {0: []}
-    for value_route in value_routes:
-        if value_route.source == DRIVER:
-            names.setdefault(value_route.target, []).append(value_route.name)
-    return {
-        Port(Action("F", stage, chunk), link(stage, DRIVER)): StageInput.constant(
-            (None if stage else part, {name: part[name] for name in wanted})
-        )
-        for stage, wanted in names.items()
-    }
 
 
 # --- the exchange of gradients: a group member's tasks ---

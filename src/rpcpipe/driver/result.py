@@ -31,6 +31,8 @@ class StepResult:
     parameter group. By stage, ``peak_activation_bytes`` is the most memory that autograd had saved at
     once, which includes the inputs of recomputed layers and excludes parameters, and ``recomputed`` the
     number of layer forwards that were recomputed. ``metrics`` and ``outputs`` are those that the call asked for.
+    ``input_grads`` holds the gradients of the mean loss for the inputs that require one, in a nest like the inputs
+    with None elsewhere; None if no input does, and in a stream.
     """
 
     step: int
@@ -47,6 +49,7 @@ class StepResult:
     loss_scale: float = 1.0
     metrics: Mapping[str, float] = field(default_factory=dict, repr=False)
     outputs: Nest = field(default=None, repr=False, compare=False)
+    input_grads: Nest = field(default=None, repr=False, compare=False)
 
     @property
     def bubble(self) -> float:

@@ -13,6 +13,7 @@ import torch
 from rpcpipe.checkpoint.plain_state import Stateful
 from rpcpipe.cluster.cluster import PipelineCluster
 from rpcpipe.driver.accumulation import Progress
+from rpcpipe.driver.batch import Batch, input_gradients
 from rpcpipe.driver.callbacks import Callback
 from rpcpipe.driver.deployment import Deployment
 from rpcpipe.driver.driver import Driver
@@ -25,7 +26,7 @@ from rpcpipe.model.layers import check_inputs
 from rpcpipe.model.microbatch import Nest
 from rpcpipe.schedules import Schedule
 from rpcpipe.schedules.timeline import Timeline
-from rpcpipe.worker.messages import Port, StageInfo
+from rpcpipe.worker.messages import Port, Report, StageInfo
 
 
 class Active(Protocol):
@@ -180,6 +181,10 @@ class Runtime:
         """
         check_inputs(parts[0], self.deployment.wirings)
         return self.program.given(parts, targets)
+
+    def input_gradients(self, batch: Batch, inputs: Nest, reports: Mapping[str, Report], factor: float) -> Nest:
+        """The gradients of a step's ``inputs``, times ``factor``; None if no tensor of them requires one."""
+        return input_gradients(batch, inputs, reports, self.deployment.stage_links.value_routes, factor)
 
     def title(self) -> str:
         """Return a line that describes the pipeline."""

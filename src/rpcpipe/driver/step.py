@@ -98,13 +98,13 @@ class Step:
         if self.done:
             raise RpcPipeError("forward_backward was called in this step already; open another step")
         runtime, driver = self._runtime, self._runtime.driver
-        parts, weights, counts = runtime.program.cut(inputs)
-        values = runtime.given(parts, runtime.program.cut_targets(runtime.prepare(targets)))
-        plan = self._plan(weights)
-        reports = driver.run(runtime.program.train(counts, updates=plan.updates), plan, values)
+        batch = runtime.program.cut(inputs)
+        values = runtime.given(batch.parts, runtime.program.cut_targets(runtime.prepare(targets), batch))
+        plan = self._plan(batch.weights)
+        reports = driver.run(runtime.program.train(batch.counts, updates=plan.updates), plan, values)
         if runtime.tracer is not None:
             runtime.tracer.step(reports, self._number)
-        loss, count = mean_loss(reports, weights)
+        loss, count = mean_loss(reports, batch.weights)
         gate = self._gate(plan, reports, count)
         spoiled = not math.isfinite(loss) and count != 0.0  # gradients of a loss of NaN may be finite
         sound = gate.finite and not spoiled and not self._progress.spoiled
@@ -131,6 +131,7 @@ class Step:
             loss_scale=plan.scale,
             metrics=mean_metrics(reports),
             outputs=merged_outputs(reports),
+            input_grads=runtime.input_gradients(batch, inputs, reports, 1.0 / plan.scale / (count or 1.0)),
         )
         runtime.note(self._result.timeline)
         return driver.publish_gradients(self._message, self.context_id, gate) if self._result.applied else {}

@@ -18,13 +18,13 @@ from typing import Any
 from rpcpipe.driver.callbacks import tell
 from rpcpipe.driver.inference import NOTHING, Wanted
 from rpcpipe.driver.optimizer import check_alike
-from rpcpipe.driver.program import Fed, check_sizes
+from rpcpipe.driver.program import Fed
 from rpcpipe.driver.result import StreamedBatch, StreamResult, last_update
 from rpcpipe.driver.runtime import Runtime
 from rpcpipe.driver.tracing import spans
 from rpcpipe.errors import Failure, RpcPipeError, ScheduleError, StageError, WorkerLost
 from rpcpipe.model.layers import check_inputs
-from rpcpipe.model.microbatch import Nest
+from rpcpipe.model.microbatch import Nest, copied
 from rpcpipe.schedules import Action, Timeline
 from rpcpipe.schedules.asynchronous import StreamOrder
 from rpcpipe.stage import stream_rollback
@@ -123,9 +123,9 @@ class Stream:
         Raises ArgumentError if inputs and targets differ in size or a named value is missing.
         """
         runtime = self._runtime
-        parts, shares, _ = runtime.program.cut(inputs)
-        target_parts = runtime.program.cut_targets(runtime.prepare(targets))
-        check_sizes(parts, target_parts)
+        cut = runtime.program.cut(copied(inputs))
+        parts, shares = cut.parts, cut.weights
+        target_parts = runtime.program.cut_targets(runtime.prepare(copied(targets)), cut)
         check_inputs(parts[0], runtime.deployment.wirings)
         with shield_interrupts():
             if not self._is_open:

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
+from torch.nn.parameter import is_lazy
 
 from rpcpipe.errors import ArgumentError, PartitionError
-from rpcpipe.model import rng, tied_weights
+from rpcpipe.model import nest_types, rng, tied_weights
 from rpcpipe.model.containers import check_container
 from rpcpipe.model.microbatch import Nest
 from rpcpipe.model.wiring import Wiring, advance, live_names, required_inputs
@@ -44,6 +45,7 @@ class LayerSpec:
         module = self.cls(*self.args, **self.kwargs)
         if not isinstance(module, nn.Module):
             raise TypeError(f"{self!r} made a {type(module).__name__}, not an nn.Module")
+        _check_built(module, repr(self))
         return module
 
     def __repr__(self) -> str:
@@ -63,19 +65,41 @@ class Wired:
     """
 
     def __init__(
-        self, layer: nn.Module | LayerSpec, takes: str | Sequence[str] = (), gives: str | Sequence[str] = ()
+        self,
+        layer: nn.Module | LayerSpec | Callable[..., Any],
+        takes: str | Sequence[str] = (),
+        gives: str | Sequence[str] = (),
     ) -> None:
-        if not isinstance(layer, (nn.Module, LayerSpec)):
-            raise ArgumentError(f"Wired takes an nn.Module or rp.LayerSpec, not a {type(layer).__name__}")
-        self.layer = layer
+        if isinstance(layer, Wired) or (not callable(layer) and not isinstance(layer, LayerSpec)):
+            raise ArgumentError(f"Wired takes an nn.Module, a function or rp.LayerSpec, not a {type(layer).__name__}")
+        self.layer = unwired(as_layer(layer, "the layer of rp.Wired"))
         self.wiring = Wiring(*((names,) if isinstance(names, str) else tuple(names) for names in (takes, gives)))
 
     def __repr__(self) -> str:
         return f"Wired({self.layer!r}, takes={self.wiring.takes}, gives={self.wiring.gives})"
 
 
+class Function(nn.Module):
+    """A function as a layer without parameters, called by its name in messages and tables."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *values: Any) -> Any:
+        return self.function(*values)
+
+    def __repr__(self) -> str:
+        return _name_of(self.function)
+
+
+def _name_of(function: Callable[..., Any]) -> str:
+    inner = getattr(function, "func", function)  # of a functools.partial
+    return str(getattr(inner, "__name__", type(inner).__name__))
+
+
 Layer = nn.Module | LayerSpec | Wired
-Model = nn.Sequential | Sequence[Layer] | Mapping[str, Layer]
+Model = nn.Sequential | Sequence[Layer | Callable[..., Any]] | Mapping[str, Layer | Callable[..., Any]]
 
 
 class Named(nn.Sequential):
@@ -157,8 +181,8 @@ def check_inputs(inputs: Nest, wirings: Mapping[str, Wiring]) -> None:
 def named_layers(model: Model) -> OrderedDict[str, Layer]:
     """Return the model's layers, in order, by their names in the unsplit model's ``state_dict``.
 
-    Raises PartitionError for anything but an ``nn.Sequential``, or a sequence or mapping of layers, and for an
-    ``nn.Sequential`` that does more than to call its layers.
+    A function becomes a layer without parameters. Raises PartitionError for anything but an ``nn.Sequential``, or a
+    sequence or mapping of layers, and for an ``nn.Sequential`` that does more than to call its layers.
     """
     if isinstance(model, Sequential):
         check_container(model, Sequential)
@@ -168,14 +192,37 @@ def named_layers(model: Model) -> OrderedDict[str, Layer]:
         return _distinct(model._modules)  # named_children omits a module's second use
     if isinstance(model, nn.Module) or not isinstance(model, (Sequence, Mapping)):
         raise PartitionError(
-            "model must be an nn.Sequential, or a list or dict of nn.Module / rp.LayerSpec, not"
+            "model must be an nn.Sequential, or a list or dict of nn.Module, function or rp.LayerSpec, not"
             f" {type(model).__name__}; write its forward as a chain of layers"
         )
     named = dict(model) if isinstance(model, Mapping) else {str(index): layer for index, layer in enumerate(model)}
-    for name, layer in named.items():
-        if not isinstance(layer, Layer):
-            raise PartitionError(f"layer {name} is a {type(layer).__name__}, not an nn.Module or rp.LayerSpec")
-    return _distinct(named)
+    return _distinct({name: as_layer(layer, f"layer {name}") for name, layer in named.items()})
+
+
+def as_layer(layer: Any, what: str) -> Layer:
+    """Return ``layer``, a function as a module; raises PartitionError for what is no layer. ``what`` names it."""
+    if isinstance(layer, nn.Module | LayerSpec | Wired):
+        return layer
+    if isinstance(layer, type):
+        raise PartitionError(f"{what} is the class {layer.__name__}; pass an instance of it, or rp.LayerSpec")
+    if not callable(layer):
+        raise PartitionError(f"{what} is a {type(layer).__name__}, not an nn.Module, a function or rp.LayerSpec")
+    if (held := nest_types.trainable(layer)) is not None:
+        raise PartitionError(
+            f"{what}, the function {_name_of(layer)}, uses {held}; its parameters would be copied and never trained:"
+            " write an nn.Module that has it as an attribute"
+        )
+    return Function(layer)
+
+
+def _check_built(module: nn.Module, what: str) -> None:
+    """Raise PartitionError for a lazy module that has not seen an input."""
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if is_lazy(tensor):
+            raise PartitionError(
+                f"{what} is lazy: its {name} has no shape yet, and without one the model can be neither cut nor"
+                " trained; run the model once on a sample before, or pass a module of fixed sizes, as nn.Linear"
+            )
 
 
 def _distinct(layers: Mapping[str, Any]) -> OrderedDict[str, Layer]:
@@ -187,6 +234,8 @@ def _distinct(layers: Mapping[str, Any]) -> OrderedDict[str, Layer]:
     first_names = dict[nn.Module | LayerSpec, str]()
     for name, layer in layers.items():
         module = unwired(layer)
+        if isinstance(module, nn.Module):
+            _check_built(module, f"layer {name}")
         first = first_names.setdefault(module, name)
         if first != name and isinstance(module, nn.Module):
             if any(True for _ in module.buffers()):

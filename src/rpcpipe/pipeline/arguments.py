@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from rpcpipe.cluster.cluster import PipelineCluster
 from rpcpipe.driver.layout import Layout, stage_parts
 from rpcpipe.driver.runtime import Settings
 from rpcpipe.errors import (
+    ArgumentError,
     CheckpointError,
     PartitionError,
     ScheduleError,
@@ -246,6 +247,19 @@ def check_ties(policy: str | None, ties: Sequence[Tie], layers: Sequence[str], s
                 f" {' and '.join(map(str, stages))}, which an asynchronous schedule lets update at their own times;"
                 " use a synchronous one, for instance '1f1b', or keep these layers on one stage with balance=[…]"
             )
+
+
+def pairs(batches: Iterable[Any], call: str) -> Iterator[tuple[Nest, Nest]]:
+    """Yield each batch as (inputs, targets); raises ArgumentError for anything but a pair."""
+    for batch in batches:
+        if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
+            about = f" of {len(batch)}" if isinstance(batch, (tuple, list)) else ""
+            about += f" with the keys {list(batch)}" if isinstance(batch, Mapping) else ""
+            raise ArgumentError(
+                f"pipe.{call} takes pairs (inputs, targets), and got a {type(batch).__name__}{about};"
+                " make pairs of the batches, for instance ((batch, batch['labels']) for batch in loader)"
+            )
+        yield batch[0], batch[1]
 
 
 def check_groups(infos: Mapping[str, Sequence[StageInfo]]) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ import functools
 import uuid
 import weakref
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -20,7 +20,7 @@ from rpcpipe.driver.runtime import Runtime, release
 from rpcpipe.errors import ArgumentError, ScheduleError, StageError, require, require_whole
 from rpcpipe.model.containers import check_global_hooks, shared_buffers
 from rpcpipe.model.layers import Layer, check_embeddings, find_ties, unpicklable, unwired, wiring_of
-from rpcpipe.model.microbatch import Nest
+from rpcpipe.model.microbatch import MicroBatches, Nest
 from rpcpipe.model.torch_settings import TorchSettings
 from rpcpipe.pipeline.arguments import (
     Options,
@@ -70,7 +70,7 @@ def start(layers: OrderedDict[str, Layer], cluster: PipelineCluster, options: Op
     identity = uuid.uuid4().hex
     batched = options.dispatch == "batched"
     driver = Driver(cluster.transport, identity, layout.names, timeout=cluster.timeout, batched=batched)
-    prepare = getattr(options.loss, "prepare", lambda targets: targets)
+    prepare = functools.partial(_prepared, getattr(options.loss, "prepare", None))
     runtime = Runtime(cluster, driver, deployment, options.settings, policy=policy, prepare=prepare, scaler=scaler)
     cluster.pipelines.add(runtime)
     # In a REPL a pipeline is often replaced without being closed; this frees its stages.
@@ -86,6 +86,15 @@ def start(layers: OrderedDict[str, Layer], cluster: PipelineCluster, options: Op
         runtime.close()
         raise
     return runtime
+
+
+def _prepared(prepare: Callable[[Nest], Nest] | None, targets: Nest) -> Nest:
+    """Return what the loss's ``prepare`` makes of ``targets``, or of each micro-batch that the caller has cut."""
+    if prepare is None:
+        return targets
+    if isinstance(targets, MicroBatches):
+        return MicroBatches([prepare(part) for part in targets.parts], targets.weights)
+    return prepare(targets)
 
 
 def measure(cluster: PipelineCluster, layers: OrderedDict[str, Layer], sample: Nest, seed: int) -> list[LayerCost]:

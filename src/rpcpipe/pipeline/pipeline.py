@@ -26,7 +26,7 @@ from rpcpipe.errors import ScheduleError, require_whole
 from rpcpipe.model.layers import Loss, Model, named_layers
 from rpcpipe.model.microbatch import Nest
 from rpcpipe.pipeline import deploy, state
-from rpcpipe.pipeline.arguments import Options
+from rpcpipe.pipeline.arguments import Options, pairs
 from rpcpipe.pipeline.recipe import Recipe
 from rpcpipe.planning.plan import Plan
 from rpcpipe.schedules import Schedule
@@ -235,10 +235,12 @@ class Pipeline:
     ) -> StepResult:
         """Run one batch forward and backward and update the weights; return the loss and what was measured.
 
-        ``inputs`` and ``targets``: nests of tensors with the batch in dimension 0. With ``accumulate`` = n, only every
-        n-th call updates. ``result.metrics`` are ``metrics``, given as to ``evaluate``, of the training forward's
-        outputs; with ``outputs`` these are in ``result.outputs``, detached and on the CPU. Raises ArgumentError for
-        arguments that do not fit, and StageError, WorkerLost or DeadlineExceeded; the weights are then as before.
+        ``inputs`` and ``targets``: nests of tensors with the batch in dimension 0, or as ``rp.Replicated``,
+        ``rp.Batched`` and ``rp.MicroBatches`` say; the result has the gradients of inputs that require one. With
+        ``accumulate`` = n, only every n-th call updates. ``result.metrics`` are ``metrics``, given as to ``evaluate``,
+        of the training forward's outputs; with ``outputs`` these are in ``result.outputs``, detached and on the CPU.
+        Raises ArgumentError for arguments that do not fit, and StageError, WorkerLost or DeadlineExceeded; the weights
+        are then as before.
         """
         self.runtime.check_trains()
         if self.runtime.policy is not None:
@@ -265,9 +267,9 @@ class Pipeline:
         """
         self.runtime.check_trains()
         results = (
-            (self.train_step(inputs, targets) for inputs, targets in batches)
+            (self.train_step(inputs, targets) for inputs, targets in pairs(batches, "train"))
             if self.runtime.policy is None
-            else Stream(self.runtime).run(batches, self.runtime.settings.flush_every)
+            else Stream(self.runtime).run(pairs(batches, "train"), self.runtime.settings.flush_every)
         )
         total = len(batches) if isinstance(batches, Sized) else None
         with closing(results), tqdm(results, total=total, disable=not progress, unit="step") as bar:
@@ -344,7 +346,7 @@ class Pipeline:
         is counted in any batch.
         """
         self.runtime.check()
-        loss, means = inference.evaluate(self.runtime, batches, metrics or {})
+        loss, means = inference.evaluate(self.runtime, pairs(batches, "evaluate"), metrics or {})
         return loss if metrics is None else {"loss": loss, **means}
 
     # --- weights ---

@@ -137,8 +137,8 @@ def _job(runtime: Runtime, recipe: Recipe, seed: int, inputs: Nest, targets: Nes
     options, program = recipe.options, runtime.program
     if options.loss is None or options.optimizer is None:
         raise ArgumentError("this pipeline does not train; make one with loss=… and optimizer=… to verify it")
-    parts, shares, counts = program.cut(inputs)
-    pairs = iter(zip(parts, program.cut_targets(runtime.prepare(targets)), strict=True))
+    batch = program.cut(inputs)
+    pairs = iter(zip(batch.parts, program.cut_targets(runtime.prepare(targets), batch), strict=True))
     driver, first = runtime.driver, runtime.cluster.workers[0]
     optimizers = driver.collect({name: driver.call(name, GetOptimizerState()) for name in runtime.names})
     moments: dict[str, dict[str, Any]] = {}
@@ -149,8 +149,8 @@ def _job(runtime: Runtime, recipe: Recipe, seed: int, inputs: Nest, targets: Nes
         recipe.layers() or _from_workers(runtime),
         options.loss,
         options.optimizer,
-        [[next(pairs) for _ in range(count)] for count in counts],
-        shares,
+        [[next(pairs) for _ in range(count)] for count in batch.counts],
+        batch.weights,
         state.state_dict(runtime),
         moments,
         runtime.optimizer.changes(),

@@ -20,7 +20,11 @@ class Memory:
             self.add(tensor)
 
     def add(self, tensor: torch.Tensor) -> None:
-        """Add the memory of ``tensor``."""
+        """Add the memory of ``tensor``; of a sparse one that of its indices and values."""
+        if tensor.layout is not torch.strided:
+            for part in _parts(tensor):
+                self.add(part)
+            return
         storage = tensor.untyped_storage()
         address = storage.data_ptr() or storage._cdata  # the meta device has no memory, so data_ptr is 0
         self._sizes[address] = storage.nbytes()
@@ -33,6 +37,18 @@ class Memory:
             for address, parts in self._parts.items()
             if not any(address in other._parts for other in others)
         )
+
+
+def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    tensor = tensor.detach()
+    if tensor.layout is torch.sparse_coo:
+        tensor = tensor.coalesce()
+        return [tensor.indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    return []  # opaque, as mkldnn's
 
 
 def saved_by_graph(outputs: Iterable[torch.Tensor]) -> Memory:

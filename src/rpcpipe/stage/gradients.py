@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -87,7 +87,7 @@ def _set_hooks(parameter: torch.Tensor, before: Any, after: Any) -> None:
 
 def norms(parameters: Sequence[nn.Parameter]) -> list[float]:
     """Return the 2-norms of the gradients, in the order of ``parameters``; those without a gradient are left out."""
-    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    grads = [_values(parameter.grad) for parameter in parameters if parameter.grad is not None]
     if not grads:
         return []
     if any(grad.dtype == torch.float16 for grad in grads):  # its own norm overflows from 65504 on
@@ -96,6 +96,11 @@ def norms(parameters: Sequence[nn.Parameter]) -> list[float]:
         found = list(torch._foreach_norm(grads))
     values: list[float] = torch.stack(found).tolist()
     return values
+
+
+def _values(gradient: torch.Tensor) -> torch.Tensor:
+    """Return the elements of ``gradient`` that are not zero, if it is sparse, and else itself."""
+    return gradient.coalesce().values() if gradient.is_sparse else gradient
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -145,15 +150,15 @@ def unscale(parameters: Sequence[nn.Parameter], scale: float) -> None:
 
 def divide(parameters: Sequence[nn.Parameter], divisor: float) -> None:
     """Divide the gradients by ``divisor`` in place, which turns sums over samples into means."""
-    _each(parameters, lambda grads: torch._foreach_div_(grads, divisor))
+    _each(parameters, torch._foreach_div_, divisor)
 
 
 def scale(parameters: Sequence[nn.Parameter], factor: float) -> None:
     """Multiply the gradients by ``factor`` in place, for clipping."""
-    _each(parameters, lambda grads: torch._foreach_mul_(grads, factor))
+    _each(parameters, torch._foreach_mul_, factor)
 
 
-def _each(parameters: Sequence[nn.Parameter], change: Any) -> None:
+def _each(parameters: Sequence[nn.Parameter], change: Callable[[list[torch.Tensor], float], Any], by: float) -> None:
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if grads:
-        change(grads)
+        change(grads, by)

@@ -19,6 +19,7 @@ from rpcpipe.errors import PartitionError
 from rpcpipe.model import batchnorm, rng
 from rpcpipe.model.layers import Loss, Named
 from rpcpipe.model.microbatch import Nest, map_tensors
+from rpcpipe.model.sendable import sendable
 from rpcpipe.model.wiring import Flow, Wiring, advance, live_names
 from rpcpipe.stage import autograd, precision
 from rpcpipe.stage.audit import Audit
@@ -27,6 +28,7 @@ from rpcpipe.stage.boundary import cut, join, leaving, part
 from rpcpipe.stage.context import MicroBatch, StepContext
 from rpcpipe.stage.metrics import Metric, Sums, measure
 from rpcpipe.stage.modes import Modes
+from rpcpipe.stage.outputs import Outputs
 from rpcpipe.stage.recompute import MicroBatchGraph, Recompute, SegmentRunner
 from rpcpipe.stage.split_backward import WeightBackward, backward_weight
 from rpcpipe.stage.weight_stash import Versions
@@ -81,6 +83,7 @@ class Stage:
         self._context = StepContext(-1, 0, False, ())
         self._wirings = wirings or [Wiring()] * len(layers)
         self._outgoing = outgoing or {}
+        self.leaving = Outputs(self.module)
         self._live_names = live_names(self._wirings, (name for names in self._outgoing.values() for name in names))
         # By micro-batch, the number of gradients to send back by each link.
         self._returns: dict[int, dict[str, int]] = {}
@@ -135,7 +138,7 @@ class Stage:
         self._saved[chunk], outputs = self.segments.run(chunk, received, run)
         self.peak_in_flight = max(self.peak_in_flight, self.in_flight)
         self._measure()
-        return {} if self.loss is not None else self._leave(outputs)
+        return {} if self.loss is not None else self._leave(chunk, outputs)
 
     def _run_segment(
         self,
@@ -172,10 +175,10 @@ class Stage:
             target = map_tensors(lambda leaf: leaf.to(self.device), target)
             self.measured[chunk] = measure(self.metrics, output, target) if self._context.measures else {}
         if self._context.keep_outputs:
-            self.outputs[chunk] = output
+            self.outputs[chunk] = self.leaving.value(output, chunk)
 
-    def _leave(self, flow: Flow) -> dict[str, StageInput]:
-        return part(autograd.leave(map_tensors(_to_host, flow)), self._outgoing)
+    def _leave(self, chunk: int, flow: Flow) -> dict[str, StageInput]:
+        return part(autograd.leave(self.leaving.flow(flow, chunk)), self._outgoing)
 
     def _infer(
         self, context: StepContext, micro_batch: MicroBatch, chunk: int, received: StageInput, target: Nest
@@ -183,10 +186,11 @@ class Stage:
         with torch.no_grad(), precision.autocast(self.device, self._autocast):
             flow = self._run_layers(micro_batch, received.nest, autograd.GraphEntry(), 0, len(self.module))
             if self.loss is None:
-                return self._leave(leaving(flow, self._outgoing))
+                return self._leave(chunk, leaving(flow, self._outgoing))
             output, target = flow[0], map_tensors(lambda leaf: leaf.to(self.device), target)
             if context.keep_outputs:
-                self.outputs[chunk] = output if target is None or self.select is None else self.select(output, target)
+                selected = output if target is None or self.select is None else self.select(output, target)
+                self.outputs[chunk] = self.leaving.value(selected, chunk)
             else:
                 self._take_loss(chunk, output, target)
                 self.measured[chunk] = measure(self.metrics, output, target)
@@ -363,6 +367,6 @@ def _weight(micro_batch: MicroBatch, count: Any) -> float:
     return 1.0 / float(count)
 
 
-def _to_host(tensor: torch.Tensor) -> torch.Tensor:
-    """Return ``tensor`` in host memory, from which it is sent; a CPU tensor is returned itself."""
-    return tensor.cpu()
+def _to_host(gradient: torch.Tensor) -> torch.Tensor:
+    """Return ``gradient`` in host memory, as it is sent; a CPU tensor is returned itself."""
+    return sendable(gradient, "the gradient of a stage's input").cpu()

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import pickle
 import warnings
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
 
 from rpcpipe.errors import ArgumentError
 from rpcpipe.transport import pickler
 from rpcpipe.transport.pickler import loads, worker_imports
 
-__all__ = ["MessagePickler", "dumps", "loads"]
+__all__ = ["MessagePickler", "dumps", "in_bounds", "loads"]
+
+T = TypeVar("T")
 
 _HEAVY_BYTES = 64 << 20
 
@@ -44,3 +48,13 @@ class MessagePickler(pickle.Pickler):
         if name in worker_imports.by_name or not isinstance(name, str) or worker_imports.find(name):
             return NotImplemented
         return loads, (pickler.dumps(value),)
+
+
+def in_bounds(value: T) -> T:
+    """Return ``value``; an empty tensor that begins behind the end of its memory, at which torch RPC aborts, is copied.
+
+    A chunk of an empty tensor has such an offset; the receiver checks it against what is sent of the memory.
+    """
+    if not isinstance(value, torch.Tensor) or value.layout is not torch.strided or value.is_nested or value.numel():
+        return value
+    return value.clone() if value.storage_offset() else value  # type: ignore[return-value]

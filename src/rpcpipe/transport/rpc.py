@@ -35,7 +35,7 @@ from torch.utils import _pytree as pytree
 from rpcpipe.errors import Failure, RpcPipeError, StageError, WorkerLost
 from rpcpipe.transport.base import DRIVER, Endpoint
 from rpcpipe.transport.interrupts import allow_interrupts, shield_interrupts
-from rpcpipe.transport.pickling import MessagePickler
+from rpcpipe.transport.pickling import MessagePickler, in_bounds
 from rpcpipe.transport.replies import Replies
 from rpcpipe.transport.rpc_store import ExchangeStore
 from rpcpipe.transport.torch_log import hush
@@ -290,7 +290,7 @@ class _Pickler(MessagePickler):
         self.dispatch_table = {**copyreg.dispatch_table, torch.Tensor: self._beside, nn.Parameter: self._beside}
 
     def _beside(self, tensor: torch.Tensor) -> tuple[Any, tuple[int]]:
-        self.tensors.append(tensor)
+        self.tensors.append(in_bounds(tensor))
         return _tensor, (len(self.tensors) - 1,)
 
 
@@ -370,7 +370,8 @@ class RpcTransport:
             raise self.call(to, "clock").exception() or broken from None
 
     def remote_chained(self, to: str, verb: str, *args: Any) -> object:
-        return rpc.remote(_wire_name(to, self.generation), _receive_chained, args=(self.generation, verb, args))
+        message = (self.generation, verb, pytree.tree_map(in_bounds, args))
+        return rpc.remote(_wire_name(to, self.generation), _receive_chained, args=message)
 
     def wait(self, replies: Collection[Future[Any]], timeout: float) -> tuple[set[Future[Any]], set[Future[Any]]]:
         # Not torch's Future.wait, which ignores Ctrl-C until the call ends, and not concurrent.futures.wait,

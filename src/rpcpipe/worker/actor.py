@@ -15,7 +15,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from rpcpipe.model.microbatch import Nest, Packed, map_tensors, pack
+from rpcpipe.model.microbatch import Nest, Packed, pack
+from rpcpipe.model.wiring import DRIVER
+from rpcpipe.model.wiring import link as link_to
 from rpcpipe.schedules import Action
 from rpcpipe.stage import gradients
 from rpcpipe.stage.context import MicroBatch, StepContext
@@ -157,6 +159,8 @@ class Actor:
         if plan.policy is not None:
             self._open_stream(plan.policy)
         elif plan.training:
+            for stage in self.held.stages.values():
+                stage.leaving.forget()
             self._buffers.take(stage.module for stage in self.held.stages.values())
             self.held.accumulated.resume(plan.accumulates_on, self.held.parameters)
             # While gradients accumulate no weight changes, so the rollback copy stays valid.
@@ -191,6 +195,8 @@ class Actor:
             if plan.trace and worker != self.name:
                 self._report.sends.append((route.action, port, time.monotonic_ns()))
             self._send(worker, plan.step, port, results[link])
+        if kind in "BI" and plan.policy is None and (grads := results.get(link_to(index, DRIVER))):
+            self._report.input_grads[index, chunk] = grads
         return None
 
     def _reduce_scatter(self, group: str) -> None:
@@ -386,4 +392,4 @@ class Actor:
 
 def _packed(outputs: Mapping[int, Nest]) -> dict[int, Packed]:
     """Return outputs by micro-batch as they travel to the driver."""
-    return {chunk: pack(map_tensors(lambda leaf: leaf.cpu(), output)) for chunk, output in outputs.items()}
+    return {chunk: pack(output) for chunk, output in outputs.items()}

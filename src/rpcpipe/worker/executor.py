@@ -19,9 +19,11 @@ import torch
 
 from rpcpipe.errors import Failure
 from rpcpipe.model import torch_settings
+from rpcpipe.model.microbatch import map_tensors
 from rpcpipe.schedules.action import Action
 from rpcpipe.transport import pickler
 from rpcpipe.transport.base import Transport
+from rpcpipe.transport.pickling import in_bounds
 from rpcpipe.worker.actor import Actor
 from rpcpipe.worker.mailbox import Entry, Mailbox
 from rpcpipe.worker.messages import Port
@@ -275,7 +277,7 @@ class Executor:
                 finally:
                     torch_settings.forget()
             case ForwardByHand(pipeline, stage, inputs):
-                return self.actors[pipeline].module(stage)(inputs)
+                return map_tensors(in_bounds, self.actors[pipeline].module(stage)(inputs))
             case ForgetStep(pipeline, step):
                 if (actor := self.actors.get(pipeline)) is not None:
                     actor.reset(step)

@@ -199,11 +199,21 @@ def _bytes(parameter: nn.Parameter) -> int:
 
 
 def _added(total: Tensors, part: Tensors) -> Tensors:
-    """Return ``total + part``, added in place; None means zero."""
+    """Return ``total + part``, added in place unless one is sparse; None means zero."""
     both = [(into, grad) for into, grad in zip(total, part, strict=True) if into is not None and grad is not None]
-    if both:
-        torch._foreach_add_([into for into, _ in both], [grad for _, grad in both])
-    return [grad if into is None else into for into, grad in zip(total, part, strict=True)]
+    dense = [(into, grad) for into, grad in both if not (into.is_sparse or grad.is_sparse)]
+    if dense:
+        torch._foreach_add_([into for into, _ in dense], [grad for _, grad in dense])
+    return [_sum(into, grad) for into, grad in zip(total, part, strict=True)]
+
+
+def _sum(into: torch.Tensor | None, grad: torch.Tensor | None) -> torch.Tensor | None:
+    """Return what ``_added`` makes of one pair, of which the dense ones are added already."""
+    if into is None or grad is None:
+        return grad if into is None else into
+    if into.is_sparse:
+        return grad + into  # only dense + sparse and sparse + sparse are defined
+    return into + grad if grad.is_sparse else into
 
 
 def _to_host(tensors: Tensors) -> Tensors:

@@ -76,7 +76,8 @@ class Report:
     """One worker's figures of a step, or in a stream of its actions since its last update.
 
     ``losses`` holds (value, count) per micro-batch on the last stage, with count None for a mean, and
-    ``metrics`` the metrics' sums there. ``norms`` holds the 2-norm of every gradient that
+    ``metrics`` the metrics' sums there. ``input_grads`` holds the gradients of values that the driver has sent, by
+    (stage, micro-batch). ``norms`` holds the 2-norm of every gradient that
     this worker sums, by stage and the parameter's index in it. ``spans`` holds (kind, stage, chunk, start,
     end, version) in nanoseconds of the worker's monotonic clock, with version -1 outside of streams.
     Where the step is traced, ``sends`` holds (producer, port, time) of the values sent to other workers and
@@ -88,6 +89,7 @@ class Report:
     losses: dict[int, tuple[float, float | None]] = field(default_factory=dict)
     outputs: dict[int, Packed] = field(default_factory=dict)
     metrics: dict[int, Sums] = field(default_factory=dict)
+    input_grads: dict[tuple[int, int], list[torch.Tensor | None]] = field(default_factory=dict)
     norms: dict[int, dict[int, float]] = field(default_factory=dict)
     norm_dtype: torch.dtype = torch.float32
     updated: Updated = field(default_factory=Updated)

@@ -1,0 +1,112 @@
+"""A batch on the driver: cut into micro-batches, sent to the stages that take it, and its gradients put together."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+
+from rpcpipe.errors import ArgumentError, require
+from rpcpipe.model.microbatch import Nest, cut, flatten, map_tensors, merge_gradients, tensors, unflatten
+from rpcpipe.model.sendable import checked
+from rpcpipe.model.wiring import DRIVER, Flow, ValueRoute, link
+from rpcpipe.schedules import Action
+from rpcpipe.stage.autograd import StageInput, leave
+from rpcpipe.worker.messages import Port, Report
+
+
+class Batch(NamedTuple):
+    """A batch's micro-batches in order, the share of the batch that each is, and how many each replica has.
+
+    ``size``: the samples of the batch. ``by_caller``: the caller has cut it.
+    """
+
+    parts: list[Nest]
+    weights: tuple[float, ...]
+    counts: tuple[int, ...]
+    size: float
+    by_caller: bool
+
+
+def cut_inputs(inputs: Nest, replicas: int, chunks: int) -> Batch:
+    """Return ``inputs`` in micro-batches; ArgumentError for what cannot be cut or sent."""
+    shares, samples, by_caller = cut(inputs, replicas, chunks)
+    parts, total = [_sendable(part, "inputs") for share in shares for part in share], sum(samples)
+    weights = tuple(count / total for count in samples)
+    return Batch(parts, weights, tuple(map(len, shares)), total, by_caller)
+
+
+def cut_targets(targets: Nest, inputs: Batch, replicas: int, chunks: int) -> list[Nest]:
+    """Return the targets of ``inputs``, detached; ArgumentError unless they make as many micro-batches."""
+    shares, _, by_caller = cut(targets, replicas, chunks)
+    parts = [_sendable(map_tensors(torch.Tensor.detach, part), "targets") for share in shares for part in share]
+    require(
+        inputs.by_caller == by_caller,
+        "rp.MicroBatches stand in the inputs or the targets alone; pass both as rp.MicroBatches",
+    )
+    require(
+        len(inputs.parts) == len(parts),
+        f"inputs make {len(inputs.parts)} micro-batches and targets {len(parts)}: their batch sizes differ",
+    )
+    return parts
+
+
+def _sendable(part: Nest, what: str) -> Nest:
+    """Return a micro-batch as it is sent, in host memory; ArgumentError for what cannot be."""
+    try:
+        return checked(part, f"the batch's {what}", torch.Tensor.cpu)
+    except TypeError as error:
+        raise ArgumentError(str(error)) from None
+
+
+def entering(part: Nest, chunk: int, value_routes: Sequence[ValueRoute]) -> dict[Port, StageInput]:
+    """What each stage gets from the driver of micro-batch ``chunk``'s inputs ``part``."""
+    return {
+        Port(Action("F", stage, chunk), link(stage, DRIVER)): leave(flow)
+        for stage, flow in entering_values(part, value_routes).items()
+    }
+
+
+def entering_values(part: Nest, value_routes: Sequence[ValueRoute]) -> dict[int, Flow]:
+    """Return by stage the running value and the named values that it gets from the driver."""
+    names: dict[int, list[str]] = {0: []}
+    for way in value_routes:
+        if way.source == DRIVER:
+            names.setdefault(way.target, []).append(way.name)
+    return {stage: (None if stage else part, {name: part[name] for name in wanted}) for stage, wanted in names.items()}
+
+
+def input_gradients(
+    batch: Batch, inputs: Nest, reports: Mapping[str, Report], value_routes: Sequence[ValueRoute], factor: float
+) -> Nest:
+    """Return the gradients of ``inputs``, times ``factor``, in a nest like it; None if no tensor requires one.
+
+    Where several stages take a value the gradients are summed from the last to the first, as autograd does.
+    """
+    if not any(tensor.requires_grad for part in batch.parts for tensor in tensors(part)):
+        return None
+    found = {key: grads for report in reports.values() for key, grads in report.input_grads.items()}
+    rows = []
+    for chunk, part in enumerate(batch.parts):
+        own = tensors(part)
+        sums: list[torch.Tensor | None] = [None] * len(own)
+        for stage, indices in _entering_tensors(part, value_routes):
+            grads = found.get((stage, chunk), [])
+            for index, grad in reversed([*zip((i for i in indices if own[i].requires_grad), grads, strict=True)]):
+                if grad is not None:
+                    sums[index] = grad * factor if (so_far := sums[index]) is None else so_far + grad * factor
+        rows.append(list(zip(own, sums, strict=True)))
+    return merge_gradients(inputs, rows)
+
+
+def _entering_tensors(part: Nest, value_routes: Sequence[ValueRoute]) -> list[tuple[int, list[int]]]:
+    """Return (stage, which of ``part``'s tensors it gets from the driver), from the last such stage to the first."""
+    leaves, spec = flatten(part)
+    numbers = itertools.count()
+    numbered = unflatten([next(numbers) if isinstance(leaf, torch.Tensor) else None for leaf in leaves], spec)
+    entries = entering_values(numbered, value_routes)
+    return [
+        (stage, [i for i in flatten(entries[stage])[0] if i is not None]) for stage in sorted(entries, reverse=True)
+    ]
