@@ -60,10 +60,11 @@ def test_equal_layers_are_cut_evenly_whatever_they_cost(cost: float) -> None:
             assert balance([cost] * layers, stages) == [size + 1] * longer + [size] * (stages - longer)
 
 
-def test_evenness_comes_before_communication_and_communication_breaks_its_ties() -> None:
+def test_communication_comes_before_evenness_and_evenness_breaks_its_ties() -> None:
     assert balance([1] * 10, 4) == [3, 3, 2, 2]
+    assert balance([1] * 10, 4, communication=[5] * 10) == [3, 3, 2, 2]
     assert balance([1] * 10, 4, communication=[9, 0, 9, 9, 0, 9, 9, 0, 9, 9]) == [2, 3, 3, 2]
-    assert balance([1] * 6, 2, communication=[0, 9, 9, 9, 0, 9]) == [3, 3]
+    assert balance([1] * 10, 4, communication=[0, 9, 9, 0, 9, 9, 0, 9, 9, 9]) == [1, 3, 3, 3]
 
 
 def test_large() -> None:

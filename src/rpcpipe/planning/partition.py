@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, pairwise
 from math import frexp, fsum, ldexp
@@ -24,9 +24,9 @@ def balance(
 ) -> list[int]:
     """Return the layers per stage, none empty, for which the costliest stage is as cheap as possible.
 
-    Exact: bisection over the sums that can occur as a stage's cost. Of several such cuts, returns the most even one,
-    which has the least sum of the stages' squared costs; of these the one with the least ``communication`` over its
-    borders, where ``communication[layer]`` is what goes from a layer to the next; of these the one with the shortest
+    Exact: bisection over the sums that can occur as a stage's cost. Of several such cuts, returns the one with the
+    least ``communication`` over its borders, where ``communication[layer]`` is what goes from a layer to the next; of
+    these the most even one, which has the least sum of the stages' squared costs; of these the one with the shortest
     last stages. Every stage must satisfy ``fits``. Raises PartitionError if there are fewer layers than stages, or no
     cut whose stages all fit.
     """
@@ -39,7 +39,7 @@ def balance(
     limit = _least_limit(sums, stages)
     if fits is not None:
         limit = _least_fitting_limit(sums, stages, fits, limit)
-    sizes = _most_even(sums, limit, stages, communication or [0.0] * len(costs), fits)
+    sizes = _best(sums, limit, stages, communication or [0.0] * len(costs), fits)
     assert sizes is not None, "limit is the largest cost of such a cut"
     return sizes
 
@@ -90,7 +90,7 @@ def _least_fitting_limit(sums: Sequence[int], stages: int, fits: Fits, low: int)
     free = [0.0] * len(sums)
 
     def within(limit: int) -> list[int] | None:
-        return _reach(sums, limit, stages, fits) or _most_even(sums, limit, stages, free, fits)
+        return _reach(sums, limit, stages, fits) or _best(sums, limit, stages, free, fits)
 
     if within(low) is not None:
         return low
@@ -145,28 +145,57 @@ def _nearest(sums: Sequence[int], limit: int, stage: int, end: int, fits: Fits |
 class _Cut(NamedTuple):
     """The best cut of the layers before ``end`` into the stages so far, the last of which begins at ``start``."""
 
-    squares: int
     communication: float
+    squares: int
     end: int
     start: int
 
 
-def _most_even(
+class _Candidates:
+    """Cuts behind which a stage may begin, of equal communication: gives the most even one for ends that ascend.
+
+    The squares make a later start better from some end on, for good: the queue holds, in order, each start that is the
+    best for some ends, with the first of these.
+    """
+
+    def __init__(self, sums: Sequence[int]) -> None:
+        self._sums = sums
+        # cut, first end for which it is the best, first end out of its reach
+        self._queue: deque[tuple[_Cut, int, int]] = deque()
+
+    def add(self, cut: _Cut, expiry: int) -> None:
+        """Add a cut that ends behind all others; a stage behind it reaches to any end before ``expiry``."""
+        queue, best_from = self._queue, 0
+        while queue:
+            best_from = min(_overtaken(self._sums, queue[-1][0], cut), queue[-1][2])
+            if best_from > queue[-1][1]:
+                break
+            queue.pop()
+        queue.append((cut, best_from if queue else 0, expiry))
+
+    def best(self, end: int) -> _Cut:
+        """Return the best cut for a stage that ends at ``end``; one reaches so far."""
+        while len(self._queue) > 1 and self._queue[1][1] <= end:
+            self._queue.popleft()
+        return self._queue[0][0]
+
+
+def _best(
     sums: Sequence[int], limit: int, stages: int, communication: Sequence[float], fits: Fits | None
 ) -> list[int] | None:
-    """Return the cut within ``limit`` that is best by evenness, communication and length of the last stages.
+    """Return the cut within ``limit`` that is best by communication, evenness and length of the last stages.
 
     Returns None if there is no cut. Dynamic programming over (stage, end).
     """
     layers = len(sums) - 1
-    cuts = {0: _Cut(0, 0.0, 0, 0)}
+    cuts = {0: _Cut(0.0, 0, 0, 0)}
     found = []
     for stage, (first, last) in enumerate(_ends(sums, limit, stages, fits)):
         chosen = _starts(sums, limit, stage, list(cuts.values()), range(first, last + 1), fits)
         cuts = {
             end: _Cut(
-                before.squares + (sums[end] - sums[before.end]) ** 2,
                 before.communication + (communication[end - 1] if end < layers else 0.0),
+                before.squares + (sums[end] - sums[before.end]) ** 2,
                 end,
                 before.end,
             )
@@ -201,40 +230,34 @@ def _ends(sums: Sequence[int], limit: int, stages: int, fits: Fits | None) -> li
 def _starts(
     sums: Sequence[int], limit: int, stage: int, before: Sequence[_Cut], ends: range, fits: Fits | None
 ) -> Iterator[tuple[int, _Cut]]:
-    """Yield (end, the cut of ``before`` behind which ``stage`` best begins) for every end that can be reached.
-
-    The squares make a later start better from some end on, for good: the queue holds, in order, each start that is the
-    best for some ends, with the first of these.
-    """
-    queue: deque[tuple[_Cut, int, int]] = deque()  # start, first end for which it is best, first end out of its reach
+    """Yield (end, the cut of ``before`` behind which ``stage`` best begins) for every end that can be reached."""
+    alike: defaultdict[float, _Candidates] = defaultdict(lambda: _Candidates(sums))
+    # The least communication in reach, and what becomes the least when it is out of reach.
+    least: deque[tuple[float, int]] = deque()
     following = 0
     for end in ends:
         while following < len(before) and before[following].end < end:
             cut = before[following]
             following += 1
-            best_from = 0
-            while queue:
-                best_from = min(_overtaken(sums, queue[-1][0], cut), queue[-1][2])
-                if best_from > queue[-1][1]:
-                    break
-                queue.pop()
-            queue.append((cut, best_from if queue else 0, _expiry(sums, limit, stage, cut.end, fits)))
-        while len(queue) > 1 and queue[1][1] <= end:
-            queue.popleft()
-        if queue and end < queue[0][2]:
-            yield end, queue[0][0]
+            expiry = _expiry(sums, limit, stage, cut.end, fits)
+            alike[cut.communication].add(cut, expiry)
+            while least and least[-1][0] >= cut.communication:
+                least.pop()
+            least.append((cut.communication, expiry))
+        while least and least[0][1] <= end:
+            least.popleft()
+        if least:
+            yield end, alike[least[0][0]].best(end)
 
 
 def _overtaken(sums: Sequence[int], early: _Cut, late: _Cut) -> int:
     """Return the first end from which a stage behind ``late`` is no worse than one behind ``early``."""
     a, b = sums[early.end], sums[late.end]
-    # late is better where 2 · (b - a) · sums[end] > lead, and where they are equal if it communicates no more.
+    # late is no worse where 2 · (b - a) · sums[end] >= lead.
     lead = late.squares + b * b - early.squares - a * a
-    prefers_late = late.communication <= early.communication
     if a == b:
-        return 0 if lead < 0 or (lead == 0 and prefers_late) else len(sums)
-    least = -(-lead // (2 * (b - a))) if prefers_late else lead // (2 * (b - a)) + 1
-    return bisect.bisect_left(sums, least)
+        return 0 if lead <= 0 else len(sums)
+    return bisect.bisect_left(sums, -(-lead // (2 * (b - a))))
 
 
 def check_balance(sizes: Sequence[int], layers: int, stages: int) -> list[int]:
