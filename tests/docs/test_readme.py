@@ -23,6 +23,15 @@ def test_the_program_runs(tmp_path: Path) -> None:
     assert "in flight (2, 1)" in done.stdout
 
 
+def test_the_verification_says_what_the_page_says(tmp_path: Path) -> None:
+    program, line = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[:2]
+    [said] = re.findall(r"```\n(2 steps: .*)\n```", README)
+    script = tmp_path / "program.py"
+    script.write_text(program + line)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=90, check=True)
+    assert said in done.stdout.splitlines()
+
+
 def test_the_drawn_schedule_is_the_real_one() -> None:
     assert rp.schedules.get("1f1b", 4, 8).simulate().to_text() in README
 
