@@ -186,7 +186,7 @@ def test_a_heavy_closure_is_warned_about(cluster: rp.Cluster) -> None:
     def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return cross_entropy(output, target) + heavy[0]
 
-    with pytest.warns(UserWarning, match=r"loss and optimizer takes 68 MiB to send: it refers to something large"):
+    with pytest.warns(UserWarning, match=r"loss takes 68 MiB to send: it refers to something large"):
         rp.Pipeline(mlp(), cluster, loss=loss, optimizer=sgd).close()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import Any
@@ -251,8 +251,9 @@ class StageSet:
         if seed is not None:
             torch.manual_seed(seed)
         module, optimized = self.stages[stage].module, set(self.optimizer.parameters if self.optimizer else ())
+        infers = self.spec.optimizer is None
         try:
-            with refuse_thawed(module, optimized), self._refuse_tied_hooks():
+            with nullcontext() if infers else refuse_thawed(module, optimized), self._refuse_tied_hooks():
                 return pickler.dumps(pickler.loads(function)(module))
         finally:
             torch_settings.forget()
