@@ -174,9 +174,7 @@ def test_unpicklable_returns_are_named(cluster: rp.Cluster) -> None:
     pipe = rp.Pipeline([nn.Linear(4, 4), Lock()], cluster, loss=cross_entropy, optimizer=sgd, balance=[1, 1])
     with pytest.raises(TypeError, match="cannot pickle"):
         pipe.stages[1].call(lambda module: threading.Lock())
-    with pytest.raises(
-        TypeError, match=r"on worker1 raised TypeError: the output of layer 1 has a lock, which cannot be sent"
-    ):
+    with pytest.raises(TypeError, match=r"on worker1 raised TypeError: the output of layer 1 has a lock"):
         pipe(torch.randn(4, 4))
     pipe.close()
     assert cluster.call(1, max, 1, 2) == 2

@@ -294,9 +294,7 @@ def test_what_cannot_travel_is_an_error_with_the_stage(cluster: rp.Cluster) -> N
     assert (caught.value.stage, caught.value.action) == (0, "forward")
     pipe.close()
     pipe = rp.Pipeline(model[:2], cluster, loss=nn.functional.mse_loss, optimizer=sgd, balance=[2], chunks=2)
-    with pytest.raises(
-        rp.StageError, match="on worker0 raised TypeError: the output of layer 1 has a lock, which cannot be sent"
-    ):
+    with pytest.raises(rp.StageError, match="on worker0 raised TypeError: the output of layer 1 has a lock"):
         pipe(torch.randn(4, 4))
     pipe.close()
 

@@ -228,7 +228,8 @@ def _move(runtime: Runtime, after: Deployment) -> None:
             last = after.schedule.stages - 1
             replies[name] = driver.call(name, Repartition(parts, last, after.stage_links, own_states))
         infos = driver.collect(replies)
-        check_groups({worker: list(stages.values()) for worker, stages in infos.items()})
+        if runtime.settings.trains:
+            check_groups({worker: list(stages.values()) for worker, stages in infos.items()})
         runtime.install(after, infos)
     except BaseException:
         runtime.close()
