@@ -45,7 +45,7 @@ from rpcpipe.worker.stage_state import StageState
 Parts = dict[int, tuple[OrderedDict[str, layers.Layer], int]]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ActorSpec:
     """All that a worker needs to build its stages; travels pickled."""
 
