@@ -21,7 +21,7 @@ class Averaging(torch.optim.Optimizer):
 
     def __init__(self, params: Any, lr: float = 0.1, fails_at: int = -1, where: str = "") -> None:
         super().__init__(params, {"lr": lr, "k": 0, "weight_sum": torch.zeros(()), "betas": (0.9, 0.99)})
-        self.fails_at, self.where = fails_at, where
+        self.fails_at, self.where = {fails_at}, where
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -30,8 +30,8 @@ class Averaging(torch.optim.Optimizer):
             group["weight_sum"] += group["lr"] * group["k"]
             for parameter in (p for p in group["params"] if p.grad is not None):
                 parameter.sub_(parameter.grad * (group["lr"] * group["k"] / float(group["weight_sum"])))
-            if group["k"] == self.fails_at:
-                self.fails_at = -1
+            if group["k"] in self.fails_at:
+                self.fails_at.clear()  # a set: plain attributes are rolled back
                 raise RuntimeError("the update fails once")
 
 
@@ -48,6 +48,54 @@ class Prodigal(torch.optim.Optimizer):
             group["d"] *= 1 + float(sum(g.abs().sum() for g in grads))
             for parameter in (p for p in group["params"] if p.grad is not None):
                 parameter.sub_(parameter.grad * group["d"])
+
+
+class Counting(torch.optim.Optimizer):
+    """Counts in an attribute, made in the first update, and under a string key of its state."""
+
+    def __init__(self, params: Any, fails_at: int = -1) -> None:
+        params = list(params)
+        super().__init__(params, {"lr": 0.1})
+        self.fails_at, self.count = {fails_at}, len(params)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.t = getattr(self, "t", 0) + 1
+        entry = self.state["all"]  # type: ignore[index]
+        entry["rate"] = entry.get("rate", torch.ones(())) * 0.5
+        for group in self.param_groups:
+            assert self.count >= len(group["params"])
+            for parameter in (p for p in group["params"] if p.grad is not None):
+                parameter.sub_(parameter.grad * (group["lr"] / self.t * entry["rate"]))
+        if self.t in self.fails_at:
+            self.fails_at.clear()
+            raise RuntimeError("the update fails once")
+
+
+class Listing(torch.optim.SGD):
+    """Keeps momenta in a list of its own."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        parameters = self.param_groups[0]["params"]
+        self.momenta = [
+            m * 0.9 + p.grad for m, p in zip(getattr(self, "momenta", [0.0] * 99), parameters, strict=False)
+        ]
+        super().step()
+
+
+class Noisy(torch.optim.SGD):
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step()
+        for parameter in self.param_groups[0]["params"]:
+            parameter.add_(torch.randn_like(parameter) * 0.01)
+
+
+class Around(torch.optim.SGD):
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, lr=0.1)
+        self.inner = torch.optim.Adam(self.param_groups)
 
 
 class Relative(torch.optim.SGD):
@@ -75,6 +123,7 @@ OPTIMIZERS: dict[str, Any] = {
     "adagrad": lambda ps: torch.optim.Adagrad(ps, lr=0.01),
     "nadam": lambda ps: torch.optim.NAdam(ps, lr=0.01, decoupled_weight_decay=True),
     "averaging": Averaging,
+    "counting": Counting,
 }
 
 
@@ -130,13 +179,14 @@ def test_what_was_loaded_goes_along_with_moves(shard: bool, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("stage", [0, 1])
-def test_what_an_optimizer_counts_is_rolled_back_with_a_failed_update(stage: int) -> None:
+@pytest.mark.parametrize("kind", [Averaging, Counting])
+def test_what_an_optimizer_counts_is_rolled_back_with_a_failed_update(kind: Any, stage: int) -> None:
     def make(params: Any) -> torch.optim.Optimizer:
         here = any(name.startswith("0.") for name, _ in params.named()) == (stage == 0)
-        return Averaging(params, fails_at=2 if here else -1)
+        return kind(params, fails_at=2 if here else -1)  # type: ignore[no-any-return]
 
     pipe = rp.Pipeline(mlp(), LocalCluster(2), loss=cross_entropy, optimizer=make, chunks=2, balance=[3, 5])  # type: ignore[arg-type]
-    loop = Natural(mlp(), lambda ps: Averaging(ps), cross_entropy, 2)
+    loop = Natural(mlp(), lambda ps: kind(ps), cross_entropy, 2)
     assert_same_run(pipe, loop, batches(1))
     with pytest.raises(RuntimeError, match="the update fails once"):
         pipe.train_step(*next(batches(1)))
@@ -153,6 +203,24 @@ def test_an_optimizer_that_looks_at_all_its_parameters_together_is_refused(sched
         with pytest.raises(ValueError, match=r"computes 'd' of group 0 from all its parameters together.*rolled"):
             list(pipe.train(batches(4)))
         assert all(torch.equal(value, before[name]) for name, value in pipe.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [(Listing, r"(?s)keeps optimizer\.momenta.*rolled back; keep what"), (Noisy, "Noisy.step draws")],
+)
+@pytest.mark.parametrize("schedule", ["1f1b", "pipedream"])
+def test_momenta_in_a_list_and_noise_of_the_default_generator_are_refused(
+    kind: Any, message: str, schedule: str
+) -> None:
+    pipe = rp.Pipeline(
+        mlp(), LocalCluster(2), loss=cross_entropy, optimizer=lambda ps: kind(ps, lr=0.1), chunks=2, balance=[3, 5],
+        schedule=schedule,
+    )  # type: ignore[arg-type]  # fmt: skip
+    before = pipe.state_dict()
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        list(pipe.train(batches(2)))
+    assert all(torch.equal(value, before[name]) for name, value in pipe.state_dict().items())
 
 
 class Late(Averaging):
@@ -207,6 +275,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "lbfgs": (torch.optim.LBFGS, "LBFGS.step needs 'closure'"),
     "a loss": (lambda ps: NeedsLoss(ps, lr=0.1), "NeedsLoss.step needs 'loss'"),
     "differentiable": (lambda ps: torch.optim.SGD(ps, lr=0.1, differentiable=True), "differentiable=True"),
+    "another one inside": (Around, "Around holds another optimizer, inner"),
     "capturable": (lambda ps: torch.optim.Adam(ps, capturable=True), "capturable=True"),
 }
 
