@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import numbers
 from collections.abc import Iterator, Mapping
@@ -46,6 +47,13 @@ def value_and_count(returned: Any) -> tuple[torch.Tensor, Any]:
             " (sum, count) with a number; what else is of interest goes into metrics={…} of train_step"
         )
     return value, count
+
+
+def state(loss: Any) -> dict[str, Any]:
+    """Return a copy of what the loss remembers: its ``state_dict``, if it has one that it can load."""
+    if not hasattr(loss, "state_dict") or not hasattr(loss, "load_state_dict"):
+        return {}
+    return copy.deepcopy(dict(loss.state_dict()))
 
 
 def _trainable(loss: Any, name: str = "") -> Iterator[str]:
