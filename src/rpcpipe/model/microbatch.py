@@ -113,8 +113,8 @@ class MicroBatches:
     """A value in inputs or targets that the caller has cut into micro-batches, of any shapes.
 
     Their number takes the place of ``chunks``, and may be smaller. A micro-batch's loss has the weight of its samples,
-    the size of dimension 0 where all tensors of its inputs agree on one, and else all have the same weight.
-    ``weights`` says otherwise.
+    the size of dimension 0 where all tensors of its inputs, but for Replicated ones, agree on one, and else all have
+    the same weight. ``weights`` says otherwise.
     """
 
     def __init__(self, parts: Sequence[Nest], weights: Sequence[float] | None = None) -> None:

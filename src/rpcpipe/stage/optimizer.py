@@ -12,6 +12,7 @@ from torch import nn
 from rpcpipe.errors import require
 from rpcpipe.stage.hyperparameters import Groups, changed, copied, entries, hyperparameters, own, same, update
 from rpcpipe.stage.rollback import Undo
+from rpcpipe.stage.separable import is_separable
 
 
 class Parameters(list[nn.Parameter]):
@@ -103,16 +104,30 @@ def _check_random(kind: str, before: torch.Tensor) -> None:
 class LocalOptimizer:
     """One worker's optimizer: the user's optimizer over the parameters of the worker's stages.
 
-    Parameters in ``elsewhere`` are updated on other workers; this worker only restores them after a failed step.
+    ``is_whole``: ``parameters`` are all of the model's. Parameters in ``elsewhere`` are updated on other workers; this
+    worker only restores them after a failed step.
     ``changed`` holds, per group, the hyperparameters that the optimizer itself has changed in the last update, and None
     for a group that has no parameter of this worker.
     """
 
-    def __init__(self, factory: Factory, parameters: Parameters, elsewhere: Set[nn.Parameter] = frozenset()) -> None:
+    def __init__(
+        self,
+        factory: Factory,
+        parameters: Parameters,
+        elsewhere: Set[nn.Parameter] = frozenset(),
+        *,
+        is_whole: bool = True,
+    ) -> None:
         self.parameters = parameters
         owned = Parameters((name, parameter) for name, parameter in parameters.named() if parameter not in elsewhere)
         # If this worker updates no parameter, an empty one gives the optimizer the same groups and no state.
         self.optimizer = make(factory, owned or Parameters([("", nn.Parameter(torch.empty(0)))]))
+        require(
+            is_whole or is_separable(self.optimizer),
+            f"{self.kind} updates a parameter by other parameters' gradients, too (does it clip by their norm?), and a"
+            " worker's has only its own parameters: use one that treats every parameter by itself, with"
+            " Pipeline(clip_grad_norm=…) to clip, or keep the model on one stage (balance=[number of layers])",
+        )
         self.changed: list[dict[str, Any] | None] = []
         self.undo = Undo(self.parameters, self.optimizer)
         # What differs from it goes along with moves and saves; the rest may depend on the parameters, as their number.

@@ -243,6 +243,7 @@ class Actor:
         """Return the worker's report of the step, all of whose actions on this worker are done."""
         report = self._report
         self._add_arrivals(report)
+        self.held.check_loss()
         for index, stage in self.held.stages.items():
             report.losses.update(stage.loss_values())
             report.outputs.update(_packed(stage.outputs))

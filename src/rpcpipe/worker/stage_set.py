@@ -81,6 +81,7 @@ class StageSet:
         self._state = StageState(self, spec.loss)
         self._tied: Mapping[str, nn.Parameter] = {}
         self._received: list[Any] = []
+        self._loss_is_checked = len(spec.peers.workers) < 2
         self._build(spec.stages, spec.last_stage, spec.stage_links)
 
     def _build(self, parts: Parts, last_stage: int, stage_links: StageLinks) -> None:
@@ -109,7 +110,9 @@ class StageSet:
         )
         self.optimizer = None
         if parameters and spec.optimizer is not None:
-            self.optimizer = LocalOptimizer(spec.optimizer, parameters, self._updated_elsewhere)
+            elsewhere = self._updated_elsewhere
+            is_whole = len(self.stages) > last_stage and not elsewhere
+            self.optimizer = LocalOptimizer(spec.optimizer, parameters, elsewhere, is_whole=is_whole)
 
     def _layer(self, name: str, layer: layers.Layer, index: int) -> nn.Module:
         module = layers.build(layer, seed=self.spec.seed, index=index)
@@ -344,6 +347,17 @@ class StageSet:
     def loss(self) -> layers.Loss | None:
         """The loss, on the worker of the last stage."""
         return self.stages[self.last_stage].loss if self.last_stage in self.stages else None
+
+    def check_loss(self) -> None:
+        """Raise RuntimeError if the loss remembers something, which every replica's would do for itself."""
+        if self.loss is None or self._loss_is_checked:
+            return
+        if changed := self._state.changed_loss():
+            raise RuntimeError(
+                f"the loss changes {next(iter(changed))!r} of its state_dict, and each replica's loss sees a share of"
+                " the batches: use replicas=1, or a loss that remembers nothing"
+            )
+        self._loss_is_checked = True
 
     @property
     def buffered(self) -> list[nn.Module]:

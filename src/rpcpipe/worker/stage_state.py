@@ -112,7 +112,7 @@ class StageState:
         owner = self._owner
         return shard.write(
             owner.stage_modules, owner.optimizer, owner.seed, folder, label, with_weights=owner.first_replica,
-            loss=self._changed_loss() if owner.first_replica else {},
+            loss=self.changed_loss() if owner.first_replica else {},
         )  # fmt: skip
 
     def _read(self, folder: Path, manifest: Manifest) -> list[str]:
@@ -125,13 +125,13 @@ class StageState:
         """Replace the live state by what ``ReadCheckpoint`` has read, and the seed of random numbers by ``seed``."""
         assert self._loaded is not None
         self._loaded.apply()
-        if self._owner.loss is not None and (self._loaded.loss or self._changed_loss()):
+        if self._owner.loss is not None and (self._loaded.loss or self.changed_loss()):
             self._owner.loss.load_state_dict({**self._fresh_loss, **self._loaded.loss})  # type: ignore[attr-defined]
         self._loaded = None
         self._owner.reseed(seed)
         self._owner.weights_changed()
 
-    def _changed_loss(self) -> dict[str, Any]:
+    def changed_loss(self) -> dict[str, Any]:
         """Return what the last stage's loss has changed of its state; nothing on other stages."""
         return {
             key: value
