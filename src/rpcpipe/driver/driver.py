@@ -281,6 +281,9 @@ class Driver:
     ) -> tuple[str, int, int, list[Task], Sequence[tuple[Port, Any]]]:
         """Take the tasks' places in the worker's sequence; return the arguments of ``submit`` and ``accept``."""
         self._note(OtherCall(step))
+        if values and self._transport.is_near(worker):
+            self._transport.send(worker, "supply", self._pipeline, step, values)
+            values = ()
         sequence = self._next[worker]
         self._next[worker] += len(tasks)
         return self._pipeline, step, sequence, tasks, values
