@@ -283,7 +283,14 @@ class NeedsLoss(torch.optim.SGD):
         super().step()
 
 
+def scheduled(params: Any) -> torch.optim.Optimizer:
+    optimizer = torch.optim.SGD(params, lr=0.1)
+    lr_scheduler.ExponentialLR(optimizer, 0.5)
+    return optimizer
+
+
 REFUSED: dict[str, tuple[Any, str]] = {
+    "a scheduler in the factory": (scheduled, "SGD has a step of its own, .* make the scheduler of pipe.optimizer"),
     "another model's": (lambda ps: torch.optim.SGD(FOREIGN.parameters(), lr=0.1), r"2 parameters.*\(5, 3\)"),
     "and another model's": (lambda ps: torch.optim.SGD([*ps, *FOREIGN.parameters()], lr=0.1), "2 parameters"),
     "lbfgs": (torch.optim.LBFGS, "LBFGS.step needs 'closure'"),

@@ -60,6 +60,11 @@ def _check_parameters(kind: str, optimizer: torch.optim.Optimizer, given: Parame
 
 
 def _check_step(kind: str, optimizer: torch.optim.Optimizer) -> None:
+    require(
+        "step" not in vars(optimizer),
+        f"the factory's {kind} has a step of its own, as a learning-rate scheduler gives it one; moves and saves would"
+        " lose what that counts: make the scheduler of pipe.optimizer, on the driver",
+    )
     needed = [
         parameter
         for parameter in inspect.signature(optimizer.step).parameters.values()
