@@ -89,7 +89,7 @@ class Driver:
         self._step += 1
         return self._step - 1
 
-    # --- a step, in the order of DESIGN: issue, collect, gate, apply ---
+    # --- a step, in the order of docs/design/step.md: issue, collect, gate, apply ---
 
     def run(self, calls: Sequence[Call], plan: StepContext, values: Mapping[Port, Any]) -> dict[str, Report]:
         """Execute one step's actions; return every worker's report. After an error the step is rolled back."""
