@@ -21,6 +21,7 @@ from rpcpipe.model import rng
 from rpcpipe.model.microbatch import Nest, map_tensors, tensors
 from rpcpipe.stage import autograd
 from rpcpipe.stage.activation_memory import Memory, saved_by_graph
+from rpcpipe.stage.attributes import Attributes
 from rpcpipe.stage.audit import Audit
 from rpcpipe.stage.autograd import Gradients
 from rpcpipe.stage.buffers import ForwardBuffers, Values
@@ -125,6 +126,7 @@ class Dropped:
 
     received: autograd.StageInput
     buffers: Values
+    attributes: Attributes
     random: rng.PythonState
 
 
@@ -267,10 +269,11 @@ class SegmentRunner:
             original = autograd.copied(original)
         inputs, random = tensors(received.nest), rng.python_state()
         versions = [leaf._version for leaf in inputs]
-        seen = self._buffers.before(start, stop)
+        attributes, seen = Attributes(list(self._module)[start:stop]), self._buffers.before(start, stop)
         nest, entry = autograd.enter(received)
         outputs = segment.forward(start, stop, nest, entry, True)
         buffers = self._buffers.after(start, stop, seen, dropped=True)
+        attributes.check()
         mutated = [leaf._version for leaf in inputs] != versions
         if mutated and self._mutates.get(start) is False:
             raise RuntimeError(
@@ -278,7 +281,7 @@ class SegmentRunner:
                 " it cannot be recomputed: pass checkpoint='never' or a function that spares this stage"
             )
         self._mutates[start] = mutated or self._mutates.get(start, False)
-        segment.dropped = Dropped(original, buffers, random)
+        segment.dropped = Dropped(original, buffers, attributes, random)
         segment.bytes = Memory(tensors(original.nest)).without()
         return outputs
 
@@ -290,7 +293,7 @@ class SegmentRunner:
         dropped, segment.dropped = segment.dropped, None
         random = rng.python_state()
         rng.set_python_state(dropped.random)
-        with torch.enable_grad(), self._buffers.as_of(start, stop, dropped.buffers):
+        with torch.enable_grad(), self._buffers.as_of(start, stop, dropped.buffers), dropped.attributes.restored():
             self._forward(segment, dropped.received)
         rng.set_python_state(random)
         self._replayed()
