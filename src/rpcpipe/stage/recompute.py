@@ -147,7 +147,7 @@ class MicroBatchGraph:
     def __init__(self, segments: list[Segment], replay: Callable[[Segment], None], audit: Audit) -> None:
         self._segments = segments
         self._replay = replay
-        self._audit = audit
+        self._audit, self._forwards = audit, audit.forwards
 
     @property
     def bytes(self) -> int:
@@ -158,6 +158,11 @@ class MicroBatchGraph:
     def outputs(self) -> int:
         """Number of outputs of the last segment that need a gradient. Recomputes the segment if it was dropped."""
         return len(self._ready(self._segments[-1]).outputs)
+
+    @property
+    def _alone(self) -> bool:
+        """Whether no other forward of the stage ran since this one."""
+        return self._audit.forwards == self._forwards
 
     def prepare(self) -> bool:
         """Recompute the last segment before its gradient arrives; return False if there is nothing to recompute."""
@@ -170,7 +175,7 @@ class MicroBatchGraph:
         """Run the full backward: accumulate into ``.grad`` and return the input gradients."""
         while self._segments:
             saved = self._ready(self._segments[-1])
-            with self._audit.backward("whole"):
+            with self._audit.backward("whole", alone=self._alone):
                 grads = autograd.backward(saved, grads)
             self._segments.pop()
         return grads
@@ -183,7 +188,7 @@ class MicroBatchGraph:
         deferred = []
         for segment in reversed(self._segments):
             saved = self._ready(segment)
-            with self._audit.backward("input"):
+            with self._audit.backward("input", alone=self._alone):
                 grads, weight_backward = backward_input(saved, grads)
             deferred.append(weight_backward)
             segment.saved = None

@@ -299,7 +299,7 @@ class Stage:
 
     def backward_weight(self, chunk: int) -> None:
         """Run the second half of ``chunk``'s backward: accumulate the weight gradients into ``.grad``."""
-        with self.audit.backward("weight"):
+        with self.audit.backward("weight", alone=False):
             for deferred in self._deferred.pop(chunk)[0]:
                 backward_weight(deferred)
 
@@ -308,6 +308,11 @@ class Stage:
             return [None if grad is None else grad.to(self.device) for link in self._outgoing for grad in grads[link]]
         outputs = self._saved[chunk].outputs  # a recomputation computes the loss
         loss, count = self.losses[chunk]
+        if not outputs:
+            raise RuntimeError(
+                "the loss does not require a gradient: no trainable parameter leads to it, so nothing would be trained;"
+                " look for a detach(), an argmax, a layer under no_grad or frozen weights between the layers and it"
+            )
         weight = _weight(self.micro_batches[chunk], count)
         # scale * weight, in the order in which autograd multiplies for scaler.scale(loss * weight).backward().
         return [torch.full_like(loss, self._context.scale).mul_(weight) for _ in range(outputs)]
