@@ -7,7 +7,10 @@ gradient is stored in a list, ``box``, and not accumulated in ``.grad``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -39,10 +42,14 @@ class Entry(torch.autograd.Function):
 
 @dataclass
 class StageInput:
-    """A nest that a stage receives, with one flag per tensor: whether to send a gradient back."""
+    """A nest that a stage receives, with one flag per tensor: whether to send a gradient back.
+
+    ``aliased``: some of the tensors were in the same memory where they come from; here they may not be.
+    """
 
     nest: Nest
     wants_grad: list[bool]
+    aliased: bool = False
 
     @classmethod
     def constant(cls, nest: Nest) -> StageInput:
@@ -55,12 +62,14 @@ class GraphEntry:
     """The point where a micro-batch enters the graph: ``edges`` to the Entry node, ``box`` for gradients.
 
     If no input needs a gradient (on the first stage), ``inner`` holds the edges to the first layer's
-    outputs. A split backward stops there, so that its halves cost the same as on other stages.
+    outputs. A split backward stops there, so that its halves cost the same as on other stages. ``hooks`` are those of
+    the tensors at the edges, of aliased inputs and of the first layer's output, also those registered later.
     """
 
     edges: list[GradientEdge] = field(default_factory=list)
     box: Gradients = field(default_factory=list)
     inner: list[GradientEdge] = field(default_factory=list)
+    hooks: list[Mapping[int, Any]] = field(default_factory=list)
 
 
 @dataclass
@@ -81,7 +90,7 @@ class Saved:
 
 def copied(received: StageInput) -> StageInput:
     """Return a copy of ``received`` that shares no memory with it."""
-    return StageInput(map_tensors(lambda leaf: leaf.detach().clone(), received.nest), received.wants_grad)
+    return replace(received, nest=map_tensors(lambda leaf: leaf.detach().clone(), received.nest))
 
 
 def enter(received: StageInput) -> tuple[Nest, GraphEntry]:
@@ -96,13 +105,64 @@ def enter(received: StageInput) -> tuple[Nest, GraphEntry]:
     edges = [get_gradient_edge(tensor) for tensor in entered]
     replaced, flags = iter(entered), iter(received.wants_grad)
     nest = map_tensors(lambda leaf: next(replaced) if next(flags) else leaf, received.nest)
-    return nest, GraphEntry(edges, box)
+    return nest, GraphEntry(edges, box, hooks=list(map(hooks_of, entered)) if received.aliased else [])
 
 
 def leave(outputs: Nest) -> StageInput:
     """Return ``outputs`` detached from this stage's graph, as the input of the next stage."""
-    flags = [leaf.requires_grad for leaf in tensors(outputs)]
-    return StageInput(map_tensors(lambda leaf: leaf.detach(), outputs), flags)
+    leaves = tensors(outputs)
+    flags = [leaf.requires_grad for leaf in leaves]
+    return StageInput(map_tensors(lambda leaf: leaf.detach(), outputs), flags, len(leaves) > 1 and _overlap(leaves))
+
+
+def _overlap(leaves: Sequence[torch.Tensor]) -> bool:
+    """Return whether two of ``leaves`` reach over the same memory."""
+    spans = sorted(
+        (leaf.untyped_storage().data_ptr(), leaf.storage_offset() * leaf.element_size(), _end(leaf))
+        for leaf in leaves
+        if leaf.layout is torch.strided and leaf.numel() and leaf.device.type != "meta"
+    )
+    return any(one[0] == other[0] and other[1] < one[2] for one, other in itertools.pairwise(spans))
+
+
+def _end(leaf: torch.Tensor) -> int:
+    reach = sum((size - 1) * stride for size, stride in zip(leaf.shape, leaf.stride(), strict=True))
+    return (int(leaf.storage_offset()) + reach + 1) * leaf.element_size()
+
+
+def hooks_of(tensor: torch.Tensor) -> Mapping[int, Any]:
+    """Return the dict of the tensor's hooks, which those registered later go into as well."""
+    tensor.register_hook(_no_hook).remove()  # torch makes the dict with the first hook
+    hooks: Mapping[int, Any] = tensor._backward_hooks  # type: ignore[assignment]
+    return hooks
+
+
+def _no_hook(_: torch.Tensor) -> None:
+    pass
+
+
+@contextmanager
+def aliases_kept(received: StageInput) -> Iterator[None]:
+    """Raise RuntimeError if the block changes an aliased input in place: the change would not reach all of them."""
+    versions = [leaf._version for leaf in tensors(received.nest)] if received.aliased else []
+    yield
+    if received.aliased and versions != [leaf._version for leaf in tensors(received.nest)]:
+        raise RuntimeError(
+            "a layer changes its input in place, which the layers before gave twice, or a part of it beside it: here"
+            f" these are tensors of their own, and the others would not change; {_APART}"
+        )
+
+
+_APART = "change or hook a copy, give each value as a .clone(), or keep giver and taker in one stage, not recomputed"
+
+
+def check_hooks(received: StageInput, entered: GraphEntry) -> None:
+    """Raise RuntimeError if a layer hooked one of several inputs that are one tensor: it would see a part's gradient."""
+    if received.aliased and any(entered.hooks):
+        raise RuntimeError(
+            "a layer hooks its input, which the layers before gave twice, or a part of it beside it: the hook would"
+            f" run on a part of the gradient that it gets in one process; {_APART}"
+        )
 
 
 def differentiable(outputs: Nest) -> list[torch.Tensor]:

@@ -20,7 +20,8 @@ def join(parcels: Mapping[str, StageInput]) -> tuple[StageInput, dict[str, int]]
         x = parcel.nest[0] if link == "input" else x
         values |= parcel.nest[1]
     flags = [flag for parcel in parcels.values() for flag in parcel.wants_grad]
-    return StageInput((x, values), flags), {link: sum(parcel.wants_grad) for link, parcel in parcels.items()}
+    aliased = any(parcel.aliased for parcel in parcels.values())
+    return StageInput((x, values), flags, aliased), {link: sum(parcel.wants_grad) for link, parcel in parcels.items()}
 
 
 def part(flow: StageInput, outgoing: Mapping[str, Sequence[str]]) -> dict[str, StageInput]:
@@ -30,7 +31,7 @@ def part(flow: StageInput, outgoing: Mapping[str, Sequence[str]]) -> dict[str, S
     parcels = {}
     for link, names in outgoing.items():
         nest = (x if link == "input" else None, {name: values[name] for name in names})
-        parcels[link] = StageInput(nest, [next(flags) for _ in tensors(nest)])
+        parcels[link] = StageInput(nest, [next(flags) for _ in tensors(nest)], flow.aliased)
     return parcels
 
 

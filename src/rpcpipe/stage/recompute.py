@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -238,7 +238,8 @@ class SegmentRunner:
                     received = autograd.leave(outputs)
                 segment = Segment(run, forward)
                 start = time.perf_counter()
-                outputs = self._drop(segment, received) if run.drop else self._keep(segment, received)
+                with autograd.aliases_kept(received):
+                    outputs = self._drop(segment, received) if run.drop else self._keep(segment, received)
                 costs.append((segment.bytes, time.perf_counter() - start))
                 segments.append(segment)
         if learning:
@@ -256,6 +257,7 @@ class SegmentRunner:
     def _forward(self, segment: Segment, received: autograd.StageInput) -> Nest:
         nest, entry = autograd.enter(received)
         outputs = segment.forward(segment.run.start, segment.run.stop, nest, entry, False)
+        autograd.check_hooks(received, entry)
         segment.saved = autograd.Saved.of(outputs, entry)
         key = (segment.run, tuple((leaf.shape, leaf.dtype) for leaf in tensors(received.nest)))
         if key not in self._bytes:
@@ -269,7 +271,7 @@ class SegmentRunner:
         """Run a segment, keep only what its recomputation starts from, and return its outputs."""
         start, stop, _ = segment.run
         # Containers of its own: a layer may add to a dict, or take from it.
-        original = autograd.StageInput(map_tensors(lambda leaf: leaf, received.nest), received.wants_grad)
+        original = replace(received, nest=map_tensors(lambda leaf: leaf, received.nest))
         if self._mutates.get(start) is not False:
             original = autograd.copied(original)
         inputs, random = tensors(received.nest), rng.python_state()
@@ -277,6 +279,7 @@ class SegmentRunner:
         attributes, seen = Attributes(list(self._module)[start:stop]), self._buffers.before(start, stop)
         nest, entry = autograd.enter(received)
         outputs = segment.forward(start, stop, nest, entry, True)
+        autograd.check_hooks(received, entry)
         buffers = self._buffers.after(start, stop, seen, dropped=True)
         attributes.check()
         mutated = [leaf._version for leaf in inputs] != versions

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -183,7 +183,7 @@ class Stage:
     def _infer(
         self, context: StepContext, micro_batch: MicroBatch, chunk: int, received: StageInput, target: Nest
     ) -> dict[str, StageInput]:
-        with torch.no_grad(), precision.autocast(self.device, self._autocast):
+        with torch.no_grad(), precision.autocast(self.device, self._autocast), autograd.aliases_kept(received):
             flow = self._run_layers(micro_batch, received.nest, autograd.GraphEntry(), 0, len(self.module))
             if self.loss is None:
                 return self._leave(chunk, leaving(flow, self._outgoing))
@@ -218,7 +218,8 @@ class Stage:
             if index == start and not entry.edges:
                 # Only for a single output: one of several might depend on another, and be counted twice.
                 leaves = autograd.differentiable(flow)
-                entry.inner = [get_gradient_edge(leaf) for leaf in leaves] if len(leaves) == 1 else []
+                if len(leaves) == 1:
+                    entry.inner, entry.hooks = [get_gradient_edge(leaves[0])], [autograd.hooks_of(leaves[0])]
         self._check_constant(before)
         return flow
 
@@ -324,7 +325,7 @@ class Stage:
     def _to_device(self, received: StageInput) -> StageInput:
         if self.device.type == "cpu":
             return received
-        return StageInput(map_tensors(lambda leaf: leaf.to(self.device), received.nest), received.wants_grad)
+        return replace(received, nest=map_tensors(lambda leaf: leaf.to(self.device), received.nest))
 
     def loss_values(self) -> dict[int, tuple[float, float | None]]:
         """Return (value, count) of the loss by micro-batch; waits for the device."""
