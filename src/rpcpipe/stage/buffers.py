@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -57,10 +58,9 @@ class ForwardBuffers:
         """Prepare a forward of layers ``start`` … ``stop - 1``; to be passed to ``after``."""
         buffers = self._buffers(start, stop)
         if buffers.changing is None:
-            return Observation({key: _clone(_live(key)) for key in buffers.keys}, _versions(buffers.keys))
+            return Observation(_copies({key: _live(key) for key in buffers.keys}), _versions(buffers.keys))
         values = {key: _live(key) for key in buffers.changing}
-        copies = {id(value): _clone(value) for value in values.values()}  # several modules may share one
-        _put({key: copies[id(value)] for key, value in values.items()})
+        _put(_copies(values))
         return Observation(values, _versions([key for key in buffers.keys if key not in values]))
 
     def after(self, start: int, stop: int, seen: Observation, *, dropped: bool) -> Values:
@@ -94,7 +94,7 @@ class ForwardBuffers:
         """Let buffers have ``values`` inside the block, for a recomputation; what it changes is dropped."""
         buffers = self._buffers(start, stop)
         live = {key: _live(key) for key in (*(buffers.changing or ()), *buffers.statistics)}
-        _put({key: values[key] if key in values else _clone(value) for key, value in live.items()}, buffers.late)
+        _put(_copies(live) | values, buffers.late)
         try:
             yield
         finally:
@@ -128,8 +128,26 @@ def _version(live: torch.Tensor | None, before: torch.Tensor | None) -> int:
     return -1 if live is None else live._version
 
 
-def _clone(value: torch.Tensor | None) -> torch.Tensor | None:
-    return None if value is None else value.clone()
+def _copies(values: Values) -> Values:
+    """Return copies of ``values``; those that are in the same memory, of one or several modules, are so again."""
+    storages = Counter(_storage(value) for value in {id(value): value for value in values.values()}.values())
+    storages[None] = 1
+    clones: dict[int | None, torch.UntypedStorage] = {}
+    copies: dict[int, torch.Tensor | None] = {id(None): None}
+    for value in values.values():
+        if value is None or id(value) in copies:
+            continue
+        if storages[storage := _storage(value)] == 1:
+            copies[id(value)] = value.clone()
+            continue
+        clone = clones.setdefault(storage, value.untyped_storage().clone())
+        place = value.storage_offset(), value.shape, value.stride()
+        copies[id(value)] = value.new_empty(0).set_(clone, *place)  # type: ignore[call-overload]
+    return {key: copies[id(value)] for key, value in values.items()}
+
+
+def _storage(value: torch.Tensor | None) -> int | None:
+    return None if value is None or value.layout is not torch.strided else int(value.untyped_storage()._cdata)
 
 
 def _live(key: Key) -> torch.Tensor | None:
