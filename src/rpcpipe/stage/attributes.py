@@ -26,15 +26,15 @@ _LIVE = object()  # stands for a tensor with a graph, which no later forward may
 
 
 class Attributes:
-    """The attributes of ``layers`` when it is made."""
+    """The attributes of ``layers``, modules and other objects of the user's, when it is made."""
 
-    def __init__(self, layers: Iterable[nn.Module]) -> None:
+    def __init__(self, layers: Iterable[Any]) -> None:
         self._layers = list(layers)
         self._kept: list[tuple[Any, Any]] = []
         self._tensors: list[tuple[str, torch.Tensor, int]] = []
         seen: set[int] = set()
         for layer in self._layers:
-            for part in layer.modules():
+            for part in layer.modules() if isinstance(layer, nn.Module) else [layer]:
                 self._walk(type(part).__name__, part, seen)
 
     def _walk(self, where: str, value: Any, seen: set[int]) -> None:

@@ -11,7 +11,8 @@ from torch import nn
 from rpcpipe.checkpoint import shard
 from rpcpipe.checkpoint.manifest import Manifest
 from rpcpipe.errors import CheckpointError
-from rpcpipe.model import extra_state
+from rpcpipe.model import extra_state, rng
+from rpcpipe.stage.attributes import Attributes
 from rpcpipe.stage.optimizer import LocalOptimizer
 from rpcpipe.stage.rollback import Buffers, Undo
 from rpcpipe.stage.stage import Stage
@@ -54,7 +55,7 @@ class StageState:
     def __init__(self, owner: Owner) -> None:
         self._owner = owner
         self._loaded: shard.Loaded | None = None
-        self._kept: tuple[Buffers, Undo | None] | None = None
+        self._kept: tuple[Buffers, Undo | None, Attributes, rng.PythonState] | None = None
 
     def execute(self, operation: StateOperation) -> Any:
         """Execute an operation and return its result."""
@@ -126,14 +127,18 @@ class StageState:
         undo = None if optimizer is None else Undo(optimizer.parameters, optimizer.optimizer)
         if undo is not None:
             undo.refresh()
-        self._kept = buffers, undo
+        stages = self._owner.stages.values()
+        attributes = Attributes([part for stage in stages for part in (stage.module, stage.loss)])
+        self._kept = buffers, undo, attributes, rng.python_state()
         return self._owner.seed
 
     def _restore(self) -> None:
         """Put the state back that ``_keep`` has copied."""
         assert self._kept is not None
-        (buffers, undo), self._kept = self._kept, None
+        (buffers, undo, attributes, random), self._kept = self._kept, None
         buffers.restore()
+        attributes.put()
+        rng.set_python_state(random)
         if undo is not None:
             undo.restore()
         self._owner.weights_changed()
