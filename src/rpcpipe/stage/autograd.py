@@ -8,7 +8,7 @@ gradient is stored in a list, ``box``, and not accumulated in ``.grad``.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -44,12 +44,12 @@ class Entry(torch.autograd.Function):
 class StageInput:
     """A nest that a stage receives, with one flag per tensor: whether to send a gradient back.
 
-    ``aliased``: some of the tensors were in the same memory where they come from; here they may not be.
+    ``aliased``: the numbers of tensors that lie over others where they come from; here they may not.
     """
 
     nest: Nest
     wants_grad: list[bool]
-    aliased: bool = False
+    aliased: Collection[int] = ()
 
     @classmethod
     def constant(cls, nest: Nest) -> StageInput:
@@ -105,29 +105,38 @@ def enter(received: StageInput) -> tuple[Nest, GraphEntry]:
     edges = [get_gradient_edge(tensor) for tensor in entered]
     replaced, flags = iter(entered), iter(received.wants_grad)
     nest = map_tensors(lambda leaf: next(replaced) if next(flags) else leaf, received.nest)
-    return nest, GraphEntry(edges, box, hooks=list(map(hooks_of, entered)) if received.aliased else [])
+    leaves = tensors(nest) if received.aliased else []
+    hooks = [hooks_of(leaves[number]) for number in received.aliased if received.wants_grad[number]]
+    return nest, GraphEntry(edges, box, hooks=hooks)
 
 
 def leave(outputs: Nest) -> StageInput:
     """Return ``outputs`` detached from this stage's graph, as the input of the next stage."""
     leaves = tensors(outputs)
     flags = [leaf.requires_grad for leaf in leaves]
-    return StageInput(map_tensors(lambda leaf: leaf.detach(), outputs), flags, len(leaves) > 1 and _overlap(leaves))
+    return StageInput(map_tensors(lambda leaf: leaf.detach(), outputs), flags, _overlapping(leaves) if len(leaves) > 1 else ())
 
 
-def _overlap(leaves: Sequence[torch.Tensor]) -> bool:
-    """Return whether two of ``leaves`` reach over the same memory."""
-    spans = sorted(
-        (leaf.untyped_storage().data_ptr(), leaf.storage_offset() * leaf.element_size(), _end(leaf))
-        for leaf in leaves
-        if leaf.layout is torch.strided and leaf.numel() and leaf.device.type != "meta"
-    )
-    return any(one[0] == other[0] and other[1] < one[2] for one, other in itertools.pairwise(spans))
+def _overlapping(leaves: Sequence[torch.Tensor]) -> Collection[int]:
+    """Return the numbers of those of ``leaves`` that reach over memory of others."""
+    found: set[int] = set()
+    by_storage: dict[int, list[int]] = {}
+    for number, leaf in enumerate(leaves):
+        if leaf.layout is torch.strided and leaf.numel() and leaf.device.type != "meta":
+            by_storage.setdefault(leaf.untyped_storage().data_ptr(), []).append(number)
+    for numbers in by_storage.values():
+        for one, other in itertools.combinations(numbers, 2):
+            (start, end), (first, last) = _span(leaves[one]), _span(leaves[other])
+            if start < last and first < end:
+                found |= {one, other}
+    return sorted(found)
 
 
-def _end(leaf: torch.Tensor) -> int:
+def _span(leaf: torch.Tensor) -> tuple[int, int]:
+    """Return where in its storage ``leaf`` begins and ends, in bytes."""
     reach = sum((size - 1) * stride for size, stride in zip(leaf.shape, leaf.stride(), strict=True))
-    return (int(leaf.storage_offset()) + reach + 1) * leaf.element_size()
+    start = int(leaf.storage_offset())
+    return start * leaf.element_size(), (start + reach + 1) * leaf.element_size()
 
 
 def hooks_of(tensor: torch.Tensor) -> Mapping[int, Any]:
@@ -144,9 +153,10 @@ def _no_hook(_: torch.Tensor) -> None:
 @contextmanager
 def aliases_kept(received: StageInput) -> Iterator[None]:
     """Raise RuntimeError if the block changes an aliased input in place: the change would not reach all of them."""
-    versions = [leaf._version for leaf in tensors(received.nest)] if received.aliased else []
+    leaves = tensors(received.nest) if received.aliased else []
+    before = [leaves[number]._version for number in received.aliased]
     yield
-    if received.aliased and versions != [leaf._version for leaf in tensors(received.nest)]:
+    if before != [leaves[number]._version for number in received.aliased]:
         raise RuntimeError(
             "a layer changes its input in place, which the layers before gave twice, or a part of it beside it: here"
             f" these are tensors of their own, and the others would not change; {_APART}"
@@ -158,7 +168,7 @@ _APART = "change or hook a copy, give each value as a .clone(), or keep giver an
 
 def check_hooks(received: StageInput, entered: GraphEntry) -> None:
     """Raise RuntimeError if a layer hooked one of several inputs that are one tensor: it would see a part's gradient."""
-    if received.aliased and any(entered.hooks):
+    if received.aliased and not entered.inner and any(entered.hooks):
         raise RuntimeError(
             "a layer hooks its input, which the layers before gave twice, or a part of it beside it: the hook would"
             f" run on a part of the gradient that it gets in one process; {_APART}"
