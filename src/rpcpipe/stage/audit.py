@@ -42,8 +42,8 @@ class Audit:
         if made := parts.added():
             parts.restore()
             raise RuntimeError(
-                f"the forward makes the parameter {made[0]}, and the optimizer was made before: it would not be trained;"
-                " make it in the constructor, or run the model once on a sample before the pipeline is made"
+                f"the forward makes the parameter {made[0]}, and the optimizer was made before: it would not be"
+                " trained; make it in the constructor, or run the model once on a sample before the pipeline is made"
             )
         changed = [name for name, (weight, value) in before.items() if not torch.equal(weight, value)]
         if changed:

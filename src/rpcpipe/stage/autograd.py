@@ -114,7 +114,9 @@ def leave(outputs: Nest) -> StageInput:
     """Return ``outputs`` detached from this stage's graph, as the input of the next stage."""
     leaves = tensors(outputs)
     flags = [leaf.requires_grad for leaf in leaves]
-    return StageInput(map_tensors(lambda leaf: leaf.detach(), outputs), flags, _overlapping(leaves) if len(leaves) > 1 else ())
+    return StageInput(
+        map_tensors(lambda leaf: leaf.detach(), outputs), flags, _overlapping(leaves) if len(leaves) > 1 else ()
+    )
 
 
 def _overlapping(leaves: Sequence[torch.Tensor]) -> Collection[int]:
@@ -141,7 +143,7 @@ def _span(leaf: torch.Tensor) -> tuple[int, int]:
 
 def hooks_of(tensor: torch.Tensor) -> Mapping[int, Any]:
     """Return the dict of the tensor's hooks, which those registered later go into as well."""
-    tensor.register_hook(_no_hook).remove()  # torch makes the dict with the first hook
+    tensor.register_hook(_no_hook).remove()  # type: ignore[no-untyped-call]  # torch makes the dict with the first hook
     hooks: Mapping[int, Any] = tensor._backward_hooks  # type: ignore[assignment]
     return hooks
 
@@ -167,7 +169,7 @@ _APART = "change or hook a copy, give each value as a .clone(), or keep giver an
 
 
 def check_hooks(received: StageInput, entered: GraphEntry) -> None:
-    """Raise RuntimeError if a layer hooked one of several inputs that are one tensor: it would see a part's gradient."""
+    """Raise RuntimeError if a layer hooked one of several inputs that are one tensor: it sees a part's gradient."""
     if received.aliased and not entered.inner and any(entered.hooks):
         raise RuntimeError(
             "a layer hooks its input, which the layers before gave twice, or a part of it beside it: the hook would"

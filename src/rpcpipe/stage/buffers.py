@@ -140,9 +140,9 @@ def _copies(values: Values) -> Values:
         if storages[storage := _storage(value)] == 1:
             copies[id(value)] = value.clone()
             continue
-        clone = clones.setdefault(storage, value.untyped_storage().clone())
+        clone = clones.setdefault(storage, value.untyped_storage().clone())  # type: ignore[no-untyped-call]
         place = value.storage_offset(), value.shape, value.stride()
-        copies[id(value)] = value.new_empty(0).set_(clone, *place)  # type: ignore[call-overload]
+        copies[id(value)] = value.new_empty(0).set_(clone, *place)
     return {key: copies[id(value)] for key, value in values.items()}
 
 
