@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import random
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
@@ -26,23 +26,24 @@ _LIVE = object()  # stands for a tensor with a graph, which no later forward may
 
 
 class Attributes:
-    """The attributes of ``layers``, modules and other objects of the user's, when it is made."""
+    """The attributes of ``parts``, modules without those below them and objects of the user's, when it is made."""
 
-    def __init__(self, layers: Iterable[Any]) -> None:
-        self._layers = list(layers)
+    def __init__(self, parts: Sequence[Any]) -> None:
+        self._parts = parts
         self._kept: list[tuple[Any, Any]] = []
         self._tensors: list[tuple[str, torch.Tensor, int]] = []
         seen: set[int] = set()
-        for layer in self._layers:
-            for part in layer.modules() if isinstance(layer, nn.Module) else [layer]:
-                self._walk(type(part).__name__, part, seen)
+        for part in parts:
+            self._walk(type(part).__name__, part, seen)
 
     def _walk(self, where: str, value: Any, seen: set[int]) -> None:
         """Keep what is in ``value``, a part of the module or object that is called ``where``."""
         if type(value) in _PLAIN or id(value) in seen or isinstance(value, _OPAQUE):
             return
         seen.add(id(value))
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, nn.Module):
+            self._walk_attributes(value, seen)
+        elif isinstance(value, torch.Tensor):
             if not isinstance(value, nn.Parameter) and value.grad_fn is None and not value.is_inference():
                 self._tensors.append((where, value, value._version))
         elif (state := _generator_state(value)) is not None:
@@ -54,10 +55,14 @@ class Attributes:
         elif isinstance(value, tuple):
             for item in value:
                 self._walk(where, item, seen)
-        elif isinstance(value, nn.Module) or _is_users(value):
-            own = _own(value)
-            self._kept.append((value, own))
-            for name, item in own.items():
+        elif _is_users(value):
+            self._walk_attributes(value, seen)
+
+    def _walk_attributes(self, value: Any, seen: set[int]) -> None:
+        own = _own(value)
+        self._kept.append((value, own))
+        for name, item in own.items():
+            if type(item) not in _PLAIN:
                 self._walk(f"{type(value).__name__}.{name}", item, seen)
 
     def check(self) -> None:
@@ -72,7 +77,7 @@ class Attributes:
     @contextmanager
     def restored(self) -> Iterator[None]:
         """Let the layers have these attributes inside the block; what it changes is dropped."""
-        live = Attributes(self._layers)
+        live = Attributes(self._parts)
         self.put()
         try:
             yield
@@ -99,11 +104,12 @@ class Attributes:
 
 
 def _own(value: Any) -> dict[str, Any]:
-    return {
-        name: _LIVE if isinstance(item, torch.Tensor) and item.grad_fn is not None else item
-        for name, item in vars(value).items()
-        if name not in _TORCHS
-    }
+    own = vars(value)
+    return {name: _kept(own[name]) for name in own.keys() - _TORCHS}
+
+
+def _kept(item: Any) -> Any:
+    return _LIVE if isinstance(item, torch.Tensor) and item.grad_fn is not None else item
 
 
 def _set_own(value: Any, state: dict[str, Any]) -> None:

@@ -225,6 +225,7 @@ class SegmentRunner:
         self._bytes: dict[Any, int] = {}
         self._mutates: dict[int, bool] = {}
         self._buffers = ForwardBuffers(module)
+        self._modules: dict[tuple[int, int], list[nn.Module]] = {}
 
     def run(self, chunk: int, received: autograd.StageInput, forward: Forward) -> tuple[MicroBatchGraph, Nest]:
         """Run the forward of ``chunk``; return its graph, and the outputs with their autograd graph if that is kept."""
@@ -276,7 +277,7 @@ class SegmentRunner:
             original = autograd.copied(original)
         inputs, random = tensors(received.nest), rng.python_state()
         versions = [leaf._version for leaf in inputs]
-        attributes, seen = Attributes(list(self._module)[start:stop]), self._buffers.before(start, stop)
+        attributes, seen = Attributes(self._parts(start, stop)), self._buffers.before(start, stop)
         nest, entry = autograd.enter(received)
         outputs = segment.forward(start, stop, nest, entry, True)
         autograd.check_hooks(received, entry)
@@ -292,6 +293,12 @@ class SegmentRunner:
         segment.dropped = Dropped(original, buffers, attributes, random)
         segment.bytes = Memory(tensors(original.nest)).without()
         return outputs
+
+    def _parts(self, start: int, stop: int) -> list[nn.Module]:
+        if (start, stop) not in self._modules:
+            layers = list(self._module)[start:stop]
+            self._modules[start, stop] = [part for layer in layers for part in layer.modules()]
+        return self._modules[start, stop]
 
     def _again(self, segment: Segment) -> None:
         """Recompute a segment as its forward ran, and leave buffers and generators as they are now."""

@@ -128,7 +128,7 @@ class StageState:
         if undo is not None:
             undo.refresh()
         stages = self._owner.stages.values()
-        attributes = Attributes([part for stage in stages for part in (stage.module, stage.loss)])
+        attributes = Attributes([part for stage in stages for part in (*stage.module.modules(), *_parts(stage.loss))])
         self._kept = buffers, undo, attributes, rng.python_state()
         return self._owner.seed
 
@@ -142,3 +142,7 @@ class StageState:
         if undo is not None:
             undo.restore()
         self._owner.weights_changed()
+
+
+def _parts(loss: Any) -> list[Any]:
+    return list(loss.modules()) if isinstance(loss, nn.Module) else [loss]
