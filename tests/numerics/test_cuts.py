@@ -94,6 +94,21 @@ CASES: dict[str, Callable[[dict[str, Tensor]], tuple[Any, Any, Parts]]] = {
         rp.MicroBatches([t["y"][:2], t["y"][2:]]),
         [({"x": t["x"][s], "mask": t["mask"]}, t["y"][s], 0.5) for s in (slice(0, 2), slice(2, 8))],
     ),
+    "cut by the caller, with what all share": lambda t: (
+        {"x": rp.MicroBatches([t["x"][:3], t["x"][3:]]), "mask": rp.Replicated(t["mask"])},
+        rp.MicroBatches([t["y"][:3], t["y"][3:]]),
+        [({"x": t["x"][s], "mask": t["mask"]}, t["y"][s], w) for s, w in ((slice(0, 3), 3 / 8), (slice(3, 8), 5 / 8))],
+    ),
+    "cut by the caller, with what all share inside": lambda t: (
+        rp.MicroBatches([{"x": x, "mask": rp.Replicated(t["mask"])} for x in (t["x"][:3], t["x"][3:])]),
+        rp.MicroBatches([t["y"][:3], t["y"][3:]]),
+        [({"x": t["x"][s], "mask": t["mask"]}, t["y"][s], w) for s, w in ((slice(0, 3), 3 / 8), (slice(3, 8), 5 / 8))],
+    ),
+    "the same weights twice": lambda t: (
+        rp.MicroBatches([t["x"][:3], t["x"][3:]], weights=[3, 1]),
+        rp.MicroBatches([t["y"][:3], t["y"][3:]], weights=[3, 1]),
+        [(t["x"][:3], t["y"][:3], 0.75), (t["x"][3:], t["y"][3:], 0.25)],
+    ),
     "one micro-batch": lambda t: (
         {"x": rp.MicroBatches([t["x"]]), "mask": rp.Replicated(t["mask"])}, rp.MicroBatches([t["y"]]),
         [({"x": t["x"], "mask": t["mask"]}, t["y"], 1.0)],
@@ -179,6 +194,17 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Tensor]], tuple[Any, Any]], str]] =
     ),
     "sizes that differ": (lambda t: ({"x": t["x"], "mask": t["mask"]}, t["y"]), r"rp\.Replicated\(value\)"),
     "sizes that differ, batched": (lambda t: ({"x": t["x"], "t": rp.Batched(t["time"], 0)}, t["y"]), r"\[3, 8\]"),
+    "weights of the targets": (
+        lambda t: (rp.MicroBatches(t["x"].chunk(2)), rp.MicroBatches(t["y"].chunk(2), weights=[3, 1])),
+        r"weights \[3.0, 1.0\], and the inputs' say \[0.5, 0.5\]",
+    ),
+    "two weights": (
+        lambda t: (
+            {"x": rp.MicroBatches(t["x"].chunk(2), [3, 1]), "mask": rp.MicroBatches(t["x"].chunk(2), [1, 1])},
+            rp.MicroBatches(t["y"].chunk(2)),
+        ),
+        r"different weights, \[\[3.0, 1.0\], \[1.0, 1.0\]\]",
+    ),
     "nothing but shared": (lambda t: (rp.Replicated(t["x"]), t["y"]), "a batch needs tensors"),
 }  # fmt: skip
 
@@ -201,6 +227,8 @@ def test_the_wrappers_check_what_they_are_given() -> None:
         rp.MicroBatches([])
     with pytest.raises(rp.ArgumentError, match="pass one for each"):
         rp.MicroBatches([t["x"]], weights=[1, 2])
+    with pytest.raises(rp.ArgumentError, match="all finite"):
+        rp.MicroBatches([t["x"]], weights=[float("inf")])
     assert repr(rp.Replicated(3)) == "Replicated(3)"
     assert repr(rp.Batched([], dim=1)) == "Batched([], dim=1)"
     assert repr(rp.MicroBatches([1])) == "MicroBatches([1])"

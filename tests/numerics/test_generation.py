@@ -107,8 +107,8 @@ def test_sampling_draws_from_the_likeliest() -> None:
         ({"temperature": -0.1}, "temperature"),
         ({"top_k": 0}, "top_k"),
         ({"context": 0}, "context"),
-        ({"prompts": torch.zeros(3)}, "row of at least one token"),
-        ({"prompts": [torch.zeros(0)]}, "row of at least one token"),
+        ({"prompts": torch.zeros(3)}, "of at least one token"),
+        ({"prompts": [torch.zeros(0)]}, "of at least one token"),
     ],
 )
 def test_arguments_that_cannot_be(wrong: dict[str, Any], match: str) -> None:

@@ -205,3 +205,98 @@ def test_embeddings_that_renormalize_are_refused_by_layer(kind: str) -> None:
     layer, message = EMBEDDINGS[kind]
     with pytest.raises(rp.PartitionError, match=message):
         rp.Pipeline([layer, nn.Linear(4, 4)], LocalCluster(2), loss=cross_entropy, optimizer=sgd)  # type: ignore[arg-type]
+
+
+# --- what a loss remembers ---
+
+
+class Remembering(nn.Module):
+    """Divides by a running mean of itself; fails, once it has changed it, where all labels are 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.ones(()))
+
+    def forward(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        value = cross_entropy(output, target)
+        self.mean.mul_(0.5).add_(value.detach(), alpha=0.5)
+        if bool((target == 0).all()):
+            raise ValueError("no labels")
+        return value / self.mean
+
+
+class RemembersByItself:
+    """The same without torch's module."""
+
+    def __init__(self) -> None:
+        self.mean = torch.ones(())
+
+    def __call__(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        value = cross_entropy(output, target)
+        self.mean = self.mean * 0.5 + value.detach() * 0.5
+        return value / self.mean
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"mean": self.mean}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.mean = state["mean"]
+
+
+@pytest.mark.parametrize("kind", [Remembering, RemembersByItself])
+def test_a_losss_memory_goes_along_with_moves_saves_and_loads(kind: Any, tmp_path: Any) -> None:
+    def fresh(balance: list[int], schedule: str) -> rp.Pipeline:
+        return rp.Pipeline(
+            mlp(), LocalCluster(2), loss=kind(), optimizer=sgd, chunks=2, balance=balance, schedule=schedule
+        )  # type: ignore[arg-type]
+
+    pipe, loop = fresh([3, 5], "1f1b"), Natural(mlp(), sgd, kind(), 2)
+    untouched = fresh([3, 5], "1f1b").save(tmp_path / "new")
+    assert_same_run(pipe, loop, batches(2))
+    for schedule in ("zb-v", "interleaved", "1f1b"):
+        pipe.schedule = schedule  # type: ignore[assignment]
+        assert_same_run(pipe, loop, batches(1))
+    pipe.save(tmp_path / "run")
+    again = fresh([5, 3], "1f1b")
+    again.load(tmp_path / "run")
+    assert_same_run(again, loop, batches(2))
+    again.load(untouched)
+    assert_same_run(again, Natural(mlp(), sgd, kind(), 2), batches(2))
+
+
+def test_a_failed_step_leaves_a_losss_buffers_as_they_were() -> None:
+    pipe = rp.Pipeline(mlp(), LocalCluster(2), loss=Remembering(), optimizer=sgd, chunks=2)  # type: ignore[arg-type]
+    loop = Natural(mlp(), sgd, Remembering(), 2)
+    assert_same_run(pipe, loop, batches(1))
+    [(x, y)] = batches(1)
+    with pytest.raises(ValueError, match="no labels"):
+        pipe.train_step(x, y * 0)
+    assert_same_run(pipe, loop, batches(2))
+
+
+@pytest.mark.parametrize("kind", [Remembering, RemembersByItself])
+def test_replicas_refuse_a_loss_that_remembers(kind: Any) -> None:
+    pipe = rp.Pipeline(mlp(), LocalCluster(4), loss=kind(), optimizer=sgd, chunks=2, replicas=2)  # type: ignore[arg-type]
+    before = pipe.state_dict()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"changes 'mean' of its state_dict.*replicas=1"):
+            pipe.train_step(*next(batches(1)))
+    assert all(torch.equal(value, before[name]) for name, value in pipe.state_dict().items())
+
+
+RETURNS: dict[str, tuple[Any, str]] = {
+    "three": (lambda v, o: (v, 1, 2), r"or \(sum, count\), not \("),
+    "a dict": (lambda v, o: {"loss": v}, r"or \(sum, count\), not \{"),
+    "an output beside": (lambda v, o: (v, o), "is not a count of samples"),
+    "a scalar with a graph beside": (lambda v, o: (v, o.sum()), "is not a count of samples"),
+    "a word beside": (lambda v, o: (v, "mean"), "not a count of samples, but 'mean'"),
+    "a dict beside": (lambda v, o: (v, {}), "is not a count of samples, but {}"),
+}
+
+
+@pytest.mark.parametrize("name", RETURNS)
+def test_what_is_no_mean_and_no_sum_and_count_is_refused(name: str) -> None:
+    make, message = RETURNS[name]
+    pipe = rp.Pipeline(mlp(), LocalCluster(2), loss=lambda o, t: make(cross_entropy(o, t), o), optimizer=sgd, chunks=2)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=message):
+        pipe.train_step(*next(batches(1)))

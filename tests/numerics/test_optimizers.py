@@ -21,7 +21,7 @@ class Averaging(torch.optim.Optimizer):
 
     def __init__(self, params: Any, lr: float = 0.1, fails_at: int = -1, where: str = "") -> None:
         super().__init__(params, {"lr": lr, "k": 0, "weight_sum": torch.zeros(()), "betas": (0.9, 0.99)})
-        self.fails_at, self.where = fails_at, where
+        self.fails_at, self.where = {fails_at}, where
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -30,8 +30,8 @@ class Averaging(torch.optim.Optimizer):
             group["weight_sum"] += group["lr"] * group["k"]
             for parameter in (p for p in group["params"] if p.grad is not None):
                 parameter.sub_(parameter.grad * (group["lr"] * group["k"] / float(group["weight_sum"])))
-            if group["k"] == self.fails_at:
-                self.fails_at = -1
+            if group["k"] in self.fails_at:
+                self.fails_at.clear()  # a set: plain attributes are rolled back
                 raise RuntimeError("the update fails once")
 
 
@@ -48,6 +48,67 @@ class Prodigal(torch.optim.Optimizer):
             group["d"] *= 1 + float(sum(g.abs().sum() for g in grads))
             for parameter in (p for p in group["params"] if p.grad is not None):
                 parameter.sub_(parameter.grad * group["d"])
+
+
+class Counting(torch.optim.Optimizer):
+    """Counts in an attribute, made in the first update, and under a string key of its state."""
+
+    def __init__(self, params: Any, fails_at: int = -1) -> None:
+        params = list(params)
+        super().__init__(params, {"lr": 0.1})
+        self.fails_at, self.count = {fails_at}, len(params)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.t = getattr(self, "t", 0) + 1
+        entry = self.state["all"]  # type: ignore[index]
+        entry["rate"] = entry.get("rate", torch.ones(())) * 0.5
+        for group in self.param_groups:
+            assert self.count >= len(group["params"])
+            for parameter in (p for p in group["params"] if p.grad is not None):
+                parameter.sub_(parameter.grad * (group["lr"] / self.t * entry["rate"]))
+        if self.t in self.fails_at:
+            self.fails_at.clear()
+            raise RuntimeError("the update fails once")
+
+
+class Listing(torch.optim.SGD):
+    """Keeps momenta in a list of its own."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        parameters = self.param_groups[0]["params"]
+        self.momenta = [
+            m * 0.9 + p.grad for m, p in zip(getattr(self, "momenta", [0.0] * 99), parameters, strict=False)
+        ]
+        super().step()
+
+
+class Noisy(torch.optim.SGD):
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step()
+        for parameter in self.param_groups[0]["params"]:
+            parameter.add_(torch.randn_like(parameter) * 0.01)
+
+
+class Clipping(torch.optim.SGD):
+    """Clips by the norm of all gradients, as LAMB does."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, lr=0.1)
+        self.max_norm = 0.05
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        nn.utils.clip_grad_norm_(self.param_groups[0]["params"], self.max_norm)
+        super().step()
+
+
+class Around(torch.optim.SGD):
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, lr=0.1)
+        self.inner = torch.optim.Adam(self.param_groups)
 
 
 class Relative(torch.optim.SGD):
@@ -75,6 +136,7 @@ OPTIMIZERS: dict[str, Any] = {
     "adagrad": lambda ps: torch.optim.Adagrad(ps, lr=0.01),
     "nadam": lambda ps: torch.optim.NAdam(ps, lr=0.01, decoupled_weight_decay=True),
     "averaging": Averaging,
+    "counting": Counting,
 }
 
 
@@ -130,13 +192,14 @@ def test_what_was_loaded_goes_along_with_moves(shard: bool, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("stage", [0, 1])
-def test_what_an_optimizer_counts_is_rolled_back_with_a_failed_update(stage: int) -> None:
+@pytest.mark.parametrize("kind", [Averaging, Counting])
+def test_what_an_optimizer_counts_is_rolled_back_with_a_failed_update(kind: Any, stage: int) -> None:
     def make(params: Any) -> torch.optim.Optimizer:
         here = any(name.startswith("0.") for name, _ in params.named()) == (stage == 0)
-        return Averaging(params, fails_at=2 if here else -1)
+        return kind(params, fails_at=2 if here else -1)  # type: ignore[no-any-return]
 
     pipe = rp.Pipeline(mlp(), LocalCluster(2), loss=cross_entropy, optimizer=make, chunks=2, balance=[3, 5])  # type: ignore[arg-type]
-    loop = Natural(mlp(), lambda ps: Averaging(ps), cross_entropy, 2)
+    loop = Natural(mlp(), lambda ps: kind(ps), cross_entropy, 2)
     assert_same_run(pipe, loop, batches(1))
     with pytest.raises(RuntimeError, match="the update fails once"):
         pipe.train_step(*next(batches(1)))
@@ -153,6 +216,24 @@ def test_an_optimizer_that_looks_at_all_its_parameters_together_is_refused(sched
         with pytest.raises(ValueError, match=r"computes 'd' of group 0 from all its parameters together.*rolled"):
             list(pipe.train(batches(4)))
         assert all(torch.equal(value, before[name]) for name, value in pipe.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [(Listing, r"(?s)keeps optimizer\.momenta.*rolled back; keep what"), (Noisy, "Noisy.step draws")],
+)
+@pytest.mark.parametrize("schedule", ["1f1b", "pipedream"])
+def test_momenta_in_a_list_and_noise_of_the_default_generator_are_refused(
+    kind: Any, message: str, schedule: str
+) -> None:
+    pipe = rp.Pipeline(
+        mlp(), LocalCluster(2), loss=cross_entropy, optimizer=lambda ps: kind(ps, lr=0.1), chunks=2, balance=[3, 5],
+        schedule=schedule,
+    )  # type: ignore[arg-type]  # fmt: skip
+    before = pipe.state_dict()
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        list(pipe.train(batches(2)))
+    assert all(torch.equal(value, before[name]) for name, value in pipe.state_dict().items())
 
 
 class Late(Averaging):
@@ -178,13 +259,14 @@ def test_a_stream_goes_back_to_where_it_began_and_not_before_the_step_before() -
     assert_same_run(pipe, loop, batches(1))
 
 
+@pytest.mark.parametrize("kind", [Prodigal, Clipping])
 @pytest.mark.parametrize("replicas", [1, 2])
-def test_and_trains_on_one_stage(replicas: int) -> None:
+def test_and_trains_on_one_stage(replicas: int, kind: Any) -> None:
     pipe = rp.Pipeline(
-        mlp(dropout=0.0), LocalCluster(replicas), loss=cross_entropy, optimizer=Prodigal, chunks=2, balance=[8],
+        mlp(dropout=0.0), LocalCluster(replicas), loss=cross_entropy, optimizer=kind, chunks=2, balance=[8],
         replicas=replicas,
     )  # type: ignore[arg-type]  # fmt: skip
-    loop = Natural(mlp(dropout=0.0), Prodigal, cross_entropy, 2 * replicas)
+    loop = Natural(mlp(dropout=0.0), kind, cross_entropy, 2 * replicas)
     for batch in batches(3, 8):
         assert pipe.train_step(*batch).loss == pytest.approx(loop.train_step(*batch), rel=1e-5)
     if replicas == 1:
@@ -201,12 +283,21 @@ class NeedsLoss(torch.optim.SGD):
         super().step()
 
 
+def scheduled(params: Any) -> torch.optim.Optimizer:
+    optimizer = torch.optim.SGD(params, lr=0.1)
+    lr_scheduler.ExponentialLR(optimizer, 0.5)
+    return optimizer
+
+
 REFUSED: dict[str, tuple[Any, str]] = {
+    "a scheduler in the factory": (scheduled, "SGD has a step of its own, .* make the scheduler of pipe.optimizer"),
     "another model's": (lambda ps: torch.optim.SGD(FOREIGN.parameters(), lr=0.1), r"2 parameters.*\(5, 3\)"),
     "and another model's": (lambda ps: torch.optim.SGD([*ps, *FOREIGN.parameters()], lr=0.1), "2 parameters"),
     "lbfgs": (torch.optim.LBFGS, "LBFGS.step needs 'closure'"),
     "a loss": (lambda ps: NeedsLoss(ps, lr=0.1), "NeedsLoss.step needs 'loss'"),
     "differentiable": (lambda ps: torch.optim.SGD(ps, lr=0.1, differentiable=True), "differentiable=True"),
+    "another one inside": (Around, "Around holds another optimizer, inner"),
+    "clipping": (Clipping, "Clipping updates a parameter by other parameters' gradients"),
     "capturable": (lambda ps: torch.optim.Adam(ps, capturable=True), "capturable=True"),
 }
 
@@ -291,32 +382,3 @@ def test_copies_that_a_move_would_part_are_refused_and_the_pipeline_is_closed() 
         pipe.schedule = "interleaved"  # type: ignore[assignment]
     with pytest.raises(rp.RpcPipeError, match="the pipeline is closed"):
         pipe.train_step(*next(ids(1)))
-
-
-# --- norms ---
-
-
-@pytest.mark.parametrize("clip", [None, 0.05])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float32])
-def test_norms_have_the_parameters_precision(dtype: torch.dtype, clip: float | None) -> None:
-    pipe = rp.Pipeline(
-        mlp().to(dtype), LocalCluster(2), loss=cross_entropy, optimizer=lambda ps: torch.optim.SGD(ps, lr=0.1),
-        chunks=2, balance=[3, 5], clip_grad_norm=clip,
-    )  # type: ignore[arg-type]  # fmt: skip
-    loop = Natural(mlp().to(dtype), lambda ps: torch.optim.SGD(ps, lr=0.1), cross_entropy, 2, clip=clip)
-    assert_same_run(pipe, loop, ((x.to(dtype), y) for x, y in batches(3)))
-
-
-def test_norms_of_float16_do_not_overflow() -> None:
-    def steep(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        return (output * 1e3).sum() * 0.25
-
-    layer = nn.Linear(64, 64, bias=False, dtype=torch.float16)
-    nn.init.zeros_(layer.weight)
-    pipe = rp.Pipeline(
-        [layer, nn.Identity()], LocalCluster(2), loss=steep, optimizer=lambda ps: torch.optim.SGD(ps, lr=1e-5), chunks=1
-    )  # type: ignore[arg-type]  # fmt: skip
-    x = torch.full((2, 64), 8.0, dtype=torch.float16)
-    result = pipe.train_step(x, torch.zeros(2))
-    assert result.applied
-    assert result.grad_norm == pytest.approx(64 * 4000.0)

@@ -137,6 +137,22 @@ def test_an_optimizer_that_fails_on_one_stage(monkeypatch: pytest.MonkeyPatch) -
     assert_same_weights(pipe, oracle.model)
 
 
+def test_an_optimizer_that_fails_half_way_leaves_nothing_of_its_update() -> None:
+    class HalfWay(torch.optim.SGD):
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            for parameter in self.param_groups[0]["params"]:
+                parameter.add_(1.0)
+                raise RuntimeError("half-way")
+
+    pipe = pipeline(3, "stash", optimizer=lambda params: HalfWay(params, lr=0.1))
+    before = pipe.state_dict()
+    with pytest.raises(rp.StageError, match="half-way"):
+        list(pipe.train(batches(4)))
+    assert pipe.trained == 0
+    assert all(torch.equal(value, before[name]) for name, value in pipe.state_dict().items())
+
+
 def test_a_lost_message_runs_into_the_deadline_and_all_stages_go_back_together() -> None:
     lost = iter([False] * 11 + [True])
     cluster: Any = LocalCluster(3, drop=lambda to, verb: verb == "deliver" and next(lost, False), timeout=0.2)

@@ -50,8 +50,8 @@ def test_counting_leaves_a_module_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        ({"memory": 0}, "memory must be positive"),
-        ({"flops": -1.0}, "flops must be positive"),
+        ({"memory": 0}, "memory must be a number above 0"),
+        ({"flops": -1.0}, "flops must be a number above 0"),
         ({"schedules": ["pipedream"]}, "schedules must be among"),
         ({"chunks": [0]}, "chunks must be at least 1"),
     ],

@@ -77,8 +77,10 @@ def test_two_in_one_picture_on_one_scale(tmp_path: Path) -> None:
     assert len(lines[1]) < len(lines[6])  # the quicker one is drawn shorter
     unit = rp.schedules.get("1f1b", 3, 6).simulate()
     long = rp.schedules.get("1f1b", 3, 6).simulate(Costs(0.001, 0.001, 0.001))
-    stretched = rp.schedules.compare(unit, long).splitlines()
+    stretched = rp.schedules.compare(unit, long, stretch=True).splitlines()
     assert stretched[1] == stretched[6]
+    assert "stretched × 0.001" in stretched[0] + stretched[4]
+    assert "stretched" not in rp.schedules.compare(unit, long)
 
 
 def test_text_fits_any_width_and_size() -> None:

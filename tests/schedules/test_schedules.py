@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -91,15 +92,16 @@ def test_closed_forms_at_unit_costs() -> None:
             if m >= p:
                 assert line["zb-h1"].makespan == m * 3 + (p - 1)
                 assert line["zb-h1"].peak_in_flight == (p,) * p
-            if m >= 2 * p:
-                assert rp.schedules.get("zb-v", p, m).simulate().makespan == 2 * 3 * m + (p - 1)
+            zb_v = rp.schedules.get("zb-v", p, m).simulate()
+            assert zb_v.peak_in_flight == tuple(min(2 * p, 2 * m, m + r + 1) for r in range(p))
+            if m >= 2 * p - 1:
+                assert zb_v.makespan == 2 * 3 * m + (p - 1)
+            longest = math.ceil(m / max(1, m // p))
             for v in (2, 3, 4):
-                looped = rp.schedules.get("interleaved", p, m, v)
-                if m % p == 0:
-                    assert looped.simulate().makespan == v * m * 3 + (p - 1) * 3
-                    if m >= p:
-                        bfs = rp.schedules.get("looped-bfs", p, m, v).simulate()
-                        assert bfs.makespan == v * m * 3 + (p - 1) * 3
+                looped = rp.schedules.get("interleaved", p, m, v).simulate()
+                assert looped.makespan == (v * max(m, p) + min(m, p) - 1) * 3
+                assert looped.peak_in_flight == tuple(min(v * m, (v - 1) * longest + 2 * (p - r) - 1) for r in range(p))
+                assert rp.schedules.get("looped-bfs", p, m, v).simulate().makespan == looped.makespan
 
 
 def test_a_whole_forward_and_backward_are_paired_in_dualpipe_v() -> None:

@@ -22,7 +22,8 @@ class Manifest:
     ``weights`` locates tensors by the unsplit model's names, ``tensors`` all other tensors by the names that
     the encoded values give them. ``plain_state.encode`` has encoded ``state`` (per trainable parameter its
     optimizer state), ``groups`` (hyperparameters), ``position``, the caller's ``stateful`` and the pipeline's
-    ``parts``, and by key ``extra``, what modules' ``get_extra_state`` returned.
+    ``parts``, and by key ``extra``, what modules' ``get_extra_state`` returned, and
+    ``loss``, what the loss has changed of its ``state_dict``.
     ``shared`` maps further names of a parameter to its first name.
     """
 
@@ -36,6 +37,7 @@ class Manifest:
     state: dict[str, dict[str, Any]] = field(default_factory=dict)
     shared: dict[str, str] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
+    loss: dict[str, Any] = field(default_factory=dict)
     weights: dict[str, Stored] = field(default_factory=dict)
     tensors: dict[str, Stored] = field(default_factory=dict)
 

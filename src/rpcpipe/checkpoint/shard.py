@@ -31,7 +31,7 @@ class Written:
     """The record of what a worker has written.
 
     ``sizes``: the bytes of each file. ``weight_bytes``: the bytes of the weights' tensors. ``state``, ``shared``,
-    ``optimizer`` and ``groups`` are as in ``Manifest``, for this worker's parameters.
+    ``loss``, ``optimizer`` and ``groups`` are as in ``Manifest``, for this worker's parameters.
     ``used``: by group of the optimizer, whether it has a parameter of this worker.
     """
 
@@ -42,6 +42,7 @@ class Written:
     state: dict[str, dict[str, Any]]
     shared: dict[str, str]
     extra: dict[str, Any]
+    loss: dict[str, Any]
     optimizer: str | None
     groups: list[dict[str, Any]]
     used: list[bool]
@@ -56,8 +57,11 @@ def write(
     label: str,
     *,
     with_weights: bool,
+    loss: Mapping[str, Any],
 ) -> Written:
     """Write the optimizer's state, and ``with_weights`` the modules', to files of ``folder`` named by ``label``.
+
+    ``loss``: what the loss has changed of its state.
 
     Raises CheckpointError for state that is not plain values and dense tensors, and for an error of the file system.
     """
@@ -72,6 +76,8 @@ def write(
     }
     extra = {name: encode(value, name, tensors) for name, value in extra_state.items()}
     sizes: dict[str, int] = {}
+
+    encoded_loss = encode(dict(loss), "$loss", tensors)
 
     def stored(kind: str, content: Mapping[str, torch.Tensor]) -> dict[str, Stored]:
         if not content:
@@ -89,6 +95,7 @@ def write(
         state=state,
         shared=shared,
         extra=extra,
+        loss=encoded_loss,
         optimizer=None if optimizer is None else optimizer.kind,
         groups=[] if optimizer is None else optimizer.groups(),
         used=[] if optimizer is None else [group is not None for group in optimizer.used_groups()],
@@ -105,6 +112,7 @@ class Loaded:
     optimizer: LocalOptimizer | None
     groups: list[dict[str, Any]]
     state: dict[nn.Parameter, dict[str, Any]]
+    loss: dict[str, Any]
 
     def apply(self) -> None:
         """Replace the live state of the modules and the optimizer."""
@@ -128,8 +136,9 @@ def read(modules: Sequence[nn.Module], optimizer: LocalOptimizer | None, folder:
             }
             for module in modules
         ]
+        loss = decode(manifest.loss, extra.get)
     if optimizer is None:
-        return Loaded(list(modules), weights, None, [], {})
+        return Loaded(list(modules), weights, None, [], {}, loss)
     if optimizer.kind != manifest.optimizer:
         raise CheckpointError(
             f"{folder} holds the state of {manifest.optimizer}, this pipeline's optimizer is {optimizer.kind}"
@@ -141,7 +150,7 @@ def read(modules: Sequence[nn.Module], optimizer: LocalOptimizer | None, folder:
             parameter: _placed(_saved_state(folder, manifest, name, reader), parameter.device, group_of[parameter])
             for parameter, name in _names(modules, group_of)[0].items()
         }
-    return Loaded(list(modules), weights, optimizer, groups, state)
+    return Loaded(list(modules), weights, optimizer, groups, state, loss)
 
 
 def _saved_state(folder: Path, manifest: Manifest, name: str, reader: Reader) -> dict[str, Any]:

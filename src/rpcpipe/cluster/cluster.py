@@ -247,7 +247,7 @@ class Cluster:
         rows = []
         for worker in self.workers + self.spares:
             finished, doing, memory = self._beats.get(worker.name, (0, "", 0))
-            state = "lost" if worker.name in self._dead else doing or "no sign of life yet"
+            state = "lost" if worker.name in self._dead else doing or "not reported yet"
             stages = ", ".join(map(str, self.stages_on(worker.name))) or "-"
             place = f"{worker.host}:{worker.pid}"
             size = _tables.mebibytes(memory) if memory else "?"

@@ -1,4 +1,4 @@
-"""GradientExchange JSON lines over a stream socket, never a pickle: the control connection of driver and worker.
+"""Exchange JSON lines over a stream socket, never a pickle: the control connection of driver and worker.
 
 Every message is ``[kind, payload]``. Driver and workers speak the same way whether a socketpair or
 a network lies between them.

@@ -19,7 +19,7 @@ from rpcpipe.cluster.process import Reader
 from rpcpipe.errors import RendezvousError
 
 _BACKLOG = 128
-# ReplicaGroup that may be in the handshake at once; the oldest makes room for the next.
+# Peers that may be in the handshake at once; the oldest makes room for the next.
 _MAX_PENDING = 64
 
 log = logging.getLogger("rpcpipe")

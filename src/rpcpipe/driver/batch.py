@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from rpcpipe.errors import ArgumentError, require
-from rpcpipe.model.microbatch import Nest, cut, flatten, map_tensors, merge_gradients, tensors, unflatten
+from rpcpipe.model.microbatch import MicroBatches, Nest, cut, flatten, map_tensors, merge_gradients, tensors, unflatten
 from rpcpipe.model.sendable import checked
 from rpcpipe.model.wiring import DRIVER, Flow, ValueRoute, link
 from rpcpipe.schedules import Action
@@ -41,6 +41,7 @@ def cut_inputs(inputs: Nest, replicas: int, chunks: int) -> Batch:
 def cut_targets(targets: Nest, inputs: Batch, replicas: int, chunks: int) -> list[Nest]:
     """Return the targets of ``inputs``, detached; ArgumentError unless they make as many micro-batches."""
     shares, _, by_caller = cut(targets, replicas, chunks)
+    _check_weights(targets, inputs)
     parts = [_sendable(map_tensors(torch.Tensor.detach, part), "targets") for share in shares for part in share]
     require(
         inputs.by_caller == by_caller,
@@ -51,6 +52,17 @@ def cut_targets(targets: Nest, inputs: Batch, replicas: int, chunks: int) -> lis
         f"inputs make {len(inputs.parts)} micro-batches and targets {len(parts)}: their batch sizes differ",
     )
     return parts
+
+
+def _check_weights(targets: Nest, inputs: Batch) -> None:
+    """Raise ArgumentError for weights beside the targets that are not those of the inputs, which count."""
+    for leaf in flatten(targets)[0]:
+        if isinstance(leaf, MicroBatches) and leaf.weights is not None:
+            require(
+                tuple(weight / sum(leaf.weights) for weight in leaf.weights) == inputs.weights,
+                f"the targets' rp.MicroBatches have weights {leaf.weights}, and the inputs' say {list(inputs.weights)};"
+                " give weights=[…] to the inputs' rp.MicroBatches",
+            )
 
 
 def _sendable(part: Nest, what: str) -> Nest:

@@ -89,7 +89,7 @@ class Driver:
         self._step += 1
         return self._step - 1
 
-    # --- a step, in the order of DESIGN: issue, collect, gate, apply ---
+    # --- a step, in the order of docs/design/step.md: issue, collect, gate, apply ---
 
     def run(self, calls: Sequence[Call], plan: StepContext, values: Mapping[Port, Any]) -> dict[str, Report]:
         """Execute one step's actions; return every worker's report. After an error the step is rolled back."""
@@ -281,6 +281,9 @@ class Driver:
     ) -> tuple[str, int, int, list[Task], Sequence[tuple[Port, Any]]]:
         """Take the tasks' places in the worker's sequence; return the arguments of ``submit`` and ``accept``."""
         self._note(OtherCall(step))
+        if values and self._transport.is_near(worker):
+            self._transport.send(worker, "supply", self._pipeline, step, values)
+            values = ()
         sequence = self._next[worker]
         self._next[worker] += len(tasks)
         return self._pipeline, step, sequence, tasks, values

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from rpcpipe.errors import ArgumentError, require
-from rpcpipe.stage.hyperparameters import Groups, copied, hyperparameters, same, update
+from rpcpipe.stage.hyperparameters import Groups, copied, hyperparameters, is_own, options, same, update
 
 
 class PipelineOptimizer(torch.optim.Optimizer):
@@ -23,8 +23,10 @@ class PipelineOptimizer(torch.optim.Optimizer):
     def __init__(
         self, groups: Sequence[Mapping[str, Any]], apply: Callable[[], None], forget: Callable[[], None]
     ) -> None:
-        stand_ins = [{**group, "params": [nn.Parameter(torch.empty(0))]} for group in copied(groups)]
-        super().__init__(stand_ins, dict(groups[0]) if groups else {})
+        stand_ins = [{**group, "params": [nn.Parameter(torch.empty(0))]} for group in copied(options(groups))]
+        self._complete = False
+        super().__init__(stand_ins, options(groups)[0] if groups else {})
+        self._complete = True
         self._apply = apply
         self._forget = forget
         self._initial = copied(hyperparameters(self))
@@ -37,6 +39,7 @@ class PipelineOptimizer(torch.optim.Optimizer):
     def changes(self) -> Groups:
         """Return, per group, copies of the hyperparameters that have ever differed from the factory's."""
         current = hyperparameters(self)
+        _check_complete(self._initial, current)
         # A value may return to its initial one after another value was sent, so every key that ever differed
         # is sent from then on. A scheduler may also add keys (initial_lr).
         for initial, now in zip(self._initial, current, strict=True):
@@ -49,7 +52,7 @@ class PipelineOptimizer(torch.optim.Optimizer):
 
     def adopt(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Set the hyperparameters to ``groups``, which the workers have already."""
-        update(self, groups)
+        update(self, options(groups))
         self._initial = copied(hyperparameters(self))
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -63,9 +66,44 @@ class PipelineOptimizer(torch.optim.Optimizer):
             )
         self._apply()
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refuse: the workers' optimizers have the parameters. Raises ArgumentError."""
+        require(
+            not self._complete,
+            "pipe.optimizer stands for the workers' optimizers and takes no parameters: let the factory,"
+            " Pipeline(optimizer=…), make the group on the workers, empty where a stage has none of its parameters",
+        )
+        super().add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Refuse: the state is on the workers. Raises ArgumentError."""
+        raise ArgumentError(
+            "the optimizer's state is on the workers, and pipe.optimizer has only the options of its groups: use"
+            " pipe.save(directory), and pipe.load(directory) to go on"
+        )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse: the state is on the workers. Raises ArgumentError."""
+        raise ArgumentError(
+            "the optimizer's state is on the workers and cannot be loaded through pipe.optimizer: use"
+            " pipe.load(directory) of what pipe.save has written; set options by pipe.optimizer.param_groups"
+        )
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients that calls of ``train_step`` have accumulated since the last update."""
         self._forget()
+
+
+def _check_complete(initial: Groups, current: Groups) -> None:
+    """Raise ArgumentError unless the groups have been changed by new values alone."""
+    require(
+        len(initial) == len(current),
+        f"pipe.optimizer.param_groups has {len(current)} groups, and the workers' optimizers have {len(initial)}: the"
+        " factory, Pipeline(optimizer=…), makes groups",
+    )
+    for index, (before, now) in enumerate(zip(initial, current, strict=True)):
+        missing = sorted(before.keys() - now.keys())
+        require(not missing, f"group {index} of pipe.optimizer.param_groups lacks {missing}: set values, do not remove")
 
 
 def check_alike(changed: Mapping[str, Sequence[Mapping[str, Any] | None]]) -> None:
@@ -78,6 +116,13 @@ def check_alike(changed: Mapping[str, Sequence[Mapping[str, Any] | None]]) -> No
         for index, entries in enumerate(groups):
             for key, value in (entries or {}).items():
                 other, expected = first.setdefault((index, key), (worker, value))
+                require(
+                    not is_own(key) or same(value, expected),
+                    f"the optimizer keeps {key}, and a worker's has only its own parameters: it became"
+                    f" {expected!r:.80} on {other} and {value!r:.80} on {worker}. The update was rolled back; keep what"
+                    " belongs to a parameter in state[parameter], or keep the model on one stage (balance=[number of"
+                    " layers])",
+                )
                 require(
                     same(value, expected),
                     f"the optimizer computes {key!r} of group {index} from all its parameters together, and a worker's"

@@ -188,10 +188,11 @@ class Runtime:
 
     def title(self) -> str:
         """Return a line that describes the pipeline."""
+        steps = f"{self.trained} step{'' if self.trained == 1 else 's'} trained"
         copies = f" in {self.layout.replicas} replicas" if self.layout.replicas > 1 else ""
         return (
             f"Pipeline({self.schedule.name}, {len(self.stages)} stages{copies}, {self.chunks} micro-batches,"
-            f" {f'{self.trained} steps trained' if self.settings.trains else 'inference only'})"
+            f" {steps if self.settings.trains else 'inference only'})"
         )
 
     def rows(self) -> list[list[str]]:

@@ -26,6 +26,7 @@ from rpcpipe.errors import Failure, RpcPipeError, ScheduleError, StageError, Wor
 from rpcpipe.model.layers import check_inputs
 from rpcpipe.model.microbatch import Nest, copied
 from rpcpipe.schedules import Action, Timeline
+from rpcpipe.schedules.action import NAMES
 from rpcpipe.schedules.asynchronous import StreamOrder
 from rpcpipe.stage import stream_rollback
 from rpcpipe.stage.context import MicroBatch, StepContext
@@ -298,7 +299,7 @@ class Stream:
                 self._drain()
                 outcomes = driver.outcomes(self._open.replies)
                 done = {self._leading(name, outcomes) for name in runtime.names}
-                common = done.pop() if len(done) == 1 else None
+                common = done.pop() if len(done) == 1 and not any(map(_is_halfway, outcomes.values())) else None
                 updates = stream_rollback.newest(self._open.committed) if common is None else common
                 self._close(updates if common is None else None)
         except BaseException as second_error:
@@ -340,3 +341,16 @@ class Stream:
             f" numbers {runtime.trained} to {fed - 1} are not; the stream has ended and the pipeline is usable."
             " Mend the cause and feed those again."
         )
+
+
+def _is_halfway(outcome: Any) -> bool:
+    """Return whether ``outcome`` is an optimizer's failure, which leaves some parameters updated and some not.
+
+    A gradient that is not finite fails the update before it begins.
+    """
+    return (
+        isinstance(outcome, Failure)
+        and not outcome.cancelled
+        and outcome.action == NAMES["U"]
+        and outcome.qualname != FloatingPointError.__qualname__
+    )

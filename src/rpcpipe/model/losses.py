@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import numbers
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -27,6 +29,31 @@ def check(loss: Any) -> None:
         f"{summed} returns the sum over a micro-batch, and a loss returns the mean, or (sum, count); leave out"
         " reduction='sum', or return the count too: lambda output, target: (sum, target.numel())",
     )
+
+
+def value_and_count(returned: Any) -> tuple[torch.Tensor, Any]:
+    """Return the loss and the count, or None, that a loss has returned; raises TypeError for anything else."""
+    value, count = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, None)
+    if not isinstance(value, torch.Tensor) or value.dim():
+        shape = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
+        raise TypeError(
+            f"loss must return a scalar tensor (the mean), or (sum, count), not {shape}; reduce it, for instance by"
+            " .mean(), and return what else is of interest as metrics={…} of train_step"
+        )
+    one = isinstance(count, torch.Tensor) and count.numel() == 1 and not count.requires_grad
+    if not (count is None or one or isinstance(count, numbers.Real)):
+        raise TypeError(
+            f"the second value that loss returned is not a count of samples, but {count!r}: return the mean alone, or"
+            " (sum, count) with a number; what else is of interest goes into metrics={…} of train_step"
+        )
+    return value, count
+
+
+def state(loss: Any) -> dict[str, Any]:
+    """Return a copy of what the loss remembers: its ``state_dict``, if it has one that it can load."""
+    if not hasattr(loss, "state_dict") or not hasattr(loss, "load_state_dict"):
+        return {}
+    return copy.deepcopy(dict(loss.state_dict()))
 
 
 def _trainable(loss: Any, name: str = "") -> Iterator[str]:

@@ -8,6 +8,7 @@ torch's pytree or ``containers`` knows. Dimension 0 of every tensor that has a d
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -112,8 +113,8 @@ class MicroBatches:
     """A value in inputs or targets that the caller has cut into micro-batches, of any shapes.
 
     Their number takes the place of ``chunks``, and may be smaller. A micro-batch's loss has the weight of its samples,
-    the size of dimension 0 where all tensors of its inputs agree on one, and else all have the same weight.
-    ``weights`` says otherwise.
+    the size of dimension 0 where all tensors of its inputs, but for Replicated ones, agree on one, and else all have
+    the same weight. ``weights`` says otherwise.
     """
 
     def __init__(self, parts: Sequence[Nest], weights: Sequence[float] | None = None) -> None:
@@ -122,9 +123,9 @@ class MicroBatches:
         require(bool(self.parts), "rp.MicroBatches needs at least one micro-batch")
         require(
             self.weights is None
-            or (len(self.weights) == len(self.parts) and min(self.weights) >= 0 < sum(self.weights)),
+            or (len(self.weights) == len(self.parts) and min(self.weights) >= 0 < sum(self.weights) < math.inf),
             f"rp.MicroBatches has {len(self.parts)} micro-batches and weights {self.weights}; pass one for each, none"
-            " negative, not all 0",
+            " negative, not all 0, all finite",
         )
 
     def __repr__(self) -> str:
@@ -237,7 +238,7 @@ def _cut_by_caller(nest: Nest, made: Sequence[MicroBatches], replicas: int, chun
     )
     leaves, spec = flatten(nest)
     parts = [
-        _unwrapped(unflatten([leaf.parts[i] if isinstance(leaf, MicroBatches) else leaf for leaf in leaves], spec))
+        unflatten([leaf.parts[i] if isinstance(leaf, MicroBatches) else leaf for leaf in leaves], spec)
         for i in range(counts[0])
     ]
     groups = [indices.tolist() for indices in torch.arange(counts[0]).chunk(replicas)]
@@ -246,9 +247,18 @@ def _cut_by_caller(nest: Nest, made: Sequence[MicroBatches], replicas: int, chun
         f"rp.MicroBatches has {counts[0]} micro-batches{f' for {replicas} replicas' if replicas > 1 else ''}, and the"
         f" pipeline runs at most {chunks * replicas}; make fewer, or a pipeline with more chunks",
     )
-    weights = next((leaf.weights for leaf in made if leaf.weights is not None), None)
-    shares = _padded([[parts[i] for i in group] for group in groups], replicas)
-    return Cut(shares, weights or _samples(parts), by_caller=True)
+    shares = _padded([[_unwrapped(parts[i]) for i in group] for group in groups], replicas)
+    return Cut(shares, _given_weights(made) or _samples(parts), by_caller=True)
+
+
+def _given_weights(made: Sequence[MicroBatches]) -> list[float] | None:
+    """Return the weights that the caller has given to one of ``made``; ArgumentError for two that differ."""
+    given = [leaf.weights for leaf in made if leaf.weights is not None]
+    require(
+        all(weights == given[0] for weights in given),
+        f"the rp.MicroBatches of a batch have different weights, {given}; give them to one alone, that of the inputs",
+    )
+    return given[0] if given else None
 
 
 def _samples(parts: Sequence[Nest]) -> list[float]:

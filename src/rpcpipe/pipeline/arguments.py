@@ -44,7 +44,7 @@ _BALANCES = ("parameters", "time", "memory")
 _DISPATCH = ("rref", "batched")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Options:
     """Holds all arguments of ``Pipeline`` but the model and the cluster; ``Pipeline`` documents them."""
 

@@ -76,8 +76,9 @@ def start(layers: OrderedDict[str, Layer], cluster: PipelineCluster, options: Op
     # In a REPL a pipeline is often replaced without being closed; this frees its stages.
     weakref.finalize(runtime, release, cluster, driver).atexit = False
     common = ActorSpec(
-        {}, schedule.stages - 1, options.loss or _no_loss, options.optimizer, seed, options.checkpoint,
-        options.autocast, options.batch_norm, wirings, ties, deployment.stage_links, shared_buffers=buffers,
+        stages={}, last_stage=schedule.stages - 1, loss=options.loss or _no_loss, optimizer=options.optimizer,
+        seed=seed, checkpoint=options.checkpoint, autocast=options.autocast, batch_norm=options.batch_norm,
+        wirings=wirings, ties=ties, stage_links=deployment.stage_links, shared_buffers=buffers,
         settings=TorchSettings.current(),
     )  # fmt: skip
     try:

@@ -91,7 +91,10 @@ def generate(
     for name, value in (("top_k", top_k), ("context", context)):
         if value is not None:
             require_whole(name, value, otherwise=", or None")
-    require(all(row.dim() == 1 and len(row) for row in prompts), "every prompt must be a row of at least one token")
+    require(
+        all(isinstance(row, torch.Tensor) and row.dim() == 1 and len(row) for row in prompts),
+        "every prompt must be a tensor of one dimension, of at least one token",
+    )
     pipe.runtime.check()
     tell_last_stage(pipe.runtime, SetSelection(dumps(_LastLogits(logits), "what to select")))
     rows = [_row(prompt, new_tokens, rng.derive(seed, index)) for index, prompt in enumerate(prompts)]

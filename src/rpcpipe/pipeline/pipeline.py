@@ -110,11 +110,12 @@ class Pipeline:
         plan: Plan | None = None,
     ) -> None:
         options = Options(
-            loss, optimizer, schedule, chunks, balance, checkpoint, virtual_stages, replicas, shard_optimizer, weights,
-            flush_every, clip_grad_norm, nonfinite, seed, dispatch, autocast, accumulate, batch_norm, sample,
+            loss=loss, optimizer=optimizer, schedule=schedule, chunks=chunks, balance=balance, checkpoint=checkpoint,
+            virtual_stages=virtual_stages, replicas=replicas, shard_optimizer=shard_optimizer, weights=weights,
+            flush_every=flush_every, clip_grad_norm=clip_grad_norm, nonfinite=nonfinite, seed=seed, dispatch=dispatch,
+            autocast=autocast, accumulate=accumulate, batch_norm=batch_norm, sample=sample,
         )  # fmt: skip
         options, layers = options.planned(plan).checked(), named_layers(model)
-        # What the pipeline was made of, and the state that its steps, streams and passes share.
         self.recipe = Recipe(layers, options)
         self.runtime = deploy.start(layers, cluster, options)
 

@@ -31,7 +31,7 @@ from rpcpipe.stage.rollback import Buffers
 from rpcpipe.transport.pickling import dumps, loads
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Job:
     """What to train and from where: ``steps`` updates on one batch, cut into ``replicas`` × micro-batches.
 

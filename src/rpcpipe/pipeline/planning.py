@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from rpcpipe.cluster.cluster import Cluster, Worker
-from rpcpipe.errors import require, require_whole
+from rpcpipe.errors import require, require_positive, require_whole
 from rpcpipe.model.layers import Layer, Model, named_layers, parameter_counts
 from rpcpipe.model.microbatch import Nest, batch_size, split, tensors
 from rpcpipe.planning import CostModel, LayerCost, partition
@@ -64,8 +64,9 @@ def plan(
 
     Raises PartitionError, which says what would fit, if nothing fits, and ArgumentError for a wrong argument.
     """
-    require(memory is None or memory > 0, f"memory must be positive, not {memory} bytes a worker")
-    require(flops is None or flops > 0, f"flops must be positive, not {flops}")
+    for name, value in (("memory", memory), ("flops", flops)):
+        if value is not None:
+            require_positive(name, value, ", or None")
     require(
         bool(schedules) and set(SIMPLEST).issuperset(schedules), f"schedules must be among {SIMPLEST}, not {schedules}"
     )

@@ -196,6 +196,7 @@ def _fill(manifest: Manifest, written: Sequence[Written], ties: Sequence[Tie]) -
         manifest.state |= shard.state
         manifest.shared |= shard.shared
         manifest.extra |= shard.extra
+        manifest.loss |= shard.loss
     manifest.shared |= {holder.name: tie.holders[0].name for tie in ties for holder in tie.holders[1:]}
     manifest.seed = written[0].seed
     manifest.optimizer = next((shard.optimizer for shard in written if shard.optimizer), None)

@@ -86,9 +86,12 @@ class Candidate:
 
     def shorter(self) -> tuple[Candidate, Candidate] | None:
         """Return the two steps, ``depth`` micro-batches apart, from which a long one is extrapolated; else None."""
-        if self.chunks <= _LONG * self.depth:
+        rest = self.chunks % self.depth
+        # interleaved lengthens so many rounds by one; both steps need two rounds of ordinary length beside them.
+        rounds = max(3, rest + 2) if self.schedule == "interleaved" else 3
+        if self.chunks <= (_LONG + rounds - 3) * self.depth:
             return None
-        first = 3 * self.depth + self.chunks % self.depth
+        first = rounds * self.depth + rest
         return replace(self, chunks=first), replace(self, chunks=first + self.depth)
 
 

@@ -28,7 +28,7 @@ _SEARCH_BUDGET = 100_000
 _COMPARISON_BUDGET = 150_000  # including the search
 _REFINEMENT_BUDGET = 200_000  # including search and comparison
 _PARTITION_WORK = 15  # actions per layer that take as long as a partition
-_LONGEST_ZB_V = 16  # workers in a row up to which zb-v, whose rows are themselves searched for, is tried
+_LONGEST_ZB_V = 16  # workers in a row up to which zb-v, whose rows take the longest to make, is tried
 
 
 @dataclass

@@ -32,12 +32,20 @@ class Timeline(Spans):
         save([self], Path(path))
 
 
-def compare(planned: Timeline, measured: Timeline, path: str | Path | None = None, *, width: int = 100) -> str:
+def compare(
+    planned: Timeline,
+    measured: Timeline,
+    path: str | Path | None = None,
+    *,
+    width: int = 100,
+    stretch: bool = False,
+) -> str:
     """Return both timelines as one text on one scale of time; the picture is written to ``path`` if given.
 
-    Where ``planned`` is in other units (unit costs), it is stretched to the measured makespan.
+    ``stretch``: ``planned`` is in other units (unit costs); it is drawn as long as the measured one, and its name says
+    so.
     """
-    if planned.makespan and not 0.2 < planned.makespan / (measured.makespan or 1.0) < 5:
+    if stretch and planned.makespan:
         planned = _stretched(planned, measured.makespan / planned.makespan)
     if path is not None:
         save([planned, measured], Path(path))
@@ -49,5 +57,5 @@ def _stretched(timeline: Timeline, factor: float) -> Timeline:
         (span._replace(start=span.start * factor, end=span.end * factor) for span in timeline.spans),
         (move._replace(sent=move.sent * factor, arrived=move.arrived * factor) for move in timeline.transfers),
         workers=timeline.workers,
-        name=timeline.name,
+        name=f"{timeline.name} (stretched × {factor:.3g})",
     )

@@ -6,9 +6,9 @@ The last stage is on the worker of the first, so the loss's gradient starts back
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Set
 
-from rpcpipe.schedules.action import Action, Kind
+from rpcpipe.schedules.action import Action
 from rpcpipe.schedules.order import Order
 
 
@@ -17,82 +17,73 @@ def v_placement(workers: int) -> tuple[int, ...]:
     return (*range(workers), *reversed(range(workers)))
 
 
-# In which order a free worker tries kinds of action, on its later ("back") or earlier ("out") stage.
-_Preference = Sequence[tuple[Kind, str]]
-_PREFERENCES: tuple[_Preference, ...] = (
-    (("I", "back"), ("I", "out"), ("F", "back"), ("F", "out"), ("W", "any")),
-    (("I", "back"), ("I", "out"), ("F", "back"), ("W", "any"), ("F", "out")),
-    (("I", "back"), ("F", "back"), ("I", "out"), ("F", "out"), ("W", "any")),
-)
-
-
 def zb_v(workers: int, chunks: int) -> list[list[Action]]:
-    """Return each worker's row of zero bubble in a V.
+    """Return each worker's row of zero bubble in a V (Qi et al., "Zero Bubble", section 6, ZB-V).
 
-    (Qi et al., "Pipeline Parallelism with Controllable Memory", section 4.) The rows are found by list
-    scheduling with unit costs: in every unit of time each free worker takes the first action it can in an
-    order of preference, with at most 2K to 2K + 3 activations alive. The first attempt in which the last
-    worker to start works without a gap is returned, or else the shortest: at F = I = W and M ≥ 2K the
-    makespan is M(F + B) + (K - 1)F/2, where F and B are those of a worker's two stages together.
+    Forwards and input gradients are in the paper's order. A weight gradient takes every unit of time
+    (F = I = W) in which the next of those cannot start: what it waits for is not done, or as many activations
+    are alive as in the paper, min(2K, 2M, M + k + 1) on worker k. At M ≥ 2K - 1 the makespan is
+    M(F + B) + (K - 1)F/2, where F and B are those of a worker's two stages together.
     """
-    best: tuple[int, list[list[Action]]] | None = None
-    for limit in range(2 * workers, 2 * workers + 4):
-        for preference in _PREFERENCES:
-            attempt = _ListScheduler(workers, chunks, preference, limit).run()
-            if best is None or attempt[0] < best[0]:
-                best = attempt
-            if best[0] == 6 * chunks + workers - 1:
-                return best[1]
-    assert best is not None
-    return best[1]
+    given = tuple(tuple(_forwards_and_input_gradients(rank, workers, chunks)) for rank in range(workers))
+    order = Order("zb-v", chunks, v_placement(workers), given)
+    limits = [min(2 * workers, 2 * chunks, chunks + rank + 1) for rank in range(workers)]
+    writers = [_Filled(order, rank, limit) for rank, limit in enumerate(limits)]
+    done: set[Action] = set()
+    while chosen := [action for writer in writers if (action := writer.next(done))]:
+        done.update(chosen)
+    return [writer.row for writer in writers]
 
 
-class _ListScheduler:
-    """A list scheduler that advances all workers in lockstep, one unit of time per action."""
+def _forwards_and_input_gradients(rank: int, workers: int, chunks: int) -> Iterator[Action]:
+    """Yield them in the order for at least 2K - 1 micro-batches, without those that do not exist."""
+    full, ahead = max(chunks, 2 * workers - 1), workers - rank
+    out, back = rank, 2 * workers - 1 - rank
+    forward_out, forward_back = Action("F", out, 0), Action("F", back, 0)
+    gradient_out, gradient_back = Action("I", out, 0), Action("I", back, 0)
+    phases: list[tuple[int, list[Action]]] = [
+        (2 * ahead - 1, [forward_out]),
+        (rank, [forward_back, forward_out]),
+        (ahead, [forward_back, gradient_back]),
+        (full - workers - ahead + 1, [forward_out, gradient_out, forward_back, gradient_back]),
+        (ahead - 1, [gradient_out, forward_back, gradient_back]),
+        (rank, [gradient_out, gradient_back]),
+        (ahead, [gradient_out]),
+    ]
+    counts: Counter[Action] = Counter()
+    for times, steps in phases:
+        for step in steps * times:
+            if counts[step] < chunks:
+                yield step._replace(chunk=counts[step])
+            counts[step] += 1
 
-    def __init__(self, workers: int, chunks: int, preference: _Preference, limit: int) -> None:
-        self._workers, self._chunks, self._preference, self._limit = workers, chunks, preference, limit
-        # Dependencies need to know only that every backward is split; the sequence of this row does not matter.
-        stages = range(2 * workers)
-        split = tuple(Action("I", stage, chunk) for stage in stages for chunk in range(chunks))
-        self._rules = Order("zb-v", chunks, v_placement(workers), (split,))
-        self._next: Counter[tuple[Kind, int]] = Counter()
-        self._done: set[Action] = set()
 
-    def run(self) -> tuple[int, list[list[Action]]]:
-        """Return (makespan in units of time, rows)."""
-        rows: list[list[Action]] = [[] for _ in range(self._workers)]
-        time = 0
-        while len(self._done) < 3 * self._chunks * 2 * self._workers:
-            chosen = [self._choose(worker) for worker in range(self._workers)]
-            for row, action in zip(rows, chosen, strict=True):
-                if action is not None:
-                    row.append(action)
-                    self._done.add(action)
-                    self._next[action.kind, action.stage] += 1
-            time += 1
-        return time, rows
+class _Filled:
+    """A writer of one worker's row that does a weight gradient when the next given action cannot start."""
 
-    def _choose(self, worker: int) -> Action | None:
-        stages = {"out": worker, "back": 2 * self._workers - 1 - worker}
-        alive = sum(self._next["F", stage] - self._next["W", stage] for stage in stages.values())
-        for kind, which in self._preference:
-            if kind == "W":
-                late = max(stages.values(), key=lambda stage: self._next["I", stage] - self._next["W", stage])
-                if self._next["W", late] < self._next["I", late]:
-                    return Action("W", late, self._next["W", late])
-                continue
-            stage = stages[which]
-            # A slot is kept for the later stage: without its forward nothing would ever come back.
-            reserve = 1 if which == "out" and self._next["F", stages["back"]] < self._chunks else 0
-            if kind == "F" and alive >= self._limit - reserve:
-                continue
-            if self._ready(action := Action(kind, stage, self._next[kind, stage])):
-                return action
-        return None
+    def __init__(self, order: Order, rank: int, limit: int) -> None:
+        self._order, self._limit, self._alive = order, limit, 0
+        self._given, self._owed = deque(order.actions[rank]), deque[Action]()
+        self.row: list[Action] = []
 
-    def _ready(self, action: Action) -> bool:
-        return action.chunk < self._chunks and all(needed in self._done for needed in self._rules.dependencies(action))
+    def next(self, done: Set[Action]) -> Action | None:
+        """Append the action of the next unit of time and return it, or None where there is nothing to do."""
+        if self._given and self._can_start(self._given[0], done):
+            action = self._given.popleft()
+        elif self._owed:
+            action = self._owed.popleft()
+        else:
+            return None
+        if action.kind == "I":
+            self._owed.append(Action("W", action.stage, action.chunk))
+        else:
+            self._alive += 1 if action.kind == "F" else -1
+        self.row.append(action)
+        return action
+
+    def _can_start(self, action: Action, done: Set[Action]) -> bool:
+        upstream = self._order.upstream(action)
+        return (upstream is None or upstream in done) and (action.kind != "F" or self._alive < self._limit)
 
 
 def dualpipe_v(rank: int, workers: int, chunks: int) -> Iterator[Action]:

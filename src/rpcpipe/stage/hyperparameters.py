@@ -1,9 +1,14 @@
-"""The entries of an optimizer's ``param_groups`` beside the parameters: options, and what some optimizers count."""
+"""What an optimizer has beside its parameters and their state.
+
+That is the entries of its ``param_groups``, options and what some optimizers count, and what optimizers of one's own
+count in attributes (``self.t``) or under string keys of ``state``. The latter are carried in every group, as entries
+whose names begin with "optimizer.".
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +22,68 @@ _IMMUTABLE = (bool, int, float, str, type(None))
 def hyperparameters(optimizer: torch.optim.Optimizer) -> Groups:
     """Return the optimizer's ``param_groups`` without the parameters and their names."""
     return [{key: value for key, value in group.items() if key not in _PARAMETERS} for group in optimizer.param_groups]
+
+
+def _attributes_of_torch() -> set[str]:
+    plain = torch.optim.SGD([torch.nn.Parameter(torch.empty(0))], lr=0.1)
+    return {*vars(plain), "_need_device_dtype_check_for_fused", "_opt_called", "_step_count"}
+
+
+_OWN, _STATE = "optimizer.", "optimizer.state."
+_TORCHS = _attributes_of_torch()
+
+
+def is_own(key: str) -> bool:
+    """Return whether ``key`` names an attribute or a string key of the optimizer's state, and no option of a group."""
+    return key.startswith(_OWN)
+
+
+def options(groups: Sequence[Mapping[str, Any]]) -> Groups:
+    """Return ``groups`` without what is not in ``param_groups``."""
+    return [{key: value for key, value in group.items() if not is_own(key)} for group in groups]
+
+
+def own(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return the plain values and tensors in the optimizer's attributes and under string keys of its state."""
+    attributes = {
+        f"{_OWN}{name}": value for name, value in vars(optimizer).items() if name not in _TORCHS and _is_plain(value)
+    }
+    state = {
+        f"{_STATE}{key}": value for key, value in optimizer.state.items() if isinstance(key, str) and _is_plain(value)
+    }
+    return attributes | state
+
+
+def _is_plain(value: Any) -> bool:
+    """Return whether ``value`` is made of plain values and of tensors that are no parameters."""
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(isinstance(key, _IMMUTABLE) for key in value) and all(map(_is_plain, value.values()))
+    return isinstance(value, _IMMUTABLE) or (isinstance(value, torch.Tensor) and not value.requires_grad)
+
+
+def entries(optimizer: torch.optim.Optimizer) -> Groups:
+    """Return the ``hyperparameters``, with what is the optimizer's ``own`` in every group."""
+    mine = own(optimizer)
+    return [group | mine for group in hyperparameters(optimizer)]
+
+
+def _set(optimizer: torch.optim.Optimizer, group: dict[str, Any], key: str, value: Any) -> None:
+    if key.startswith(_STATE):
+        optimizer.state[key.removeprefix(_STATE)] = value  # type: ignore[index]
+    elif is_own(key):
+        setattr(optimizer, key.removeprefix(_OWN), value)
+    else:
+        group[key] = value
+
+
+def _drop(optimizer: torch.optim.Optimizer, keys: Iterable[str]) -> None:
+    for key in keys:
+        if key.startswith(_STATE):
+            del optimizer.state[key.removeprefix(_STATE)]  # type: ignore[arg-type]
+        else:
+            delattr(optimizer, key.removeprefix(_OWN))
 
 
 def copied(groups: Sequence[Mapping[str, Any]]) -> Groups:
@@ -34,21 +101,23 @@ def _is_immutable(value: Any) -> bool:
 
 
 def replace(optimizer: torch.optim.Optimizer, groups: Sequence[Mapping[str, Any]]) -> None:
-    """Give the optimizer's groups the entries of ``groups``, and no others beside their parameters."""
-    for group, entries in zip(optimizer.param_groups, copied(groups), strict=True):
-        for key in group.keys() - entries.keys() - set(_PARAMETERS):
+    """Give the optimizer the entries of ``groups``, and no others beside its parameters and their state."""
+    for group, values in zip(optimizer.param_groups, copied(groups), strict=True):
+        for key in group.keys() - values.keys() - set(_PARAMETERS):
             del group[key]
-        group.update(entries)
+        _drop(optimizer, own(optimizer).keys() - values.keys())
+        for key, value in values.items():
+            _set(optimizer, group, key, value)
 
 
 def update(optimizer: torch.optim.Optimizer, groups: Sequence[Mapping[str, Any]]) -> None:
     """Set the entries of ``groups``; a tensor goes to the device of the one that it replaces."""
-    for group, entries in zip(optimizer.param_groups, copied(groups), strict=True):
-        for key, value in entries.items():
+    for group, values in zip(optimizer.param_groups, copied(groups), strict=True):
+        for key, value in values.items():
             old = group.get(key)
             if isinstance(value, torch.Tensor) and isinstance(old, torch.Tensor):
                 value = value.to(old.device)
-            group[key] = value
+            _set(optimizer, group, key, value)
 
 
 def changed(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> Groups:
@@ -69,4 +138,6 @@ def same(one: Any, other: Any) -> bool:
         )
     if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
         return type(one) is type(other) and len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
     return bool(one == other or (one != one and other != other))

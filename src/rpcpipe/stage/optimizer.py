@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from rpcpipe.errors import require
-from rpcpipe.stage.hyperparameters import Groups, changed, copied, hyperparameters, update
+from rpcpipe.stage.hyperparameters import Groups, changed, copied, entries, hyperparameters, own, same, update
 from rpcpipe.stage.rollback import Undo
+from rpcpipe.stage.separable import is_separable
 
 
 class Parameters(list[nn.Parameter]):
@@ -43,6 +44,7 @@ def make(factory: Factory, parameters: Parameters) -> torch.optim.Optimizer:
     kind = type(optimizer).__name__
     _check_parameters(kind, optimizer, parameters)
     _check_step(kind, optimizer)
+    _check_inner(kind, optimizer)
     return optimizer
 
 
@@ -58,6 +60,11 @@ def _check_parameters(kind: str, optimizer: torch.optim.Optimizer, given: Parame
 
 
 def _check_step(kind: str, optimizer: torch.optim.Optimizer) -> None:
+    require(
+        "step" not in vars(optimizer),
+        f"the factory's {kind} has a step of its own, as a learning-rate scheduler gives it one; moves and saves would"
+        " lose what that counts: make the scheduler of pipe.optimizer, on the driver",
+    )
     needed = [
         parameter
         for parameter in inspect.signature(optimizer.step).parameters.values()
@@ -80,32 +87,72 @@ def _check_step(kind: str, optimizer: torch.optim.Optimizer) -> None:
         )
 
 
+def _check_inner(kind: str, optimizer: torch.optim.Optimizer) -> None:
+    for name, value in vars(optimizer).items():
+        require(
+            not isinstance(value, torch.optim.Optimizer) or value.state is optimizer.state,
+            f"{kind} holds another optimizer, {name}, with a state of its own, which saves, moves between workers and"
+            f" the rollback of a failed step would not see; let them share one: self.state = self.{name}.state",
+        )
+
+
+def _check_random(kind: str, before: torch.Tensor) -> None:
+    """Raise RuntimeError if torch's default generator is not as ``before``."""
+    if not torch.equal(before, torch.default_generator.get_state()):
+        raise RuntimeError(
+            f"{kind}.step draws random numbers from torch's default generator; which ones would depend on where the"
+            " model is cut, and replicas and tied weights would part: draw each parameter's from a torch.Generator that"
+            " the optimizer seeds by the parameter's name (params.named()) and its number of updates"
+        )
+
+
 class LocalOptimizer:
     """One worker's optimizer: the user's optimizer over the parameters of the worker's stages.
 
-    Parameters in ``elsewhere`` are updated on other workers; this worker only restores them after a failed step.
+    ``is_whole``: ``parameters`` are all of the model's. Parameters in ``elsewhere`` are updated on other workers; this
+    worker only restores them after a failed step.
     ``changed`` holds, per group, the hyperparameters that the optimizer itself has changed in the last update, and None
     for a group that has no parameter of this worker.
     """
 
-    def __init__(self, factory: Factory, parameters: Parameters, elsewhere: Set[nn.Parameter] = frozenset()) -> None:
+    def __init__(
+        self,
+        factory: Factory,
+        parameters: Parameters,
+        elsewhere: Set[nn.Parameter] = frozenset(),
+        *,
+        is_whole: bool = True,
+    ) -> None:
         self.parameters = parameters
         owned = Parameters((name, parameter) for name, parameter in parameters.named() if parameter not in elsewhere)
         # If this worker updates no parameter, an empty one gives the optimizer the same groups and no state.
         self.optimizer = make(factory, owned or Parameters([("", nn.Parameter(torch.empty(0)))]))
+        require(
+            is_whole or is_separable(self.optimizer),
+            f"{self.kind} updates a parameter by other parameters' gradients, too (does it clip by their norm?), and a"
+            " worker's has only its own parameters: use one that treats every parameter by itself, with"
+            " Pipeline(clip_grad_norm=…) to clip, or keep the model on one stage (balance=[number of layers])",
+        )
         self.changed: list[dict[str, Any] | None] = []
         self.undo = Undo(self.parameters, self.optimizer)
+        # What differs from it goes along with moves and saves; the rest may depend on the parameters, as their number.
+        [self._fresh] = copied([own(self.optimizer)])
 
     def groups(self) -> Groups:
-        """Return the hyperparameters of every group, without its parameters."""
-        return copied(hyperparameters(self.optimizer))
+        """Return the entries of every group, without its parameters."""
+        mine = {
+            key: value
+            for key, value in own(self.optimizer).items()
+            if key not in self._fresh or not same(value, self._fresh[key])
+        }
+        return copied([group | mine for group in hyperparameters(self.optimizer)])
 
     def used_groups(self) -> list[dict[str, Any] | None]:
         """Return ``groups``, with None for those that have no parameter of this worker."""
         mine = set(self.parameters)
         return [
-            entries if mine.intersection(group["params"]) else None
-            for group, entries in zip(self.optimizer.param_groups, self.groups(), strict=True)
+            values if mine.intersection(group["params"]) else None
+            for group, values in zip(self.optimizer.param_groups, self.groups(), strict=True)
         ]
 
     @property
@@ -128,12 +175,12 @@ class LocalOptimizer:
         }  # fmt: skip
 
     def adopt(self, groups: Sequence[Mapping[str, Any]], state: Mapping[nn.Parameter, dict[str, Any]]) -> None:
-        """Replace hyperparameters and state by those of another optimizer of the same class."""
-        update(self.optimizer, groups)
-        for parameter, entries in state.items():
+        """Replace entries and state by those of another optimizer of the same class."""
+        update(self.optimizer, [self._fresh | dict(group) for group in groups])
+        for parameter, values in state.items():
             self.optimizer.state.pop(parameter, None)
-            if entries:
-                self.optimizer.state[parameter] = entries
+            if values:
+                self.optimizer.state[parameter] = values
         self.undo.invalidate()
 
     def step(self, gradients: Mapping[torch.Tensor, torch.Tensor], changes: Sequence[Mapping[str, Any]]) -> None:
@@ -151,14 +198,15 @@ class LocalOptimizer:
         ``changes`` holds per group the hyperparameters that the driver has set.
         """
         update(self.optimizer, changes)
-        before = self.groups()
+        before, random = copied(entries(self.optimizer)), torch.default_generator.get_state()
         for parameter in self.parameters:
             parameter.grad = gradients.get(parameter)
         try:
             self.optimizer.step()
+            _check_random(self.kind, random)
         finally:
             for parameter in self.parameters:
                 parameter.grad = None
-        moved = changed(before, hyperparameters(self.optimizer))
+        moved = changed(before, entries(self.optimizer))
         used = self.used_groups() if any(moved) else [None] * len(moved)
-        self.changed = [entries if mine is not None else None for entries, mine in zip(moved, used, strict=True)]
+        self.changed = [values if mine is not None else None for values, mine in zip(moved, used, strict=True)]

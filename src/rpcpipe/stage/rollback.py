@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from rpcpipe.stage.hyperparameters import Groups, copied, hyperparameters, replace
+from rpcpipe.stage.hyperparameters import Groups, copied, entries, replace
 
 
 class Undo:
-    """A copy of ``parameters``, of ``optimizer.state``, kept up to date by ``refresh_one``, and of its groups' entries.
+    """A copy of ``parameters``, of ``optimizer.state``, kept up to date by ``refresh_one``, and of its ``entries``.
 
     Invariant: the copies of parameters that are not in ``_stale`` equal the live values, until an update. Groups are
     copied last, by ``refresh``.
@@ -57,7 +57,7 @@ class Undo:
         while self.refresh_one():
             pass
         if self._groups is None:
-            self._groups = copied(hyperparameters(self._optimizer))
+            self._groups = copied(entries(self._optimizer))
 
     @torch.no_grad()
     def restore(self) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 from torch.autograd.graph import get_gradient_edge
 
 from rpcpipe.errors import PartitionError
-from rpcpipe.model import batchnorm, rng
+from rpcpipe.model import batchnorm, losses, rng
 from rpcpipe.model.layers import Loss, Named
 from rpcpipe.model.microbatch import Nest, map_tensors
 from rpcpipe.model.sendable import sendable
@@ -251,13 +251,7 @@ class Stage:
     def _take_loss(self, chunk: int, outputs: Nest, target: Nest) -> torch.Tensor:
         assert self.loss is not None
         value = self.loss(outputs, map_tensors(lambda leaf: leaf.to(self.device), target))
-        value, count = value if isinstance(value, tuple) else (value, None)
-        if not isinstance(value, torch.Tensor) or value.dim():
-            shape = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
-            raise TypeError(
-                f"loss must return a scalar tensor (the mean), or (sum, count), not {shape};"
-                " reduce it, for instance by .mean()"
-            )
+        value, count = losses.value_and_count(value)
         self.losses[chunk] = (value.detach(), count)
         return value
 

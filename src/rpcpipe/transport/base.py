@@ -48,6 +48,8 @@ class WorkerEndpoint(Endpoint, Protocol):
 
     def deliver(self, pipeline: str, step: int, port: Any, value: Any) -> None: ...
 
+    def supply(self, pipeline: str, step: int, values: Sequence[Any]) -> None: ...
+
     def cancel(self, pipeline: str, step: int, first: int, resume: int) -> None: ...
 
     def abandon(self, pipeline: str, step: int, group: int) -> None: ...
@@ -78,6 +80,10 @@ class Transport(Protocol):
 
     def send(self, to: str, verb: str, *args: Any) -> None:
         """Send without an answer."""
+        ...
+
+    def is_near(self, to: str) -> bool:
+        """Return whether ``send`` carries tensors to ``to`` at less cost than the other calls do."""
         ...
 
     def call(self, to: str, verb: str, *args: Any) -> Future[Any]:

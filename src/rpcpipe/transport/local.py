@@ -67,7 +67,7 @@ class LocalTransport:
 
     def __init__(self, seed: int = 0, *, drop: Callable[[str, str], bool] | None = None) -> None:
         self.endpoints: dict[str, Any] = {}
-        self._random = random.Random(seed)
+        self._random, self._near = random.Random(seed), random.Random(seed)
         self._bag: list[_Message] = []
         self._drop = drop or (lambda to, verb: False)
         self._replies = Replies()
@@ -83,6 +83,10 @@ class LocalTransport:
     def lose(self, worker: str, error: WorkerLost) -> None:
         self.endpoints.pop(worker, None)
         self._replies.lose(worker, error)
+
+    def is_near(self, to: str) -> bool:
+        """Return either, in turn at random, so that tests see messages in both forms."""
+        return self._near.random() < 0.5
 
     def send(self, to: str, verb: str, *args: Any) -> None:
         self.call(to, verb, *args)

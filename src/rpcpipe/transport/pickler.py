@@ -22,8 +22,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 COMPILED = (
-    "module.compile() has compiled a {kind}, and what it made does not travel; pass rp.LayerSpec with a function that"
-    " builds the layer, compiles it and returns it"
+    "module.compile() has compiled a {kind}, and what it made does not travel: let the function compile the layer, too"
 )
 
 loads = pickle.loads

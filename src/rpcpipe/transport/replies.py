@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import queue
 import threading
+from collections.abc import Collection
 from concurrent.futures import Future
 from typing import Any
 
 from rpcpipe.errors import WorkerLost
+from rpcpipe.transport.interrupts import allow_interrupts, shield_interrupts
 
 
 class Replies:
@@ -61,3 +64,20 @@ class Replies:
                 return False
             self._pending[worker].discard(reply)
             return True
+
+
+def wait(replies: Collection[Future[Any]], timeout: float) -> tuple[set[Future[Any]], set[Future[Any]]]:
+    """Wait up to ``timeout`` seconds for one of ``replies``; return (done, not done)."""
+    # Not torch's Future.wait, which ignores Ctrl-C until the call ends, and not concurrent.futures.wait,
+    # which a Ctrl-C can leave with the futures' locks held. A SimpleQueue cannot be torn.
+    first: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
+    with shield_interrupts():
+        for reply in replies:
+            reply.add_done_callback(first.put)
+    try:
+        with allow_interrupts():
+            first.get(timeout=timeout)
+    except queue.Empty:
+        pass
+    done = {reply for reply in replies if reply.done()}
+    return done, set(replies) - done

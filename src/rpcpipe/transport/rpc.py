@@ -17,7 +17,6 @@ import itertools
 import logging
 import os
 import pickle
-import queue
 import threading
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
@@ -34,9 +33,9 @@ from torch.utils import _pytree as pytree
 
 from rpcpipe.errors import Failure, RpcPipeError, StageError, WorkerLost
 from rpcpipe.transport.base import DRIVER, Endpoint
-from rpcpipe.transport.interrupts import allow_interrupts, shield_interrupts
+from rpcpipe.transport.lanes import Lanes
 from rpcpipe.transport.pickling import MessagePickler, in_bounds
-from rpcpipe.transport.replies import Replies
+from rpcpipe.transport.replies import Replies, wait
 from rpcpipe.transport.rpc_store import ExchangeStore
 from rpcpipe.transport.torch_log import hush
 
@@ -320,18 +319,26 @@ class RpcTransport:
         # A random string. Messages that carry another one are dropped where they arrive.
         self.generation = generation
         self._replies = Replies()
+        self._lanes = Lanes(generation)
 
     def serve(self, name: str, endpoint: Endpoint) -> None:
         this_process.serve(endpoint, self.generation)
+        self._lanes.serve(name, lambda verb, args: this_process.dispatch(self.generation, verb, args))
 
     def leave(self) -> None:
+        self._lanes.close()
         this_process.leave()
 
     def lose(self, worker: str, error: WorkerLost) -> None:
         self._replies.lose(worker, error)
+        self._lanes.lose(worker)
+
+    def is_near(self, to: str) -> bool:
+        return self._lanes.reach(to)
 
     def send(self, to: str, verb: str, *args: Any) -> None:
-        self._invoke_call(to, _receive, verb, args)
+        if not self._lanes.send(to, verb, args):
+            self._invoke_call(to, _receive, verb, args)
 
     def call(self, to: str, verb: str, *args: Any) -> Future[Any]:
         reply = self._replies.open(to)
@@ -374,19 +381,7 @@ class RpcTransport:
         return rpc.remote(_wire_name(to, self.generation), _receive_chained, args=message)
 
     def wait(self, replies: Collection[Future[Any]], timeout: float) -> tuple[set[Future[Any]], set[Future[Any]]]:
-        # Not torch's Future.wait, which ignores Ctrl-C until the call ends, and not concurrent.futures.wait,
-        # which a Ctrl-C can leave with the futures' locks held. A SimpleQueue cannot be torn.
-        first: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
-        with shield_interrupts():
-            for reply in replies:
-                reply.add_done_callback(first.put)
-        try:
-            with allow_interrupts():
-                first.get(timeout=timeout)
-        except queue.Empty:
-            pass
-        done = {reply for reply in replies if reply.done()}
-        return done, set(replies) - done
+        return wait(replies, timeout)
 
     def context(self) -> AbstractContextManager[int]:
         return dist_autograd.context()

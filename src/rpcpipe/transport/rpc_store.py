@@ -26,7 +26,7 @@ class ExchangeStore(Store):
         self._values: dict[str, bytes] = {}
 
     def adopt(self, other: ExchangeStore) -> None:
-        """GradientExchange with ``other``'s ranks from now on, which get what this process has published so far."""
+        """Exchange with ``other``'s ranks from now on, which get what this process has published so far."""
         self.publish, self.fetch = other.publish, other.fetch
         for key, value in self._values.items():
             self.set(key, value)

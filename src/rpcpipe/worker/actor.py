@@ -161,7 +161,7 @@ class Actor:
         elif plan.training:
             for stage in self.held.stages.values():
                 stage.leaving.forget()
-            self._buffers.take(stage.module for stage in self.held.stages.values())
+            self._buffers.take(self.held.buffered)
             self.held.accumulated.resume(plan.accumulates_on, self.held.parameters)
             # While gradients accumulate no weight changes, so the rollback copy stays valid.
             if plan.accumulates_on is None and self.held.optimizer is not None:
@@ -243,6 +243,7 @@ class Actor:
         """Return the worker's report of the step, all of whose actions on this worker are done."""
         report = self._report
         self._add_arrivals(report)
+        self.held.check_loss()
         for index, stage in self.held.stages.items():
             report.losses.update(stage.loss_values())
             report.outputs.update(_packed(stage.outputs))

@@ -120,6 +120,14 @@ class Executor:
             actor.arrived(step, port)
         self._put(pipeline, step, port, value)
 
+    def supply(self, pipeline: str, step: int, values: Sequence[tuple[Port, Any]]) -> None:
+        """File the driver's ``values`` by port, for tasks that come, or have come, by another message."""
+        with self._changed:
+            if (mailbox := self._mailboxes.get(pipeline)) is not None:
+                for port, value in values:
+                    mailbox.put(step, port, value)
+                self._changed.notify()
+
     def clock(self) -> int:
         """Return this process's monotonic clock in nanoseconds."""
         return time.monotonic_ns()

@@ -104,7 +104,7 @@ class UpdateWeights(NamedTuple):
 
 
 class LastUpdate(NamedTuple):
-    """Reply with (start, end) of the last update in ns. Runs after the all-gather of sharded weights."""
+    """Reply with what ``Updated`` says of the last update. Runs after the all-gather of sharded weights."""
 
 
 class RollBackStep(NamedTuple):

@@ -45,7 +45,7 @@ from rpcpipe.worker.stage_state import StageState
 Parts = dict[int, tuple[OrderedDict[str, layers.Layer], int]]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ActorSpec:
     """All that a worker needs to build its stages; travels pickled."""
 
@@ -78,9 +78,10 @@ class StageSet:
         self.spec.settings.apply()
         self.optimizer: LocalOptimizer | None = None
         self.accumulated = AccumulatedGradients()
-        self._state = StageState(self)
+        self._state = StageState(self, spec.loss)
         self._tied: Mapping[str, nn.Parameter] = {}
         self._received: list[Any] = []
+        self._loss_is_checked = len(spec.peers.workers) < 2
         self._build(spec.stages, spec.last_stage, spec.stage_links)
 
     def _build(self, parts: Parts, last_stage: int, stage_links: StageLinks) -> None:
@@ -109,7 +110,9 @@ class StageSet:
         )
         self.optimizer = None
         if parameters and spec.optimizer is not None:
-            self.optimizer = LocalOptimizer(spec.optimizer, parameters, self._updated_elsewhere)
+            elsewhere = self._updated_elsewhere
+            is_whole = len(self.stages) > last_stage and not elsewhere
+            self.optimizer = LocalOptimizer(spec.optimizer, parameters, elsewhere, is_whole=is_whole)
 
     def _layer(self, name: str, layer: layers.Layer, index: int) -> nn.Module:
         module = layers.build(layer, seed=self.spec.seed, index=index)
@@ -280,7 +283,7 @@ class StageSet:
         modules = {name: module for name, module in self._modules().items() if name in names}
         entries = [(name, m, self._states_of(m), self.accumulated.of(m)) for name, m in modules.items()]
         try:
-            return pickler.dumps((entries, self._used_groups()))
+            return pickler.dumps((entries, self._used_groups(), self.loss))
         except Exception as error:
             after = "nothing has moved: keep a schedule of this placement, or"
             raise layers.unpicklable(modules, error, after) from error
@@ -298,8 +301,10 @@ class StageSet:
         modules, states = self._modules(), self._optimizer_state()
         received, self._received = self._received, []
         groups = [self._used_groups()]
-        for entries, used in received:
+        for entries, used, loss in received:
             groups.append(used)
+            if loss is not None:  # it goes along with what it remembers
+                self.spec = replace(self.spec, loss=loss)
             for name, module, state, accumulated in entries:
                 modules[name], states[name] = module, state
                 self.accumulated.take(module, accumulated)
@@ -337,6 +342,27 @@ class StageSet:
     def stage_modules(self) -> list[nn.Module]:
         """The stages' containers of layers."""
         return [stage.module for stage in self.stages.values()]
+
+    @property
+    def loss(self) -> layers.Loss | None:
+        """The loss, on the worker of the last stage."""
+        return self.stages[self.last_stage].loss if self.last_stage in self.stages else None
+
+    def check_loss(self) -> None:
+        """Raise RuntimeError if the loss remembers something, which every replica's would do for itself."""
+        if self.loss is None or self._loss_is_checked:
+            return
+        if changed := self._state.changed_loss():
+            raise RuntimeError(
+                f"the loss changes {next(iter(changed))!r} of its state_dict, and each replica's loss sees a share of"
+                " the batches: use replicas=1, or a loss that remembers nothing"
+            )
+        self._loss_is_checked = True
+
+    @property
+    def buffered(self) -> list[nn.Module]:
+        """The modules whose buffers a step may change."""
+        return [*self.stage_modules, *([self.loss] if isinstance(self.loss, nn.Module) else [])]
 
     @property
     def seed(self) -> int:

@@ -11,8 +11,10 @@ from torch import nn
 from rpcpipe.checkpoint import shard
 from rpcpipe.checkpoint.manifest import Manifest
 from rpcpipe.errors import CheckpointError
-from rpcpipe.model import extra_state, rng
+from rpcpipe.model import extra_state, losses, rng
+from rpcpipe.model.layers import Loss
 from rpcpipe.stage.attributes import Attributes
+from rpcpipe.stage.hyperparameters import same
 from rpcpipe.stage.optimizer import LocalOptimizer
 from rpcpipe.stage.rollback import Buffers, Undo
 from rpcpipe.stage.stage import Stage
@@ -36,7 +38,13 @@ class Owner(Protocol):
     optimizer: LocalOptimizer | None
 
     @property
+    def loss(self) -> Loss | None: ...
+
+    @property
     def stage_modules(self) -> list[nn.Module]: ...
+
+    @property
+    def buffered(self) -> list[nn.Module]: ...
 
     @property
     def first_replica(self) -> bool: ...
@@ -50,12 +58,13 @@ class Owner(Protocol):
 
 
 class StageState:
-    """Executes the operations on the state of ``owner``'s stages."""
+    """Executes the operations on the state of ``owner``'s stages; ``loss``: as the pipeline was made with it."""
 
-    def __init__(self, owner: Owner) -> None:
+    def __init__(self, owner: Owner, loss: Loss | None) -> None:
         self._owner = owner
         self._loaded: shard.Loaded | None = None
         self._kept: tuple[Buffers, Undo | None, Attributes, rng.PythonState] | None = None
+        self._fresh_loss = losses.state(loss)
 
     def execute(self, operation: StateOperation) -> Any:
         """Execute an operation and return its result."""
@@ -103,8 +112,9 @@ class StageState:
         """Write the optimizer's state, and on the first replica the weights, to files of ``folder`` named ``label``."""
         owner = self._owner
         return shard.write(
-            owner.stage_modules, owner.optimizer, owner.seed, folder, label, with_weights=owner.first_replica
-        )
+            owner.stage_modules, owner.optimizer, owner.seed, folder, label, with_weights=owner.first_replica,
+            loss=self.changed_loss() if owner.first_replica else {},
+        )  # fmt: skip
 
     def _read(self, folder: Path, manifest: Manifest) -> list[str]:
         """Read what the stages need of a checkpoint, for ``ApplyCheckpoint``; return the names of their weights."""
@@ -116,14 +126,24 @@ class StageState:
         """Replace the live state by what ``ReadCheckpoint`` has read, and the seed of random numbers by ``seed``."""
         assert self._loaded is not None
         self._loaded.apply()
+        if self._owner.loss is not None and (self._loaded.loss or self.changed_loss()):
+            self._owner.loss.load_state_dict({**self._fresh_loss, **self._loaded.loss})  # type: ignore[attr-defined]
         self._loaded = None
         self._owner.reseed(seed)
         self._owner.weights_changed()
 
+    def changed_loss(self) -> dict[str, Any]:
+        """Return what the last stage's loss has changed of its state; nothing on other stages."""
+        return {
+            key: value
+            for key, value in losses.state(self._owner.loss).items()
+            if key not in self._fresh_loss or not same(value, self._fresh_loss[key])
+        }
+
     def _keep(self) -> int:
         """Copy what a step changes; return the seed of random numbers."""
         buffers, optimizer = Buffers(), self._owner.optimizer
-        buffers.take(self._owner.stage_modules)
+        buffers.take(self._owner.buffered)
         undo = None if optimizer is None else Undo(optimizer.parameters, optimizer.optimizer)
         if undo is not None:
             undo.refresh()

@@ -1,0 +1,376 @@
+"""Lanes: messages between processes of one host whose tensors travel through shared memory.
+
+A lane joins two processes in one direction. The sender copies a message's tensors into a slot, a piece of memory that
+both have mapped, and sends the rest, pickled, through a socket; the receiver's tensors *are* the slot, which is free
+again when the last of them is. Slots are made as they are needed, so a lane never blocks its sender. Their descriptors
+pass over the socket, so there is nothing to clean up: memory goes with the last process that has it mapped.
+
+A message that no lane can take (another host, a tensor that is no plain CPU memory, a full socket) goes by RPC;
+messages may arrive in any order in any case.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copyreg
+import ctypes
+import io
+import logging
+import mmap
+import os
+import pickle
+import selectors
+import socket
+import struct
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from rpcpipe.transport.pickling import MessagePickler
+
+_ALIGNMENT = 64  # bytes: what kernels choose by alignment must not depend on the way a tensor came
+_SMALLEST_SLOT = 1 << 16
+_LONGEST_MESSAGE = 1 << 16  # beside tensors; longer ones go by RPC
+_HEADER = struct.Struct("<IQ")  # the slot's number (_NO_SLOT: none), and the size of a slot that is new, else 0
+_NUMBER = struct.Struct("<I")
+_NO_SLOT = (1 << 32) - 1
+_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
+_SOCKET_BYTES = 1 << 20
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_LIBC.mmap.restype = ctypes.c_void_p
+_LIBC.mmap.argtypes = [
+    ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_longlong,
+]  # fmt: skip
+_FAILED = ctypes.c_void_p(-1).value
+
+log = logging.getLogger("rpcpipe")
+
+# Runs a verb with its arguments.
+Handle = Callable[[str, tuple[Any, ...]], object]
+
+
+def _mapped(descriptor: int, size: int) -> memoryview:
+    """Return the memory of a file, mapped as long as something refers to it; unlike ``mmap`` without a descriptor."""
+    address = _LIBC.mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, descriptor, 0)
+    if address == _FAILED:
+        raise OSError(ctypes.get_errno(), "mmap")
+    array = (ctypes.c_ubyte * size).from_address(address)
+    weakref.finalize(array, _LIBC.munmap, ctypes.c_void_p(address), ctypes.c_size_t(size)).atexit = False
+    return memoryview(array).cast("B")
+
+
+class _Shape(NamedTuple):
+    """Where a tensor is in a slot, and how it is laid out."""
+
+    offset: int
+    dtype: torch.dtype
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+def _address(generation: str, name: str) -> str:
+    """Return the abstract address of a worker; the generation is a random string, new with every launch."""
+    return f"\0rpcpipe-{generation}-{name}"
+
+
+class Lanes:
+    """The lanes of one process: one per receiver that it sends to, and the end where its own messages come in."""
+
+    def __init__(self, generation: str) -> None:
+        self._generation = generation
+        self._senders: dict[str, Sender | None] = {}
+        self._receiver: Receiver | None = None
+        self._lock = threading.Lock()
+
+    def serve(self, name: str, handle: Handle) -> None:
+        """Let ``handle`` run the messages that other processes of this host send to ``name``."""
+        with contextlib.suppress(OSError):  # without, all comes by RPC
+            self._receiver = Receiver(_address(self._generation, name), handle)
+
+    def reach(self, to: str) -> bool:
+        """Return whether a lane leads to ``to``."""
+        return self._sender(to) is not None
+
+    def send(self, to: str, verb: str, args: tuple[Any, ...]) -> bool:
+        """Send a message; return False if no lane can take it."""
+        sender = self._sender(to)
+        return sender is not None and sender.send(verb, args)
+
+    def _sender(self, to: str) -> Sender | None:
+        if to not in self._senders:
+            with self._lock:
+                if to not in self._senders:
+                    self._senders[to] = _connected(_address(self._generation, to))
+        return self._senders[to]
+
+    def lose(self, name: str) -> None:
+        """Close the lane to ``name``, which is dead."""
+        with self._lock:
+            sender, self._senders[name] = self._senders.get(name), None
+        if sender is not None:
+            sender.close()
+
+    def close(self) -> None:
+        """Close all lanes; tensors that came by them stay valid."""
+        if self._receiver is not None:
+            self._receiver.close()
+        for name in list(self._senders):
+            self.lose(name)
+
+
+def _connected(address: str) -> Sender | None:
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    connection.setblocking(False)
+    try:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BYTES)
+        connection.connect(address)
+    except OSError:  # on another host, or not served
+        connection.close()
+        return None
+    return Sender(connection)
+
+
+class _OwnSlot(NamedTuple):
+    number: int
+    memory: memoryview
+
+
+class Sender:
+    """The sending end. Any thread may send."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._lock = threading.Lock()
+        self._slots: list[_OwnSlot] = []
+        self._free: list[int] = []
+
+    def send(self, verb: str, args: tuple[Any, ...]) -> bool:
+        """Send a message; return False if it cannot go by a lane, or not now."""
+        buffer = io.BytesIO()
+        pickler = _Pickler(buffer)
+        pickler.dump((verb, args))
+        data = buffer.getbuffer()
+        if not pickler.plain or len(data) > _LONGEST_MESSAGE:
+            return False
+        with self._lock:
+            try:
+                self._post(data, pickler.tensors, pickler.shapes, pickler.size)
+            except (BlockingIOError, OSError):  # full, or closed: the receiver is behind, or dead
+                return False
+        return True
+
+    def _post(self, data: memoryview, tensors: Sequence[torch.Tensor], shapes: Sequence[_Shape], size: int) -> None:
+        """Copy the tensors into a slot and send the message; raises OSError, and the slot is as before."""
+        if not tensors:
+            self._connection.send(_HEADER.pack(_NO_SLOT, 0) + data)
+            return
+        number = self._take(size)
+        if number is None:
+            self._post_in_new_slot(data, tensors, shapes, size)
+            return
+        _copy(tensors, shapes, self._slots[number].memory)
+        try:
+            self._connection.send(_HEADER.pack(number, 0) + data)
+        except OSError:
+            self._free.append(number)
+            raise
+
+    def _post_in_new_slot(
+        self, data: memoryview, tensors: Sequence[torch.Tensor], shapes: Sequence[_Shape], size: int
+    ) -> None:
+        size = max(_SMALLEST_SLOT, 1 << (size - 1).bit_length())
+        descriptor = os.memfd_create("rpcpipe-lane", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(descriptor, size)
+            slot = _OwnSlot(len(self._slots), _mapped(descriptor, size))
+            _copy(tensors, shapes, slot.memory)
+            socket.send_fds(self._connection, [_HEADER.pack(slot.number, size), data], [descriptor])
+            self._slots.append(slot)
+        finally:
+            os.close(descriptor)
+
+    def _take(self, size: int) -> int | None:
+        """Return the smallest free slot that is large enough, and not much too large; None if there is none."""
+        with contextlib.suppress(BlockingIOError):
+            while number := self._connection.recv(_NUMBER.size):
+                self._free.append(*_NUMBER.unpack(number))
+        largest = 8 * size + _SMALLEST_SLOT
+        lengths = [(len(self._slots[number].memory), number) for number in self._free]
+        fitting = [pair for pair in lengths if size <= pair[0] <= largest]
+        if not fitting:
+            return None
+        _, best = min(fitting)
+        self._free.remove(best)
+        return best
+
+    def close(self) -> None:
+        """Close the socket; the slots' memory goes when the receiver's tensors do."""
+        with self._lock:
+            self._connection.close()
+
+
+def _copy(tensors: Sequence[torch.Tensor], shapes: Sequence[_Shape], memory: memoryview) -> None:
+    for tensor, shape in zip(tensors, shapes, strict=True):
+        _view(memory, shape).copy_(tensor)
+
+
+def _view(memory: Any, shape: _Shape) -> torch.Tensor:
+    """Return the tensor at its place in ``memory``, which it keeps alive."""
+    offset, dtype, size, stride = shape
+    count = 1 + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
+    return torch.frombuffer(memory, dtype=dtype, count=count, offset=offset).as_strided(size, stride)
+
+
+class _Pickler(MessagePickler):
+    """Puts tensors aside. ``plain``: all of them can be copied into a slot."""
+
+    def __init__(self, buffer: io.BytesIO) -> None:
+        super().__init__(buffer, protocol=pickle.HIGHEST_PROTOCOL)
+        self.tensors: list[torch.Tensor] = []
+        self.shapes: list[_Shape] = []
+        self.size, self.plain = 0, True
+        self.dispatch_table = {**copyreg.dispatch_table, torch.Tensor: self._aside, nn.Parameter: self._aside}
+
+    def _aside(self, tensor: torch.Tensor) -> tuple[Any, tuple[_Shape]]:
+        self.plain = self.plain and _is_plain(tensor)
+        if not self.plain:
+            return _tensor, (_Shape(0, tensor.dtype, (), ()),)
+        # As empty_like lays out a copy: dense memory in its own order, else row by row.
+        like = tensor if tensor.is_contiguous() else torch.empty_like(tensor, device="meta")
+        shape = _Shape(self.size, tensor.dtype, tuple(tensor.shape), like.stride())
+        self.tensors.append(tensor)
+        self.shapes.append(shape)
+        self.size += -(-tensor.numel() * tensor.element_size() // _ALIGNMENT) * _ALIGNMENT
+        return _tensor, (shape,)
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return (
+        tensor.layout is torch.strided
+        and tensor.device.type == "cpu"
+        and tensor.numel() > 0
+        and not (tensor.requires_grad or tensor.is_quantized or tensor.is_conj() or tensor.is_neg() or tensor.is_nested)
+    )
+
+
+_unpickling = threading.local()
+
+
+def _tensor(shape: _Shape) -> torch.Tensor:
+    """Return a tensor of the message that this thread unpickles."""
+    return _view(_unpickling.memory, shape)
+
+
+class Receiver:
+    """The receiving end of all lanes to this process, on a thread of its own that runs each message's verb."""
+
+    def __init__(self, address: str, handle: Handle) -> None:
+        self._handle = handle
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._listener.bind(address)
+        self._listener.listen()
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
+        self._ended, self._end = socket.socketpair()
+        self._selector.register(self._ended, selectors.EVENT_READ, None)
+        threading.Thread(target=self._serve, daemon=True, name="rpcpipe-lanes").start()
+
+    def close(self) -> None:
+        """End the thread, after the message that it runs."""
+        self._end.close()
+
+    def _serve(self) -> None:
+        while True:
+            for key, _ in self._selector.select():
+                if key.data is None:
+                    for registered in list(self._selector.get_map().values()):
+                        registered.fileobj.close()  # type: ignore[union-attr]
+                    self._selector.close()
+                    return
+                key.data()
+
+    def _accept(self) -> None:
+        connection, _ = self._listener.accept()
+        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        if _CREDENTIALS.unpack(credentials)[1] != os.getuid():
+            connection.close()
+            return
+        connection.setblocking(False)
+        incoming = _Incoming(connection, self._handle)
+        self._selector.register(connection, selectors.EVENT_READ, lambda: self._read(incoming))
+
+    def _read(self, incoming: _Incoming) -> None:
+        if not incoming.read():
+            self._selector.unregister(incoming.connection)
+            incoming.connection.close()
+
+
+class _Incoming:
+    """One lane's receiving end."""
+
+    def __init__(self, connection: socket.socket, handle: Handle) -> None:
+        self.connection = connection
+        self._handle = handle
+        self._slots: dict[int, memoryview] = {}
+        # Kept until they are called: a reference that is gone calls nothing.
+        self._references: dict[int, weakref.ref[memoryview]] = {}
+        self._freed: deque[int] = deque()
+
+    def read(self) -> bool:
+        """Run the messages that have come; return False once the sender has ended."""
+        while True:
+            try:
+                data, descriptors, _, _ = socket.recv_fds(
+                    self.connection, _HEADER.size + _LONGEST_MESSAGE, 1, socket.MSG_CMSG_CLOEXEC
+                )
+            except BlockingIOError:
+                return True
+            except OSError:
+                return False
+            if not data:
+                return False
+            try:
+                self._run(memoryview(data), descriptors)
+            except Exception:
+                log.exception("a message by a lane failed")
+
+    def _run(self, data: memoryview, descriptors: Sequence[int]) -> None:
+        number, size = _HEADER.unpack_from(data)
+        for descriptor in descriptors:
+            self._slots[number] = _mapped(descriptor, size)
+            os.close(descriptor)
+        verb, args = self._unpickled(data[_HEADER.size :], number)
+        self._handle(verb, args)
+
+    def _unpickled(self, data: memoryview, number: int) -> Any:
+        if number == _NO_SLOT:
+            return pickle.loads(data)
+        # All tensors of the message refer to this view; when the last has gone, it goes.
+        _unpickling.memory = memoryview(self._slots[number])
+        self._references[number] = weakref.ref(_unpickling.memory, lambda _: self._free(number))
+        try:
+            return pickle.loads(data)
+        finally:
+            del _unpickling.memory
+
+    def _free(self, number: int) -> None:
+        """Tell the sender that a slot is free; runs on whatever thread lets its last tensor go."""
+        self._freed.append(number)
+        while self._freed:
+            try:
+                oldest = self._freed.popleft()
+            except IndexError:  # another thread was quicker
+                return
+            try:
+                self.connection.send(_NUMBER.pack(oldest))
+            except BlockingIOError:  # the sender reads them when it sends; the next free one tells of this too
+                self._freed.append(oldest)
+                return
+            except OSError:
+                return

@@ -1,0 +1,197 @@
+"""Lanes: tensors through memory that both ends have mapped."""
+
+from __future__ import annotations
+
+import gc
+import os
+import socket
+import threading
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rpcpipe.transport.lanes import Lanes
+from support.faults import wait_for
+
+
+class Ends:
+    """Both ends in this process."""
+
+    def __init__(self) -> None:
+        self.generation = uuid.uuid4().hex
+        self.here, self.there = Lanes(self.generation), Lanes(self.generation)
+        self.received: list[Any] = []
+        self.arrived = threading.Condition()
+        self.there.serve("there", self._note)
+
+    def _note(self, verb: str, args: tuple[Any, ...]) -> None:
+        with self.arrived:
+            self.received.append((verb, args))
+            self.arrived.notify()
+
+    def pass_on(self, *args: Any) -> Any:
+        """Send a message and return what arrives."""
+        assert self.here.send("there", "note", args)
+        return self.take()
+
+    def take(self) -> Any:
+        with self.arrived:
+            assert self.arrived.wait_for(lambda: self.received, timeout=10)
+            verb, args = self.received.pop(0)
+        assert verb == "note"
+        return args
+
+
+@pytest.fixture
+def ends() -> Iterator[Ends]:
+    ends = Ends()
+    yield ends
+    ends.here.close()
+    ends.there.close()
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def lane_bytes() -> int:
+    """Return the bytes of lanes' slots that this process has mapped; each end maps them."""
+    total = 0
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if "rpcpipe-lane" in line:
+            start, end = (int(part, 16) for part in line.split()[0].split("-"))
+            total += end - start
+    return total
+
+
+TENSORS = {
+    "float": torch.randn(3, 5),
+    "half": torch.randn(7).half(),
+    "bfloat16": torch.randn(7).bfloat16(),
+    "bool": torch.tensor([True, False, True]),
+    "long": torch.arange(9).view(3, 3),
+    "complex": torch.randn(4, dtype=torch.complex64),
+    "scalar": torch.tensor(2.5),
+    "transposed": torch.randn(4, 6).t(),
+    "channels last": torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
+    "strided": torch.randn(8, 8)[::2, ::3],
+    "expanded": torch.randn(1, 4).expand(5, 4),
+}
+
+
+@pytest.mark.parametrize("kind", TENSORS)
+def test_values_and_memory_formats_arrive(ends: Ends, kind: str) -> None:
+    tensor = TENSORS[kind]
+    nest, number, other = ends.pass_on({"x": [tensor, None]}, 3, tensor)
+    for received in (nest["x"][0], other):
+        assert torch.equal(received, tensor)
+        assert received.dtype == tensor.dtype
+        assert received.stride() == torch.empty_like(tensor).stride()
+        assert received.data_ptr() % 64 == 0
+        assert received.data_ptr() != tensor.data_ptr()
+    assert number == 3
+
+
+def test_what_was_sent_may_change_afterwards(ends: Ends) -> None:
+    tensor = torch.ones(1000)
+    assert ends.here.send("there", "note", (tensor,))
+    tensor.zero_()
+    assert ends.take()[0].sum() == 1000
+
+
+def test_a_slot_is_used_again_when_its_last_tensor_has_gone_and_not_before(ends: Ends) -> None:
+    [first] = ends.pass_on(torch.full((70_000,), 1.0))
+    view = first.view(2, 35_000)[1]
+    addresses = {first.data_ptr()}
+    del first
+    for number in range(2, 12):
+        [received] = ends.pass_on(torch.full((70_000,), float(number)))
+        addresses.add(received.data_ptr())
+        assert (view == 1.0).all()
+        del received
+        gc.collect()
+    assert len(addresses) == 2
+    grown = lane_bytes()
+    del view
+    for number in range(10):
+        ends.pass_on(torch.full((70_000,), float(number)))
+    assert lane_bytes() == grown
+
+
+def test_it_grows_with_what_is_in_flight_and_keeps_no_descriptor(ends: Ends) -> None:
+    ends.pass_on(torch.ones(100_000))
+    files = open_files()
+    held = [ends.pass_on(torch.full((100_000,), float(number)))[0] for number in range(40)]
+    assert open_files() == files
+    assert all((tensor == number).all() for number, tensor in enumerate(held))
+
+
+def test_threads_may_send_at_once(ends: Ends) -> None:
+    def send(number: int) -> None:
+        for _ in range(50):
+            while not ends.here.send("there", "note", (number, torch.full((2_000,), float(number)))):
+                pass  # full: by RPC otherwise
+
+    threads = [threading.Thread(target=send, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    counts = [0] * 4
+    for _ in range(200):
+        number, tensor = ends.take()
+        assert (tensor == number).all()
+        counts[number] += 1
+    for thread in threads:
+        thread.join()
+    assert counts == [50] * 4
+
+
+@pytest.mark.parametrize(
+    "value",
+    [torch.empty(0, 4), torch.eye(3).to_sparse(), torch.randn(3, dtype=torch.cfloat).conj(),
+     torch.randn(3, requires_grad=True), torch.empty(3, device="meta"), "x" * 100_000],
+    ids=["no elements", "sparse", "conjugated view", "with a gradient", "meta", "long"],
+)  # fmt: skip
+def test_other_values_are_left_to_rpc(ends: Ends, value: Any) -> None:
+    assert not ends.here.send("there", "note", (value,))
+    assert ends.pass_on(1) == (1,)
+
+
+def test_nobody_there_and_the_dead_take_nothing(ends: Ends) -> None:
+    assert not ends.here.send("elsewhere", "note", (1,))
+    [tensor] = ends.pass_on(torch.ones(10))
+    ends.there.close()
+    wait_for(lambda: not ends.here.send("there", "note", (1,)))
+    assert tensor.sum() == 10
+    assert not ends.here.send("there", "note", (torch.ones(10),))
+    ends.here.lose("there")
+    assert not ends.here.send("there", "note", (1,))
+
+
+def test_a_message_that_fails_ends_no_lane(ends: Ends, caplog: pytest.LogCaptureFixture) -> None:
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    connection.connect(f"\0rpcpipe-{ends.generation}-there")
+    connection.send(b"no message of ours at all")
+    assert ends.pass_on(torch.ones(2))[0].sum() == 2
+    wait_for(lambda: "a message by a lane failed" in caplog.text)
+    connection.close()
+    assert ends.pass_on(7) == (7,)
+
+
+def test_closing_leaves_no_memory_descriptor_or_thread() -> None:
+    before = left()
+    ends = Ends()
+    held = [ends.pass_on(torch.ones(100_000)) for _ in range(3)]
+    assert lane_bytes() > before[2]
+    ends.here.close()
+    ends.there.close()
+    del held, ends
+    gc.collect()
+    wait_for(lambda: all(now <= then for now, then in zip(left(), before, strict=True)))
+
+
+def left() -> tuple[int, int, int]:
+    return open_files(), threading.active_count(), lane_bytes()
