@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 import rpcpipe as rp
-from support.stateful_layers import Listed, data, differing, pipeline
+from support.stateful_layers import Listed, data, differing, pipeline, plain
 
 
 class Drawing(torch.autograd.Function):
@@ -50,6 +51,56 @@ class Normalizing(nn.Linear):
         return super().forward(x)
 
 
+class Growing(nn.Linear):
+    """Makes a parameter in its first forward."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not hasattr(self, "gain"):
+            self.gain = nn.Parameter(torch.ones(4))
+        return super().forward(x) * self.gain
+
+
+class Recomputing(nn.Module):
+    """Changes running statistics once more in the backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = checkpoint(self.body, x, use_reentrant=False)
+        return result
+
+
+class Twice(nn.Linear):
+    """Gives its output, and a part of it beside it."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        hidden = super().forward(x)
+        return hidden, hidden[:, 1:]
+
+
+class Takes(nn.Linear):
+    """Changes or hooks one of two inputs."""
+
+    def __init__(self, hooks: bool) -> None:
+        super().__init__(4, 4)
+        self.hooks = hooks
+
+    def forward(self, x: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:  # type: ignore[override]
+        whole, part = x
+        if self.hooks:
+            whole.register_hook(torch.sign)
+        else:
+            part.mul_(2)
+        return super().forward(whole) + part.mean()
+
+
+class Detached(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).detach()
+
+
 class Borrowing(nn.Module):
     """Uses another layer's parameter, from a list."""
 
@@ -78,6 +129,19 @@ REFUSED: dict[str, tuple[Callable[[], tuple[list[nn.Module], dict[str, Any]]], s
     "changes a parameter": (
         lambda: ([_linear(), Normalizing(4, 4), _linear(), _linear()], {}), "changes the parameter 1.weight",
     ),
+    "makes a parameter": (lambda: ([_linear(), Growing(4, 4), _linear(), _linear()], {}), "makes the parameter 1.gain"),
+    "changes a buffer in the backward": (
+        lambda: ([_linear(), Recomputing(), _linear(), _linear()], {}), "the backward changes the buffer 1.body.1.run",
+    ),
+    "changes one of two tensors that overlap": (
+        lambda: ([_linear(), Twice(4, 4), Takes(False), _linear()], {}), "changes its input in place",
+    ),
+    "hooks one of two tensors that overlap": (
+        lambda: ([_linear(), Twice(4, 4), Takes(True), _linear()], {}), "hooks its input",
+    ),
+    "a loss without a gradient": (
+        lambda: ([_linear(), _linear(), _linear(), Detached(4, 4)], {}), "loss does not require a gradient",
+    ),
     "parameter of another layer": (
         lambda: ([first := _linear(), _linear(), Borrowing(first), _linear()], {}), "2 uses a parameter of shape",
     ),
@@ -103,3 +167,30 @@ def test_what_cannot_be_right_is_refused_before_anything_trains(kind: str, check
         with pytest.raises(rp.StageError, match=message):
             pipe.train_step(x, y)
         assert not differing(pipe, before)
+
+
+class Scaling(nn.Linear):
+    """Changes a tensor that is no buffer in place."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.factor = torch.ones(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.factor.mul_(0.9)
+        return super().forward(x) * self.factor.clone()
+
+
+def test_a_recomputation_that_would_change_a_tensor_once_more_is_refused() -> None:
+    x, y = data(1)[0]
+    pipe = pipeline([_linear(), Scaling(), _linear(), _linear()], checkpoint="always")
+    with pytest.raises(rp.StageError, match=r"changes the tensor Scaling\.factor in place"):
+        pipe.train_step(x, y)
+
+
+def test_a_backward_may_change_buffers_where_each_follows_its_forward() -> None:
+    layers = [_linear(), Recomputing(), _linear(), _linear()]
+    pipe = pipeline(layers, schedule="naive")
+    for x, y in data():
+        pipe.train_step(x, y)
+    assert not differing(pipe, plain(layers, data(), functional.mse_loss, 4))

@@ -191,3 +191,24 @@ class Fails(nn.Module):
         if "rpcpipe.worker.main" not in sys.modules:
             raise RuntimeError("not in one process")
         return x
+
+
+class Counting(nn.Linear):
+    """Goes on from a number and a generator of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+        self.factor, self.generator = 1.0, torch.Generator().manual_seed(1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.factor *= 0.9
+        return super().forward(x) * self.factor + torch.rand(8, generator=self.generator)
+
+
+def test_what_layers_hold_in_attributes_is_put_back(here: None) -> None:
+    pipes = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        pipes.append(pipeline([rp.LayerSpec(Counting), nn.Tanh(), nn.Linear(8, 4)], balance=[2, 1]))
+    assert rp.verify(pipes[0], *batch())
+    assert pipes[0].train_step(*batch()).loss == pipes[1].train_step(*batch()).loss

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -68,6 +69,74 @@ class Drift(nn.Module):
         else:
             self.factor = self.factor * 0.9
         result: torch.Tensor = self.linear(x) * self.factor
+        return result
+
+
+class Remembering(nn.Module):
+    """Keeps what its forward changes outside of buffers: a number, a list, generators, a tensor that it replaces."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.factor, self.seen, self.mean = 1.0, [1.0], torch.ones(4)
+        self.generator, self.random = torch.Generator().manual_seed(1), random.Random(1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.factor *= 0.9
+        self.seen.append(self.random.random())
+        self.mean = self.mean * 0.9 + x.detach().mean(0) * 0.1
+        noise = torch.rand(4, generator=self.generator) * self.seen[-1]
+        result: torch.Tensor = self.linear(x) * self.factor * self.mean + noise
+        return result
+
+
+class Late(nn.Module):
+    """Registers a buffer in its first forward, or gives it a value there."""
+
+    def __init__(self, registered: bool) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        if registered:
+            self.register_buffer("factor", None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if getattr(self, "factor", None) is None:
+            self.register_buffer("factor", torch.ones(4))
+        self.factor: torch.Tensor
+        self.factor.mul_(0.9)
+        result: torch.Tensor = self.linear(x) * self.factor
+        return result
+
+
+class Overlapping(nn.Module):
+    """Has buffers in the same memory, one of which is a part of another, and changes them through one."""
+
+    whole: torch.Tensor
+    part: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("whole", torch.ones(4))
+        self.register_buffer("part", self.whole[1:])
+        self.linear.register_buffer("same", self.whole)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.whole.mul_(0.9)
+        result: torch.Tensor = self.linear(x) * self.part.sum() * self.linear.same
+        return result
+
+
+class HooksInput(nn.Module):
+    """Hooks the tensor that the layer before gave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x.register_hook(lambda grad: grad * 0.5)
+        result: torch.Tensor = self.linear(x)
         return result
 
 
@@ -173,6 +242,11 @@ LAYERS: dict[str, Make] = {
     "checkpoint": lambda: Recomputing(False),
     "buffer in place": lambda: Drift(True),
     "buffer replaced": lambda: Drift(False),
+    "attributes": Remembering,
+    "buffer registered by the forward": lambda: Late(False),
+    "buffer without a value": lambda: Late(True),
+    "buffers in one memory": Overlapping,
+    "input hook": HooksInput,
     "spectral norm": spectral,
     "old spectral norm": old_spectral,
     "weight norm with its gain used twice": shared_norm,

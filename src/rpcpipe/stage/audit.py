@@ -15,6 +15,7 @@ from torch import nn
 
 from rpcpipe.stage.autograd import Saved
 from rpcpipe.stage.graph import is_python, nodes_below, unpacks_by_hook
+from rpcpipe.stage.trainable import Parts
 
 
 class Audit:
@@ -23,17 +24,27 @@ class Audit:
     def __init__(self, module: nn.Sequential) -> None:
         self.recomputes = False
         self._module = module
+        self.forwards = 0
         self._forwarded = False
-        self._drawn: set[str] = set()
+        self._seen: set[str] = set()
+        self._writes = ""  # a buffer that a backward changes
 
     @contextmanager
     def forward(self) -> Iterator[None]:
-        """Raise RuntimeError if the stage's first forward changes a parameter, which then has its value back."""
+        """Raise RuntimeError if the stage's first forward changes or makes a parameter; all are then as before."""
+        self.forwards += 1
         if self._forwarded:
             yield
             return
         before = {name: (weight, weight.detach().clone()) for name, weight in self._module.named_parameters()}
+        parts = Parts(self._module)
         yield
+        if made := parts.added():
+            parts.restore()
+            raise RuntimeError(
+                f"the forward makes the parameter {made[0]}, and the optimizer was made before: it would not be"
+                " trained; make it in the constructor, or run the model once on a sample before the pipeline is made"
+            )
         changed = [name for name, (weight, value) in before.items() if not torch.equal(weight, value)]
         if changed:
             with torch.no_grad():
@@ -47,20 +58,37 @@ class Audit:
         self._forwarded = True
 
     @contextmanager
-    def backward(self, what: str) -> Iterator[None]:
-        """Raise RuntimeError if the stage's first backward of the kind ``what`` draws random numbers."""
-        if what in self._drawn:
+    def backward(self, what: str, *, alone: bool) -> Iterator[None]:
+        """Raise RuntimeError if a backward of the kind ``what`` does what depends on the schedule.
+
+        That is to draw random numbers, looked for in the first one; and to change a buffer, unless the backward is
+        ``alone``: it follows its own forward at once, as in a plain loop.
+        """
+        if what in self._seen:
+            if self._writes and not alone:
+                raise RuntimeError(_writes(self._writes))
             yield
             return
-        before = torch.default_generator.get_state()
+        random, buffers = torch.default_generator.get_state(), self._buffers()
         yield
-        if not torch.equal(before, torch.default_generator.get_state()):
+        if not torch.equal(random, torch.default_generator.get_state()):
             raise RuntimeError(
                 "the backward draws random numbers from torch's default generator; which ones would depend on the"
                 " schedule and on where the model is cut: draw them in the forward, or from a torch.Generator that the"
                 " layer makes"
             )
-        self._drawn.add(what)
+        self._writes = next((name for name, bits in self._buffers().items() if not _same(bits, buffers.get(name))), "")
+        if self._writes and not alone:
+            raise RuntimeError(_writes(self._writes))
+        self._seen.add(what)
+
+    def _buffers(self) -> dict[str, torch.Tensor]:
+        """Return the bits of every buffer: a NaN equals itself."""
+        return {
+            name: buffer.detach().contiguous().reshape(-1).view(torch.uint8).clone()
+            for name, buffer in self._module.named_buffers()
+            if buffer.layout is torch.strided
+        }
 
     def graph(self, saved: Saved, leaves: Collection[torch.Tensor]) -> None:
         """Raise RuntimeError if a parameter was used that is not among ``leaves``, the stage's."""
@@ -92,6 +120,19 @@ class Audit:
             f"the loss, or a function that a layer calls, uses {shape} that no layer here has: what it refers to on a"
             " worker is a copy that nobody updates; make it a part of a layer (and take it to the loss in the output)"
         )
+
+
+def _same(bits: torch.Tensor, before: torch.Tensor | None) -> bool:
+    return before is not None and torch.equal(bits, before)
+
+
+def _writes(name: str) -> str:
+    return (
+        f"the backward changes the buffer {name}, and forwards of other micro-batches ran between it and its own: what"
+        " they read, and what the buffer becomes, would depend on the schedule. If the layer uses"
+        " torch.utils.checkpoint, use the pipeline's checkpoint= in its place; if a hook or a custom Function does it,"
+        " hold what no forward reads in an attribute that is not a buffer; or use schedule='naive'"
+    )
 
 
 def _refers(values: Iterable[Any], leaf: nn.Parameter) -> bool:

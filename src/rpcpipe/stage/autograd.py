@@ -7,7 +7,10 @@ gradient is stored in a list, ``box``, and not accumulated in ``.grad``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import itertools
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -39,10 +42,14 @@ class Entry(torch.autograd.Function):
 
 @dataclass
 class StageInput:
-    """A nest that a stage receives, with one flag per tensor: whether to send a gradient back."""
+    """A nest that a stage receives, with one flag per tensor: whether to send a gradient back.
+
+    ``aliased``: the numbers of tensors that lie over others where they come from; here they may not.
+    """
 
     nest: Nest
     wants_grad: list[bool]
+    aliased: Collection[int] = ()
 
     @classmethod
     def constant(cls, nest: Nest) -> StageInput:
@@ -55,12 +62,14 @@ class GraphEntry:
     """The point where a micro-batch enters the graph: ``edges`` to the Entry node, ``box`` for gradients.
 
     If no input needs a gradient (on the first stage), ``inner`` holds the edges to the first layer's
-    outputs. A split backward stops there, so that its halves cost the same as on other stages.
+    outputs. A split backward stops there, so that its halves cost the same as on other stages. ``hooks`` are those of
+    the tensors at the edges, of aliased inputs and of the first layer's output, also those registered later.
     """
 
     edges: list[GradientEdge] = field(default_factory=list)
     box: Gradients = field(default_factory=list)
     inner: list[GradientEdge] = field(default_factory=list)
+    hooks: list[Mapping[int, Any]] = field(default_factory=list)
 
 
 @dataclass
@@ -81,7 +90,7 @@ class Saved:
 
 def copied(received: StageInput) -> StageInput:
     """Return a copy of ``received`` that shares no memory with it."""
-    return StageInput(map_tensors(lambda leaf: leaf.detach().clone(), received.nest), received.wants_grad)
+    return replace(received, nest=map_tensors(lambda leaf: leaf.detach().clone(), received.nest))
 
 
 def enter(received: StageInput) -> tuple[Nest, GraphEntry]:
@@ -96,13 +105,76 @@ def enter(received: StageInput) -> tuple[Nest, GraphEntry]:
     edges = [get_gradient_edge(tensor) for tensor in entered]
     replaced, flags = iter(entered), iter(received.wants_grad)
     nest = map_tensors(lambda leaf: next(replaced) if next(flags) else leaf, received.nest)
-    return nest, GraphEntry(edges, box)
+    leaves = tensors(nest) if received.aliased else []
+    hooks = [hooks_of(leaves[number]) for number in received.aliased if received.wants_grad[number]]
+    return nest, GraphEntry(edges, box, hooks=hooks)
 
 
 def leave(outputs: Nest) -> StageInput:
     """Return ``outputs`` detached from this stage's graph, as the input of the next stage."""
-    flags = [leaf.requires_grad for leaf in tensors(outputs)]
-    return StageInput(map_tensors(lambda leaf: leaf.detach(), outputs), flags)
+    leaves = tensors(outputs)
+    flags = [leaf.requires_grad for leaf in leaves]
+    return StageInput(
+        map_tensors(lambda leaf: leaf.detach(), outputs), flags, _overlapping(leaves) if len(leaves) > 1 else ()
+    )
+
+
+def _overlapping(leaves: Sequence[torch.Tensor]) -> Collection[int]:
+    """Return the numbers of those of ``leaves`` that reach over memory of others."""
+    found: set[int] = set()
+    by_storage: dict[int, list[int]] = {}
+    for number, leaf in enumerate(leaves):
+        if leaf.layout is torch.strided and leaf.numel() and leaf.device.type != "meta":
+            by_storage.setdefault(leaf.untyped_storage().data_ptr(), []).append(number)
+    for numbers in by_storage.values():
+        for one, other in itertools.combinations(numbers, 2):
+            (start, end), (first, last) = _span(leaves[one]), _span(leaves[other])
+            if start < last and first < end:
+                found |= {one, other}
+    return sorted(found)
+
+
+def _span(leaf: torch.Tensor) -> tuple[int, int]:
+    """Return where in its storage ``leaf`` begins and ends, in bytes."""
+    reach = sum((size - 1) * stride for size, stride in zip(leaf.shape, leaf.stride(), strict=True))
+    start = int(leaf.storage_offset())
+    return start * leaf.element_size(), (start + reach + 1) * leaf.element_size()
+
+
+def hooks_of(tensor: torch.Tensor) -> Mapping[int, Any]:
+    """Return the dict of the tensor's hooks, which those registered later go into as well."""
+    tensor.register_hook(_no_hook).remove()  # type: ignore[no-untyped-call]  # torch makes the dict with the first hook
+    hooks: Mapping[int, Any] = tensor._backward_hooks  # type: ignore[assignment]
+    return hooks
+
+
+def _no_hook(_: torch.Tensor) -> None:
+    pass
+
+
+@contextmanager
+def aliases_kept(received: StageInput) -> Iterator[None]:
+    """Raise RuntimeError if the block changes an aliased input in place: the change would not reach all of them."""
+    leaves = tensors(received.nest) if received.aliased else []
+    before = [leaves[number]._version for number in received.aliased]
+    yield
+    if before != [leaves[number]._version for number in received.aliased]:
+        raise RuntimeError(
+            "a layer changes its input in place, which the layers before gave twice, or a part of it beside it: here"
+            f" these are tensors of their own, and the others would not change; {_APART}"
+        )
+
+
+_APART = "change or hook a copy, give each value as a .clone(), or keep giver and taker in one stage, not recomputed"
+
+
+def check_hooks(received: StageInput, entered: GraphEntry) -> None:
+    """Raise RuntimeError if a layer hooked one of several inputs that are one tensor: it sees a part's gradient."""
+    if received.aliased and not entered.inner and any(entered.hooks):
+        raise RuntimeError(
+            "a layer hooks its input, which the layers before gave twice, or a part of it beside it: the hook would"
+            f" run on a part of the gradient that it gets in one process; {_APART}"
+        )
 
 
 def differentiable(outputs: Nest) -> list[torch.Tensor]:

@@ -20,17 +20,25 @@ def join(parcels: Mapping[str, StageInput]) -> tuple[StageInput, dict[str, int]]
         x = parcel.nest[0] if link == "input" else x
         values |= parcel.nest[1]
     flags = [flag for parcel in parcels.values() for flag in parcel.wants_grad]
-    return StageInput((x, values), flags), {link: sum(parcel.wants_grad) for link, parcel in parcels.items()}
+    aliased: list[int] = []
+    before = 0
+    for parcel in parcels.values():
+        aliased += [before + number for number in parcel.aliased]
+        before += len(parcel.wants_grad)
+    return StageInput((x, values), flags, aliased), {link: sum(parcel.wants_grad) for link, parcel in parcels.items()}
 
 
 def part(flow: StageInput, outgoing: Mapping[str, Sequence[str]]) -> dict[str, StageInput]:
     """Return the outputs by link, the inverse of ``join``. The values in ``flow`` have the order of ``outgoing``."""
     x, values = flow.nest
-    flags = iter(flow.wants_grad)
+    flags, before = iter(flow.wants_grad), 0
     parcels = {}
     for link, names in outgoing.items():
         nest = (x if link == "input" else None, {name: values[name] for name in names})
-        parcels[link] = StageInput(nest, [next(flags) for _ in tensors(nest)])
+        own = [next(flags) for _ in tensors(nest)]
+        aliased = [number - before for number in flow.aliased if before <= number < before + len(own)]
+        parcels[link] = StageInput(nest, own, aliased)
+        before += len(own)
     return parcels
 
 

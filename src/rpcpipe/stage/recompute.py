@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from rpcpipe.model import rng
 from rpcpipe.model.microbatch import Nest, map_tensors, tensors
 from rpcpipe.stage import autograd
 from rpcpipe.stage.activation_memory import Memory, saved_by_graph
+from rpcpipe.stage.attributes import Attributes
 from rpcpipe.stage.audit import Audit
 from rpcpipe.stage.autograd import Gradients
 from rpcpipe.stage.buffers import ForwardBuffers, Values
@@ -125,6 +126,7 @@ class Dropped:
 
     received: autograd.StageInput
     buffers: Values
+    attributes: Attributes
     random: rng.PythonState
 
 
@@ -145,7 +147,7 @@ class MicroBatchGraph:
     def __init__(self, segments: list[Segment], replay: Callable[[Segment], None], audit: Audit) -> None:
         self._segments = segments
         self._replay = replay
-        self._audit = audit
+        self._audit, self._forwards = audit, audit.forwards
 
     @property
     def bytes(self) -> int:
@@ -156,6 +158,11 @@ class MicroBatchGraph:
     def outputs(self) -> int:
         """Number of outputs of the last segment that need a gradient. Recomputes the segment if it was dropped."""
         return len(self._ready(self._segments[-1]).outputs)
+
+    @property
+    def _alone(self) -> bool:
+        """Whether no other forward of the stage ran since this one."""
+        return self._audit.forwards == self._forwards
 
     def prepare(self) -> bool:
         """Recompute the last segment before its gradient arrives; return False if there is nothing to recompute."""
@@ -168,7 +175,7 @@ class MicroBatchGraph:
         """Run the full backward: accumulate into ``.grad`` and return the input gradients."""
         while self._segments:
             saved = self._ready(self._segments[-1])
-            with self._audit.backward("whole"):
+            with self._audit.backward("whole", alone=self._alone):
                 grads = autograd.backward(saved, grads)
             self._segments.pop()
         return grads
@@ -181,7 +188,7 @@ class MicroBatchGraph:
         deferred = []
         for segment in reversed(self._segments):
             saved = self._ready(segment)
-            with self._audit.backward("input"):
+            with self._audit.backward("input", alone=self._alone):
                 grads, weight_backward = backward_input(saved, grads)
             deferred.append(weight_backward)
             segment.saved = None
@@ -218,6 +225,7 @@ class SegmentRunner:
         self._bytes: dict[Any, int] = {}
         self._mutates: dict[int, bool] = {}
         self._buffers = ForwardBuffers(module)
+        self._modules: dict[tuple[int, int], list[nn.Module]] = {}
 
     def run(self, chunk: int, received: autograd.StageInput, forward: Forward) -> tuple[MicroBatchGraph, Nest]:
         """Run the forward of ``chunk``; return its graph, and the outputs with their autograd graph if that is kept."""
@@ -231,7 +239,8 @@ class SegmentRunner:
                     received = autograd.leave(outputs)
                 segment = Segment(run, forward)
                 start = time.perf_counter()
-                outputs = self._drop(segment, received) if run.drop else self._keep(segment, received)
+                with autograd.aliases_kept(received):
+                    outputs = self._drop(segment, received) if run.drop else self._keep(segment, received)
                 costs.append((segment.bytes, time.perf_counter() - start))
                 segments.append(segment)
         if learning:
@@ -249,6 +258,7 @@ class SegmentRunner:
     def _forward(self, segment: Segment, received: autograd.StageInput) -> Nest:
         nest, entry = autograd.enter(received)
         outputs = segment.forward(segment.run.start, segment.run.stop, nest, entry, False)
+        autograd.check_hooks(received, entry)
         segment.saved = autograd.Saved.of(outputs, entry)
         key = (segment.run, tuple((leaf.shape, leaf.dtype) for leaf in tensors(received.nest)))
         if key not in self._bytes:
@@ -262,15 +272,17 @@ class SegmentRunner:
         """Run a segment, keep only what its recomputation starts from, and return its outputs."""
         start, stop, _ = segment.run
         # Containers of its own: a layer may add to a dict, or take from it.
-        original = autograd.StageInput(map_tensors(lambda leaf: leaf, received.nest), received.wants_grad)
+        original = replace(received, nest=map_tensors(lambda leaf: leaf, received.nest))
         if self._mutates.get(start) is not False:
             original = autograd.copied(original)
         inputs, random = tensors(received.nest), rng.python_state()
         versions = [leaf._version for leaf in inputs]
-        seen = self._buffers.before(start, stop)
+        attributes, seen = Attributes(self._parts(start, stop)), self._buffers.before(start, stop)
         nest, entry = autograd.enter(received)
         outputs = segment.forward(start, stop, nest, entry, True)
+        autograd.check_hooks(received, entry)
         buffers = self._buffers.after(start, stop, seen, dropped=True)
+        attributes.check()
         mutated = [leaf._version for leaf in inputs] != versions
         if mutated and self._mutates.get(start) is False:
             raise RuntimeError(
@@ -278,9 +290,15 @@ class SegmentRunner:
                 " it cannot be recomputed: pass checkpoint='never' or a function that spares this stage"
             )
         self._mutates[start] = mutated or self._mutates.get(start, False)
-        segment.dropped = Dropped(original, buffers, random)
+        segment.dropped = Dropped(original, buffers, attributes, random)
         segment.bytes = Memory(tensors(original.nest)).without()
         return outputs
+
+    def _parts(self, start: int, stop: int) -> list[nn.Module]:
+        if (start, stop) not in self._modules:
+            layers = list(self._module)[start:stop]
+            self._modules[start, stop] = [part for layer in layers for part in layer.modules()]
+        return self._modules[start, stop]
 
     def _again(self, segment: Segment) -> None:
         """Recompute a segment as its forward ran, and leave buffers and generators as they are now."""
@@ -290,7 +308,7 @@ class SegmentRunner:
         dropped, segment.dropped = segment.dropped, None
         random = rng.python_state()
         rng.set_python_state(dropped.random)
-        with torch.enable_grad(), self._buffers.as_of(start, stop, dropped.buffers):
+        with torch.enable_grad(), self._buffers.as_of(start, stop, dropped.buffers), dropped.attributes.restored():
             self._forward(segment, dropped.received)
         rng.set_python_state(random)
         self._replayed()

@@ -60,7 +60,8 @@ def backward_input(saved: Saved, grads: list[torch.Tensor | None]) -> tuple[list
     pairs = [(edge, grad) for edge, grad in zip(saved.outputs, grads, strict=True) if grad is not None]
     entries = saved.entered.edges or saved.entered.inner
     trunk = _Trunk([edge.node for edge, _ in pairs], entries)
-    if trunk.whole:
+    # A hook on the first layer's output would run where I ends and once more where W begins.
+    if trunk.whole or any(saved.entered.hooks):
         return autograd.backward(saved, grads), WeightBackward()
     # An output may be an input passed through; its gradient is the input's gradient. Where the trunk ends at
     # the first layer's output, inside the stage, that output and everything below it are left to W.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -183,7 +183,7 @@ class Stage:
     def _infer(
         self, context: StepContext, micro_batch: MicroBatch, chunk: int, received: StageInput, target: Nest
     ) -> dict[str, StageInput]:
-        with torch.no_grad(), precision.autocast(self.device, self._autocast):
+        with torch.no_grad(), precision.autocast(self.device, self._autocast), autograd.aliases_kept(received):
             flow = self._run_layers(micro_batch, received.nest, autograd.GraphEntry(), 0, len(self.module))
             if self.loss is None:
                 return self._leave(chunk, leaving(flow, self._outgoing))
@@ -218,7 +218,8 @@ class Stage:
             if index == start and not entry.edges:
                 # Only for a single output: one of several might depend on another, and be counted twice.
                 leaves = autograd.differentiable(flow)
-                entry.inner = [get_gradient_edge(leaf) for leaf in leaves] if len(leaves) == 1 else []
+                if len(leaves) == 1:
+                    entry.inner, entry.hooks = [get_gradient_edge(leaves[0])], [autograd.hooks_of(leaves[0])]
         self._check_constant(before)
         return flow
 
@@ -293,7 +294,7 @@ class Stage:
 
     def backward_weight(self, chunk: int) -> None:
         """Run the second half of ``chunk``'s backward: accumulate the weight gradients into ``.grad``."""
-        with self.audit.backward("weight"):
+        with self.audit.backward("weight", alone=False):
             for deferred in self._deferred.pop(chunk)[0]:
                 backward_weight(deferred)
 
@@ -302,6 +303,11 @@ class Stage:
             return [None if grad is None else grad.to(self.device) for link in self._outgoing for grad in grads[link]]
         outputs = self._saved[chunk].outputs  # a recomputation computes the loss
         loss, count = self.losses[chunk]
+        if not outputs:
+            raise RuntimeError(
+                "the loss does not require a gradient: no trainable parameter leads to it, so nothing would be trained;"
+                " look for a detach(), an argmax, a layer under no_grad or frozen weights between the layers and it"
+            )
         weight = _weight(self.micro_batches[chunk], count)
         # scale * weight, in the order in which autograd multiplies for scaler.scale(loss * weight).backward().
         return [torch.full_like(loss, self._context.scale).mul_(weight) for _ in range(outputs)]
@@ -313,7 +319,7 @@ class Stage:
     def _to_device(self, received: StageInput) -> StageInput:
         if self.device.type == "cpu":
             return received
-        return StageInput(map_tensors(lambda leaf: leaf.to(self.device), received.nest), received.wants_grad)
+        return replace(received, nest=map_tensors(lambda leaf: leaf.to(self.device), received.nest))
 
     def loss_values(self) -> dict[int, tuple[float, float | None]]:
         """Return (value, count) of the loss by micro-batch; waits for the device."""

@@ -14,8 +14,13 @@ class Parts:
     """The submodules and parameters of ``module``, and which of these require a gradient."""
 
     def __init__(self, module: nn.Module) -> None:
+        self._module = module
         self._owners = [(owner, dict(owner._modules), dict(owner._parameters)) for owner in module.modules()]
         self._requires_grad = {parameter: parameter.requires_grad for parameter in module.parameters()}
+
+    def added(self) -> list[str]:
+        """Return the names of trainable parameters that were not there."""
+        return [name for name, p in self._module.named_parameters() if p.requires_grad and p not in self._requires_grad]
 
     def restore(self) -> None:
         """Put all of them back; values stay as they are."""

@@ -60,10 +60,19 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         elif isinstance(value, types.ModuleType):
             if type(value) is not types.ModuleType and worker_imports.find(value.__name__):
                 return importlib.import_module, (value.__name__,)  # torch.backends.cudnn is one
+            if (parent := _holder(value)) is not None:
+                return getattr, (parent, value.__name__.rpartition(".")[2])
             _register(value.__name__)
         elif isinstance(value, (type, types.FunctionType)):
             _register(value.__module__)
         return super().reducer_override(value)
+
+
+def _holder(module: types.ModuleType) -> types.ModuleType | None:
+    """Return the module whose attribute ``module`` is, if it cannot be imported itself: torch._C._functions is one."""
+    parent, _, name = module.__name__.rpartition(".")
+    held = module.__name__ not in sys.modules and getattr(sys.modules.get(parent), name, None) is module
+    return sys.modules[parent] if held else None
 
 
 # --- tensors ---

@@ -11,8 +11,9 @@ from torch import nn
 from rpcpipe.checkpoint import shard
 from rpcpipe.checkpoint.manifest import Manifest
 from rpcpipe.errors import CheckpointError
-from rpcpipe.model import extra_state, losses
+from rpcpipe.model import extra_state, losses, rng
 from rpcpipe.model.layers import Loss
+from rpcpipe.stage.attributes import Attributes
 from rpcpipe.stage.hyperparameters import same
 from rpcpipe.stage.optimizer import LocalOptimizer
 from rpcpipe.stage.rollback import Buffers, Undo
@@ -62,7 +63,7 @@ class StageState:
     def __init__(self, owner: Owner, loss: Loss | None) -> None:
         self._owner = owner
         self._loaded: shard.Loaded | None = None
-        self._kept: tuple[Buffers, Undo | None] | None = None
+        self._kept: tuple[Buffers, Undo | None, Attributes, rng.PythonState] | None = None
         self._fresh_loss = losses.state(loss)
 
     def execute(self, operation: StateOperation) -> Any:
@@ -146,14 +147,22 @@ class StageState:
         undo = None if optimizer is None else Undo(optimizer.parameters, optimizer.optimizer)
         if undo is not None:
             undo.refresh()
-        self._kept = buffers, undo
+        stages = self._owner.stages.values()
+        attributes = Attributes([part for stage in stages for part in (*stage.module.modules(), *_parts(stage.loss))])
+        self._kept = buffers, undo, attributes, rng.python_state()
         return self._owner.seed
 
     def _restore(self) -> None:
         """Put the state back that ``_keep`` has copied."""
         assert self._kept is not None
-        (buffers, undo), self._kept = self._kept, None
+        (buffers, undo, attributes, random), self._kept = self._kept, None
         buffers.restore()
+        attributes.put()
+        rng.set_python_state(random)
         if undo is not None:
             undo.restore()
         self._owner.weights_changed()
+
+
+def _parts(loss: Any) -> list[Any]:
+    return list(loss.modules()) if isinstance(loss, nn.Module) else [loss]
