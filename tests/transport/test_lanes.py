@@ -27,6 +27,23 @@ class Ends:
         self.received: list[Any] = []
         self.arrived = threading.Condition()
         self.there.serve("there", self._note)
+        self._closed = False
+        self._thread = threading.Thread(target=self._receive)
+        self._thread.start()
+
+    def _receive(self) -> None:
+        while not self._closed:
+            self.there.receive(None)
+
+    def close(self) -> None:
+        self.here.close()
+        self.close_there()
+
+    def close_there(self) -> None:
+        self._closed = True
+        self.there.wake()
+        self._thread.join()
+        self.there.close()
 
     def _note(self, verb: str, args: tuple[Any, ...]) -> None:
         with self.arrived:
@@ -50,8 +67,7 @@ class Ends:
 def ends() -> Iterator[Ends]:
     ends = Ends()
     yield ends
-    ends.here.close()
-    ends.there.close()
+    ends.close()
 
 
 def open_files() -> int:
@@ -163,7 +179,7 @@ def test_other_values_are_left_to_rpc(ends: Ends, value: Any) -> None:
 def test_nobody_there_and_the_dead_take_nothing(ends: Ends) -> None:
     assert not ends.here.send("elsewhere", "note", (1,))
     [tensor] = ends.pass_on(torch.ones(10))
-    ends.there.close()
+    ends.close_there()
     wait_for(lambda: not ends.here.send("there", "note", (1,)))
     assert tensor.sum() == 10
     assert not ends.here.send("there", "note", (torch.ones(10),))
@@ -186,8 +202,7 @@ def test_closing_leaves_no_memory_descriptor_or_thread() -> None:
     ends = Ends()
     held = [ends.pass_on(torch.ones(100_000)) for _ in range(3)]
     assert lane_bytes() > before[2]
-    ends.here.close()
-    ends.there.close()
+    ends.close()
     del held, ends
     gc.collect()
     wait_for(lambda: all(now <= then for now, then in zip(left(), before, strict=True)))
@@ -195,3 +210,15 @@ def test_closing_leaves_no_memory_descriptor_or_thread() -> None:
 
 def left() -> tuple[int, int, int]:
     return open_files(), threading.active_count(), lane_bytes()
+
+
+def test_waking_is_not_lost_and_time_ends_a_wait() -> None:
+    lanes = Lanes(uuid.uuid4().hex)
+    lanes.serve("here", lambda verb, args: None)
+    assert not lanes.receive(0.0)
+    lanes.wake()
+    lanes.wake()
+    assert lanes.receive(None)
+    assert not lanes.receive(0.01)
+    lanes.close()
+    assert not lanes.receive(None)

@@ -82,6 +82,17 @@ class Transport(Protocol):
         """Send without an answer."""
         ...
 
+    def receive(self, timeout: float | None) -> bool:
+        """Run what has come for the thread that receives; wait for it, or for ``wake``, up to ``timeout`` seconds.
+
+        Other threads run all other messages. Returns whether there was anything.
+        """
+        ...
+
+    def wake(self) -> None:
+        """Let ``receive`` return at once, or the next time."""
+        ...
+
     def is_near(self, to: str) -> bool:
         """Return whether ``send`` carries tensors to ``to`` at less cost than the other calls do."""
         ...

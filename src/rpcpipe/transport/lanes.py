@@ -89,9 +89,24 @@ class Lanes:
         self._lock = threading.Lock()
 
     def serve(self, name: str, handle: Handle) -> None:
-        """Let ``handle`` run the messages that other processes of this host send to ``name``."""
+        """Let ``handle`` run the messages that other processes of this host send to ``name``, in ``receive``."""
+        receiver = Receiver(handle)
         with contextlib.suppress(OSError):  # without, all comes by RPC
-            self._receiver = Receiver(_address(self._generation, name), handle)
+            receiver.listen(_address(self._generation, name))
+        self._receiver = receiver
+
+    def receive(self, timeout: float | None) -> bool:
+        """Run the messages that have come; wait for some, or for ``wake``, up to ``timeout`` seconds.
+
+        One thread calls this. Returns whether there was anything.
+        """
+        assert self._receiver is not None, "serve comes first"
+        return self._receiver.receive(timeout)
+
+    def wake(self) -> None:
+        """Let ``receive`` return."""
+        if self._receiver is not None:
+            self._receiver.wake()
 
     def reach(self, to: str) -> bool:
         """Return whether a lane leads to ``to``."""
@@ -268,34 +283,61 @@ def _tensor(shape: _Shape) -> torch.Tensor:
 
 
 class Receiver:
-    """The receiving end of all lanes to this process, on a thread of its own that runs each message's verb."""
+    """The receiving end of all lanes to this process. One thread receives: it runs each message's verb itself."""
 
-    def __init__(self, address: str, handle: Handle) -> None:
+    def __init__(self, handle: Handle) -> None:
         self._handle = handle
+        self._listener: socket.socket | None = None
+        self._selector = selectors.DefaultSelector()
+        self._waker = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._selector.register(self._waker, selectors.EVENT_READ, self._woken)
+        # Not in close: who wakes a closed receiver must not write to a descriptor that is somebody else's by now.
+        weakref.finalize(self, os.close, self._waker).atexit = False
+        self._lock = threading.Lock()  # held while a thread receives
+        self._closed = False
+
+    def listen(self, address: str) -> None:
+        """Take connections at ``address``; raises OSError if that cannot be."""
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._listener.bind(address)
         self._listener.listen()
-        self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
-        self._ended, self._end = socket.socketpair()
-        self._selector.register(self._ended, selectors.EVENT_READ, None)
-        threading.Thread(target=self._serve, daemon=True, name="rpcpipe-lanes").start()
+
+    def receive(self, timeout: float | None) -> bool:
+        """Wait up to ``timeout`` seconds, None for ever, for messages or ``wake``, and run them.
+
+        Returns whether there was anything.
+        """
+        with self._lock:
+            if self._closed:
+                return False
+            ready = self._selector.select(timeout)
+            for key, _ in ready:
+                key.data()
+        return bool(ready)
+
+    def wake(self) -> None:
+        """Let the thread that receives, now or next, return."""
+        os.eventfd_write(self._waker, 1)
 
     def close(self) -> None:
-        """End the thread, after the message that it runs."""
-        self._end.close()
+        """Receive no more."""
+        if self._closed:
+            return
+        self._closed = True
+        self.wake()
+        with self._lock:
+            for registered in list(self._selector.get_map().values()):
+                if isinstance(registered.fileobj, socket.socket):
+                    registered.fileobj.close()
+            self._selector.close()
 
-    def _serve(self) -> None:
-        while True:
-            for key, _ in self._selector.select():
-                if key.data is None:
-                    for registered in list(self._selector.get_map().values()):
-                        registered.fileobj.close()  # type: ignore[union-attr]
-                    self._selector.close()
-                    return
-                key.data()
+    def _woken(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._waker)
 
     def _accept(self) -> None:
+        assert self._listener is not None
         connection, _ = self._listener.accept()
         credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         if _CREDENTIALS.unpack(credentials)[1] != os.getuid():

@@ -84,6 +84,13 @@ class LocalTransport:
         self.endpoints.pop(worker, None)
         self._replies.lose(worker, error)
 
+    def receive(self, timeout: float | None) -> bool:
+        """Return False: nothing comes this way, as whoever waits delivers all messages."""
+        return False
+
+    def wake(self) -> None:
+        pass
+
     def is_near(self, to: str) -> bool:
         """Return either, in turn at random, so that tests see messages in both forms."""
         return self._near.random() < 0.5

@@ -45,6 +45,8 @@ _HANDLER_THREADS = 2  # handlers only queue what they get, so two serve any numb
 _GRACE = 0.5  # seconds that the monitor has to report that a worker has died
 
 _BINDINGS: Any = torch._C._distributed_rpc  # rpc_async and remote end in its functions
+# Verbs whose messages only file values: they may wait in a lane until the compute thread wants one.
+_BY_LANE = ("deliver", "supply")
 _MAX_NUMBER = (1 << 15) - 1  # torch numbers workers in 16 bits
 
 log = logging.getLogger("rpcpipe")
@@ -337,8 +339,14 @@ class RpcTransport:
         return self._lanes.reach(to)
 
     def send(self, to: str, verb: str, *args: Any) -> None:
-        if not self._lanes.send(to, verb, args):
+        if not (verb in _BY_LANE and self._lanes.send(to, verb, args)):
             self._invoke_call(to, _receive, verb, args)
+
+    def receive(self, timeout: float | None) -> bool:
+        return self._lanes.receive(timeout)
+
+    def wake(self) -> None:
+        self._lanes.wake()
 
     def call(self, to: str, verb: str, *args: Any) -> Future[Any]:
         reply = self._replies.open(to)

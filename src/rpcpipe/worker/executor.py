@@ -56,7 +56,8 @@ class Executor:
         self._device = device
         self._threads = threads
         self._mailboxes: dict[str, Mailbox] = {}
-        self._changed = threading.Condition()
+        self._changed = threading.Lock()
+        self._compute_thread = 0
         self._closed = False
         self._running: tuple[str, Entry] | None = None
         self._general = Mailbox()
@@ -99,7 +100,7 @@ class Executor:
             for port, value in values:
                 mailbox.put(step, port, value)
             late = mailbox.submit(sequence, entries)
-            self._changed.notify()
+            self._wake()
         self._refuse(late)
         return reply
 
@@ -126,7 +127,7 @@ class Executor:
             if (mailbox := self._mailboxes.get(pipeline)) is not None:
                 for port, value in values:
                     mailbox.put(step, port, value)
-                self._changed.notify()
+                self._wake()
 
     def clock(self) -> int:
         """Return this process's monotonic clock in nanoseconds."""
@@ -159,7 +160,7 @@ class Executor:
         with self._changed:
             if (mailbox := self._mailboxes.get(pipeline)) is not None:
                 mailbox.fail(step, Failure.cancel(self.name, "a stream"), group)
-                self._changed.notify()
+                self._wake()
 
     def drop(self, pipeline: str) -> None:
         """Free a pipeline's stages."""
@@ -181,20 +182,25 @@ class Executor:
         """End the compute thread after the task that it runs."""
         with self._changed:
             self._closed = True
-            self._changed.notify()
+            self._wake()
+
+    def _wake(self) -> None:
+        """Let the compute thread look again for something to do."""
+        if threading.get_ident() != self._compute_thread:
+            self._transport.wake()
 
     def _put(self, pipeline: str, step: int, port: Port, value: Any) -> None:
         with self._changed:
             if (mailbox := self._mailboxes.get(pipeline)) is not None:
                 mailbox.put(step, port, value)
-                self._changed.notify()
+                self._wake()
 
     def _enqueue(self, operation: Operation) -> Future[Any]:
         """Queue an operation outside of any step; the caller holds the lock."""
         reply: Future[Any] = Future()
         self._general.submit(self._general_next, [Entry(-1, Task(operation), reply)])
         self._general_next += 1
-        self._changed.notify()
+        self._wake()
         return reply
 
     # --- the compute thread ---
@@ -205,6 +211,7 @@ class Executor:
         torch.set_num_threads(self._threads)
         # A handler that holds the GIL delays the compute thread's next kernel: switch often.
         sys.setswitchinterval(_SWITCH_SECONDS)
+        self._compute_thread = threading.get_ident()
         while (taken := self._next()) is not None:
             self._finish(*taken)
 
@@ -224,11 +231,10 @@ class Executor:
                     return None
                 if (taken := self._take()) is not None:
                     return taken
-                if not self._idle_work_left:
-                    # No deadline is needed: every change of the conditions above notifies.
-                    self._changed.wait()
-                    continue
                 awaited = {pipeline: mailbox.awaited() for pipeline, mailbox in self._mailboxes.items()}
+            # No deadline is needed: every change of the conditions above wakes.
+            if self._transport.receive(0.0 if self._idle_work_left else None):
+                continue
             try:
                 self._idle_work_left = any(
                     actor.idle_work(awaited.get(pipeline)) for pipeline, actor in list(self.actors.items())
