@@ -195,14 +195,14 @@ def test_where_forking_cannot_be_workers_are_spawned_and_the_log_says_why(
 DRIVER = textwrap.dedent("""
     import ctypes, os, signal, sys, psutil
     import rpcpipe as rp
-    from rpcpipe.transport.pickling import dumps
+    from rpcpipe.transport.user_pickling import named_dumps
     cluster = rp.launch(workers=3, threads=1)
     print(psutil.Process(cluster.workers[0].pid).ppid(), *[worker.pid for worker in cluster.workers], flush=True)
     def hold():
         print("holding", file=sys.stderr, flush=True)
         ctypes.PyDLL(None).sleep(30)
     os.kill(cluster.workers[0].pid, signal.SIGSTOP)
-    cluster.transport.call("worker1", "run", dumps((hold, ()), ""))
+    cluster.transport.call("worker1", "run", named_dumps((hold, ()), ""))
     sys.stdin.readline()
     if sys.argv[1] == "_exit":
         os._exit(4)

@@ -120,9 +120,9 @@ def _from_outside(cluster: rp.Cluster, stage: int, fault: str, stamp: Path) -> N
         stamp.write_text(repr(time.monotonic()))
         os.kill(worker.pid, _SIGNALS[fault])
     else:
-        from rpcpipe.transport.pickling import dumps
+        from rpcpipe.transport.user_pickling import named_dumps
 
-        cluster.transport.call(worker.name, "run", dumps((strike, (fault, str(stamp))), "strike"))
+        cluster.transport.call(worker.name, "run", named_dumps((strike, (fault, str(stamp))), "strike"))
         wait_for(lambda: stamp.exists() and stamp.read_text() != "")
 
 

@@ -9,7 +9,7 @@ import torch
 
 from rpcpipe.cluster import Worker
 from rpcpipe.transport.local import LocalTransport
-from rpcpipe.transport.pickling import dumps, loads
+from rpcpipe.transport.user_pickling import loads, named_dumps
 from rpcpipe.worker.executor import Executor
 
 
@@ -36,6 +36,6 @@ class LocalCluster:
 
     def call(self, worker: Worker, function: Callable[..., Any], /, *args: Any) -> Any:
         """Return ``function(*args)``, run by ``worker``'s executor."""
-        reply = self.transport.call(worker.name, "run", dumps((function, args), "the call's function"))
+        reply = self.transport.call(worker.name, "run", named_dumps((function, args), "the call's function"))
         self.transport.wait([reply], self.timeout)
         return loads(reply.result())

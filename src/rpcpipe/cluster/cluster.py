@@ -15,7 +15,7 @@ from rpcpipe import _tables
 from rpcpipe.cluster.rendezvous import Member, WorkerGroup, describe
 from rpcpipe.errors import ArgumentError, Failure, RpcPipeError, StageError, WorkerLost
 from rpcpipe.transport.base import Transport
-from rpcpipe.transport.pickling import dumps, loads
+from rpcpipe.transport.user_pickling import loads, named_dumps
 
 log = logging.getLogger("rpcpipe")
 
@@ -154,7 +154,7 @@ class Cluster:
         """
         self.check()
         name = self._name(worker)
-        reply = self.transport.call(name, "run", dumps((function, args), "the call's function"))
+        reply = self.transport.call(name, "run", named_dumps((function, args), "the call's function"))
         done, _ = self.transport.wait([reply], self.timeout)
         if not done:
             raise TimeoutError(f"{name} did not answer within {self.timeout:g} s")

@@ -19,8 +19,8 @@ from rpcpipe.cluster.rendezvous import WorkerGroup, form, worker_names
 from rpcpipe.cluster.template import PRELOADED, templates
 from rpcpipe.cluster.worker_logs import WorkerLogs
 from rpcpipe.errors import ArgumentError, RpcPipeError, require_positive, require_whole
-from rpcpipe.transport.pickler import worker_imports
 from rpcpipe.transport.rpc import this_process
+from rpcpipe.transport.user_pickling import worker_imports
 
 _INTERFACE = "lo"
 

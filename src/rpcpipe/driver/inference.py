@@ -17,7 +17,7 @@ from rpcpipe.model.microbatch import Nest, copied
 from rpcpipe.stage.context import StepContext
 from rpcpipe.stage.metrics import Metric, Sums, means
 from rpcpipe.transport.interrupts import shield_interrupts
-from rpcpipe.transport.pickling import dumps
+from rpcpipe.transport.user_pickling import named_dumps
 from rpcpipe.worker.messages import Report
 from rpcpipe.worker.operations import SetMetrics, SetSelection
 
@@ -35,7 +35,7 @@ class Wanted(NamedTuple):
             return cls(outputs=outputs)
         for name, metric in metrics.items():
             require(callable(metric), f"metric {name!r} must be callable as metric(output, target), not {metric!r}")
-        tell_last_stage(runtime, SetMetrics(dumps(dict(metrics), "what to measure")))
+        tell_last_stage(runtime, SetMetrics(named_dumps(dict(metrics), "what to measure")))
         return cls(measures=True, outputs=outputs)
 
 
@@ -136,7 +136,7 @@ def evaluate(
         " pipe.predict with the targets",
     )
     require("loss" not in metrics, "a metric cannot be named 'loss': the loss is reported beside the metrics")
-    tell_last_stage(runtime, SetMetrics(dumps(dict(metrics), "what to measure")))
+    tell_last_stage(runtime, SetMetrics(named_dumps(dict(metrics), "what to measure")))
     total, samples, sums = 0.0, 0.0, list[Sums]()
     for size, weights, reports in Passes(runtime).run(batches):
         measured = {chunk: value for report in reports.values() for chunk, value in report.metrics.items()}

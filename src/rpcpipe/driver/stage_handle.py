@@ -12,7 +12,7 @@ from rpcpipe import _tables
 from rpcpipe.driver.driver import Driver
 from rpcpipe.errors import RpcPipeError
 from rpcpipe.model.microbatch import Nest
-from rpcpipe.transport.pickling import dumps, loads
+from rpcpipe.transport.user_pickling import loads, named_dumps
 from rpcpipe.worker.messages import StageInfo
 from rpcpipe.worker.operations import CallModule, GetModule, GetParameter
 
@@ -67,7 +67,7 @@ class StageHandle:
         With replicas the function runs on all of them, with equal seeds of random numbers, so that the replicas stay
         equal; the result is the first replica's.
         """
-        data = dumps(function, "the call's function")
+        data = named_dumps(function, "the call's function")
         seed = None if len(self.workers) == 1 else int(torch.randint(1 << 62, ()))
         replies = {worker: self._driver.call(worker, CallModule(self.index, data, seed)) for worker in self.workers}
         return loads(self._driver.collect(replies)[self.worker])

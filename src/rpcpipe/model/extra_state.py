@@ -9,7 +9,7 @@ import torch
 
 from rpcpipe.errors import CheckpointError
 from rpcpipe.model.microbatch import map_tensors
-from rpcpipe.transport import pickler
+from rpcpipe.transport import user_pickling
 
 _SUFFIX = "_extra_state"
 
@@ -34,7 +34,7 @@ def _packed(key: str, value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.detach().cpu()
     try:
-        return ExtraState(pickler.dumps(map_tensors(lambda tensor: tensor.detach().cpu(), value)))
+        return ExtraState(user_pickling.dumps(map_tensors(lambda tensor: tensor.detach().cpu(), value)))
     except Exception as error:
         raise CheckpointError(f"{key}, a {type(value).__name__}, cannot be pickled: {error}") from error
 
@@ -42,7 +42,8 @@ def _packed(key: str, value: Any) -> Any:
 def unpacked(state: Mapping[str, Any]) -> dict[str, Any]:
     """Inverse of ``packed``."""
     return {
-        key: pickler.loads(value.pickled) if isinstance(value, ExtraState) else value for key, value in state.items()
+        key: user_pickling.loads(value.pickled) if isinstance(value, ExtraState) else value
+        for key, value in state.items()
     }
 
 

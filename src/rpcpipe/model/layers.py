@@ -17,7 +17,7 @@ from rpcpipe.model import nest_types, rng, tied_weights
 from rpcpipe.model.containers import check_container
 from rpcpipe.model.microbatch import Nest
 from rpcpipe.model.wiring import Wiring, advance, live_names, required_inputs
-from rpcpipe.transport import pickler
+from rpcpipe.transport import user_pickling
 
 # loss(output, target) returns the mean as a scalar tensor, or (sum, count).
 Loss = Callable[[Any, Any], Any]
@@ -270,7 +270,7 @@ def unpicklable(layers: Mapping[str, Layer], error: Exception, after: str = "") 
     found = "these layers: " + ", ".join(layers)
     for name, layer in layers.items():
         try:
-            pickler.dumps(layer)
+            user_pickling.dumps(layer)
         except Exception as own:
             found, error = f"layer {name}, {_kind(layer)},", own
             break

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from rpcpipe.errors import ArgumentError, require
 from rpcpipe.model import nest_types
-from rpcpipe.transport import pickler
+from rpcpipe.transport import user_pickling
 
 Nest = Any
 
@@ -67,13 +67,13 @@ def pack(nest: Nest) -> Packed:
         leaves.append(tensor)
         return _Place(len(leaves) - 1)
 
-    return leaves, pickler.dumps(map_tensors(put_aside, nest))
+    return leaves, user_pickling.dumps(map_tensors(put_aside, nest))
 
 
 def unpack(packed: Packed) -> Nest:
     """Return the nest that ``pack`` has packed."""
     found, data = packed
-    leaves, spec = flatten(pickler.loads(data))
+    leaves, spec = flatten(user_pickling.loads(data))
     return unflatten([found[leaf.index] if isinstance(leaf, _Place) else leaf for leaf in leaves], spec)
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from rpcpipe.model import nest_types
 from rpcpipe.model.microbatch import Nest, flatten, unflatten
-from rpcpipe.transport.pickling import in_bounds
+from rpcpipe.transport.message_pickling import in_bounds
 
 _ORDINARY = (torch.Tensor, nn.Parameter)
 _NO_DISPATCH = torch.Tensor.__torch_dispatch__

@@ -35,8 +35,8 @@ from rpcpipe.planning import LayerCost, partition
 from rpcpipe.schedules import Schedule, weight_versions
 from rpcpipe.stage import precision
 from rpcpipe.stage.profiler import profile
-from rpcpipe.transport import pickler
-from rpcpipe.transport.pickling import dumps
+from rpcpipe.transport import user_pickling
+from rpcpipe.transport.user_pickling import named_dumps
 from rpcpipe.worker.gradient_exchange import ReplicaGroup
 from rpcpipe.worker.operations import GetOptimizerState, ReceiveLayers, ReleaseLayers, Repartition
 from rpcpipe.worker.stage_set import ActorSpec
@@ -125,7 +125,7 @@ def _create(runtime: Runtime, identity: str, layers: OrderedDict[str, Layer], co
     """Build the stages on all workers; only one worker's layers are held in pickled form at a time."""
     # Only for its warning and its refusal: they are sent with the layers.
     for what, function in ("loss", common.loss), ("optimizer", common.optimizer):
-        dumps(function, what)
+        named_dumps(function, what)
     deployment, replies = runtime.deployment, {}
     for name in runtime.names:
         worker, replica = deployment.layout.index(name)
@@ -145,7 +145,7 @@ def _create(runtime: Runtime, identity: str, layers: OrderedDict[str, Layer], co
 def _pickled(spec: ActorSpec) -> bytes:
     """Return ``spec`` pickled; raises PartitionError with the layer that cannot be."""
     try:
-        return pickler.dumps(spec)
+        return user_pickling.dumps(spec)
     except Exception as error:
         layers = {name: layer for named, _ in spec.stages.values() for name, layer in named.items()}
         raise unpicklable(layers, error) from error

@@ -20,7 +20,7 @@ from rpcpipe.errors import require, require_whole
 from rpcpipe.model import rng
 from rpcpipe.model.microbatch import Nest
 from rpcpipe.pipeline.pipeline import Pipeline
-from rpcpipe.transport.pickling import dumps
+from rpcpipe.transport.user_pickling import named_dumps
 from rpcpipe.worker.operations import SetSelection
 
 
@@ -96,7 +96,7 @@ def generate(
         "every prompt must be a tensor of one dimension, of at least one token",
     )
     pipe.runtime.check()
-    tell_last_stage(pipe.runtime, SetSelection(dumps(_LastLogits(logits), "what to select")))
+    tell_last_stage(pipe.runtime, SetSelection(named_dumps(_LastLogits(logits), "what to select")))
     rows = [_row(prompt, new_tokens, rng.derive(seed, index)) for index, prompt in enumerate(prompts)]
     passes, sampling = Passes(pipe.runtime), Sampling(temperature, top_k)
     groups = passes.ahead + 1

@@ -28,7 +28,7 @@ from rpcpipe.model.microbatch import Nest, map_tensors, tensors
 from rpcpipe.model.wiring import Flow, advance, live_names
 from rpcpipe.stage.optimizer import Factory, Parameters
 from rpcpipe.stage.rollback import Buffers
-from rpcpipe.transport.pickling import dumps, loads
+from rpcpipe.transport.user_pickling import loads, named_dumps
 
 
 @dataclass(kw_only=True)
@@ -233,7 +233,7 @@ class PlainProcess:
         self._result = Path(files[1])
         with open(files[0], "wb") as file:
             pickle.dump(sys.path, file)
-            pickle.dump(dumps(job, "the model"), file)
+            pickle.dump(named_dumps(job, "the model"), file)
         self._process = subprocess.Popen([sys.executable, "-c", _PROGRAM, *files], stdin=subprocess.DEVNULL)
 
     def result(self, seconds: float) -> list[Update]:

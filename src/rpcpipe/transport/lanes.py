@@ -12,11 +12,8 @@ messages may arrive in any order in any case.
 from __future__ import annotations
 
 import contextlib
-import copyreg
-import ctypes
 import io
 import logging
-import mmap
 import os
 import pickle
 import selectors
@@ -29,11 +26,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
-from rpcpipe.transport.pickling import MessagePickler
+from rpcpipe.transport.slots import Shape, TensorPickler, copy_into, mapped, unpickled
 
-_ALIGNMENT = 64  # bytes: what kernels choose by alignment must not depend on the way a tensor came
 _SMALLEST_SLOT = 1 << 16
 _LONGEST_MESSAGE = 1 << 16  # beside tensors; longer ones go by RPC
 _HEADER = struct.Struct("<IQ")  # the slot's number (_NO_SLOT: none), and the size of a slot that is new, else 0
@@ -42,36 +37,10 @@ _NO_SLOT = (1 << 32) - 1
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 _SOCKET_BYTES = 1 << 20
 
-_LIBC = ctypes.CDLL(None, use_errno=True)
-_LIBC.mmap.restype = ctypes.c_void_p
-_LIBC.mmap.argtypes = [
-    ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_longlong,
-]  # fmt: skip
-_FAILED = ctypes.c_void_p(-1).value
-
 log = logging.getLogger("rpcpipe")
 
 # Runs a verb with its arguments.
 Handle = Callable[[str, tuple[Any, ...]], object]
-
-
-def _mapped(descriptor: int, size: int) -> memoryview:
-    """Return the memory of a file, mapped as long as something refers to it; unlike ``mmap`` without a descriptor."""
-    address = _LIBC.mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, descriptor, 0)
-    if address == _FAILED:
-        raise OSError(ctypes.get_errno(), "mmap")
-    array = (ctypes.c_ubyte * size).from_address(address)
-    weakref.finalize(array, _LIBC.munmap, ctypes.c_void_p(address), ctypes.c_size_t(size)).atexit = False
-    return memoryview(array).cast("B")
-
-
-class _Shape(NamedTuple):
-    """Where a tensor is in a slot, and how it is laid out."""
-
-    offset: int
-    dtype: torch.dtype
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
 
 
 def _address(generation: str, name: str) -> str:
@@ -168,7 +137,7 @@ class Sender:
     def send(self, verb: str, args: tuple[Any, ...]) -> bool:
         """Send a message; return False if it cannot go by a lane, or not now."""
         buffer = io.BytesIO()
-        pickler = _Pickler(buffer)
+        pickler = TensorPickler(buffer)
         pickler.dump((verb, args))
         data = buffer.getbuffer()
         if not pickler.plain or len(data) > _LONGEST_MESSAGE:
@@ -180,7 +149,7 @@ class Sender:
                 return False
         return True
 
-    def _post(self, data: memoryview, tensors: Sequence[torch.Tensor], shapes: Sequence[_Shape], size: int) -> None:
+    def _post(self, data: memoryview, tensors: Sequence[torch.Tensor], shapes: Sequence[Shape], size: int) -> None:
         """Copy the tensors into a slot and send the message; raises OSError, and the slot is as before."""
         if not tensors:
             self._connection.send(_HEADER.pack(_NO_SLOT, 0) + data)
@@ -189,7 +158,7 @@ class Sender:
         if number is None:
             self._post_in_new_slot(data, tensors, shapes, size)
             return
-        _copy(tensors, shapes, self._slots[number].memory)
+        copy_into(tensors, shapes, self._slots[number].memory)
         try:
             self._connection.send(_HEADER.pack(number, 0) + data)
         except OSError:
@@ -197,14 +166,14 @@ class Sender:
             raise
 
     def _post_in_new_slot(
-        self, data: memoryview, tensors: Sequence[torch.Tensor], shapes: Sequence[_Shape], size: int
+        self, data: memoryview, tensors: Sequence[torch.Tensor], shapes: Sequence[Shape], size: int
     ) -> None:
         size = max(_SMALLEST_SLOT, 1 << (size - 1).bit_length())
         descriptor = os.memfd_create("rpcpipe-lane", os.MFD_CLOEXEC)
         try:
             os.ftruncate(descriptor, size)
-            slot = _OwnSlot(len(self._slots), _mapped(descriptor, size))
-            _copy(tensors, shapes, slot.memory)
+            slot = _OwnSlot(len(self._slots), mapped(descriptor, size))
+            copy_into(tensors, shapes, slot.memory)
             socket.send_fds(self._connection, [_HEADER.pack(slot.number, size), data], [descriptor])
             self._slots.append(slot)
         finally:
@@ -228,58 +197,6 @@ class Sender:
         """Close the socket; the slots' memory goes when the receiver's tensors do."""
         with self._lock:
             self._connection.close()
-
-
-def _copy(tensors: Sequence[torch.Tensor], shapes: Sequence[_Shape], memory: memoryview) -> None:
-    for tensor, shape in zip(tensors, shapes, strict=True):
-        _view(memory, shape).copy_(tensor)
-
-
-def _view(memory: Any, shape: _Shape) -> torch.Tensor:
-    """Return the tensor at its place in ``memory``, which it keeps alive."""
-    offset, dtype, size, stride = shape
-    count = 1 + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
-    return torch.frombuffer(memory, dtype=dtype, count=count, offset=offset).as_strided(size, stride)
-
-
-class _Pickler(MessagePickler):
-    """Puts tensors aside. ``plain``: all of them can be copied into a slot."""
-
-    def __init__(self, buffer: io.BytesIO) -> None:
-        super().__init__(buffer, protocol=pickle.HIGHEST_PROTOCOL)
-        self.tensors: list[torch.Tensor] = []
-        self.shapes: list[_Shape] = []
-        self.size, self.plain = 0, True
-        self.dispatch_table = {**copyreg.dispatch_table, torch.Tensor: self._aside, nn.Parameter: self._aside}
-
-    def _aside(self, tensor: torch.Tensor) -> tuple[Any, tuple[_Shape]]:
-        self.plain = self.plain and _is_plain(tensor)
-        if not self.plain:
-            return _tensor, (_Shape(0, tensor.dtype, (), ()),)
-        # As empty_like lays out a copy: dense memory in its own order, else row by row.
-        like = tensor if tensor.is_contiguous() else torch.empty_like(tensor, device="meta")
-        shape = _Shape(self.size, tensor.dtype, tuple(tensor.shape), like.stride())
-        self.tensors.append(tensor)
-        self.shapes.append(shape)
-        self.size += -(-tensor.numel() * tensor.element_size() // _ALIGNMENT) * _ALIGNMENT
-        return _tensor, (shape,)
-
-
-def _is_plain(tensor: torch.Tensor) -> bool:
-    return (
-        tensor.layout is torch.strided
-        and tensor.device.type == "cpu"
-        and tensor.numel() > 0
-        and not (tensor.requires_grad or tensor.is_quantized or tensor.is_conj() or tensor.is_neg() or tensor.is_nested)
-    )
-
-
-_unpickling = threading.local()
-
-
-def _tensor(shape: _Shape) -> torch.Tensor:
-    """Return a tensor of the message that this thread unpickles."""
-    return _view(_unpickling.memory, shape)
 
 
 class Receiver:
@@ -385,7 +302,7 @@ class _Incoming:
     def _run(self, data: memoryview, descriptors: Sequence[int]) -> None:
         number, size = _HEADER.unpack_from(data)
         for descriptor in descriptors:
-            self._slots[number] = _mapped(descriptor, size)
+            self._slots[number] = mapped(descriptor, size)
             os.close(descriptor)
         verb, args = self._unpickled(data[_HEADER.size :], number)
         self._handle(verb, args)
@@ -394,12 +311,9 @@ class _Incoming:
         if number == _NO_SLOT:
             return pickle.loads(data)
         # All tensors of the message refer to this view; when the last has gone, it goes.
-        _unpickling.memory = memoryview(self._slots[number])
-        self._references[number] = weakref.ref(_unpickling.memory, lambda _: self._free(number))
-        try:
-            return pickle.loads(data)
-        finally:
-            del _unpickling.memory
+        memory = memoryview(self._slots[number])
+        self._references[number] = weakref.ref(memory, lambda _: self._free(number))
+        return unpickled(data, memory)
 
     def _free(self, number: int) -> None:
         """Tell the sender that a slot is free; runs on whatever thread lets its last tensor go."""

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from rpcpipe.errors import Failure, RpcPipeError, StageError, WorkerLost
 from rpcpipe.transport.base import Endpoint
-from rpcpipe.transport.pickling import MessagePickler
+from rpcpipe.transport.message_pickling import MessagePickler
 from rpcpipe.transport.replies import Replies
 
 

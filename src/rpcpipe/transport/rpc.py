@@ -34,7 +34,7 @@ from torch.utils import _pytree as pytree
 from rpcpipe.errors import Failure, RpcPipeError, StageError, WorkerLost
 from rpcpipe.transport.base import DRIVER, Endpoint
 from rpcpipe.transport.lanes import Lanes
-from rpcpipe.transport.pickling import MessagePickler, in_bounds
+from rpcpipe.transport.message_pickling import MessagePickler, in_bounds
 from rpcpipe.transport.replies import Replies, wait
 from rpcpipe.transport.rpc_store import ExchangeStore
 from rpcpipe.transport.torch_log import hush
@@ -55,10 +55,9 @@ log = logging.getLogger("rpcpipe")
 class _Agent:
     """This process's torch agent and the other processes it knows.
 
-    The agent outlives a group of workers: RRefs go through the first agent that a process had and no
-    other (torch's RRefContext), so a second one would never tell owners that their RRefs are deleted.
-    Hence a group without fixed members, whose members each process enters itself under names and numbers
-    that are never used again; torch's own protocol for that, which does not survive a death, is not used.
+    The agent outlives a group of workers: RRefs go through the first agent that a process had (torch's RRefContext), so
+    a second one would never tell owners that their RRefs are deleted. Hence a group without fixed members, which each
+    process enters itself under names and numbers never used again: torch's protocol for that survives no death.
     """
 
     def __init__(self, store: ExchangeStore, name: str, number: int, interface: str) -> None:
@@ -132,7 +131,7 @@ class RpcProcess:
         numbers = {DRIVER: 0, **{name: next(self._numbers) for name in names}}
         if max(numbers.values()) > _MAX_NUMBER:
             raise RpcPipeError(
-                f"this process has launched {_MAX_NUMBER} workers, all that torch can number; start a fresh one"
+                f"this process has launched {_MAX_NUMBER} workers, all that torch numbers; use a fresh one"
             )
         return numbers
 

@@ -21,9 +21,9 @@ from rpcpipe.errors import Failure
 from rpcpipe.model import torch_settings
 from rpcpipe.model.microbatch import map_tensors
 from rpcpipe.schedules.action import Action
-from rpcpipe.transport import pickler
+from rpcpipe.transport import user_pickling
 from rpcpipe.transport.base import Transport
-from rpcpipe.transport.pickling import in_bounds
+from rpcpipe.transport.message_pickling import in_bounds
 from rpcpipe.worker.actor import Actor
 from rpcpipe.worker.mailbox import Entry, Mailbox
 from rpcpipe.worker.messages import Port
@@ -285,9 +285,9 @@ class Executor:
             case CreateActor(pipeline, spec):
                 return self._create(pipeline, spec)
             case CallFunction(call):
-                function, args = pickler.loads(call)
+                function, args = user_pickling.loads(call)
                 try:
-                    return pickler.dumps(function(*args))
+                    return user_pickling.dumps(function(*args))
                 finally:
                     torch_settings.forget()
             case ForwardByHand(pipeline, stage, inputs):
@@ -308,7 +308,7 @@ class Executor:
             else:
                 self._transport.send(worker, "deliver", pipeline, step, port, value)
 
-        loaded: ActorSpec = pickler.loads(spec)
+        loaded: ActorSpec = user_pickling.loads(spec)
         actor = Actor(self.name, loaded, device=self._device, send=send, ledger=self._transport)
         self.actors[pipeline] = actor
         return actor.describe()

@@ -24,7 +24,7 @@ from rpcpipe.stage.optimizer import Factory, LocalOptimizer, Parameters
 from rpcpipe.stage.recompute import Checkpoint, Recompute, is_ratio
 from rpcpipe.stage.stage import Stage, StageOptions
 from rpcpipe.stage.trainable import refuse_thawed
-from rpcpipe.transport import pickler
+from rpcpipe.transport import user_pickling
 from rpcpipe.worker.gradient_exchange import GradientExchange, ReplicaGroup, group_of
 from rpcpipe.worker.messages import StageInfo
 from rpcpipe.worker.operations import (
@@ -233,14 +233,14 @@ class StageSet:
             case CallModule(stage, function, seed):
                 return self._call(stage, function, seed)
             case SetMetrics(metrics):
-                self.stages[self.last_stage].metrics = pickler.loads(metrics)
+                self.stages[self.last_stage].metrics = user_pickling.loads(metrics)
             case SetSelection(function):
-                self.stages[self.last_stage].select = pickler.loads(function)
+                self.stages[self.last_stage].select = user_pickling.loads(function)
             case ReleaseLayers(names):
                 return self._release(names)
             case ReceiveLayers(given):
                 self._received = []  # what a move that another worker refused may have left
-                self._received = [pickler.loads(blob) for blob in given]
+                self._received = [user_pickling.loads(blob) for blob in given]
             case GetOptimizerState():
                 return self._optimizer_state()
             case Repartition():
@@ -257,7 +257,7 @@ class StageSet:
         infers = self.spec.optimizer is None
         try:
             with nullcontext() if infers else refuse_thawed(module, optimized), self._refuse_tied_hooks():
-                return pickler.dumps(pickler.loads(function)(module))
+                return user_pickling.dumps(user_pickling.loads(function)(module))
         finally:
             torch_settings.forget()
             self.weights_changed()
@@ -283,7 +283,7 @@ class StageSet:
         modules = {name: module for name, module in self._modules().items() if name in names}
         entries = [(name, m, self._states_of(m), self.accumulated.of(m)) for name, m in modules.items()]
         try:
-            return pickler.dumps((entries, self._used_groups(), self.loss))
+            return user_pickling.dumps((entries, self._used_groups(), self.loss))
         except Exception as error:
             after = "nothing has moved: keep a schedule of this placement, or"
             raise layers.unpicklable(modules, error, after) from error

@@ -21,11 +21,15 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from rpcpipe.errors import ArgumentError
+
 COMPILED = (
     "module.compile() has compiled a {kind}, and what it made does not travel: let the function compile the layer, too"
 )
 
 loads = pickle.loads
+
+_HEAVY_BYTES = 64 << 20
 
 
 def dumps(value: Any) -> bytes:
@@ -33,6 +37,27 @@ def dumps(value: Any) -> bytes:
     with io.BytesIO() as buffer:
         Pickler(buffer).dump(value)
         return buffer.getvalue()
+
+
+def named_dumps(value: Any, what: str) -> bytes:
+    """Return ``value`` pickled; warn if it drags along more data than anybody would send on purpose.
+
+    ``what`` names the value in the warning, and in the ArgumentError for what cannot be pickled.
+    """
+    try:
+        data = dumps(value)
+    except Exception as error:
+        raise ArgumentError(
+            f"{what} cannot be pickled to be sent to a worker: {type(error).__name__}: {error}; make what it refers to"
+            " on the worker, inside the function"
+        ) from error
+    if len(data) > _HEAVY_BYTES:
+        warnings.warn(
+            f"{what} takes {len(data) / 2**20:.0f} MiB to send: it refers to something large, a global or an enclosing"
+            " variable; pass that as an argument, or load it on the worker",
+            stacklevel=4,
+        )
+    return data
 
 
 class Pickler(cloudpickle.Pickler):  # type: ignore[misc]

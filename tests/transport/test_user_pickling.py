@@ -19,7 +19,7 @@ from torch.nn.utils import parametrizations
 
 from rpcpipe.errors import PartitionError
 from rpcpipe.model.layers import LayerSpec, unpicklable
-from rpcpipe.transport import pickler
+from rpcpipe.transport import user_pickling
 
 
 class Recorded(nn.Linear):
@@ -60,7 +60,7 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
 
 def copied(value: Any, times: int = 1) -> Any:
     for _ in range(times):
-        value = pickler.loads(pickler.dumps(value))
+        value = user_pickling.loads(user_pickling.dumps(value))
     return value
 
 
@@ -132,7 +132,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
 def test_what_cannot_be_carried_is_named(make: Callable[[], Any], words: str) -> None:
     layers = {"fine": nn.Linear(2, 2), "bad": make()}
     with pytest.raises(Exception) as caught:
-        pickler.dumps(layers)
+        user_pickling.dumps(layers)
     error = unpicklable(layers, caught.value)
     assert isinstance(error, PartitionError)
     with pytest.raises(PartitionError, match=f"(?s)layer bad.*{words}.*LayerSpec"):
@@ -167,7 +167,7 @@ VALUES: dict[str, Callable[[Any], Any]] = {
 def test_what_a_module_found_by_path_defines_can_be_read_elsewhere(
     by_path: ModuleType, value: Callable[[Any], Any]
 ) -> None:
-    data = pickler.dumps(value(by_path))
+    data = user_pickling.dumps(value(by_path))
     read = textwrap.dedent(
         """
         import pickle, sys
@@ -181,17 +181,17 @@ def test_what_a_module_found_by_path_defines_can_be_read_elsewhere(
 
 NAMES = {
     "torch": True, "torch.nn.functional": True, "torch._C._nn": True, "os": True, "os.path": True, "math": True,
-    "rpcpipe.transport.pickler": True, "__main__": False, "net_by_path": False, "no.such": False,
+    "rpcpipe.transport.user_pickling": True, "__main__": False, "net_by_path": False, "no.such": False,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "found"), NAMES.items())
 def test_it_is_known_what_a_worker_can_import(by_path: ModuleType, name: str, found: bool) -> None:
-    assert pickler.WorkerImports().find(name) is found
+    assert user_pickling.WorkerImports().find(name) is found
 
 
 def test_a_module_of_the_same_name_elsewhere_on_the_path_is_another_one(by_path: ModuleType, tmp_path: Path) -> None:
-    imports = pickler.WorkerImports()
+    imports = user_pickling.WorkerImports()
     imports.adopt([str(tmp_path)])
     assert imports.find("net_by_path")
     (tmp_path / "other").mkdir()

@@ -1,0 +1,108 @@
+"""Memory that two processes have mapped, and the tensors of a message in it."""
+
+from __future__ import annotations
+
+import copyreg
+import ctypes
+import io
+import mmap
+import pickle
+import threading
+import weakref
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from rpcpipe.transport.message_pickling import MessagePickler
+
+_ALIGNMENT = 64  # bytes: what kernels choose by alignment must not depend on the way a tensor came
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_LIBC.mmap.restype = ctypes.c_void_p
+_LIBC.mmap.argtypes = [
+    ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_longlong,
+]  # fmt: skip
+_FAILED = ctypes.c_void_p(-1).value
+
+
+def mapped(descriptor: int, size: int) -> memoryview:
+    """Return the memory of a file, mapped as long as something refers to it; unlike ``mmap`` without a descriptor."""
+    address = _LIBC.mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, descriptor, 0)
+    if address == _FAILED:
+        raise OSError(ctypes.get_errno(), "mmap")
+    array = (ctypes.c_ubyte * size).from_address(address)
+    weakref.finalize(array, _LIBC.munmap, ctypes.c_void_p(address), ctypes.c_size_t(size)).atexit = False
+    return memoryview(array).cast("B")
+
+
+class Shape(NamedTuple):
+    """Where a tensor is in a slot, and how it is laid out."""
+
+    offset: int
+    dtype: torch.dtype
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+def copy_into(tensors: Sequence[torch.Tensor], shapes: Sequence[Shape], memory: memoryview) -> None:
+    """Copy ``tensors`` to their places in ``memory``."""
+    for tensor, shape in zip(tensors, shapes, strict=True):
+        _view(memory, shape).copy_(tensor)
+
+
+def _view(memory: Any, shape: Shape) -> torch.Tensor:
+    """Return the tensor at its place in ``memory``, which it keeps alive."""
+    offset, dtype, size, stride = shape
+    count = 1 + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
+    return torch.frombuffer(memory, dtype=dtype, count=count, offset=offset).as_strided(size, stride)
+
+
+class TensorPickler(MessagePickler):
+    """Puts tensors aside. ``plain``: all of them can be copied into a slot."""
+
+    def __init__(self, buffer: io.BytesIO) -> None:
+        super().__init__(buffer, protocol=pickle.HIGHEST_PROTOCOL)
+        self.tensors: list[torch.Tensor] = []
+        self.shapes: list[Shape] = []
+        self.size, self.plain = 0, True
+        self.dispatch_table = {**copyreg.dispatch_table, torch.Tensor: self._aside, nn.Parameter: self._aside}
+
+    def _aside(self, tensor: torch.Tensor) -> tuple[Any, tuple[Shape]]:
+        self.plain = self.plain and _is_plain(tensor)
+        if not self.plain:
+            return _tensor, (Shape(0, tensor.dtype, (), ()),)
+        # As empty_like lays out a copy: dense memory in its own order, else row by row.
+        like = tensor if tensor.is_contiguous() else torch.empty_like(tensor, device="meta")
+        shape = Shape(self.size, tensor.dtype, tuple(tensor.shape), like.stride())
+        self.tensors.append(tensor)
+        self.shapes.append(shape)
+        self.size += -(-tensor.numel() * tensor.element_size() // _ALIGNMENT) * _ALIGNMENT
+        return _tensor, (shape,)
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return (
+        tensor.layout is torch.strided
+        and tensor.device.type == "cpu"
+        and tensor.numel() > 0
+        and not (tensor.requires_grad or tensor.is_quantized or tensor.is_conj() or tensor.is_neg() or tensor.is_nested)
+    )
+
+
+_unpickling = threading.local()
+
+
+def _tensor(shape: Shape) -> torch.Tensor:
+    """Return a tensor of the message that this thread unpickles."""
+    return _view(_unpickling.memory, shape)
+
+
+def unpickled(data: memoryview, memory: memoryview) -> Any:
+    """Return a message whose tensors are views of ``memory``, which they keep alive."""
+    _unpickling.memory = memory
+    try:
+        return pickle.loads(data)
+    finally:
+        del _unpickling.memory
