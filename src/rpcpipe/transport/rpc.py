@@ -130,9 +130,7 @@ class RpcProcess:
         """
         numbers = {DRIVER: 0, **{name: next(self._numbers) for name in names}}
         if max(numbers.values()) > _MAX_NUMBER:
-            raise RpcPipeError(
-                f"this process has launched {_MAX_NUMBER} workers, all that torch numbers; use a fresh one"
-            )
+            raise RpcPipeError(f"this process has launched {_MAX_NUMBER} workers, all that torch numbers: use another")
         return numbers
 
     def join(
