@@ -171,6 +171,31 @@ def test_modules_that_the_user_has_dropped_come_from_the_workers() -> None:
     assert rp.verify(pipe, *batch())
 
 
+class Remembering(nn.Linear):
+    """Has a state that no state_dict holds."""
+
+    def __init__(self) -> None:
+        super().__init__(16, 4)
+        self.calls = 0
+        self.register_buffer("mean", torch.zeros(()), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean()
+        return super().forward(x) * (1 + 0.01 * self.calls) + self.mean
+
+
+@pytest.mark.usefixtures("here")
+def test_what_layers_remember_of_earlier_steps_goes_along() -> None:
+    model = [*layers()[:4], Remembering()]
+    pipe, (x, y) = pipeline(model), batch()
+    assert rp.verify(pipe, x, y).exact
+    for _ in range(3):
+        pipe.train_step(x, y)
+    verification = rp.verify(pipe, x, y)
+    assert verification.exact, verification
+
+
 def test_the_plain_loop_runs_in_a_process_of_its_own(cluster: rp.Cluster) -> None:
     model = layers()
     pipe = pipeline(model, cluster)

@@ -146,7 +146,7 @@ def _job(runtime: Runtime, recipe: Recipe, seed: int, inputs: Nest, targets: Nes
         for name, entries in layers.items():
             moments.setdefault(name, {}).update(entries)
     return Job(
-        layers=recipe.layers() or _from_workers(runtime),
+        layers=(None if runtime.trained else recipe.layers()) or _from_workers(runtime),
         loss=options.loss,
         optimizer=options.optimizer,
         replicas=[[next(pairs) for _ in range(count)] for count in batch.counts],
@@ -168,7 +168,7 @@ def _job(runtime: Runtime, recipe: Recipe, seed: int, inputs: Nest, targets: Nes
 
 
 def _from_workers(runtime: Runtime) -> OrderedDict[str, Layer]:
-    """Return the workers' own modules, where the user's are gone."""
+    """Return the workers' modules, where the user's are gone, or layers have a state that training has moved on."""
     wirings = runtime.deployment.wirings
     children = [stage.call(lambda module: list(module.named_children())) for stage in runtime.stages]
     modules = OrderedDict(pair for pairs in children for pair in pairs)
