@@ -294,6 +294,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "another model's": (lambda ps: torch.optim.SGD(FOREIGN.parameters(), lr=0.1), r"2 parameters.*\(5, 3\)"),
     "and another model's": (lambda ps: torch.optim.SGD([*ps, *FOREIGN.parameters()], lr=0.1), "2 parameters"),
     "lbfgs": (torch.optim.LBFGS, "LBFGS.step needs 'closure'"),
+    "nothing chosen": (
+        lambda ps: torch.optim.SGD([p for n, p in ps.named() if n.startswith("0.")], lr=0.1),
+        "chose none of this worker's",
+    ),
     "a loss": (lambda ps: NeedsLoss(ps, lr=0.1), "NeedsLoss.step needs 'loss'"),
     "differentiable": (lambda ps: torch.optim.SGD(ps, lr=0.1, differentiable=True), "differentiable=True"),
     "another one inside": (Around, "Around holds another optimizer, inner"),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rpcpipe.errors import require
+from rpcpipe.errors import ArgumentError, require
 from rpcpipe.stage.hyperparameters import Groups, changed, copied, entries, hyperparameters, own, same, update
 from rpcpipe.stage.rollback import Undo
 from rpcpipe.stage.separable import is_separable
@@ -35,7 +35,15 @@ Factory = Callable[[Parameters], torch.optim.Optimizer]
 
 def make(factory: Factory, parameters: Parameters) -> torch.optim.Optimizer:
     """Return ``factory``'s optimizer; raises TypeError or ArgumentError for one that cannot work in a pipeline."""
-    optimizer = factory(parameters)
+    try:
+        optimizer = factory(parameters)
+    except ValueError as error:
+        if "empty parameter list" not in str(error):
+            raise
+        raise ArgumentError(
+            "optimizer chose none of this worker's parameters; return a group without any for such a worker:"
+            ' [{"params": chosen}] instead of chosen'
+        ) from error
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(
             f"optimizer must return a torch.optim.Optimizer, not {type(optimizer).__name__};"
