@@ -8,6 +8,7 @@ whose names begin with "optimizer.".
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -24,13 +25,14 @@ def hyperparameters(optimizer: torch.optim.Optimizer) -> Groups:
     return [{key: value for key, value in group.items() if key not in _PARAMETERS} for group in optimizer.param_groups]
 
 
+@functools.cache
 def _attributes_of_torch() -> set[str]:
+    """Return the attributes of torch's optimizers; not at import, as making the first one imports torch._dynamo."""
     plain = torch.optim.SGD([torch.nn.Parameter(torch.empty(0))], lr=0.1)
     return {*vars(plain), "_need_device_dtype_check_for_fused", "_opt_called", "_step_count"}
 
 
 _OWN, _STATE = "optimizer.", "optimizer.state."
-_TORCHS = _attributes_of_torch()
 
 
 def is_own(key: str) -> bool:
@@ -46,7 +48,9 @@ def options(groups: Sequence[Mapping[str, Any]]) -> Groups:
 def own(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Return the plain values and tensors in the optimizer's attributes and under string keys of its state."""
     attributes = {
-        f"{_OWN}{name}": value for name, value in vars(optimizer).items() if name not in _TORCHS and _is_plain(value)
+        f"{_OWN}{name}": value
+        for name, value in vars(optimizer).items()
+        if name not in _attributes_of_torch() and _is_plain(value)
     }
     state = {
         f"{_STATE}{key}": value for key, value in optimizer.state.items() if isinstance(key, str) and _is_plain(value)
