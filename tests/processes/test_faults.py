@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -46,13 +47,13 @@ class RaisingAdamW(torch.optim.AdamW):
 
     def __init__(self, params: list[nn.Parameter], victim: int) -> None:
         super().__init__(params, lr=1e-2)
-        self.calls = 0
+        # An object that a rollback leaves alone: plain attributes are taken back with the update.
+        self.calls = itertools.count(1)
         self.victim = sum(p.numel() for p in params) == victim
 
     def step(self, closure: object = None) -> None:  # type: ignore[override]
-        self.calls += 1
         super().step()
-        if self.calls == 3 and self.victim:
+        if next(self.calls) == 3 and self.victim:
             raise RuntimeError("boom in optimizer")
 
 
