@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from rpcpipe.stage.autograd import Saved
-from rpcpipe.stage.graph import is_python, nodes_below, unpacks_by_hook
+from rpcpipe.stage.graph import is_python, leaf_of, nodes_below, unpacks_by_hook
 from rpcpipe.stage.trainable import Parts
 
 
@@ -95,7 +95,7 @@ class Audit:
         entry = {edge.node for edge in saved.entered.edges}
         nodes = nodes_below([edge.node for edge in saved.outputs], entry)
         self.recomputes = self.recomputes or any(is_python(node) or unpacks_by_hook(node) for node in nodes)
-        for leaf in (node.variable for node in nodes if hasattr(node, "variable")):
+        for leaf in map(leaf_of, nodes):
             if isinstance(leaf, nn.Parameter) and leaf not in leaves:
                 raise RuntimeError(self._describe(leaf))
 

@@ -35,9 +35,14 @@ def nodes_below(roots: Iterable[Node], stop: Collection[Node] = ()) -> list[Node
     return order
 
 
+def leaf_of(node: Node) -> torch.Tensor | None:
+    """Return the leaf into whose ``.grad`` ``node`` accumulates; None for every other kind of node."""
+    return getattr(node, "variable", None)
+
+
 def accumulators_below(node: Node) -> set[Node]:
     """Return the nodes below ``node``, itself included, that accumulate into a leaf's ``.grad``."""
-    return {below for below in nodes_below([node]) if hasattr(below, "variable")}
+    return {below for below in nodes_below([node]) if leaf_of(below) is not None}
 
 
 def is_python(node: Node) -> bool:

@@ -23,7 +23,7 @@ from torch.autograd.graph import GradientEdge, Node
 from rpcpipe.stage import autograd
 from rpcpipe.stage.autograd import Saved
 from rpcpipe.stage.gradients import has_hooks
-from rpcpipe.stage.graph import accumulators_below, is_python, nodes_below, raw_saved
+from rpcpipe.stage.graph import accumulators_below, is_python, leaf_of, nodes_below, raw_saved
 
 # torch.utils.checkpoint(use_reentrant=True) refuses inputs=…, a compiled graph retain_graph=True.
 _WHOLE = ("CheckpointFunctionBackward", "CompiledFunctionBackward")
@@ -120,8 +120,8 @@ def _leave(branch: Branch) -> list[tuple[GradientEdge, torch.Tensor]]:
     parameter's hooks would run twice.
     """
     edges, grads = (list(column) for column in zip(*branch.arrived, strict=True))
-    variables = [edge.node.variable for edge in branch.edges if hasattr(edge.node, "variable")]
-    further = [edge for edge in branch.edges if not hasattr(edge.node, "variable")]
+    variables = [leaf for edge in branch.edges if (leaf := leaf_of(edge.node)) is not None]
+    further = [edge for edge in branch.edges if leaf_of(edge.node) is None]
     if variables:
         torch.autograd.backward(edges, grads, inputs=variables, retain_graph=bool(further))
     if not further:
@@ -145,7 +145,7 @@ class _Trunk:
     @property
     def whole(self) -> bool:
         """Whether a node refuses to run for some of its inputs alone, or twice, or a parameter below has hooks."""
-        hooked = (has_hooks(node.variable) for node in self._order if hasattr(node, "variable"))
+        hooked = (has_hooks(leaf) for leaf in map(leaf_of, self._order) if leaf is not None)
         return any(type(node).__name__ in _WHOLE for node in self.inside) or any(hooked)
 
     def branches(self) -> tuple[list[Branch], list[GradientEdge]]:
@@ -154,7 +154,7 @@ class _Trunk:
         These are the accumulators that several edges reach, because autograd sums their gradients, and those below a
         custom Function, whose backward may have side effects and so runs once.
         """
-        leaving = [(node, edge, accumulators_below(edge.node)) for node, edge in self._leaving()]
+        leaving = list(self._leaving())
         uses = Counter(accumulator for _, _, below in leaving for accumulator in below)
         early = {accumulator for accumulator, count in uses.items() if count > 1}
         early |= {accumulator for node, _, below in leaving if is_python(node) for accumulator in below}
@@ -168,13 +168,13 @@ class _Trunk:
                 branches.setdefault(node, Branch(node, [])).edges.append(edge)
         return list(branches.values()), [GradientEdge(accumulator, 0) for accumulator in early]
 
-    def _leaving(self) -> Iterator[tuple[Node, GradientEdge]]:
-        """Yield (trunk node, edge) for every edge from the trunk towards parameters."""
+    def _leaving(self) -> Iterator[tuple[Node, GradientEdge, set[Node]]]:
+        """Yield (trunk node, edge, accumulators below it) for every edge from the trunk towards parameters."""
         for node in reversed(self._order):
             if node in self.inside:
                 for child, index in node.next_functions:
-                    if child is not None and child not in self.nodes and accumulators_below(child):
-                        yield node, GradientEdge(child, index)
+                    if child is not None and child not in self.nodes and (below := accumulators_below(child)):
+                        yield node, GradientEdge(child, index), below
 
     def release(self, kept: set[int]) -> None:
         """Free the saved tensors of trunk nodes that ``W`` does not run; ``kept`` holds the ids of those it runs."""
