@@ -242,8 +242,11 @@ def _sharded_states(runtime: Runtime) -> Mapping[str, dict[str, Any]]:
 
     Which replica owns a parameter's state changes with the stages, so every worker gets the whole state.
     """
-    if not runtime.deployment.shard:
-        return {}
+    return optimizer_states(runtime) if runtime.deployment.shard else {}
+
+
+def optimizer_states(runtime: Runtime) -> dict[str, dict[str, Any]]:
+    """Return the optimizers' state by layer and parameter, of all workers together."""
     driver, states = runtime.driver, dict[str, dict[str, Any]]()
     for part in driver.collect({name: driver.call(name, GetOptimizerState()) for name in runtime.names}).values():
         for layer, state in part.items():

@@ -13,16 +13,15 @@ from typing import Any
 import torch
 
 from rpcpipe.driver.runtime import Runtime
-from rpcpipe.driver.step import Step
 from rpcpipe.errors import ArgumentError, ScheduleError, require
 from rpcpipe.model import tied_weights
 from rpcpipe.model.layers import Layer, Wired
 from rpcpipe.model.microbatch import Nest
-from rpcpipe.pipeline import state
+from rpcpipe.pipeline import deploy, state
 from rpcpipe.pipeline.pipeline import Pipeline
 from rpcpipe.pipeline.plain_loop import Job, PlainProcess, Update, unwatch, watch
 from rpcpipe.pipeline.recipe import Recipe
-from rpcpipe.worker.operations import GetOptimizerState, KeepState, RestoreState
+from rpcpipe.worker.operations import KeepState, RestoreState
 
 # Where sums are made in another order than by one process: relative to the largest value.
 _TOLERANCE = 1e-4
@@ -45,7 +44,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Verification:
-    """What came out: ``differences`` in the order of steps and layers, the losses first; empty where bits agree.
+    """What came out: ``differences`` by step, of outputs, loss and norm, then parameters and buffers; none if exact.
 
     ``tolerance`` is 0 where the documentation promises one process's bits; ``reason`` says why it is not.
     ``losses`` and ``grad_norms`` hold (pipeline, plain loop) by step.
@@ -109,7 +108,7 @@ def verify(pipe: Pipeline, inputs: Nest, targets: Nest, steps: int = 2) -> Verif
         job = _job(runtime, recipe, seed, inputs, targets, steps)
         with closing(PlainProcess(job)) as process:
             started = time.monotonic()
-            own = [_update(runtime, inputs, targets, watched=step == 0) for step in range(steps)]
+            own = [_update(pipe, inputs, targets, watched=step == 0) for step in range(steps)]
             plain = process.result(60 + 10 * len(runtime.stages) * (time.monotonic() - started))
     tolerance, reason = _tolerance(runtime, recipe)
     return _compare(own, plain, job, tolerance, reason)
@@ -139,12 +138,7 @@ def _job(runtime: Runtime, recipe: Recipe, seed: int, inputs: Nest, targets: Nes
         raise ArgumentError("this pipeline does not train; make one with loss=… and optimizer=… to verify it")
     batch = program.cut(inputs)
     pairs = iter(zip(batch.parts, program.cut_targets(runtime.prepare(targets), batch), strict=True))
-    driver, first = runtime.driver, runtime.cluster.workers[0]
-    optimizers = driver.collect({name: driver.call(name, GetOptimizerState()) for name in runtime.names})
-    moments: dict[str, dict[str, Any]] = {}
-    for layers in optimizers.values():
-        for name, entries in layers.items():
-            moments.setdefault(name, {}).update(entries)
+    first = runtime.cluster.workers[0]
     return Job(
         layers=(None if runtime.trained else recipe.layers()) or _from_workers(runtime),
         loss=options.loss,
@@ -152,7 +146,7 @@ def _job(runtime: Runtime, recipe: Recipe, seed: int, inputs: Nest, targets: Nes
         replicas=[[next(pairs) for _ in range(count)] for count in batch.counts],
         shares=batch.weights,
         weights=state.state_dict(runtime),
-        optimizer_state=moments,
+        optimizer_state=deploy.optimizer_states(runtime),
         groups=runtime.optimizer.changes(),
         trained=runtime.trained,
         seed=seed,
@@ -176,23 +170,19 @@ def _from_workers(runtime: Runtime) -> OrderedDict[str, Layer]:
     return OrderedDict((name, Wired(module, *wirings[name])) for name, module in modules.items())
 
 
-def _update(runtime: Runtime, inputs: Nest, targets: Nest, *, watched: bool) -> Update:
-    """Train the pipeline until it has updated once."""
+def _update(pipe: Pipeline, inputs: Nest, targets: Nest, *, watched: bool) -> Update:
+    """Train the pipeline until it has updated once; ``watched``: take fingerprints in the first call."""
     update = Update()
-    for call in range(runtime.settings.accumulate):
-        if watched and call == 0:
-            for stage in runtime.stages:
-                stage.call(watch)
-        with Step(runtime, runtime.trained) as step:
-            step.run(inputs, targets)
-            step.optimize()
-            result = step.result()
-        if watched and call == 0:
-            for stage in runtime.stages:
-                update.outputs |= stage.call(unwatch)
+    for call in range(pipe.accumulate):
+        stages = pipe.stages if watched and call == 0 else ()
+        for stage in stages:
+            stage.call(watch)
+        result = pipe.train_step(inputs, targets)
+        for stage in stages:
+            update.outputs |= stage.call(unwatch)
         update.losses.append(result.loss)
     update.grad_norm = result.grad_norm
-    update.state = dict(state.state_dict(runtime))
+    update.state = dict(pipe.state_dict())
     return update
 
 
