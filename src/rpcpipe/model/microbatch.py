@@ -1,7 +1,7 @@
 """Batches as nests of tensors: split into micro-batches, and merged again.
 
 A nest is a tensor, a plain value, or a container of nests: a tuple, list, dict, dataclass, namespace or any other that
-torch's pytree or ``containers`` knows. Dimension 0 of every tensor that has a dimension is the batch dimension, unless
+torch's pytree or ``nest_types`` knows. Dimension 0 of every tensor that has a dimension is the batch dimension, unless
 ``Replicated``, ``Batched`` or ``MicroBatches`` say otherwise.
 """
 
@@ -56,7 +56,7 @@ Packed = tuple[list[torch.Tensor], bytes]
 
 
 def pack(nest: Nest) -> Packed:
-    """Return ``nest`` packed for a message, with its structure pickled by ``pickler``.
+    """Return ``nest`` packed for a message, with its structure pickled by ``user_pickling``.
 
     That also handles classes defined in a script or a REPL. Errors of pickling are raised here
     and not on a thread of the transport.

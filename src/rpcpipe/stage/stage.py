@@ -323,18 +323,13 @@ class Stage:
 
     def loss_values(self) -> dict[int, tuple[float, float | None]]:
         """Return (value, count) of the loss by micro-batch; waits for the device."""
-        return {
-            chunk: (float(value), None if count is None else float(count))
-            for chunk, (value, count) in self.losses.items()
-        }
+        return _floats(self.losses)
 
     def take_losses(self) -> dict[int, tuple[float, float | None]]:
         """Return ``loss_values`` of the micro-batches whose backward is done, and remove those losses."""
         done = {chunk: loss for chunk, loss in self.losses.items() if chunk not in self._saved}
         self.losses = {chunk: loss for chunk, loss in self.losses.items() if chunk in self._saved}
-        return {
-            chunk: (float(value), None if count is None else float(count)) for chunk, (value, count) in done.items()
-        }
+        return _floats(done)
 
     def reset(self) -> None:
         """Discard the state of the previous step, including what a failed step left behind."""
@@ -347,6 +342,10 @@ class Stage:
             norm.clear()
         for parameter in self.module.parameters():
             parameter.grad = None
+
+
+def _floats(losses: Mapping[int, tuple[torch.Tensor, Any]]) -> dict[int, tuple[float, float | None]]:
+    return {chunk: (float(value), None if count is None else float(count)) for chunk, (value, count) in losses.items()}
 
 
 def _weight(micro_batch: MicroBatch, count: Any) -> float:

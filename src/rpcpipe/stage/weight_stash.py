@@ -70,12 +70,7 @@ class Versions:
 
     def call(self, layer: nn.Module, number: int, *arguments: Any) -> Any:
         """Return ``layer(*arguments)``, computed with the weights of version ``number``."""
-        aliases = self._aliases(number)
-        named = {
-            name: aliases[parameter]
-            for name, parameter in layer.named_parameters(remove_duplicate=False)
-            if parameter in aliases
-        }
+        named = self._named(layer, number)
         return functional_call(layer, named, arguments) if named else layer(*arguments)
 
     def run(self, module: nn.Module, number: int, function: Callable[[], R]) -> R:
@@ -83,14 +78,18 @@ class Versions:
 
         For a backward that runs layers again.
         """
+        block = _Block(module)
+        result: R = functional_call(block, self._named(block, number), (function,))
+        return result
+
+    def _named(self, module: nn.Module, number: int) -> dict[str, torch.Tensor]:
+        """Return the aliases of version ``number`` by the names of ``module``'s parameters."""
         aliases = self._aliases(number)
-        named = {
-            f"module.{name}": aliases[parameter]
+        return {
+            name: aliases[parameter]
             for name, parameter in module.named_parameters(remove_duplicate=False)
             if parameter in aliases
         }
-        result: R = functional_call(_Block(module), named, (function,))
-        return result
 
     @property
     def leaves(self) -> set[torch.Tensor]:

@@ -231,9 +231,10 @@ class Executor:
                     return None
                 if (taken := self._take()) is not None:
                     return taken
-                awaited = {pipeline: mailbox.awaited() for pipeline, mailbox in self._mailboxes.items()}
+                idle = self._idle_work_left
+                awaited = {pipeline: mailbox.awaited() for pipeline, mailbox in self._mailboxes.items()} if idle else {}
             # No deadline is needed: every change of the conditions above wakes.
-            if self._transport.receive(0.0 if self._idle_work_left else None):
+            if self._transport.receive(0.0 if idle else None):
                 continue
             try:
                 self._idle_work_left = any(
