@@ -14,6 +14,7 @@ from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrize
 
 from rpcpipe.errors import PartitionError
+from rpcpipe.model.memory import extent
 
 _METHODS = (
     "forward", "__call__", "_call_impl", "train", "eval", "state_dict", "load_state_dict", "get_extra_state",
@@ -71,9 +72,7 @@ class _Place:
     def __init__(self, layer: str, path: str, tensor: torch.Tensor) -> None:
         self.layer, self.path, self.tensor = layer, path, tensor
         self.storage = tensor.untyped_storage().data_ptr()
-        self.start = tensor.storage_offset() * tensor.element_size()
-        reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        self.stop = self.start + (reach + 1) * tensor.element_size()
+        self.start, self.stop = extent(tensor)
 
     @property
     def name(self) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from rpcpipe.model.memory import extent
 from rpcpipe.model.microbatch import Nest, map_tensors, tensors
 
 # One gradient per tensor; None for a tensor to which no gradient flows back.
@@ -128,17 +129,10 @@ def _overlapping(leaves: Sequence[torch.Tensor]) -> Collection[int]:
             by_storage.setdefault(leaf.untyped_storage().data_ptr(), []).append(number)
     for numbers in by_storage.values():
         for one, other in itertools.combinations(numbers, 2):
-            (start, end), (first, last) = _span(leaves[one]), _span(leaves[other])
+            (start, end), (first, last) = extent(leaves[one]), extent(leaves[other])
             if start < last and first < end:
                 found |= {one, other}
     return sorted(found)
-
-
-def _span(leaf: torch.Tensor) -> tuple[int, int]:
-    """Return where in its storage ``leaf`` begins and ends, in bytes."""
-    reach = sum((size - 1) * stride for size, stride in zip(leaf.shape, leaf.stride(), strict=True))
-    start = int(leaf.storage_offset())
-    return start * leaf.element_size(), (start + reach + 1) * leaf.element_size()
 
 
 def hooks_of(tensor: torch.Tensor) -> Mapping[int, Any]:

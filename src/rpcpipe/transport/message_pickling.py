@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copyreg
+import io
 import pickle
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from rpcpipe.transport import user_pickling
 from rpcpipe.transport.user_pickling import loads, worker_imports
@@ -21,6 +24,19 @@ class MessagePickler(pickle.Pickler):
         if name in worker_imports.by_name or not isinstance(name, str) or worker_imports.find(name):
             return NotImplemented
         return loads, (user_pickling.dumps(value),)
+
+
+class TensorsAside(MessagePickler):
+    """Pickles messages but for their ``tensors``, in whose place is what ``aside`` returns, a call to be pickled."""
+
+    def __init__(self, buffer: io.BytesIO) -> None:
+        super().__init__(buffer, protocol=pickle.HIGHEST_PROTOCOL)
+        self.tensors: list[torch.Tensor] = []
+        self.dispatch_table = {**copyreg.dispatch_table, torch.Tensor: self.aside, nn.Parameter: self.aside}
+
+    def aside(self, tensor: torch.Tensor) -> tuple[Any, tuple[Any, ...]]:
+        """Return a function and its arguments that yield the tensor where the message is unpickled."""
+        raise NotImplementedError
 
 
 def in_bounds(value: T) -> T:

@@ -11,12 +11,10 @@ No exception crosses the wire (torch would rebuild it as ``type(message)``): end
 from __future__ import annotations
 
 import contextlib
-import copyreg
 import io
 import itertools
 import logging
 import os
-import pickle
 import threading
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
@@ -25,7 +23,6 @@ from typing import Any
 
 import psutil
 import torch
-from torch import nn
 from torch.distributed import autograd as dist_autograd
 from torch.distributed import rpc
 from torch.distributed.rpc import api, internal
@@ -34,7 +31,7 @@ from torch.utils import _pytree as pytree
 from rpcpipe.errors import Failure, RpcPipeError, StageError, WorkerLost
 from rpcpipe.transport.base import DRIVER, Endpoint
 from rpcpipe.transport.lanes import Lanes
-from rpcpipe.transport.message_pickling import MessagePickler, in_bounds
+from rpcpipe.transport.message_pickling import TensorsAside, in_bounds
 from rpcpipe.transport.replies import Replies, wait
 from rpcpipe.transport.rpc_store import ExchangeStore
 from rpcpipe.transport.torch_log import hush
@@ -279,15 +276,10 @@ def _local_value(rref: Any) -> torch.futures.Future[Any]:
     return answer
 
 
-class _Pickler(MessagePickler):
+class _Pickler(TensorsAside):
     """Collects tensors beside the bytes, as torch's own RPC pickler, whose set-up costs more than the pickling."""
 
-    def __init__(self, buffer: io.BytesIO) -> None:
-        super().__init__(buffer, protocol=pickle.HIGHEST_PROTOCOL)
-        self.tensors: list[torch.Tensor] = []
-        self.dispatch_table = {**copyreg.dispatch_table, torch.Tensor: self._beside, nn.Parameter: self._beside}
-
-    def _beside(self, tensor: torch.Tensor) -> tuple[Any, tuple[int]]:
+    def aside(self, tensor: torch.Tensor) -> tuple[Any, tuple[int]]:
         self.tensors.append(in_bounds(tensor))
         return _tensor, (len(self.tensors) - 1,)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copyreg
 import ctypes
 import io
 import mmap
@@ -13,9 +12,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
-from rpcpipe.transport.message_pickling import MessagePickler
+from rpcpipe.transport.message_pickling import TensorsAside
 
 _ALIGNMENT = 64  # bytes: what kernels choose by alignment must not depend on the way a tensor came
 
@@ -59,17 +57,15 @@ def _view(memory: Any, shape: Shape) -> torch.Tensor:
     return torch.frombuffer(memory, dtype=dtype, count=count, offset=offset).as_strided(size, stride)
 
 
-class TensorPickler(MessagePickler):
-    """Puts tensors aside. ``plain``: all of them can be copied into a slot."""
+class TensorPickler(TensorsAside):
+    """Lays tensors out in a slot of ``size`` bytes. ``plain``: all of them can be copied there."""
 
     def __init__(self, buffer: io.BytesIO) -> None:
-        super().__init__(buffer, protocol=pickle.HIGHEST_PROTOCOL)
-        self.tensors: list[torch.Tensor] = []
+        super().__init__(buffer)
         self.shapes: list[Shape] = []
         self.size, self.plain = 0, True
-        self.dispatch_table = {**copyreg.dispatch_table, torch.Tensor: self._aside, nn.Parameter: self._aside}
 
-    def _aside(self, tensor: torch.Tensor) -> tuple[Any, tuple[Shape]]:
+    def aside(self, tensor: torch.Tensor) -> tuple[Any, tuple[Shape]]:
         self.plain = self.plain and _is_plain(tensor)
         if not self.plain:
             return _tensor, (Shape(0, tensor.dtype, (), ()),)
