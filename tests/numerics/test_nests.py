@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import rpcpipe as rp
 from support.local_cluster import LocalCluster
-from support.models import sgd
+from support.models import Make, Take, sgd
 from support.oracle import assert_same_weights
 
 Tensor = torch.Tensor
@@ -113,24 +113,6 @@ CONTAINERS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]] =
 def unpacked(packed: PackedSequence) -> Tensor:
     assert isinstance(packed, PackedSequence)
     return nn.utils.rnn.pad_packed_sequence(packed, batch_first=True)[0][:, :, 0]
-
-
-class Make(nn.Module):
-    def __init__(self, make: Callable[[Tensor], Any]) -> None:
-        super().__init__()
-        self.linear, self.make = nn.Linear(4, 4), make
-
-    def forward(self, x: Tensor) -> Any:
-        return self.make(self.linear(x))
-
-
-class Take(nn.Module):
-    def __init__(self, take: Callable[[Any], Tensor]) -> None:
-        super().__init__()
-        self.linear, self.take = nn.Linear(4, 4), take
-
-    def forward(self, value: Any) -> Tensor:
-        return self.linear(self.take(value))
 
 
 def mse(output: Tensor, target: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import nn
 
 import rpcpipe as rp
 from support.local_cluster import LocalCluster
-from support.models import sgd
+from support.models import Make, Take, sgd
 from support.oracle import assert_same_weights
 
 Tensor = torch.Tensor
@@ -20,20 +20,6 @@ Tensor = torch.Tensor
 
 class Sub(torch.Tensor):
     pass
-
-
-class Make(nn.Module):
-    def __init__(self, make: Callable[[Tensor], Any]) -> None:
-        super().__init__()
-        self.linear, self.make = nn.Linear(4, 4), make
-
-    def forward(self, x: Tensor) -> Any:
-        return self.make(self.linear(x))
-
-
-class Take(Make):
-    def forward(self, x: Any) -> Any:
-        return self.linear(self.make(x))
 
 
 def mse(output: Tensor, target: Tensor) -> Tensor:

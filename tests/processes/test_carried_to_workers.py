@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import torch
 from torch import nn
 
 import rpcpipe as rp
+from support.by_path import imported
 from support.models import adamw, batches, cross_entropy
 
 SOURCE = """
@@ -25,15 +24,8 @@ def fail(): raise Refused("here")
 
 @pytest.fixture
 def by_path(tmp_path: Path) -> Iterator[Any]:
-    path = tmp_path / "layers_by_path.py"
-    path.write_text(SOURCE)
-    spec = importlib.util.spec_from_file_location("layers_by_path", path)
-    assert spec is not None
-    assert spec.loader is not None
-    sys.modules["layers_by_path"] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["layers_by_path"]
+    with imported(tmp_path / "layers_by_path.py", SOURCE) as module:
+        yield module
 
 
 def test_layers_of_a_module_found_by_path_train(cluster: rp.Cluster, by_path: Any) -> None:

@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
+
+
+class Make(nn.Module):
+    """A linear layer that gives what ``make`` makes of its output."""
+
+    def __init__(self, make: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.linear, self.make = nn.Linear(4, 4), make
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.make(self.linear(x))
+
+
+class Take(Make):
+    """A linear layer of what ``make`` takes out of its input."""
+
+    def forward(self, x: Any) -> Any:
+        return self.linear(self.make(x))
 
 
 def mlp(layers: int = 8, width: int = 12, dropout: float = 0.1) -> nn.Sequential:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 import textwrap
@@ -20,6 +19,7 @@ from torch.nn.utils import parametrizations
 from rpcpipe.errors import PartitionError
 from rpcpipe.model.layers import LayerSpec, unpicklable
 from rpcpipe.transport import user_pickling
+from support.by_path import imported
 
 
 class Recorded(nn.Linear):
@@ -141,18 +141,9 @@ def test_what_cannot_be_carried_is_named(make: Callable[[], Any], words: str) ->
 
 @pytest.fixture
 def by_path(tmp_path: Path) -> Iterator[ModuleType]:
-    """A module imported by its file's path, as pytest --import-mode=importlib does."""
-    path = tmp_path / "net_by_path.py"
-    path.write_text(
-        "from torch import nn\nWIDTH = 2\nclass Net(nn.Linear): pass\ndef make(): return Net(WIDTH, WIDTH)\n"
-    )
-    spec = importlib.util.spec_from_file_location("net_by_path", path)
-    assert spec is not None
-    assert spec.loader is not None
-    sys.modules["net_by_path"] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["net_by_path"]
+    source = "from torch import nn\nWIDTH = 2\nclass Net(nn.Linear): pass\ndef make(): return Net(WIDTH, WIDTH)\n"
+    with imported(tmp_path / "net_by_path.py", source) as module:
+        yield module
 
 
 VALUES: dict[str, Callable[[Any], Any]] = {
