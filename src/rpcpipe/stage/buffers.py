@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -22,20 +22,6 @@ _STATISTICS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 @dataclass
-class _Buffers:
-    """The buffers of the modules ``owners``; ``changing`` is known once a forward was observed.
-
-    ``late`` were registered by a forward: without a value they are not there at all.
-    """
-
-    owners: list[nn.Module]
-    keys: list[Key]
-    statistics: list[Key]
-    changing: list[Key] | None = None
-    late: set[Key] = field(default_factory=set)
-
-
-@dataclass
 class Observation:
     """What the buffers were before a forward: ``values`` of those that may change, and ``versions`` to find others."""
 
@@ -44,44 +30,45 @@ class Observation:
 
 
 class ForwardBuffers:
-    """The buffers of a stage's layers.
+    """The buffers of ``modules``, which run in one forward.
 
     Invariant: a buffer that forwards change is another tensor for each forward. What an earlier micro-batch's graph has
     saved, or its recomputation starts from, so keeps its values.
     """
 
-    def __init__(self, module: nn.Sequential) -> None:
-        self._module = module
-        self._known: dict[tuple[int, int], _Buffers] = {}
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._statistics = _keys([module for module in modules if _keeps_statistics(module)])
+        self._owners = [module for module in modules if not _keeps_statistics(module)]
+        self._keys = _keys(self._owners)
+        self._changing: list[Key] | None = None  # known once a forward was observed
+        self._late: set[Key] = set()  # registered by a forward: without a value they are not there at all
 
-    def before(self, start: int, stop: int) -> Observation:
-        """Prepare a forward of layers ``start`` … ``stop - 1``; to be passed to ``after``."""
-        buffers = self._buffers(start, stop)
-        if buffers.changing is None:
-            return Observation(_copies({key: _live(key) for key in buffers.keys}), _versions(buffers.keys))
-        values = {key: _live(key) for key in buffers.changing}
+    def before(self) -> Observation:
+        """Prepare a forward; to be passed to ``after``."""
+        if self._changing is None:
+            return Observation(_copies({key: _live(key) for key in self._keys}), _versions(self._keys))
+        values = {key: _live(key) for key in self._changing}
         _put(_copies(values))
-        return Observation(values, _versions([key for key in buffers.keys if key not in values]))
+        return Observation(values, _versions([key for key in self._keys if key not in values]))
 
-    def after(self, start: int, stop: int, seen: Observation, *, dropped: bool) -> Values:
+    def after(self, seen: Observation, *, dropped: bool) -> Values:
         """Return the values before the forward of the buffers that it changed.
 
         Raises RuntimeError if a forward whose activations were ``dropped`` is the first to change a buffer, and not the
         first of all: its recomputation would start from another value.
         """
-        buffers = self._buffers(start, stop)
         moved = [key for key, buffer, version in seen.versions if _version(_live(key), buffer) != version]
-        if len(present := _keys(buffers.owners)) > len(buffers.keys):
-            new = [key for key in present if key not in set(buffers.keys)]
-            buffers.keys, buffers.late, moved = present, buffers.late | set(new), [*moved, *new]
+        if len(present := _keys(self._owners)) > len(self._keys):
+            new = [key for key in present if key not in set(self._keys)]
+            self._keys, self._late, moved = present, self._late | set(new), [*moved, *new]
             seen.values.update(dict.fromkeys(new))
-        if buffers.changing is None:
+        if self._changing is None:
             # A kernel may write without counting a version, and a value may come out as it was.
-            buffers.changing = [
+            self._changing = [
                 key for key, value in seen.values.items() if key in moved or not _equal(_live(key), value)
             ]
-            return {key: seen.values[key] for key in buffers.changing}
-        buffers.changing = [*buffers.changing, *moved]
+            return {key: seen.values[key] for key in self._changing}
+        self._changing = [*self._changing, *moved]
         if moved and dropped:
             raise RuntimeError(
                 f"{type(moved[0][0]).__name__} changed its buffer {moved[0][1]!r} for this micro-batch and not for"
@@ -90,23 +77,14 @@ class ForwardBuffers:
         return seen.values
 
     @contextmanager
-    def as_of(self, start: int, stop: int, values: Values) -> Iterator[None]:
+    def as_of(self, values: Values) -> Iterator[None]:
         """Let buffers have ``values`` inside the block, for a recomputation; what it changes is dropped."""
-        buffers = self._buffers(start, stop)
-        live = {key: _live(key) for key in (*(buffers.changing or ()), *buffers.statistics)}
-        _put(_copies(live) | values, buffers.late)
+        live = {key: _live(key) for key in (*(self._changing or ()), *self._statistics)}
+        _put(_copies(live) | values, self._late)
         try:
             yield
         finally:
             _put(live)
-
-    def _buffers(self, start: int, stop: int) -> _Buffers:
-        if (start, stop) not in self._known:
-            owners = [owner for layer in list(self._module)[start:stop] for owner in layer.modules()]
-            statistics = [key for owner in owners if _keeps_statistics(owner) for key in _keys([owner])]
-            others = [owner for owner in owners if not _keeps_statistics(owner)]
-            self._known[start, stop] = _Buffers(others, _keys(others), statistics)
-        return self._known[start, stop]
 
 
 def _keeps_statistics(owner: nn.Module) -> bool:

@@ -201,6 +201,13 @@ class MicroBatchGraph:
         return segment.saved
 
 
+class _Parts(NamedTuple):
+    """The modules of a segment's layers, and their buffers."""
+
+    modules: list[nn.Module]
+    buffers: ForwardBuffers
+
+
 class SegmentRunner:
     """Runs a stage's segments and counts the bytes that they keep.
 
@@ -224,8 +231,7 @@ class SegmentRunner:
         self._audit, self._leaves = audit, leaves
         self._bytes: dict[Any, int] = {}
         self._mutates: dict[int, bool] = {}
-        self._buffers = ForwardBuffers(module)
-        self._modules: dict[tuple[int, int], list[nn.Module]] = {}
+        self._parts: dict[tuple[int, int], _Parts] = {}
 
     def run(self, chunk: int, received: autograd.StageInput, forward: Forward) -> tuple[MicroBatchGraph, Nest]:
         """Run the forward of ``chunk``; return its graph, and the outputs with their autograd graph if that is kept."""
@@ -249,10 +255,10 @@ class SegmentRunner:
 
     def _keep(self, segment: Segment, received: autograd.StageInput) -> Nest:
         """Run a segment, keep its graph, and return its outputs."""
-        start, stop, _ = segment.run
-        seen = self._buffers.before(start, stop)
+        buffers = self._parts_of(segment).buffers
+        seen = buffers.before()
         outputs = self._forward(segment, received)
-        self._buffers.after(start, stop, seen, dropped=False)
+        buffers.after(seen, dropped=False)
         return outputs
 
     def _forward(self, segment: Segment, received: autograd.StageInput) -> Nest:
@@ -277,11 +283,12 @@ class SegmentRunner:
             original = autograd.copied(original)
         inputs, random = tensors(received.nest), rng.python_state()
         versions = [leaf._version for leaf in inputs]
-        attributes, seen = Attributes(self._parts(start, stop)), self._buffers.before(start, stop)
+        parts = self._parts_of(segment)
+        attributes, seen = Attributes(parts.modules), parts.buffers.before()
         nest, entry = autograd.enter(received)
         outputs = segment.forward(start, stop, nest, entry, True)
         autograd.check_hooks(received, entry)
-        buffers = self._buffers.after(start, stop, seen, dropped=True)
+        buffers = parts.buffers.after(seen, dropped=True)
         attributes.check()
         mutated = [leaf._version for leaf in inputs] != versions
         if mutated and self._mutates.get(start) is False:
@@ -294,11 +301,12 @@ class SegmentRunner:
         segment.bytes = Memory(tensors(original.nest)).without()
         return outputs
 
-    def _parts(self, start: int, stop: int) -> list[nn.Module]:
-        if (start, stop) not in self._modules:
-            layers = list(self._module)[start:stop]
-            self._modules[start, stop] = [part for layer in layers for part in layer.modules()]
-        return self._modules[start, stop]
+    def _parts_of(self, segment: Segment) -> _Parts:
+        start, stop, _ = segment.run
+        if (start, stop) not in self._parts:
+            modules = [part for layer in list(self._module)[start:stop] for part in layer.modules()]
+            self._parts[start, stop] = _Parts(modules, ForwardBuffers(modules))
+        return self._parts[start, stop]
 
     def _again(self, segment: Segment) -> None:
         """Recompute a segment as its forward ran, and leave buffers and generators as they are now."""
@@ -308,7 +316,8 @@ class SegmentRunner:
         dropped, segment.dropped = segment.dropped, None
         random = rng.python_state()
         rng.set_python_state(dropped.random)
-        with torch.enable_grad(), self._buffers.as_of(start, stop, dropped.buffers), dropped.attributes.restored():
+        buffers = self._parts_of(segment).buffers
+        with torch.enable_grad(), buffers.as_of(dropped.buffers), dropped.attributes.restored():
             self._forward(segment, dropped.received)
         rng.set_python_state(random)
         self._replayed()
