@@ -102,7 +102,7 @@ def test_slurms_variables(start: Start, script: Path) -> None:
 def test_torchrun(script: Path) -> None:
     port = str(free_port())
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2"]
-    where = ["--master-addr", "127.0.0.1", "--master-port", port, str(script)]
+    where = ["--master-addr", "127.0.0.1", "--master-port", port, "--log-dir", str(script.parent), str(script)]
     environ = {**os.environ, "RPCPIPE_SECRET": SECRET, "OMP_NUM_THREADS": "1"}
     with ExitStack() as stack:
         nodes = [_popen(stack, [*command, "--node-rank", str(node), *where], environ) for node in (0, 1)]
