@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Any
@@ -160,6 +161,27 @@ def test_a_chained_message_gets_the_handles_values(transport: Transport) -> None
     wait_for(lambda: ask(transport, "release") == 1)
     assert third.to_here().tolist() == [12, 12]
     assert second.to_here().tolist() == [6, 6]
+
+
+class ReadOnceFetching:
+    """Takes until a handle's value is being waited for, where it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return wait_for, (is_fetching,)
+
+
+def is_fetching() -> bool:
+    return any("fetch" in thread.name for thread in threading.enumerate())
+
+
+def test_a_chained_message_may_arrive_before_the_one_whose_value_it_takes() -> None:
+    with rp.launch(workers=1, threads=1, timeout=20.0) as cluster:
+        transport = cluster.transport
+        cluster.call(1, serve_recorder, transport.generation)
+        second: Any = transport.remote_chained(WORKER, "double", {"x": torch.ones(2), "late": ReadOnceFetching()})
+        third: Any = transport.remote_chained(WORKER, "double", {"x": second})
+        assert third.to_here(20.0).tolist() == [4, 4]
+        assert second.to_here(20.0).tolist() == [2, 2]
 
 
 def test_a_chained_failure_is_raised_where_it_is_fetched(transport: Transport) -> None:

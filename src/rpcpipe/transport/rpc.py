@@ -229,12 +229,12 @@ def _receive_chained(generation: str, verb: str, args: tuple[Any, ...]) -> torch
     is in force, so the graph spans the workers; nothing waits here.
     """
     leaves, spec = pytree.tree_flatten(args)
-    fetches = [rpc.rpc_async(leaf.owner(), _local_value, args=(leaf,)) if _is_rref(leaf) else None for leaf in leaves]
+    fetches = [_fetch(leaf) if _is_rref(leaf) else None for leaf in leaves]
     answer: torch.futures.Future[Any] = torch.futures.Future()
 
     def fetched(_: object) -> None:
         try:
-            values = [leaf if fetch is None else fetch.value() for leaf, fetch in zip(leaves, fetches, strict=True)]
+            values = [leaf if fetch is None else _fetched(fetch) for leaf, fetch in zip(leaves, fetches, strict=True)]
             result = _receive(generation, verb, pytree.tree_unflatten(values, spec))
         except Exception as error:
             answer.set_result(_raised_by_to_here(f"{type(error).__name__}: {error}"))
@@ -258,6 +258,22 @@ def _raised_by_to_here(message: str) -> internal.RemoteException:
 
 def _is_rref(value: object) -> bool:
     return isinstance(value, rpc.PyRRef)  # type: ignore[attr-defined]
+
+
+def _fetch(rref: Any) -> torch.futures.Future[Any]:
+    # An owner sends its RRef to nobody: if the call that makes the value has not arrived yet, torch forgets the RRef
+    # once this process has received it from itself, and makes another one for the value.
+    if rref.is_owner():
+        own: torch.futures.Future[Any] = _local_value(rref)
+        return own
+    return rpc.rpc_async(rref.owner(), _local_value, args=(rref,))
+
+
+def _fetched(done: torch.futures.Future[Any]) -> Any:
+    """Return the value of ``_fetch``; raises what the call that should have made it has raised."""
+    value = done.value()
+    internal._handle_exception(value)  # type: ignore[no-untyped-call]  # a message's answer has been through it
+    return value
 
 
 @rpc.functions.async_execution  # type: ignore[untyped-decorator]
