@@ -8,6 +8,7 @@ barrier) on torch's.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing as mp
 import os
@@ -43,6 +44,12 @@ class Case(NamedTuple):
     workers: int
     chunks: int
     schedule: str
+    device: str = "cpu"
+
+    @property
+    def beside_torch(self) -> bool:
+        """Whether torch's side runs: gloo sends no CUDA tensors, and NCCL takes no two ranks of one GPU."""
+        return self.schedule in TORCHS and self.device == "cpu"
 
     @property
     def virtual(self) -> int:
@@ -181,7 +188,8 @@ class SingleProcess:
     """The whole model in this process, with the same one thread."""
 
     def __init__(self, case: Case) -> None:
-        self._model = nn.Sequential(*[spec.build() for spec in layers(case)])
+        self._device = torch.device(case.device)
+        self._model = nn.Sequential(*[spec.build() for spec in layers(case)]).to(self._device)
         self._optimizer = adamw(list(self._model.parameters()))
         self._inputs, self._targets = batch(case, 0)
         self._chunks = case.chunks
@@ -191,9 +199,12 @@ class SingleProcess:
         for _ in range(count):
             start = time.perf_counter()
             for x, y in zip(self._inputs.chunk(self._chunks), self._targets.chunk(self._chunks), strict=True):
-                (next_token_loss(self._model(x), y) / self._chunks).backward()  # type: ignore[no-untyped-call]
+                loss = next_token_loss(self._model(x.to(self._device)), y.to(self._device))
+                (loss / self._chunks).backward()  # type: ignore[no-untyped-call]
             self._optimizer.step()
             self._optimizer.zero_grad()
+            if self._device.type == "cuda":
+                torch.cuda.synchronize()
             times.append(time.perf_counter() - start)
         return times
 
@@ -204,9 +215,9 @@ class SingleProcess:
 def measure(case: Case, rounds: int, steps: int) -> dict[str, Any]:
     """Medians over all steps, and the median over rounds of the paired ratios to torch."""
     torch.set_num_threads(1)
-    cluster = rp.launch(workers=case.workers, threads=1)
+    cluster = rp.launch(workers=case.workers, threads=1, device=case.device)
     sides: dict[str, Any] = {
-        **({"torch": TorchSide(case)} if case.schedule in TORCHS else {}),
+        **({"torch": TorchSide(case)} if case.beside_torch else {}),
         "rref": OurSide(case, cluster, "rref"),
         "batched": OurSide(case, cluster, "batched"),
         "single": SingleProcess(case),
@@ -239,6 +250,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--chunks", type=int, nargs="+", default=[8, 16])
     parser.add_argument("--schedules", nargs="+", default=["gpipe", "1f1b"])
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda: the workers' GPUs, beside one process alone")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write all figures to this file as well")
@@ -249,7 +261,10 @@ def main() -> None:
         f" | {'rref':>6} {'batched':>7} of torch | {'rref':>6} {'batched':>7} of ideal"
     )
     rows = []
-    cases = [Case(d, k, m, s) for d in args.dims for k in args.workers for m in args.chunks for s in args.schedules]
+    cases = [
+        Case(d, k, m, s, args.device)
+        for d, k, m, s in itertools.product(args.dims, args.workers, args.chunks, args.schedules)
+    ]
     for case in cases:
         row = measure(case, args.rounds, args.steps)
         rows.append(row)

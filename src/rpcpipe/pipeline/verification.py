@@ -25,6 +25,7 @@ from rpcpipe.worker.operations import KeepState, RestoreState
 
 # Where sums are made in another order than by one process: relative to the largest value.
 _TOLERANCE = 1e-4
+_NORM_TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -195,6 +196,8 @@ def _tolerance(runtime: Runtime, recipe: Recipe) -> tuple[float, str]:
         return _TOLERANCE, "deferred statistics are merged in double precision"
     if deployment.layout.replicas > 1 and runtime.settings.accumulate > 1:
         return _TOLERANCE, "the replicas' gradients are summed in an order of their own"
+    if any(torch.device(worker.device).type == "cuda" for worker in runtime.cluster.workers):
+        return _NORM_TOLERANCE, "the norm of all gradients is added up on the CPU, from each one's, which the GPU gives"
     return 0.0, ""
 
 
