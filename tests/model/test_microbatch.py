@@ -4,6 +4,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rpcpipe.model import microbatch
 
@@ -51,3 +53,38 @@ def test_a_batch_is_cut_for_replicas_and_then_into_micro_batches() -> None:
     assert samples == [2, 1, 2, 1, 1]
     assert not by_caller
     assert [len(share) for share in microbatch.cut(torch.arange(1), 3, 2).shares] == [1, 0, 0]
+
+
+class Point(NamedTuple):
+    x: Any
+
+
+class Named(dict[str, Any]):
+    pass
+
+
+LEAVES = st.sampled_from([torch.ones(1), torch.nn.Parameter(torch.zeros(2)), None, 3, "text", torch.float32, object()])
+NESTS = st.recursive(
+    LEAVES,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.lists(inner, max_size=3).map(tuple),
+        st.dictionaries(st.sampled_from(["b", "a", "c"]), inner),
+        st.dictionaries(st.sampled_from(["b", "a"]), inner).map(Named),
+        inner.map(Point),
+    ),
+    max_leaves=8,
+)
+
+
+@settings(deadline=None)
+@given(NESTS)
+def test_what_is_built_in_is_gone_through_as_pytree_does(nest: Any) -> None:
+    leaves, spec = microbatch.flatten(nest)
+    expected = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    assert [*map(id, microbatch.tensors(nest))] == [*map(id, expected)]
+    order: list[int] = []
+    changed = microbatch.map_tensors(lambda leaf: order.append(id(leaf)) or (leaf,), nest)
+    assert order == [*map(id, expected)]
+    wrapped = [(leaf,) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+    assert repr(changed) == repr(microbatch.unflatten(wrapped, spec))

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from rpcpipe.model import nest_types
-from rpcpipe.model.microbatch import Nest, flatten, unflatten
+from rpcpipe.model.microbatch import Nest, collect_builtin, flatten, map_builtin, unflatten
 from rpcpipe.transport.message_pickling import in_bounds
 
 _ORDINARY = (torch.Tensor, nn.Parameter)
@@ -49,11 +49,18 @@ def _check_kind(tensor: torch.Tensor, source: str) -> None:
 
 def checked(nest: Nest, source: str, change: Any = None) -> Nest:
     """Return ``nest`` with every tensor ``sendable``, then ``change``d; raises TypeError for what cannot be sent."""
+    if collect_builtin(nest, []):
+        return map_builtin(lambda leaf: _sound(leaf, source, change), nest)
     leaves, spec = flatten(nest)
     for index, leaf in enumerate(leaves):
         if isinstance(leaf, torch.Tensor):
-            sound = sendable(leaf, source)
-            leaves[index] = sound if change is None else change(sound)
+            leaves[index] = _sound(leaf, source, change)
         elif type(leaf) not in nest_types.plain:
             nest_types.check_leaf(leaf, source)
     return unflatten(leaves, spec)
+
+
+def _sound(tensor: torch.Tensor, source: str, change: Any) -> torch.Tensor:
+    sound = sendable(tensor, source)
+    changed: torch.Tensor = sound if change is None else change(sound)
+    return changed

@@ -266,7 +266,8 @@ def _fetch(rref: Any) -> torch.futures.Future[Any]:
     if rref.is_owner():
         own: torch.futures.Future[Any] = _local_value(rref)
         return own
-    return rpc.rpc_async(rref.owner(), _local_value, args=(rref,))
+    answer: torch.futures.Future[Any] = rpc.rpc_async(rref.owner(), _local_value, args=(rref,))
+    return answer
 
 
 def _fetched(done: torch.futures.Future[Any]) -> Any:
