@@ -11,13 +11,11 @@ import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from rpcpipe.driver.optimizer import check_alike
 from rpcpipe.driver.recovery import Begin, Event, Fail, Idle, OtherCall, State, Succeed, TakeBack, transition
 from rpcpipe.errors import DeadlineExceeded, Failure, StageError
-from rpcpipe.stage import gradients
 from rpcpipe.stage.context import StepContext
 from rpcpipe.transport.base import Transport
 from rpcpipe.transport.interrupts import shield_interrupts
@@ -25,6 +23,9 @@ from rpcpipe.worker.messages import Port, Report, Updated
 from rpcpipe.worker.operations import (
     BeginStep,
     Call,
+    CommitStep,
+    LastReport,
+    LastUpdate,
     NormalizeGradients,
     Operation,
     PublishGradients,
@@ -32,6 +33,7 @@ from rpcpipe.worker.operations import (
     RollBackStep,
     RunAction,
     Task,
+    UndoUpdate,
     UpdateWeights,
 )
 
@@ -42,29 +44,20 @@ _CLOCK_CALLS = 8
 K = TypeVar("K")
 
 
-@dataclass(frozen=True)
-class GradientGate:
-    """The gradients' norm over all stages, known before any weight changes, and the ``factor`` that clips them."""
+class Commit(NamedTuple):
+    """The update that workers make of themselves at the end of a step, from the context ``context_id``.
 
-    grad_norm: float
-    factor: float
+    ``changes``: per parameter group the hyperparameters set on the driver. ``after``: by worker, tasks that follow.
+    """
 
-    @property
-    def finite(self) -> bool:
-        """Whether every gradient is finite."""
-        return math.isfinite(self.grad_norm)
+    context_id: int
+    changes: Sequence[Mapping[str, Any]]
+    after: Mapping[str, list[Task]]
 
-    @classmethod
-    def of(cls, reports: Mapping[str, Report], max_norm: float | None) -> GradientGate:
-        """Return the 2-norm of all gradients, with the factor by which ``clip_grad_norm_(…, max_norm)`` clips them."""
-        by_stage: dict[int, dict[int, float]] = {}
-        for report in reports.values():
-            for stage, norms in report.norms.items():
-                by_stage.setdefault(stage, {}).update(norms)  # replicas report different ones
-        found = [norm for _, norms in sorted(by_stage.items()) for _, norm in sorted(norms.items())]
-        dtype = gradients.joint_dtype(report.norm_dtype for report in reports.values() if any(report.norms.values()))
-        norm = gradients.total_norm(found, dtype)
-        return cls(norm, 1.0 if max_norm is None else gradients.clip_factor(norm, max_norm, dtype))
+    def tasks(self, worker: str) -> list[Task]:
+        """Return the tasks that end the step on ``worker``; the last one replies with its Report."""
+        update = Task(CommitStep(self.context_id, self.changes))
+        return [update, *after, Task(LastReport())] if (after := self.after.get(worker)) else [update]
 
 
 class Driver:
@@ -91,14 +84,30 @@ class Driver:
 
     # --- a step, in the order of docs/design/step.md: issue, collect, gate, apply ---
 
-    def run(self, calls: Sequence[Call], plan: StepContext, values: Mapping[Port, Any]) -> dict[str, Report]:
-        """Execute one step's actions; return every worker's report. After an error the step is rolled back."""
-        with self._cancelling(plan.step):
-            return self.collect(self.issue(calls, plan, values))
+    def run(
+        self, calls: Sequence[Call], plan: StepContext, values: Mapping[Port, Any], commit: Commit | None = None
+    ) -> dict[str, Report]:
+        """Execute one step's actions; return every worker's report. After an error the step is rolled back.
 
-    def issue(self, calls: Sequence[Call], plan: StepContext, values: Mapping[Port, Any]) -> dict[str, Future[Any]]:
+        With ``commit`` each worker updates its weights as soon as its own gradients are complete and finite. Raises
+        ArgumentError if the workers' optimizers have changed their hyperparameters in different ways.
+        """
+        with self._cancelling(plan.step, updating=commit is not None):
+            reports: dict[str, Report] = self.collect(self.issue(calls, plan, values, commit))
+            check_alike({worker: report.updated.changed for worker, report in reports.items()})
+        return reports
+
+    def issue(
+        self, calls: Sequence[Call], plan: StepContext, values: Mapping[Port, Any], commit: Commit | None = None
+    ) -> dict[str, Future[Any]]:
         """Send one step's actions; return each worker's reply. Several steps without updates may be under way."""
-        return self._issue_batched(calls, plan, values) if self._batched else self._issue(calls, plan, values)
+        ends = {worker: [Task(ReportStep())] if commit is None else commit.tasks(worker) for worker in self.workers}
+        issue = self._issue_batched if self._batched else self._issue
+        return issue(calls, plan, values, ends)
+
+    def take_update_back(self, step: int) -> None:
+        """Undo the updates of ``step``, which has succeeded; what its forwards have changed stays."""
+        self._post_all(step, Task(UndoUpdate(step)))
 
     def normalize_gradients(self, step: int, count: float, reports: Mapping[str, Report]) -> None:
         """Divide the gradients of a loss of (sum, count) by ``count``; put the new norms into ``reports``.
@@ -110,9 +119,12 @@ class Driver:
             for worker, norms in self.collect(self._post_all(step, task)).items():
                 reports[worker].norms = norms
 
-    def publish_gradients(self, step: int, context_id: int, gate: GradientGate) -> dict[str, Future[Any]]:
-        """Begin to add every stage's gradients to the step's distributed-autograd context; return the replies."""
-        task = Task(PublishGradients(context_id, gate.factor))
+    def publish_gradients(self, step: int, context_id: int, factor: float) -> dict[str, Future[Any]]:
+        """Begin to add every stage's gradients, times ``factor``, to the step's distributed-autograd context.
+
+        Returns the replies.
+        """
+        task = Task(PublishGradients(context_id, factor))
         with self._cancelling(step):
             return self._post_all(step, task)
 
@@ -126,13 +138,16 @@ class Driver:
     ) -> dict[str, tuple[int, int]]:
         """Apply the context's gradients on all workers, or on none; return each worker's (start, end) in ns.
 
-        ``after``: tasks to run on each worker after its update. The last one must return an ``Updated``. Raises
-        ArgumentError if the workers' optimizers have changed their hyperparameters in different ways.
+        ``after``: tasks to run on each worker after its update. Raises ArgumentError if the workers' optimizers have
+        changed their hyperparameters in different ways.
         """
-        task = Task(UpdateWeights(context_id, changes))
+        tasks = {
+            worker: [Task(UpdateWeights(context_id, changes)), *after.get(worker, ()), Task(LastUpdate())]
+            for worker in self.workers
+        }
         with self._cancelling(step, updating=True):
             done: dict[str, Updated] = self.collect(
-                {worker: self._post(worker, step, [task, *after.get(worker, ())]) for worker in self.workers}
+                {worker: self._post(worker, step, own) for worker, own in tasks.items()}
             )
             check_alike({worker: updated.changed for worker, updated in done.items()})
         return {worker: (updated.start, updated.end) for worker, updated in done.items()}
@@ -243,7 +258,9 @@ class Driver:
         self._held.clear()
         return [self._transport.call(worker, "drop", self._pipeline) for worker in self.workers]
 
-    def _issue(self, calls: Iterable[Call], plan: StepContext, values: Mapping[Port, Any]) -> dict[str, Future[Any]]:
+    def _issue(
+        self, calls: Iterable[Call], plan: StepContext, values: Mapping[Port, Any], ends: Mapping[str, list[Task]]
+    ) -> dict[str, Future[Any]]:
         """Send one asynchronous call per action and keep its RRef until the step is over; return the replies."""
         self._held = []
         begin = {worker: [Task(BeginStep(plan))] for worker in self.workers}
@@ -253,19 +270,18 @@ class Driver:
                 call = self._call(worker, plan.step, tasks, _values_for(tasks, values))
                 self._held.append(self._transport.remote(worker, "accept", *call))
         return {
-            worker: self._post(worker, plan.step, [*begin.get(worker, []), Task(ReportStep())])
-            for worker in self.workers
+            worker: self._post(worker, plan.step, [*begin.get(worker, []), *ends[worker]]) for worker in self.workers
         }
 
     def _issue_batched(
-        self, calls: Iterable[Call], plan: StepContext, values: Mapping[Port, Any]
+        self, calls: Iterable[Call], plan: StepContext, values: Mapping[Port, Any], ends: Mapping[str, list[Task]]
     ) -> dict[str, Future[Any]]:
         """Send the same tasks as ``_issue``, in one message per worker; return the reports' replies."""
         tasks = {worker: [Task(BeginStep(plan))] for worker in self.workers}
         for worker, more in calls:
             tasks[worker] += more
         return {
-            worker: self._post(worker, plan.step, [*own_tasks, Task(ReportStep())], _values_for(own_tasks, values))
+            worker: self._post(worker, plan.step, [*own_tasks, *ends[worker]], _values_for(own_tasks, values))
             for worker, own_tasks in tasks.items()
         }
 

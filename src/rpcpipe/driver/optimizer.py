@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 from rpcpipe.errors import ArgumentError, require
 from rpcpipe.stage.hyperparameters import Groups, copied, hyperparameters, is_own, options, same, update
@@ -35,6 +36,11 @@ class PipelineOptimizer(torch.optim.Optimizer):
     def lr(self) -> tuple[float, ...]:
         """The learning rate of every group; 0 for an optimizer that has none, or finds its own."""
         return tuple(0.0 if (rate := group.get("lr")) is None else float(rate) for group in self.param_groups)
+
+    @property
+    def has_pre_hooks(self) -> bool:
+        """Whether a hook runs before ``step``, which may change hyperparameters."""
+        return bool(self._optimizer_step_pre_hooks or _global_optimizer_pre_hooks)
 
     def changes(self) -> Groups:
         """Return, per group, copies of the hyperparameters that have ever differed from the factory's."""

@@ -28,7 +28,6 @@ from rpcpipe.worker.operations import (
     GatherSums,
     GatherWeights,
     GiveStatistics,
-    LastUpdate,
     Reduce,
     ReduceScatter,
     RunAction,
@@ -156,7 +155,7 @@ class StepProgram:
         for group in self._groups if self._shard else ():
             for index, worker in enumerate(group.members):
                 gathers.setdefault(worker, []).extend(gather_weights(group.name, group.owners, index))
-        return {worker: [*tasks, Task(LastUpdate())] for worker, tasks in gathers.items()}
+        return gathers
 
     def _rows(self, schedule: Schedule, counts: Sequence[int], *, targets: bool) -> list[list[Call]]:
         """Return every replica's calls, one per action."""

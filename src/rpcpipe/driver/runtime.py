@@ -101,7 +101,7 @@ class Runtime:
     ``trained`` counts the training steps done and seeds the next step's random numbers. ``prepare`` maps a batch's
     targets to the nest that is cut into micro-batches. ``parts``: by name, further state that lasts from step to step
     and that save writes and load restores. ``busy``: by worker, its busy share of the last step. ``offsets``: by
-    worker, the nanoseconds by which its clock is ahead.
+    worker, the nanoseconds by which its clock is ahead. ``loss_is_mean``: whether the last step's was no (sum, count).
     """
 
     def __init__(
@@ -119,6 +119,7 @@ class Runtime:
         self.policy, self.prepare, self.scaler = policy, prepare, scaler
         self.parts: dict[str, Stateful] = {} if scaler is None else {"scaler": scaler}
         self.trained = 0
+        self.loss_is_mean = False
         self.progress = Progress(settings.accumulate)
         self.callbacks: list[Callback] = []
         self.active: Active | None = None

@@ -12,12 +12,13 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from rpcpipe.driver.accumulation import Progress
-from rpcpipe.driver.driver import GradientGate
+from rpcpipe.driver.driver import Commit
+from rpcpipe.driver.gate import Verdict, judge, refuse_nonfinite
 from rpcpipe.driver.inference import NOTHING, Wanted
-from rpcpipe.driver.result import StepResult, by_stage, mean_loss, mean_metrics, merged_outputs
+from rpcpipe.driver.result import StepResult, by_stage, mean_metrics, merged_outputs
 from rpcpipe.driver.runtime import Runtime
 from rpcpipe.driver.tracing import spans
-from rpcpipe.errors import Failure, RpcPipeError, StageError
+from rpcpipe.errors import RpcPipeError
 from rpcpipe.model.microbatch import Nest
 from rpcpipe.schedules import Timeline
 from rpcpipe.stage import precision
@@ -31,15 +32,22 @@ log = logging.getLogger("rpcpipe")
 class Step:
     """A training step. ``context_id`` names its distributed-autograd context inside the with-block.
 
+    ``updates_at_once``: the caller will update whatever the batch gives, so workers need not wait to be told.
+
     It is a class and not a generator because Python delivers no Ctrl-C between the return of ``__enter__``
     and the with-block.
     """
 
     context_id: int
 
-    def __init__(self, runtime: Runtime, number: int, wanted: Wanted = NOTHING) -> None:
+    def __init__(
+        self, runtime: Runtime, number: int, wanted: Wanted = NOTHING, *, updates_at_once: bool = False
+    ) -> None:
         self._runtime = runtime
         self._wanted = wanted
+        self._updates_at_once = updates_at_once
+        # By worker, when an update that did not wait for the driver began and ended.
+        self._updates: dict[str, tuple[int, int]] = {}
         self._number = number
         self._message = runtime.driver.new_step()
         self._started = time.perf_counter()
@@ -68,7 +76,8 @@ class Step:
                 context.__exit__(None, None, None)
             if kind is not None and (isinstance(error, KeyboardInterrupt) or not self._updated):
                 # A Ctrl-C may come after the last worker has updated and before the caller can know of the update.
-                self._runtime.driver.roll_back(self._message, updating=self._updated)
+                updating = self._updated or self._updates_at_once
+                self._runtime.driver.roll_back(self._message, updating=updating)
             elif kind is None and self.done:
                 self._advance()
 
@@ -101,29 +110,43 @@ class Step:
         batch = runtime.program.cut(inputs)
         values = runtime.given(batch.parts, runtime.program.cut_targets(runtime.prepare(targets), batch))
         plan = self._plan(batch.weights)
-        reports = driver.run(runtime.program.train(batch.counts, updates=plan.updates), plan, values)
+        commit = self._commit(plan)
+        reports = driver.run(runtime.program.train(batch.counts, updates=plan.updates), plan, values, commit)
+        verdict = judge(driver, plan, self._progress, reports, batch.weights, runtime.settings.clip_grad_norm)
+        runtime.loss_is_mean = verdict.count is None
+        if commit is not None and not runtime.loss_is_mean:
+            return self._again(inputs, targets)
+        sound = verdict.sound and not self._progress.spoiled
+        if not sound:
+            self._leave_out(plan, verdict, reports, updated=commit is not None)
         if runtime.tracer is not None:
             runtime.tracer.step(reports, self._number)
-        loss, count = mean_loss(reports, batch.weights)
-        gate = self._gate(plan, reports, count)
-        spoiled = not math.isfinite(loss) and count != 0.0  # gradients of a loss of NaN may be finite
-        sound = gate.finite and not spoiled and not self._progress.spoiled
-        if not gate.finite or spoiled:
-            self._refuse_nonfinite(plan, loss, reports)
-            if not math.isfinite(loss):
-                driver.roll_back(self._message, updating=False)  # NaN would stay in running statistics for ever
-        if not sound:
-            norm = gate.grad_norm
-            log.warning("step %d: loss %s, norm of the gradient %s; no weight changes", self._number, loss, norm)
-        self._progress = self._progress.later(self._message, count, spoiled=spoiled)
+        self._progress = self._progress.later(self._message, verdict.count, spoiled=verdict.spoiled)
+        self._overflowed = verdict.overflowed
+        self._result = self._results(plan, verdict, reports, applied=plan.updates and sound)
+        self._result = dataclasses.replace(
+            self._result,
+            input_grads=runtime.input_gradients(batch, inputs, reports, 1.0 / plan.scale / (verdict.count or 1.0)),
+        )
+        runtime.note(self._result.timeline)
+        if commit is not None:
+            self._updates = {worker: (report.updated.start, report.updated.end) for worker, report in reports.items()}
+        elif self._result.applied:
+            return driver.publish_gradients(self._message, self.context_id, verdict.gate.factor)
+        return {}
+
+    def _results(
+        self, plan: StepContext, verdict: Verdict, reports: Mapping[str, Report], *, applied: bool
+    ) -> StepResult:
+        runtime = self._runtime
         measured = spans(reports, runtime.offsets, self._number)
-        self._result = StepResult(
+        return StepResult(
             step=self._number,
-            loss=loss,
-            grad_norm=gate.grad_norm,
+            loss=verdict.loss,
+            grad_norm=verdict.gate.grad_norm,
             seconds=time.perf_counter() - self._started,
             peak_in_flight=by_stage(reports, "peak_in_flight"),
-            applied=plan.updates and sound,
+            applied=applied,
             timeline=Timeline(measured, workers=len(reports), name=runtime.schedule.name),
             peak_activation_bytes=by_stage(reports, "peak_bytes"),
             recomputed=by_stage(reports, "recomputed", sum),
@@ -131,10 +154,7 @@ class Step:
             loss_scale=plan.scale,
             metrics=mean_metrics(reports),
             outputs=merged_outputs(reports),
-            input_grads=runtime.input_gradients(batch, inputs, reports, 1.0 / plan.scale / (count or 1.0)),
         )
-        runtime.note(self._result.timeline)
-        return driver.publish_gradients(self._message, self.context_id, gate) if self._result.applied else {}
 
     def _plan(self, weights: Sequence[float]) -> StepContext:
         """Return the step's context; ``weights``: each micro-batch's share of the batch."""
@@ -152,37 +172,48 @@ class Step:
             keep_outputs=self._wanted.outputs,
         )
 
-    def _gate(self, plan: StepContext, reports: Mapping[str, Report], count: float | None) -> GradientGate:
-        """Return the gate of the update's gradients, or of those accumulated so far. Normalizes the former."""
-        runtime, total = self._runtime, self._progress.counted(count)
-        # Judged before normalization, like GradScaler does: a count of 0 makes NaN but is no overflow of the scale.
-        self._overflowed = not GradientGate.of(reports, None).finite
-        if plan.updates and total is not None:
-            runtime.driver.normalize_gradients(self._message, total, reports)
-        gate = GradientGate.of(reports, runtime.settings.clip_grad_norm)
-        if plan.updates:
-            return gate
-        return dataclasses.replace(gate, grad_norm=gate.grad_norm / plan.scale / (total or 1.0))
+    def _commit(self, plan: StepContext) -> Commit | None:
+        """Return the update that needs nothing of other workers: no norm, no count, no scale that may overflow.
 
-    def _refuse_nonfinite(self, plan: StepContext, loss: float, reports: Mapping[str, Report]) -> None:
-        """With ``nonfinite="stop"``, raise StageError for the last stage whose gradient is not finite, or for the loss.
-
-        The last such stage is the first in the order of the backwards. The overflow of a finite loss under a loss
-        scale raises nothing, because a smaller scale mends it.
+        None if it does, or if the user may still change hyperparameters or leave the update out. That the loss is a
+        mean is known from the step before.
         """
-        if self._runtime.settings.nonfinite == "skip" or (plan.scale > 1.0 and math.isfinite(loss)):
-            return
-        entries = [(stage, name, norms) for name, report in reports.items() for stage, norms in report.norms.items()]
-        for stage, name, norms in sorted(entries, reverse=True):
-            if not all(map(math.isfinite, norms.values())):
-                message = f"a gradient of stage {stage} is not finite (nonfinite='stop')"
-                raise StageError.of(Failure.stated(FloatingPointError, message, worker=name, stage=stage))
-        for name, report in reports.items():
-            for chunk, (value, _) in sorted(report.losses.items()):
-                if not math.isfinite(value):
-                    message = f"the loss of micro-batch {chunk} is {value} (nonfinite='stop')"
-                    last = len(self._runtime.stages) - 1
-                    raise StageError.of(Failure.stated(FloatingPointError, message, worker=name, stage=last))
+        runtime = self._runtime
+        if (
+            not self._updates_at_once
+            or not plan.updates
+            or not runtime.loss_is_mean
+            or runtime.settings.clip_grad_norm is not None
+            or runtime.scaler is not None
+            or self._progress.spoiled
+            or runtime.optimizer.has_pre_hooks
+        ):
+            return None
+        return Commit(self.context_id, runtime.optimizer.changes(), runtime.program.after_update())
+
+    def _again(self, inputs: Nest, targets: Nest) -> dict[str, Future[Any]]:
+        """Run the batch once more, with a message number of its own: its updates took the loss for a mean."""
+        driver = self._runtime.driver
+        driver.roll_back(self._message, updating=True)
+        self._message = driver.new_step()
+        return self.run(inputs, targets)
+
+    def _leave_out(self, plan: StepContext, verdict: Verdict, reports: Mapping[str, Report], *, updated: bool) -> None:
+        """Let no weight change because of the ``verdict``; ``updated``: those of some workers have.
+
+        With ``nonfinite="stop"``, raises StageError. The overflow of a finite loss under a loss scale raises nothing,
+        because a smaller scale mends it.
+        """
+        driver, finite = self._runtime.driver, math.isfinite(verdict.loss)
+        if updated:
+            driver.take_update_back(self._message)
+        if not verdict.sound:
+            if self._runtime.settings.nonfinite == "stop" and (plan.scale == 1.0 or not finite):
+                refuse_nonfinite(reports, len(self._runtime.stages) - 1)
+            if not finite:
+                driver.roll_back(self._message, updating=False)  # NaN would stay in running statistics for ever
+        norm = verdict.gate.grad_norm
+        log.warning("step %d: loss %s, norm of the gradient %s; no weight changes", self._number, verdict.loss, norm)
 
     def optimize(self) -> None:
         """Apply the gradients on all workers, or on none; do nothing while they accumulate further."""
@@ -199,7 +230,7 @@ class Step:
         if not self.result().applied:
             return
         self._updated = True  # set before the update: rolling back an update that did not happen is harmless
-        times = self._runtime.driver.update_weights(
+        times = self._updates or self._runtime.driver.update_weights(
             self._message, self.context_id, self._runtime.optimizer.changes(), self._runtime.program.after_update()
         )
         if self._runtime.tracer is not None:

@@ -250,7 +250,7 @@ class Pipeline:
             stream.feed(inputs, targets)
             stream.flush()
             return stream.take()
-        with shield_interrupts(), self._step(metrics, outputs) as step:
+        with shield_interrupts(), self._step(metrics, outputs, updates_at_once=True) as step:
             # Not forward_backward, which waits until the gradients are in the context: one more round trip.
             step.run(inputs, targets)
             step.optimize()
@@ -298,15 +298,16 @@ class Pipeline:
         """
         return self._step(None, False)
 
-    def _step(self, metrics: Mapping[str, Metric] | None, outputs: bool) -> Step:
-        """Return a step that reports ``metrics`` and ``outputs``."""
+    def _step(self, metrics: Mapping[str, Metric] | None, outputs: bool, *, updates_at_once: bool = False) -> Step:
+        """Return a step that reports ``metrics`` and ``outputs``; ``updates_at_once`` as for ``Step``."""
         self.runtime.check()
         self.runtime.check_trains()
         if self.runtime.policy is not None:
             raise ScheduleError(
                 f"{self.schedule.name!r} updates as it goes; a step by hand needs a synchronous schedule"
             )
-        return Step(self.runtime, self.trained, inference.Wanted.of(self.runtime, metrics, outputs))
+        wanted = inference.Wanted.of(self.runtime, metrics, outputs)
+        return Step(self.runtime, self.trained, wanted, updates_at_once=updates_at_once)
 
     @contextmanager
     def trace(self) -> Iterator[Timeline]:

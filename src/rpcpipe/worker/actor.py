@@ -32,6 +32,7 @@ from rpcpipe.worker.operations import (
     AddStatistics,
     BeginStep,
     CallFunction,
+    CommitStep,
     CreateActor,
     DropActor,
     EndStream,
@@ -40,6 +41,7 @@ from rpcpipe.worker.operations import (
     GatherSums,
     GatherWeights,
     GiveStatistics,
+    LastReport,
     LastUpdate,
     NormalizeGradients,
     Operation,
@@ -50,6 +52,7 @@ from rpcpipe.worker.operations import (
     RollBackStep,
     RunAction,
     TakeBuffers,
+    UndoUpdate,
     UpdateWeights,
 )
 from rpcpipe.worker.stage_set import ActorSpec, StageSet
@@ -81,7 +84,6 @@ class Actor:
         self._buffers = Buffers()
         self._plan = StepContext(-1, 0, False, ())
         self._report = Report(name)
-        self._updated = Updated()
         self._arrivals: deque[tuple[int, Port, int]] = deque()  # handlers append
 
     def idle_work(self, action: Action | None = None) -> bool:
@@ -137,9 +139,15 @@ class Actor:
             case PublishGradients(context_id, factor):
                 self._publish_gradients(context_id, factor)
             case UpdateWeights(context_id, changes):
-                return self._update_weights(context_id, changes)
+                self._update_weights(context_id, changes)
             case LastUpdate():
-                return self._updated
+                return self._report.updated
+            case CommitStep(context_id, changes):
+                return self._commit_step(context_id, changes)
+            case LastReport():
+                return self._report
+            case UndoUpdate(step):
+                self._undo_update(step)
             case RollBackStep(step, updating):
                 self._roll_back(step, updating)
             case EndStream(updates):
@@ -298,16 +306,36 @@ class Actor:
             with gradients.hooks_lifted(parameters):
                 self._ledger.accumulate(context_id, root)
 
-    def _update_weights(self, context_id: int, changes: Sequence[Mapping[str, Any]]) -> Updated:
-        """Apply the context's gradients; return when, and what the optimizer has changed of its groups."""
+    def _update_weights(self, context_id: int, changes: Sequence[Mapping[str, Any]]) -> None:
+        """Apply the context's gradients; report when, and what the optimizer has changed of its groups."""
         start, optimizer = time.monotonic_ns(), self.held.optimizer
         if optimizer is not None:
             optimizer.step(self._ledger.get_gradients(context_id), changes)
-        self._updated = Updated(start, time.monotonic_ns(), () if optimizer is None else optimizer.changed)
+        self._report.updated = Updated(start, time.monotonic_ns(), () if optimizer is None else optimizer.changed)
+        self._push_weights()
+
+    def _push_weights(self) -> None:
         if self.held.spec.peers.shard:
             for exchange in self.held.exchanges.values():
                 self._push(exchange.weights())
-        return self._updated
+
+    def _commit_step(self, context_id: int, changes: Sequence[Mapping[str, Any]]) -> Report:
+        """Return the worker's report, after an update unless a loss or a gradient here is not finite."""
+        report = self._report_step()
+        values = [loss for loss, _ in report.losses.values()]
+        values += [norm for norms in report.norms.values() for norm in norms.values()]
+        if all(map(math.isfinite, values)):
+            self._publish_gradients(context_id, 1.0)
+            self._update_weights(context_id, changes)
+        else:
+            if self.held.optimizer is not None:
+                self.held.optimizer.undo.refresh()  # the others' weights may arrive, and be taken back
+            self._push_weights()  # the others await them
+        return report
+
+    def _undo_update(self, step: int) -> None:
+        if self._plan.step == step and self.held.optimizer is not None:
+            self.held.optimizer.undo.restore()
 
     def _roll_back(self, step: int, updating: bool) -> None:
         """Roll ``step`` back, unless it has not begun on this worker; ``updating``: roll back its update, too."""

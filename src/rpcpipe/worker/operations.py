@@ -107,6 +107,26 @@ class LastUpdate(NamedTuple):
     """Reply with what ``Updated`` says of the last update. Runs after the all-gather of sharded weights."""
 
 
+class CommitStep(NamedTuple):
+    """Do as ReportStep, PublishGradients and UpdateWeights, the update only if this worker's gradients are finite.
+
+    Another worker may fail, or its gradients not be finite: then the driver has the update taken back.
+    """
+
+    context_id: int
+    changes: Sequence[Mapping[str, Any]]
+
+
+class LastReport(NamedTuple):
+    """Reply with the Report of CommitStep. Runs after the all-gather of sharded weights."""
+
+
+class UndoUpdate(NamedTuple):
+    """Undo the update of ``step``; what its forwards have changed stays."""
+
+    step: int
+
+
 class RollBackStep(NamedTuple):
     """Roll ``step`` back, unless it has not begun on this worker; ``updating``: roll back its update, too."""
 
@@ -122,8 +142,8 @@ class EndStream(NamedTuple):
 
 StepOperation = (
     BeginStep | RunAction | ReduceScatter | Reduce | GatherSums | GatherWeights | GiveStatistics | AddStatistics
-    | TakeBuffers | ReportStep | NormalizeGradients | PublishGradients | UpdateWeights | LastUpdate | RollBackStep
-    | EndStream
+    | TakeBuffers | ReportStep | NormalizeGradients | PublishGradients | UpdateWeights | LastUpdate | CommitStep
+    | LastReport | UndoUpdate | RollBackStep | EndStream
 )  # fmt: skip
 
 # --- operations between steps ---
@@ -305,7 +325,7 @@ _TITLES: Mapping[type, str] = {
     ForwardByHand: "forward", SaveShard: "save", GetState: "state dict", LoadState: "load state dict",
     ReadCheckpoint: "read checkpoint", ApplyCheckpoint: "apply checkpoint", Repartition: "moving layers",
     ReleaseLayers: "moving layers", ReceiveLayers: "moving layers", PublishGradients: "hand over",
-    ReportStep: "report",
+    ReportStep: "report", CommitStep: "optimizer",
 }  # fmt: skip
 
 

@@ -1,0 +1,206 @@
+"""Workers update as soon as they are done: the same bits as after the driver's gate, and all or none."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import rpcpipe as rp
+from support.local_cluster import LocalCluster
+from support.models import adamw, batches, cross_entropy, mlp, sgd, summed
+
+WRONG = 1e6  # a value in the inputs that makes a micro-batch go wrong
+
+
+class Wrong(torch.autograd.Function):
+    """Identity; the backward of the micro-batch that is ``marked`` raises, or gives NaN."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, marked: bool, raises: bool) -> torch.Tensor:
+        ctx.marked, ctx.raises = marked, raises
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        if ctx.marked and ctx.raises:
+            raise ValueError("boom")
+        return grads[0] * math.nan if ctx.marked else grads[0], None, None
+
+
+class Marked(nn.Module):
+    """The first layer: the backward of a micro-batch with ``WRONG`` in it goes wrong, after all other stages' are done.
+
+    Counts its forwards in a buffer, which shows what became of those of a step.
+    """
+
+    def __init__(self, *, raises: bool = False) -> None:
+        super().__init__()
+        self.linear, self.raises = nn.Linear(12, 12), raises
+        self.register_buffer("forwards", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.forwards += 1
+        marked = bool((x == WRONG).any())
+        return Wrong.apply(self.linear(x.clamp(-3, 3)), marked, self.raises)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def model(*, raises: bool = False) -> nn.Sequential:
+    torch.manual_seed(5)
+    return nn.Sequential(Marked(raises=raises), *mlp()[1:])
+
+
+def wait_for_gate(optimizer: torch.optim.Optimizer) -> None:
+    """Let updates wait for the driver, as they do while a hook may still change what it sends."""
+    optimizer.register_step_pre_hook(lambda *_: None)
+
+
+def marked(x: torch.Tensor) -> torch.Tensor:
+    x = x.clone()
+    x[-1, 0] = WRONG
+    return x
+
+
+def switching(output: torch.Tensor, target: torch.Tensor) -> Any:
+    """A loss whose form depends on the batch's size."""
+    return summed(output, target) if len(target) == 4 else cross_entropy(output, target)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "1f1b": {},
+    "zb-v": {"schedule": "zb-v", "virtual_stages": 2},
+    "adamw": {"optimizer": adamw},
+    "batched": {"dispatch": "batched"},
+    "accumulate": {"accumulate": 2},
+    "replicas": {"replicas": 2},
+    "sharded": {"replicas": 2, "shard_optimizer": True, "optimizer": adamw},
+    "batchnorm": {"batch_norm": "deferred"},
+    "recompute": {"checkpoint": "always"},
+    "clipped": {"clip_grad_norm": 0.1},
+    "float16": {"autocast": torch.float16},
+    "sum-count": {"loss": summed},
+    "switching": {"loss": switching},
+}
+
+
+def run(options: dict[str, Any], *, gate: bool) -> tuple[list[Any], dict[str, torch.Tensor]]:
+    """Train on batches of which some go wrong; return each step's figures and the state at the end."""
+    cluster: Any = LocalCluster(2 * options.get("replicas", 1), 3)
+    given = {"loss": cross_entropy, "optimizer": sgd, "chunks": 4, "schedule": "1f1b"} | options
+    layers = nn.Sequential(*model(), nn.BatchNorm1d(4)) if "batch_norm" in options else model()
+    pipe = rp.Pipeline(layers, cluster, **given)
+    if gate:
+        wait_for_gate(pipe.optimizer)
+    scheduler = torch.optim.lr_scheduler.StepLR(pipe.optimizer, 2, 0.5)
+    figures = []
+    for number, (x, y) in enumerate(batches(9, 24)):
+        size = 16 if number in (4, 5) else 24
+        result = pipe.train_step((marked(x) if number in (3, 6) else x)[-size:], y[-size:])
+        figures.append((result.loss, result.grad_norm, result.applied, result.lr, result.accumulated))
+        scheduler.step()
+    return figures, dict(pipe.state_dict())
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_figures_and_weights_are_those_of_updates_after_the_gate(name: str) -> None:
+    (at_once, state), (after_gate, expected) = (run(OPTIONS[name], gate=gate) for gate in (False, True))
+    assert repr(at_once) == repr(after_gate)
+    assert not all(applied for _, _, applied, _, _ in at_once)
+    assert state.keys() == expected.keys()
+    for key, value in expected.items():
+        assert torch.equal(state[key], value), key
+
+
+class Sent:
+    """What a cluster's driver sends, by the name of the operation."""
+
+    def __init__(self, cluster: Any) -> None:
+        self.names: Counter[str] = Counter()
+        self._call, cluster.transport.call = cluster.transport.call, self._counting
+
+    def _counting(self, to: str, verb: str, *args: Any) -> Any:
+        if verb == "submit":
+            self.names.update(type(task.operation).__name__ for task in args[3])
+        return self._call(to, verb, *args)
+
+
+def pipeline(cluster: Any, **changed: Any) -> rp.Pipeline:
+    given: dict[str, Any] = {"loss": cross_entropy, "optimizer": sgd, "chunks": 4, "schedule": "1f1b"} | changed
+    return rp.Pipeline(given.pop("model", None) or model(), cluster, **given)
+
+
+def test_a_step_is_one_answer_of_each_worker() -> None:
+    cluster: Any = LocalCluster(3)
+    sent = Sent(cluster)
+    pipe = pipeline(cluster)
+    (x, y), *_ = batches(1)
+    pipe.train_step(x, y)  # whether the loss is a mean is not known yet
+    assert (sent.names["UpdateWeights"], sent.names["CommitStep"]) == (3, 0)
+    for _ in range(2):
+        assert pipe.train_step(x, y).applied
+    assert (sent.names["UpdateWeights"], sent.names["CommitStep"], sent.names["UndoUpdate"]) == (3, 6, 0)
+    assert not pipe.train_step(marked(x), y).applied
+    assert (sent.names["CommitStep"], sent.names["UndoUpdate"]) == (9, 3)
+
+
+def test_a_failure_after_others_have_updated_changes_no_weight() -> None:
+    cluster: Any = LocalCluster(3)
+    pipe, twin = pipeline(cluster, model=model(raises=True)), pipeline(LocalCluster(3), model=model(raises=True))
+    (x, y), *_ = batches(1)
+    for one in (pipe, twin):
+        one.train_step(x, y)
+        one.train_step(x, y)
+    before = pipe.state_dict()
+    with pytest.raises(rp.StageError, match="boom"):
+        pipe.train_step(marked(x), y)
+    assert all(torch.equal(before[key], value) for key, value in pipe.state_dict().items())
+    assert pipe.train_step(x, y).loss == twin.train_step(x, y).loss
+    assert all(torch.equal(twin.state_dict()[key], value) for key, value in pipe.state_dict().items())
+
+
+def test_nonfinite_stop_raises_and_changes_no_weight() -> None:
+    pipe = pipeline(LocalCluster(3), nonfinite="stop")
+    (x, y), *_ = batches(1)
+    pipe.train_step(x, y)
+    before = pipe.state_dict()
+    with pytest.raises(rp.StageError, match="stage 0 is not finite"):
+        pipe.train_step(marked(x), y)
+    assert all(torch.equal(before[key], value) for key, value in pipe.state_dict().items())
+    assert pipe.train_step(x, y).applied
+
+
+def test_a_step_by_hand_changes_no_weight_before_it_is_told_to() -> None:
+    pipe = pipeline(LocalCluster(3))
+    (x, y), *_ = batches(1)
+    pipe.train_step(x, y)
+    before = pipe.state_dict()
+    with pipe.step() as step:
+        step.forward_backward(x, y)
+    after = pipe.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before if "forwards" not in key)
+
+
+class Alone(torch.optim.SGD):
+    """Changes its learning rate by the gradients that it sees, which are a worker's own."""
+
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        super().step()
+        if len(self.state) and any(
+            p.grad is not None and p.grad.abs().max() > 0 for p in self.param_groups[0]["params"]
+        ):
+            self.param_groups[0]["lr"] = float(self.param_groups[0]["params"][0].detach().sum())
+
+
+def test_optimizers_that_part_are_refused_and_taken_back() -> None:
+    pipe = pipeline(LocalCluster(2), optimizer=lambda params: Alone(params, lr=0.1, momentum=0.9))
+    (x, y), *_ = batches(1)
+    before = pipe.state_dict()
+    for _ in range(2):
+        with pytest.raises(rp.ArgumentError, match="lr"):
+            pipe.train_step(x, y)
+        assert all(torch.equal(before[key], value) for key, value in pipe.state_dict().items())
+    assert pipe.optimizer.param_groups[0]["lr"] == 0.1
