@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import rpcpipe as rp
+
 ROOT = Path(__file__).parent.parent / "src" / "rpcpipe"
 FILES = sorted(ROOT.rglob("*.py"))
 # From the bottom up: a package imports what stands before it, and itself.
@@ -137,6 +139,12 @@ def test_constructors_take_eight_parameters_at_most() -> None:
             arguments = [one.arg for one in (*node.args.args, *node.args.kwonlyargs) if one.arg != "self"]
             if node.name == "__init__" and path != ROOT / "pipeline" / "pipeline.py":
                 assert len(arguments) <= 8, f"{path.relative_to(ROOT)}:{node.lineno} {arguments}"
+
+
+def test_ten_classes_are_public_at_the_top() -> None:
+    """Beside the errors; the others are under their package (``rp.schedules.Timeline``)."""
+    classes = [one for one in (getattr(rp, name) for name in rp.__all__) if isinstance(one, type)]
+    assert len([one for one in classes if not issubclass(one, Exception)]) <= 10
 
 
 TESTS = Path(__file__).parent

@@ -82,7 +82,7 @@ def test_a_failure_drops_all_that_is_under_way(dispatch: str, monkeypatch: pytes
     act, armed = Actor._run_action, [True]
 
     def fail_once(self: Actor, route: Route, *more: Any) -> Any:
-        if route.action == rp.Action("F", 1, 2) and armed[0]:
+        if route.action == rp.schedules.Action("F", 1, 2) and armed[0]:
             armed[0] = False
             raise ArithmeticError("once")
         return act(self, route, *more)

@@ -192,7 +192,7 @@ def test_a_traced_stream_shows_updates_and_versions(cluster: rp.Cluster) -> None
         list(pipe.train(batches(8)))
     drawn = rp.schedules.get("pipedream", 4, 8).simulate(rp.schedules.Costs(optimizer=0.5))
 
-    def seen(of: rp.Timeline) -> list[list[tuple[str, int, int, int]]]:
+    def seen(of: rp.schedules.Timeline) -> list[list[tuple[str, int, int, int]]]:
         spans = sorted(of.spans, key=lambda span: span.start)
         return [[(s.kind, s.stage, s.chunk, s.version) for s in spans if s.worker == worker] for worker in range(4)]
 

@@ -23,7 +23,9 @@ def parameterless() -> nn.Sequential:
 
 
 MODELS: dict[str, Callable[[], nn.Sequential]] = {"trainable": lambda: mlp(4), "frozen": frozen, "bare": parameterless}
-FORWARD = rp.Schedule.from_actions([[rp.Action("F", stage, chunk) for chunk in range(3)] for stage in range(2)])
+FORWARD = rp.Schedule.from_actions(
+    [[rp.schedules.Action("F", stage, chunk) for chunk in range(3)] for stage in range(2)]
+)
 SCHEDULES: dict[str, Any] = {
     "1f1b": {"chunks": 3},
     "zb-v": {"schedule": "zb-v", "chunks": 3},

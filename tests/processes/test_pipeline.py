@@ -39,9 +39,9 @@ def test_peak_in_flight_measured_on_the_workers(cluster: rp.Cluster) -> None:
 def test_the_executed_trace_respects_the_dependencies(cluster: rp.Cluster) -> None:
     pipe = rp.Pipeline(mlp(), cluster, loss=cross_entropy, optimizer=sgd, chunks=6)
     timeline = pipe.train_step(*next(batches(1, 12))).timeline
-    end = {rp.Action(s.kind, s.stage, s.chunk): s.end for s in timeline.spans}  # type: ignore[arg-type]
+    end = {rp.schedules.Action(s.kind, s.stage, s.chunk): s.end for s in timeline.spans}  # type: ignore[arg-type]
     for span in timeline.spans:
-        for needed in pipe.schedule.dependencies(rp.Action(span.kind, span.stage, span.chunk)):  # type: ignore[arg-type]
+        for needed in pipe.schedule.dependencies(rp.schedules.Action(span.kind, span.stage, span.chunk)):  # type: ignore[arg-type]
             assert span.start >= end[needed]
     pipe.close()
 

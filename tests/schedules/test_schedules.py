@@ -70,7 +70,7 @@ def test_streams_are_the_drawn_schedule_batch_after_batch() -> None:
         for workers in range(1, 6):
             short, long = (rp.schedules.streamed(name, workers, 6, batches).validate() for batches in (2, 3))
             for rank, (a, b) in enumerate(zip(short.actions, long.actions, strict=True)):
-                until = a.index(rp.Action("F", rank, 11)) + 1
+                until = a.index(rp.schedules.Action("F", rank, 11)) + 1
                 assert a[:until] == b[:until]
                 assert [action for action in b if action.chunk < 12] == list(a)
             assert rp.schedules.streamed(name, workers, 6, 1).actions == rp.schedules.get(name, workers, 6).actions
