@@ -165,7 +165,7 @@ def test_a_loss_of_sum_and_count() -> None:
     oracle = Versioned(mlp(), sgd, summed, SIZES[3])
     assert [r.loss for r in pipe.train(batches(9))] == pytest.approx(train(oracle, batches(9), "stash", 3, 1))
     assert_same_weights(pipe, oracle.model)
-    with pytest.raises(rp.StageError, match="must return the mean"):
+    with pytest.raises(rp.ScheduleError, match="must return the mean"):
         list(pipeline(3, "2bw", loss=summed).train(batches(3)))
 
 

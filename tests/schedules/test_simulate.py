@@ -71,7 +71,7 @@ def test_costs_per_stage_and_optimizer() -> None:
     assert [span.kind for span in timeline.spans].count("U") == 2
     # Stage 1 is the bottleneck: 1 + 2 × 6 before its last backward ends, then stage 0's backward.
     assert timeline.makespan == 1 + 12 + 2 + 5
-    with pytest.raises(rp.ScheduleError, match="3 entries for 2 stages"):
+    with pytest.raises(rp.ArgumentError, match="3 entries for 2 stages"):
         schedule.simulate(Costs(forward=[1, 2, 3]))
 
 

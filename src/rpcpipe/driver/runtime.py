@@ -21,7 +21,7 @@ from rpcpipe.driver.layout import Layout
 from rpcpipe.driver.optimizer import PipelineOptimizer
 from rpcpipe.driver.stage_handle import StageHandle
 from rpcpipe.driver.tracing import Tracer
-from rpcpipe.errors import RpcPipeError, ScheduleError, require
+from rpcpipe.errors import ScheduleError, StateError, require
 from rpcpipe.model.layers import check_inputs
 from rpcpipe.model.microbatch import Nest
 from rpcpipe.schedules import Schedule
@@ -216,9 +216,9 @@ class Runtime:
     # --- one thing at a time ---
 
     def enter(self, active: Active) -> None:
-        """Make ``active`` the active object; raise RpcPipeError if another object is active."""
+        """Make ``active`` the active object; raise StateError if another object is active."""
         if self.active is not None:
-            raise RpcPipeError(
+            raise StateError(
                 "a step of this pipeline is open already; first leave its with-block, or finish the iterator of predict"
             )
         self.active = active
@@ -239,9 +239,9 @@ class Runtime:
             self.active.forget()
 
     def apply_active(self) -> None:
-        """Carry out ``pipe.optimizer.step()``; raise RpcPipeError if nothing is active."""
+        """Carry out ``pipe.optimizer.step()``; raise StateError if nothing is active."""
         if self.active is None:
-            raise RpcPipeError("no step is open; call train_step, or optimize inside `with pipe.step() as s:`")
+            raise StateError("no step is open; call train_step, or optimize inside `with pipe.step() as s:`")
         self.active.apply()
 
     # --- life ---
@@ -249,20 +249,21 @@ class Runtime:
     def check(self) -> None:
         """Prepare the pipeline for other work: drain an open stream.
 
-        Raises RpcPipeError if the pipeline or the cluster is closed, and WorkerLost if a worker has died.
+        Raises StateError if the pipeline or the cluster is closed, and WorkerLost if a worker has died.
         """
         if self.closed:
-            raise RpcPipeError("the pipeline is closed; make a new one")
+            raise StateError("the pipeline is closed; make a new one")
         self.cluster.check()
         if self.stream is not None:
             self.stream.flush()
 
     def check_trains(self) -> None:
-        """Raise ArgumentError if the pipeline was made without an optimizer."""
+        """Raise StateError if the pipeline was made without an optimizer."""
         require(
             self.settings.trains,
             "this pipeline was made without an optimizer and cannot train: make one with loss=… and optimizer=…, and"
             " give it these weights by load_state_dict(pipe.state_dict())",
+            error=StateError,
         )
 
     def check_policy(self, policy: str | None) -> None:

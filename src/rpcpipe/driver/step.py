@@ -17,7 +17,7 @@ from rpcpipe.driver.inference import NOTHING, Wanted
 from rpcpipe.driver.result import StepResult, by_stage, mean_loss, mean_metrics, merged_outputs
 from rpcpipe.driver.runtime import Runtime
 from rpcpipe.driver.tracing import spans
-from rpcpipe.errors import Failure, RpcPipeError, StageError
+from rpcpipe.errors import Failure, NonFiniteError, StageError, StateError
 from rpcpipe.model.microbatch import Nest
 from rpcpipe.schedules import Timeline
 from rpcpipe.stage import precision
@@ -93,10 +93,10 @@ class Step:
     def run(self, inputs: Nest, targets: Nest) -> dict[str, Future[Any]]:
         """Run the batch like ``forward_backward``; return the replies that say when the gradients are in the context.
 
-        Raises RpcPipeError if a batch has been run in this step already.
+        Raises StateError if a batch has been run in this step already.
         """
         if self.done:
-            raise RpcPipeError("forward_backward was called in this step already; open another step")
+            raise StateError("forward_backward was called in this step already; open another step")
         runtime, driver = self._runtime, self._runtime.driver
         batch = runtime.program.cut(inputs)
         values = runtime.given(batch.parts, runtime.program.cut_targets(runtime.prepare(targets), batch))
@@ -176,13 +176,13 @@ class Step:
         for stage, name, norms in sorted(entries, reverse=True):
             if not all(map(math.isfinite, norms.values())):
                 message = f"a gradient of stage {stage} is not finite (nonfinite='stop')"
-                raise StageError.of(Failure.stated(FloatingPointError, message, worker=name, stage=stage))
+                raise StageError.of(Failure.stated(NonFiniteError, message, worker=name, stage=stage))
         for name, report in reports.items():
             for chunk, (value, _) in sorted(report.losses.items()):
                 if not math.isfinite(value):
                     message = f"the loss of micro-batch {chunk} is {value} (nonfinite='stop')"
                     last = len(self._runtime.stages) - 1
-                    raise StageError.of(Failure.stated(FloatingPointError, message, worker=name, stage=last))
+                    raise StageError.of(Failure.stated(NonFiniteError, message, worker=name, stage=last))
 
     def optimize(self) -> None:
         """Apply the gradients on all workers, or on none; do nothing while they accumulate further."""
@@ -206,9 +206,9 @@ class Step:
             self._runtime.tracer.update(times, self._number)
 
     def result(self) -> StepResult:
-        """Return the figures so far. Raises RpcPipeError before ``forward_backward``."""
+        """Return the figures so far. Raises StateError before ``forward_backward``."""
         if self._result is None:
-            raise RpcPipeError("call s.forward_backward(inputs, targets) first")
+            raise StateError("call s.forward_backward(inputs, targets) first")
         return dataclasses.replace(
             self._result, seconds=time.perf_counter() - self._started, lr=self._runtime.optimizer.lr
         )

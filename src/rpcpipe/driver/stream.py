@@ -22,7 +22,7 @@ from rpcpipe.driver.program import Fed
 from rpcpipe.driver.result import StreamedBatch, StreamResult, last_update
 from rpcpipe.driver.runtime import Runtime
 from rpcpipe.driver.tracing import spans
-from rpcpipe.errors import Failure, RpcPipeError, ScheduleError, StageError, WorkerLost
+from rpcpipe.errors import Failure, NonFiniteError, RpcPipeError, ScheduleError, StageError, WorkerLost
 from rpcpipe.model.layers import check_inputs
 from rpcpipe.model.microbatch import Nest, copied
 from rpcpipe.schedules import Action, Timeline
@@ -352,5 +352,5 @@ def _is_halfway(outcome: Any) -> bool:
         isinstance(outcome, Failure)
         and not outcome.cancelled
         and outcome.action == NAMES["U"]
-        and outcome.qualname != FloatingPointError.__qualname__
+        and outcome.qualname != NonFiniteError.__qualname__
     )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral
 from typing import NamedTuple
 
-from rpcpipe.errors import ScheduleError
+from rpcpipe.errors import ArgumentError, ScheduleError
 from rpcpipe.schedules import asynchronous, linear, looped, vshaped
 from rpcpipe.schedules.action import Action
 from rpcpipe.schedules.schedule import Schedule
@@ -103,7 +103,7 @@ def get(name: str, workers: int, chunks: int, virtual_stages: int = 1) -> Schedu
     sizes = workers, chunks, virtual_stages
     # A cache takes 4.0 for 4.
     if not all(isinstance(size, Integral) and not isinstance(size, bool) and size >= 1 for size in sizes):
-        raise ScheduleError(
+        raise ArgumentError(
             "workers, chunks and virtual_stages must be whole numbers and at least 1, not"
             f" {workers!r}, {chunks!r}, {virtual_stages!r}"
         )
@@ -157,5 +157,5 @@ def forward_only(schedule: Schedule, chunks: int) -> Schedule:
 
 def _entry(name: str) -> _Entry:
     if name not in _REGISTRY:
-        raise ScheduleError(f"unknown schedule {name!r}; known are {', '.join(names())}")
+        raise ArgumentError(f"unknown schedule {name!r}; known are {', '.join(names())}")
     return _REGISTRY[name]

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from rpcpipe.errors import require
+from rpcpipe.errors import ScheduleError, require
 from rpcpipe.schedules.weight_versions import version
 from rpcpipe.stage.gradients import hooks_of
 
@@ -43,7 +43,7 @@ class _Block(nn.Module):
 class Versions:
     """Versions of the weights of stage ``stage`` of ``stages``; ``policy`` is one of ``weight_versions.POLICIES``.
 
-    Raises ArgumentError for a parameter with hooks that cannot run on an alias. ``newest`` is the number of the
+    Raises ScheduleError for a parameter with hooks that cannot run on an alias. ``newest`` is the number of the
     newest version, ``peak`` the largest number of versions in memory.
     """
 
@@ -100,7 +100,7 @@ class Versions:
         """Move the gradients of version ``number`` to the parameters' ``.grad``."""
         for parameter, alias in self._aliases(number).items():
             if parameter.grad is not None:
-                raise RuntimeError(
+                raise ScheduleError(
                     f"a parameter of shape {tuple(parameter.shape)} was used past the version of its weights that the"
                     " micro-batch began with (its layer keeps it in a list, or recomputes in the backward with a"
                     " reference of its own); use a synchronous schedule"
@@ -153,4 +153,5 @@ def _check_hooks(module: nn.Module) -> None:
             f"parameter {name!r} has a hook of register_post_accumulate_grad_hook, which would be given the newest"
             " weights and another version's gradient under an asynchronous schedule; use register_hook, or a"
             " synchronous schedule, for instance '1f1b'",
+            error=ScheduleError,
         )

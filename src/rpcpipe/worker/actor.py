@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from rpcpipe.errors import NonFiniteError
 from rpcpipe.model.microbatch import Nest, Packed, pack
 from rpcpipe.model.wiring import DRIVER
 from rpcpipe.model.wiring import link as link_to
@@ -328,7 +329,7 @@ class Actor:
     def _update(self, stage: Stage, chunk: int, update: Update, start: int) -> Report:
         """Apply the gradients of ``update.group`` through a new distributed-autograd context; return the report.
 
-        Raises FloatingPointError for a gradient that is not finite although the loss is.
+        Raises NonFiniteError for a gradient that is not finite although the loss is.
         """
         versions, parameters = stage.versions, stage.parameters
         assert versions is not None
@@ -341,7 +342,7 @@ class Actor:
             for parameter in parameters:
                 parameter.grad = None
         elif not all(map(math.isfinite, norms)):
-            raise FloatingPointError(
+            raise NonFiniteError(
                 f"the loss is finite and a gradient of stage {stage.index} is not; later stages have applied theirs"
             )
         elif self.held.optimizer is not None:

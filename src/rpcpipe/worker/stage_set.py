@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rpcpipe.errors import ArgumentError, require
+from rpcpipe.errors import ModelError, require
 from rpcpipe.model import batchnorm, layers, tied_weights, torch_settings
 from rpcpipe.model.layers import Loss
 from rpcpipe.model.tied_weights import Tie
@@ -154,6 +154,7 @@ class StageSet:
                     f"{' and '.join(holder.name for holder in tie.holders)} are one weight, whose hooks would run on"
                     " parts of its gradient: keep these layers on one stage with balance=[…] and no ratio for"
                     " checkpoint, or remove the hooks",
+                    error=ModelError,
                 )
 
     @staticmethod
@@ -268,7 +269,7 @@ class StageSet:
         yield
         try:
             self._check_tied_hooks()
-        except ArgumentError:
+        except ModelError:
             for parameter in self._tied.values():
                 remove_hooks(parameter)
             raise
@@ -349,11 +350,11 @@ class StageSet:
         return self.stages[self.last_stage].loss if self.last_stage in self.stages else None
 
     def check_loss(self) -> None:
-        """Raise RuntimeError if the loss remembers something, which every replica's would do for itself."""
+        """Raise ModelError if the loss remembers something, which every replica's would do for itself."""
         if self.loss is None or self._loss_is_checked:
             return
         if changed := self._state.changed_loss():
-            raise RuntimeError(
+            raise ModelError(
                 f"the loss changes {next(iter(changed))!r} of its state_dict, and each replica's loss sees a share of"
                 " the batches: use replicas=1, or a loss that remembers nothing"
             )
