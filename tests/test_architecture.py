@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import rpcpipe as rp
+from rpcpipe.schedules.weight_versions import POLICIES
 
 ROOT = Path(__file__).parent.parent / "src" / "rpcpipe"
 FILES = sorted(ROOT.rglob("*.py"))
@@ -145,6 +146,15 @@ def test_ten_classes_are_public_at_the_top() -> None:
     """Beside the errors; the others are under their package (``rp.schedules.Timeline``)."""
     classes = [one for one in (getattr(rp, name) for name in rp.__all__) if isinstance(one, type)]
     assert len([one for one in classes if not issubclass(one, Exception)]) <= 10
+
+
+def test_no_schedule_is_asked_by_name_where_it_runs() -> None:
+    """It says itself what it needs: ``schedules/`` alone knows names of schedules and of weight policies."""
+    names = {*rp.schedules.names(), *(policy.name for allowed in POLICIES.values() for policy in allowed)}
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())) if module_of(path) in ("driver", "worker", "stage") else ():
+            found = isinstance(node, ast.Constant) and node.value in names
+            assert not found, f"{path.relative_to(ROOT)}:{ast.unparse(node)}"
 
 
 # Other types than those of the tree: what is caught again inside of rpcpipe, and what torch's RRef raises.

@@ -119,7 +119,7 @@ def test_through_rpc(cluster: rp.Cluster, hook: str) -> None:
     pipe.close()
 
 
-@pytest.mark.parametrize("policy", weight_versions.POLICIES["pipedream"][:2])
+@pytest.mark.parametrize("policy", [policy.name for policy in weight_versions.POLICIES["pipedream"][:2]])
 def test_streams_run_them_on_the_version_that_was_used(policy: str) -> None:
     pipe = rp.Pipeline(
         layers("before"), LocalCluster(2), loss=cross_entropy, optimizer=sgd, chunks=2, schedule="pipedream",

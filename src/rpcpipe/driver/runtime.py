@@ -26,6 +26,7 @@ from rpcpipe.model.layers import check_inputs
 from rpcpipe.model.microbatch import Nest
 from rpcpipe.schedules import Schedule
 from rpcpipe.schedules.timeline import Timeline
+from rpcpipe.schedules.weight_versions import Policy
 from rpcpipe.worker.messages import Port, Report, StageInfo
 
 
@@ -70,7 +71,7 @@ class Settings:
     trains: bool = True
     has_loss: bool = True
 
-    def check(self, policy: str | None, *, scaled: bool) -> None:
+    def check(self, policy: Policy | None, *, scaled: bool) -> None:
         """Raise ScheduleError for settings that do not fit an asynchronous schedule with ``policy``.
 
         ``policy``: the versions that stages keep of their weights; None for a synchronous schedule, which fits all
@@ -111,7 +112,7 @@ class Runtime:
         deployment: Deployment,
         settings: Settings,
         *,
-        policy: str | None,
+        policy: Policy | None,
         prepare: Callable[[Nest], Nest],
         scaler: torch.amp.GradScaler | None,
     ) -> None:
@@ -266,7 +267,7 @@ class Runtime:
             error=StateError,
         )
 
-    def check_policy(self, policy: str | None) -> None:
+    def check_policy(self, policy: Policy | None) -> None:
         """Raise ScheduleError if the settings do not fit a schedule with this ``policy`` of weight versions."""
         self.settings.check(policy, scaled=self.scaler is not None)
 

@@ -33,7 +33,7 @@ from rpcpipe.model.tied_weights import Tie
 from rpcpipe.planning import Plan, partition
 from rpcpipe.planning.layer_cost import balancing_costs
 from rpcpipe.schedules import Schedule
-from rpcpipe.schedules.weight_versions import POLICIES
+from rpcpipe.schedules.weight_versions import POLICIES, Policy
 from rpcpipe.stage import precision
 from rpcpipe.stage.hyperparameters import same
 from rpcpipe.stage.optimizer import Factory
@@ -234,7 +234,7 @@ def check_settings(settings: Settings) -> Settings:
     )
 
 
-def check_ties(policy: str | None, ties: Sequence[Tie], layers: Sequence[str], sizes: Sequence[int]) -> None:
+def check_ties(policy: Policy | None, ties: Sequence[Tie], layers: Sequence[str], sizes: Sequence[int]) -> None:
     """Raise ScheduleError if weights are tied across stages and ``policy`` lets every stage update on its own.
 
     ``policy`` is None for synchronous schedules. ``sizes``: the number of layers of each stage.

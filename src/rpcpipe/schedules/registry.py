@@ -11,7 +11,7 @@ from rpcpipe.errors import ArgumentError, ScheduleError
 from rpcpipe.schedules import asynchronous, linear, looped, vshaped
 from rpcpipe.schedules.action import Action
 from rpcpipe.schedules.schedule import Schedule
-from rpcpipe.schedules.weight_versions import POLICIES
+from rpcpipe.schedules.weight_versions import POLICIES, choose
 
 _LARGEST_CACHED = 1 << 10  # workers × micro-batches × virtual stages of a schedule that is cached
 
@@ -134,10 +134,11 @@ def streamed(name: str, workers: int, chunks: int, batches: int) -> Schedule:
 
     Raises ScheduleError for a schedule that flushes after every batch.
     """
-    if name not in POLICIES:
+    policy = choose(name, None)
+    if policy is None:
         raise ScheduleError(f"{name!r} flushes after every batch; {' and '.join(POLICIES)} do not")
     known = get(name, workers, chunks)
-    rows = asynchronous.rows(workers, [chunks] * batches, every=name == "pipedream")
+    rows = asynchronous.rows(workers, [chunks] * batches, every=not policy.by_batch)
     return Schedule(name, chunks * batches, known.placement, tuple(tuple(row) for row in rows))
 
 

@@ -20,6 +20,7 @@ from rpcpipe.model.microbatch import Nest, Packed, pack
 from rpcpipe.model.wiring import DRIVER
 from rpcpipe.model.wiring import link as link_to
 from rpcpipe.schedules import Action
+from rpcpipe.schedules.weight_versions import Policy
 from rpcpipe.stage import gradients
 from rpcpipe.stage.context import MicroBatch, StepContext
 from rpcpipe.stage.rollback import Buffers
@@ -320,7 +321,7 @@ class Actor:
 
     # --- operations of a stream ---
 
-    def _open_stream(self, policy: str) -> None:
+    def _open_stream(self, policy: Policy) -> None:
         for index, stage in self.held.stages.items():
             stage.versions = Versions(policy, index, self.held.last_stage + 1, stage.module)
             self._stream_backwards[index] = StreamBackward(stage)
