@@ -55,6 +55,7 @@ from rpcpipe.worker.operations import (
     UpdateWeights,
 )
 from rpcpipe.worker.stage_set import ActorSpec, StageSet
+from rpcpipe.worker.stage_state import StageState
 
 
 class Ledger(Protocol):
@@ -75,6 +76,7 @@ class Actor:
 
     def __init__(self, name: str, spec: ActorSpec, *, device: torch.device, send: Send, ledger: Ledger) -> None:
         self.held = StageSet(spec, device)
+        self._state = StageState(self.held)
         self.name = name
         self._send = send
         self._ledger = ledger
@@ -149,7 +151,7 @@ class Actor:
             case CreateActor() | CallFunction() | ForwardByHand() | ForgetStep() | DropActor():
                 raise AssertionError("the executor runs this operation")
             case _:
-                return self.held.execute(operation)
+                return self._state.execute(operation)
         return None
 
     # --- operations of a step, in the order of their execution ---
@@ -245,7 +247,7 @@ class Actor:
         """Return the worker's report of the step, all of whose actions on this worker are done."""
         report = self._report
         self._add_arrivals(report)
-        self.held.check_loss()
+        self._state.check_loss()
         for index, stage in self.held.stages.items():
             report.losses.update(stage.loss_values())
             report.outputs.update(_packed(stage.outputs))
