@@ -17,7 +17,7 @@ from gpt_model import gpt, next_token_loss
 from rpcpipe.planning.cost_model import SIMPLEST
 
 
-def run(cluster: rp.Cluster, model: list[rp.LayerSpec], plan: rp.Plan, data: list[Any], rounds: int) -> float:
+def run(cluster: rp.Cluster, model: list[rp.LayerSpec], plan: rp.planning.Plan, data: list[Any], rounds: int) -> float:
     """Median seconds of a step under ``plan``, the first two apart."""
     pipe = rp.Pipeline(model, cluster, loss=next_token_loss, optimizer=adamw, plan=plan)
     seconds = [pipe.train_step(x, y).seconds for x, y in islice(data, rounds + 2)]

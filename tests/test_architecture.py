@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+import rpcpipe as rp
+from rpcpipe.schedules.weight_versions import POLICIES
+
 ROOT = Path(__file__).parent.parent / "src" / "rpcpipe"
 FILES = sorted(ROOT.rglob("*.py"))
 # From the bottom up: a package imports what stands before it, and itself.
@@ -137,6 +140,42 @@ def test_constructors_take_eight_parameters_at_most() -> None:
             arguments = [one.arg for one in (*node.args.args, *node.args.kwonlyargs) if one.arg != "self"]
             if node.name == "__init__" and path != ROOT / "pipeline" / "pipeline.py":
                 assert len(arguments) <= 8, f"{path.relative_to(ROOT)}:{node.lineno} {arguments}"
+
+
+def test_ten_classes_are_public_at_the_top() -> None:
+    """Beside the errors; the others are under their package (``rp.schedules.Timeline``)."""
+    classes = [one for one in (getattr(rp, name) for name in rp.__all__) if isinstance(one, type)]
+    assert len([one for one in classes if not issubclass(one, Exception)]) <= 10
+
+
+def test_no_schedule_is_asked_by_name_where_it_runs() -> None:
+    """It says itself what it needs: ``schedules/`` alone knows names of schedules and of weight policies."""
+    names = {*rp.schedules.names(), *(policy.name for allowed in POLICIES.values() for policy in allowed)}
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())) if module_of(path) in ("driver", "worker", "stage") else ():
+            found = isinstance(node, ast.Constant) and node.value in names
+            assert not found, f"{path.relative_to(ROOT)}:{ast.unparse(node)}"
+
+
+# Other types than those of the tree: what is caught again inside of rpcpipe, and what torch's RRef raises.
+INTERNAL = {
+    "cluster/control_channel.py": {"EOFError", "ValueError"}, "cluster/template.py": {"EOFError", "TemplateError"},
+    "model/nest_types.py": {"_Held"}, "transport/local.py": {"RuntimeError"}, "transport/slots.py": {"OSError"},
+    "transport/user_pickling.py": {"PicklingError"},
+}  # fmt: skip
+
+
+def test_what_users_meet_is_of_the_tree_of_errors() -> None:
+    """But for AssertionError and NotImplementedError, which nobody meets. A function may make the error to raise."""
+    tree = {name for name, kind in vars(rp.errors).items() if isinstance(kind, type) and issubclass(kind, Exception)}
+    tree |= {"AuthenticationError", "AssertionError", "NotImplementedError"}
+    for path in FILES:
+        name = str(path.relative_to(ROOT))
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+                raised = ast.unparse(node.exc.func).rpartition(".")[2]
+                known = raised in tree or raised.lstrip("_")[0].islower() or raised in INTERNAL.get(name, ())
+                assert known, f"{name}:{node.lineno} {raised}"
 
 
 TESTS = Path(__file__).parent

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
+
+import pytest
 
 import rpcpipe as rp
 from rpcpipe.errors import Failure
@@ -31,3 +34,23 @@ def test_a_failure_always_travels() -> None:
         assert "failure_of" in again.remote_traceback
     assert "<its str() raised RuntimeError>" in str(rp.StageError(failure_of(Rude("a", "b"))))
     assert "größer 你好" in str(rp.StageError(failure_of(ValueError("größer 你好"))))
+
+
+TREE = [kind for kind in vars(rp.errors).values() if isinstance(kind, type) and issubclass(kind, rp.RpcPipeError)]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in TREE if kind is not rp.StageError])
+def test_what_a_check_on_a_worker_raises_has_its_type_on_the_driver(kind: type[rp.RpcPipeError]) -> None:
+    error = pickle.loads(pickle.dumps(rp.StageError.of(failure_of(kind("why, and what to do")))))
+    assert isinstance(error, rp.StageError)
+    assert isinstance(error, kind)
+    assert f"raised rpcpipe.errors.{kind.__name__}: why, and what to do" in str(error)
+
+
+def test_the_tree_is_public_and_documented() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "guide" / "failures.md").read_text()
+    for kind in TREE:
+        assert getattr(rp, kind.__name__) is kind
+        assert kind.__name__ in str(rp.errors.__doc__)
+        assert f"├── {kind.__name__} " in page or kind in (rp.RpcPipeError, rp.StageError)
+        assert f"`{kind.__name__}`" in page or kind is rp.RpcPipeError

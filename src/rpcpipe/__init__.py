@@ -1,23 +1,27 @@
 """Pipeline parallelism from one Python process.
 
 ``launch`` (or ``connect``) gives a ``Cluster`` of workers; a ``Pipeline`` on it trains. ``schedules`` draws and checks
-what runs; ``plan`` chooses it; ``callbacks`` and ``layers`` hold what is needed less often.
+what runs; ``plan`` chooses it; ``callbacks``, ``layers`` and ``planning`` hold what is needed less often.
 """
 
 import logging
 
-from rpcpipe import schedules
+from rpcpipe import planning, schedules
 from rpcpipe.cluster import Cluster, connect, launch
 from rpcpipe.driver import StepResult, callbacks
 from rpcpipe.errors import (
     ArgumentError,
     CheckpointError,
     DeadlineExceeded,
+    DependencyError,
+    ModelError,
+    NonFiniteError,
     PartitionError,
     RendezvousError,
     RpcPipeError,
     ScheduleError,
     StageError,
+    StateError,
     WorkerLost,
 )
 from rpcpipe.model import Batched, LayerSpec, MicroBatches, Replicated, Sequential, Wired, layers
@@ -31,8 +35,7 @@ from rpcpipe.pipeline import (
     plan,
     verify,
 )
-from rpcpipe.planning import Plan
-from rpcpipe.schedules import Action, Schedule, Timeline, bubble_fraction, optimal_microbatches
+from rpcpipe.schedules import Schedule, bubble_fraction, optimal_microbatches
 
 # Silent unless the user configures logging.
 logging.getLogger("rpcpipe").addHandler(logging.NullHandler())
@@ -40,17 +43,18 @@ logging.getLogger("rpcpipe").addHandler(logging.NullHandler())
 __version__ = "0.1.0"
 
 __all__ = [
-    "Action",
     "ArgumentError",
     "Batched",
     "CheckpointError",
     "Cluster",
     "DeadlineExceeded",
+    "DependencyError",
     "LayerSpec",
     "MicroBatches",
+    "ModelError",
+    "NonFiniteError",
     "PartitionError",
     "Pipeline",
-    "Plan",
     "RendezvousError",
     "Replicated",
     "RpcPipeError",
@@ -58,8 +62,8 @@ __all__ = [
     "ScheduleError",
     "Sequential",
     "StageError",
+    "StateError",
     "StepResult",
-    "Timeline",
     "Wired",
     "WorkerLost",
     "balance_by_memory",
@@ -74,6 +78,7 @@ __all__ = [
     "layers",
     "optimal_microbatches",
     "plan",
+    "planning",
     "schedules",
     "verify",
 ]

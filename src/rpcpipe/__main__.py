@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.command == "worker":
             serve_rank()
         _plan(args) if args.command == "plan" else _schedule(args)
-    except (RpcPipeError, ValueError, ImportError, OSError) as error:
+    except (RpcPipeError, ValueError, OSError) as error:
         print(f"rpcpipe: {error}", file=sys.stderr)
         return 2
     return 0

@@ -1,16 +1,21 @@
 """Define every error that rpcpipe raises, as one tree.
 
     RpcPipeError
-    ├── ArgumentError      (also ValueError)    a value that a call does not take
-    ├── ScheduleError      (also ValueError)    a schedule that cannot run
-    ├── PartitionError     (also ValueError)    a cut of the model that cannot be made
-    ├── RendezvousError                         processes that do not come together
-    ├── CheckpointError                         saved state that cannot be read or applied
-    ├── WorkerLost                              a worker process died or stopped answering
-    ├── DeadlineExceeded   (also TimeoutError)  nothing moved for as long as the caller allowed
-    └── StageError                              the user's code raised on a worker
+    ├── ArgumentError    (also ValueError)          a value that a call does not take
+    ├── ModelError       (also ValueError)          a layer, loss or optimizer that a pipeline would train differently
+    ├── ScheduleError    (also ValueError)          a schedule that cannot run, or does not fit model and settings
+    ├── PartitionError   (also ValueError)          a cut of the model that cannot be made
+    ├── StateError       (also RuntimeError)        a call that does not fit what was made, or what is under way
+    ├── CheckpointError                             state that cannot be saved, read or applied
+    ├── RendezvousError                             processes that do not come together
+    ├── WorkerLost                                  a worker process died or stopped answering
+    ├── DeadlineExceeded (also TimeoutError)        nothing moved for as long as the caller allowed
+    ├── NonFiniteError   (also FloatingPointError)  a loss or gradient that is not finite, with nonfinite="stop"
+    ├── DependencyError  (also ImportError)         a package that an extra installs is missing
+    └── StageError                                  raised on a worker; also of the type that was raised there
 
-Every message says what happened, with the values, and what to do next.
+Every message says what happened, with the values, and what to do next. A condition has one type wherever it is noticed:
+found on a worker, it is a StageError that is also of that type.
 """
 
 from __future__ import annotations
@@ -35,12 +40,20 @@ class ArgumentError(RpcPipeError, ValueError):
     """An argument has a value that a call does not take."""
 
 
+class ModelError(RpcPipeError, ValueError):
+    """A layer, loss or optimizer is or does what a pipeline cannot train as one process would."""
+
+
 class ScheduleError(RpcPipeError, ValueError):
-    """A schedule is undefined for these sizes, or cannot run."""
+    """A schedule is undefined for these sizes, cannot run, or does not fit the model and the settings."""
 
 
 class PartitionError(RpcPipeError, ValueError):
     """The model cannot be cut as asked."""
+
+
+class StateError(RpcPipeError, RuntimeError):
+    """A call does not fit how the pipeline or cluster was made, or what it does now."""
 
 
 class RendezvousError(RpcPipeError):
@@ -48,7 +61,7 @@ class RendezvousError(RpcPipeError):
 
 
 class CheckpointError(RpcPipeError):
-    """Saved state does not fit this model, or cannot be read."""
+    """State does not fit this model, or cannot be saved or read."""
 
 
 class WorkerLost(RpcPipeError):
@@ -70,6 +83,14 @@ class WorkerLost(RpcPipeError):
 
 class DeadlineExceeded(RpcPipeError, TimeoutError):
     """No action finished for as long as the cluster's ``timeout`` allows."""
+
+
+class NonFiniteError(RpcPipeError, FloatingPointError):
+    """A loss or gradient is not finite, and ``nonfinite="stop"`` asks for an error."""
+
+
+class DependencyError(RpcPipeError, ImportError):
+    """A package that one of rpcpipe's extras installs is missing."""
 
 
 _AFTER_A_STEP = (
@@ -198,7 +219,7 @@ def _pickled(error: Any) -> bytes | None:
 
 
 class StageError(RpcPipeError):
-    """The user's code raised on a worker; the step was cancelled and no weight changed.
+    """The user's code, or a check of rpcpipe, raised on a worker; the step was cancelled and no weight changed.
 
     Where this process knows the original exception's type, the error is also of that type, so that ``except
     ValueError`` works. ``stage``, ``chunk`` and ``action`` say where it was raised, ``remote_traceback`` is the
@@ -266,10 +287,10 @@ def _mixed(kind: type[Exception]) -> type[StageError]:
     return type("StageError", (StageError, kind), {"__module__": __name__, "__doc__": StageError.__doc__})
 
 
-def require(condition: bool, message: str) -> None:
-    """Raise ArgumentError with ``message`` unless ``condition`` holds."""
+def require(condition: bool, message: str, *, error: type[RpcPipeError] = ArgumentError) -> None:
+    """Raise ``error`` with ``message`` unless ``condition`` holds."""
     if not condition:
-        raise ArgumentError(message)
+        raise error(message)
 
 
 def require_whole(name: str, value: Any, least: float = 1, otherwise: str = "") -> int:

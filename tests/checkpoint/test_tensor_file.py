@@ -8,7 +8,7 @@ import torch
 
 from rpcpipe.checkpoint import tensor_file
 from rpcpipe.checkpoint.tensor_file import Reader, Stored
-from rpcpipe.errors import CheckpointError
+from rpcpipe.errors import CheckpointError, DependencyError
 
 FILE = "some.safetensors"
 WEIGHT = torch.arange(12.0).reshape(3, 4)
@@ -88,5 +88,5 @@ def test_what_cannot_be_written_is_an_error_with_the_path(tmp_path: Path) -> Non
 
 def test_without_safetensors_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    with pytest.raises(ImportError, match=r"pip install 'rpcpipe\[hf\]'"):
+    with pytest.raises(DependencyError, match=r"pip install 'rpcpipe\[hf\]'"):
         tensor_file.require()

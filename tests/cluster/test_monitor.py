@@ -8,6 +8,7 @@ import pytest
 
 from rpcpipe.cluster.control_channel import Message
 from rpcpipe.cluster.monitor import Monitor, heartbeat_seconds
+from rpcpipe.errors import RendezvousError
 
 pytestmark = pytest.mark.alone
 
@@ -100,5 +101,5 @@ def test_the_heartbeat_is_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
     assert heartbeat_seconds() == float("inf")
     for wrong in ("0.1", "soon"):
         monkeypatch.setenv("RPCPIPE_HEARTBEAT", wrong)
-        with pytest.raises(ValueError, match="RPCPIPE_HEARTBEAT"):
+        with pytest.raises(RendezvousError, match="RPCPIPE_HEARTBEAT"):
             heartbeat_seconds()

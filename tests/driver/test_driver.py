@@ -19,9 +19,9 @@ from support.models import batches, cross_entropy, mlp, sgd
 
 
 @pytest.fixture
-def executed(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[rp.Action]]:
+def executed(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[rp.schedules.Action]]:
     """Every worker's actions in the order in which they really ran."""
-    seen: dict[str, list[rp.Action]] = {}
+    seen: dict[str, list[rp.schedules.Action]] = {}
     act = Actor._run_action
 
     def record(self: Actor, route: Route, *more: Any) -> Any:
@@ -42,7 +42,9 @@ def mse(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("dispatch", ["rref", "batched"])
 @pytest.mark.parametrize("schedule", rp.schedules.names())
-def test_executed_order_is_the_schedules(schedule: str, dispatch: str, executed: dict[str, list[rp.Action]]) -> None:
+def test_executed_order_is_the_schedules(
+    schedule: str, dispatch: str, executed: dict[str, list[rp.schedules.Action]]
+) -> None:
     """46 seeds × 11 schedules × 2 dispatch modes: over 1,000 shuffles; what is drawn is what runs."""
     virtual = rp.schedules.fewest_virtual_stages(schedule)
     planned = rp.schedules.get(schedule, 3, 6, virtual)
@@ -63,7 +65,7 @@ def test_executed_order_is_the_schedules(schedule: str, dispatch: str, executed:
     st.sampled_from(rp.schedules.names()), st.integers(1, 4), st.integers(1, 9), st.integers(0, 1), st.integers(0, 999)
 )
 def test_validator_simulator_and_executor_agree(
-    executed: dict[str, list[rp.Action]], name: str, workers: int, chunks: int, more: int, seed: int
+    executed: dict[str, list[rp.schedules.Action]], name: str, workers: int, chunks: int, more: int, seed: int
 ) -> None:
     virtual = rp.schedules.fewest_virtual_stages(name) + more
     try:
@@ -80,7 +82,7 @@ def test_validator_simulator_and_executor_agree(
     assert rows == planned.actions
     for spans in (timeline.spans, planned.simulate().spans):
         traced = [[s for s in sorted(spans, key=lambda s: s.start) if s.worker == w] for w in range(workers)]
-        assert tuple(tuple(rp.Action(s.kind, s.stage, s.chunk) for s in row) for row in traced) == rows  # type: ignore[arg-type]
+        assert tuple(tuple(rp.schedules.Action(s.kind, s.stage, s.chunk) for s in row) for row in traced) == rows  # type: ignore[arg-type]
 
 
 def fail_on_nan(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -125,7 +127,7 @@ def test_a_lost_message_runs_into_the_deadline_which_names_the_action() -> None:
 
 
 def test_a_step_changes_no_weight_before_all_stages_are_done(
-    executed: dict[str, list[rp.Action]], monkeypatch: pytest.MonkeyPatch
+    executed: dict[str, list[rp.schedules.Action]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done_at_update = []
     step = LocalOptimizer.step

@@ -82,7 +82,7 @@ def test_a_failure_drops_all_that_is_under_way(dispatch: str, monkeypatch: pytes
     act, armed = Actor._run_action, [True]
 
     def fail_once(self: Actor, route: Route, *more: Any) -> Any:
-        if route.action == rp.Action("F", 1, 2) and armed[0]:
+        if route.action == rp.schedules.Action("F", 1, 2) and armed[0]:
             armed[0] = False
             raise ArithmeticError("once")
         return act(self, route, *more)
@@ -110,7 +110,7 @@ def test_what_is_left_early_or_raises_leaves_the_pipeline_usable() -> None:
             pipe.evaluate(broken())
         for _ in pipe.predict(x for x, _ in batches(9)):
             break
-        with pytest.raises(ValueError, match="3 micro-batches and targets 1"):
+        with pytest.raises(rp.ArgumentError, match="3 micro-batches and targets 1"):
             pipe.evaluate([next(batches(1)), (torch.randn(6, 12), torch.zeros(1))])
         assert pipe.train_step(*next(batches(1))).loss == oracle.train_step(*next(batches(1)))
 
@@ -119,9 +119,9 @@ def test_no_other_step_meanwhile() -> None:
     pipe = local()
     outputs = pipe.predict(x for x, _ in batches(9))
     next(outputs)
-    with pytest.raises(rp.RpcPipeError, match="finish the iterator of predict"):
+    with pytest.raises(rp.StateError, match="finish the iterator of predict"):
         pipe.train_step(*next(batches(1)))
-    with pytest.raises(rp.RpcPipeError, match="forward only"):
+    with pytest.raises(rp.StateError, match="forward only"):
         pipe.optimizer.step()
     assert len(pipe.state_dict()) == 16  # but questions are answered, in their place
     assert len(list(outputs)) == 8
@@ -130,8 +130,8 @@ def test_no_other_step_meanwhile() -> None:
 
 def test_metrics_that_cannot_be_are_refused() -> None:
     pipe, data = local(), list(batches(1))
-    with pytest.raises(ValueError, match="'loss'"):
+    with pytest.raises(rp.ArgumentError, match="'loss'"):
         pipe.evaluate(data, {"loss": correct})
-    with pytest.raises(rp.StageError, match="metric 'mean' must return"):
+    with pytest.raises(rp.ArgumentError, match="metric 'mean' must return"):
         pipe.evaluate(data, {"mean": lambda output, target: output.mean()})
     assert pipe.evaluate(data) > 0

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import rpcpipe as rp
-from rpcpipe.errors import PartitionError, StageError
+from rpcpipe.errors import ModelError, StageError
 from support.local_cluster import LocalCluster
 from support.models import batches, cross_entropy, mlp, sgd
 from support.oracle import Natural, assert_same_run
@@ -93,7 +93,7 @@ def pipe_of(model: Any, **options: Any) -> rp.Pipeline:
 
 @pytest.mark.parametrize(("make", "words"), CONTAINERS.values(), ids=CONTAINERS)
 def test_a_container_that_does_more_than_its_layers_is_refused(make: Callable[[], nn.Module], words: str) -> None:
-    with pytest.raises(PartitionError, match=f"(?s){words}.*as one layer"):
+    with pytest.raises(ModelError, match=f"(?s){words}.*as one layer"):
         pipe_of(make())
 
 
@@ -117,7 +117,7 @@ GLOBAL = ("register_module_forward_hook", "register_module_forward_pre_hook", "r
 def test_hooks_on_all_modules_are_refused(register: str) -> None:
     handle = getattr(nn.modules.module, register)(lambda *_: None)
     try:
-        with pytest.raises(PartitionError, match="hooks on all modules"):
+        with pytest.raises(ModelError, match="hooks on all modules"):
             pipe_of(mlp(2))
     finally:
         handle.remove()
@@ -172,7 +172,7 @@ SHARED: dict[str, tuple[Callable[[], tuple[nn.Module, nn.Module]], str]] = {
 def test_memory_of_two_layers_that_changes_is_refused(
     make: Callable[[], tuple[nn.Module, nn.Module]], words: str
 ) -> None:
-    with pytest.raises(PartitionError, match=words):
+    with pytest.raises(ModelError, match=words):
         pipe_of(two(make))
 
 
@@ -193,7 +193,7 @@ def test_a_shared_buffer_that_a_forward_changes_fails_the_first_step(views: bool
     before = {name: value.clone() for name, value in pipe.state_dict().items()}
     with pytest.raises(StageError, match=r"1\.table is a buffer that several layers share") as caught:
         pipe.train_step(*next(batches(1)))
-    assert isinstance(caught.value, PartitionError)
+    assert isinstance(caught.value, ModelError)
     assert all(torch.equal(before[name], value) for name, value in pipe.state_dict().items())
 
 

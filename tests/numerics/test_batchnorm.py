@@ -55,7 +55,7 @@ def test_running_statistics_are_the_whole_batchs(
 
 
 def test_what_cannot_be_deferred() -> None:
-    with pytest.raises(rp.ArgumentError, match="not SyncBatchNorm"):
+    with pytest.raises(rp.ModelError, match="not SyncBatchNorm"):
         batchnorm.defer(nn.Sequential(nn.SyncBatchNorm(4)))
     untracked = nn.BatchNorm1d(4, track_running_stats=False)
     assert type(batchnorm.defer(untracked)) is nn.BatchNorm1d

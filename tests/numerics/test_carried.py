@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import rpcpipe as rp
-from rpcpipe.errors import ArgumentError, PartitionError
+from rpcpipe.errors import ModelError
 from support.local_cluster import LocalCluster
 from support.models import batches, cross_entropy, sgd
 from support.oracle import Natural, assert_same_run
@@ -56,14 +56,14 @@ def compiled() -> nn.Module:
 
 
 REFUSED: dict[str, tuple[Callable[[], rp.Pipeline], type[Exception], str]] = {
-    "a lock": (lambda: pipe_of([nn.Linear(12, 12), Locked()], balance=[1, 1]), PartitionError, "layer 1, a Locked"),
+    "a lock": (lambda: pipe_of([nn.Linear(12, 12), Locked()], balance=[1, 1]), ModelError, "layer 1, a Locked"),
     "compiled": (
         lambda: pipe_of([compiled(), nn.ReLU()], balance=[1, 1]),
-        PartitionError,
+        ModelError,
         "layer 0, a Linear.*compile",
     ),
-    "loss": (lambda: pipe_of(model_of(nn.Identity), loss=_holds()), ArgumentError, "^loss "),
-    "optimizer": (lambda: pipe_of(model_of(nn.Identity), optimizer=_holds()), ArgumentError, "^optimizer "),
+    "loss": (lambda: pipe_of(model_of(nn.Identity), loss=_holds()), ModelError, "^loss "),
+    "optimizer": (lambda: pipe_of(model_of(nn.Identity), optimizer=_holds()), ModelError, "^optimizer "),
 }
 
 
@@ -88,6 +88,6 @@ def test_a_move_that_cannot_be_made_leaves_the_pipeline_usable() -> None:
     pipe = pipe_of(layers)
     loop = Natural(rp.layers.Sequential(layers), sgd, cross_entropy, 2)
     assert_same_run(pipe, loop, batches(2))
-    with pytest.raises(PartitionError, match=r"layer 1, a \w+, cannot be pickled.*nothing has moved"):
+    with pytest.raises(ModelError, match=r"layer 1, a \w+, cannot be pickled.*nothing has moved"):
         pipe.schedule = "interleaved"
     assert_same_run(pipe, loop, batches(2))

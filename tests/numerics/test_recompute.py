@@ -163,7 +163,7 @@ def test_recomputation_comes_while_waiting_for_the_gradient() -> None:
     done: list[tuple[int, bool]] = []
 
     class Watched(Actor):
-        def idle_work(self, action: rp.Action | None = None) -> bool:
+        def idle_work(self, action: rp.schedules.Action | None = None) -> bool:
             before = sum(stage.segments.recomputed for stage in self.held.stages.values())
             busy = super().idle_work(action)
             if action is not None and sum(stage.segments.recomputed for stage in self.held.stages.values()) > before:

@@ -244,7 +244,9 @@ def test_between_the_calls_of_an_accumulation_nothing_is_saved_and_what_is_loade
     pipe.save(tmp_path)
     for batch in data[:3]:
         pipe.train_step(*batch)
-    with pytest.raises(ValueError, match="1 of 2 calls of an accumulation are done: save after the one that updates"):
+    with pytest.raises(
+        rp.StateError, match="1 of 2 calls of an accumulation are done: save after the one that updates"
+    ):
         pipe.save(tmp_path)
     pipe.load(tmp_path)
     for batch in data[:4]:

@@ -165,7 +165,7 @@ def test_a_loss_of_sum_and_count() -> None:
     oracle = Versioned(mlp(), sgd, summed, SIZES[3])
     assert [r.loss for r in pipe.train(batches(9))] == pytest.approx(train(oracle, batches(9), "stash", 3, 1))
     assert_same_weights(pipe, oracle.model)
-    with pytest.raises(rp.StageError, match="must return the mean"):
+    with pytest.raises(rp.ScheduleError, match="must return the mean"):
         list(pipeline(3, "2bw", loss=summed).train(batches(3)))
 
 
@@ -192,7 +192,7 @@ def test_a_traced_stream_shows_updates_and_versions(cluster: rp.Cluster) -> None
         list(pipe.train(batches(8)))
     drawn = rp.schedules.get("pipedream", 4, 8).simulate(rp.schedules.Costs(optimizer=0.5))
 
-    def seen(of: rp.Timeline) -> list[list[tuple[str, int, int, int]]]:
+    def seen(of: rp.schedules.Timeline) -> list[list[tuple[str, int, int, int]]]:
         spans = sorted(of.spans, key=lambda span: span.start)
         return [[(s.kind, s.stage, s.chunk, s.version) for s in spans if s.worker == worker] for worker in range(4)]
 

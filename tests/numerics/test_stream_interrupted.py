@@ -93,7 +93,7 @@ def test_closing_the_pipeline_in_the_loop_ends_it() -> None:
         if result.step == 3:
             pipe.close()
             break
-    with pytest.raises(rp.RpcPipeError, match="the pipeline is closed"):
+    with pytest.raises(rp.StateError, match="the pipeline is closed"):
         pipe.state_dict()
 
 

@@ -96,14 +96,14 @@ def test_kinds_that_cannot_be_sent_are_refused_by_the_layer(kind: str) -> None:
     before = pipe.state_dict()
     # Without a gradient sparse tensors are carried.
     for call in (lambda: pipe.train_step(x, y), lambda: pipe(x))[: 1 if kind == "sparse" else 2]:
-        with pytest.raises(rp.StageError, match=f"the output of layer 0 has .*{words}"):
+        with pytest.raises(rp.ModelError, match=f"the output of layer 0 has .*{words}"):
             call()
     assert all(torch.equal(value, before[name]) for name, value in pipe.state_dict().items())
     if kind == "sparse":
         return
     alone = pipe_of([nn.Linear(4, 4), Make(lambda h: (h, make(h)))], loss=lambda out, y: mse(out[0], y))
     alone.train_step(x, y)
-    with pytest.raises(rp.StageError, match=f"the output of layer 1 has .*{words}"):
+    with pytest.raises(rp.ModelError, match=f"the output of layer 1 has .*{words}"):
         alone(x)
 
 
@@ -125,7 +125,7 @@ def test_all_kinds_pass_through_rpc_and_no_worker_dies(cluster: rp.Cluster) -> N
         pipe.close()
     for make, _ in REFUSED.values():
         pipe = pipe_of([Make(make), Take(lambda t: t)], cluster)
-        with pytest.raises(rp.StageError, match="the output of layer 0 has"):
+        with pytest.raises(rp.ModelError, match="the output of layer 0 has"):
             pipe.train_step(x, y)
         pipe.close()
 
@@ -319,7 +319,7 @@ def test_memory_that_a_layer_uses_again_is_copied_or_refused(where: str, last: b
     pipe = pipe_of(layers, chunks=4)
     x = torch.arange(32.0).view(8, 4)
     if where == "global":
-        with pytest.raises(rp.StageError, match=rf"the output of layer {int(last)} is in memory that also held"):
+        with pytest.raises(rp.ModelError, match=rf"the output of layer {int(last)} is in memory that also held"):
             pipe(x)
         return
     assert torch.equal(pipe(x), nn.Sequential(*copy.deepcopy(layers))[-1](x) if not last else x)

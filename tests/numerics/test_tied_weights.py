@@ -131,9 +131,9 @@ def test_one_process_shares_the_parameter_as_the_first_layer_draws_it() -> None:
     ],
 )
 def test_what_cannot_be_tied_is_refused(model: list[Any], message: str) -> None:
-    with pytest.raises(rp.PartitionError, match=message):
+    with pytest.raises(rp.ModelError, match=message):
         rp.layers.Sequential(model)
-    with pytest.raises(rp.PartitionError, match=message):
+    with pytest.raises(rp.ModelError, match=message):
         rp.Pipeline(model, LocalCluster(2), loss=cross_entropy, optimizer=sgd)
 
 
@@ -152,7 +152,7 @@ def test_a_module_that_comes_again_shares_all_its_parameters() -> None:
     state = pipe.state_dict()
     assert torch.equal(state["1.0.weight"], state["3.0.weight"])
     norm = nn.BatchNorm1d(4)
-    with pytest.raises(rp.PartitionError, match="layer 2 is layer 0 again and has buffers"):
+    with pytest.raises(rp.ModelError, match="layer 2 is layer 0 again and has buffers"):
         rp.Pipeline([norm, Block(), norm], LocalCluster(2), loss=cross_entropy, optimizer=sgd)
 
 

@@ -215,7 +215,7 @@ def test_what_cannot_be_cut_is_refused() -> None:
 
 def test_rpcpipe_alone_imports_no_transformers() -> None:
     check = "import sys, rpcpipe; assert 'transformers' not in sys.modules; sys.modules['transformers'] = None\n"
-    call = "try: rpcpipe.from_transformers(None, None)\nexcept ImportError as error: print(error)"
+    call = "try: rpcpipe.from_transformers(None, None)\nexcept rpcpipe.DependencyError as error: print(error)"
     done = subprocess.run([sys.executable, "-c", check + call], capture_output=True, text=True, timeout=60, check=True)
     assert "pip install 'rpcpipe[hf]'" in done.stdout
 

@@ -344,7 +344,7 @@ def test_missing_names_and_wrong_results_are_refused(cluster: rp.Cluster) -> Non
         for call in calls:
             with pytest.raises(ValueError, match="layer 1 takes 'mask', which no layer before it gives"):
                 call()
-    with pytest.raises(rp.RpcPipeError, match="stage 1 has layers that take or give named values"):
+    with pytest.raises(rp.StateError, match="stage 1 has layers that take or give named values"):
         pipe.stages[1].forward(given["x"])
     train_both(pipe, Oracle(rp.layers.Sequential(layers()), sgd, cross_entropy, 2))
     pipe.close()
@@ -352,10 +352,10 @@ def test_missing_names_and_wrong_results_are_refused(cluster: rp.Cluster) -> Non
         [rp.Wired(nn.Linear(4, 4), gives="r"), nn.Linear(4, 4)], cluster, loss=cross_entropy, optimizer=sgd,
         balance=[1, 1],
     )  # fmt: skip
-    with pytest.raises(rp.StageError, match=r"a layer that gives 'r' returns \(x, r\), a tuple of 2, not a Tensor"):
+    with pytest.raises(rp.ModelError, match=r"a layer that gives 'r' returns \(x, r\), a tuple of 2, not a Tensor"):
         pipe.train_step(torch.randn(4, 4), torch.zeros(4, dtype=torch.long))
     pipe.close()
-    with pytest.raises(ValueError, match="not a int"):
+    with pytest.raises(rp.ArgumentError, match="not a int"):
         rp.Wired(7)  # type: ignore[arg-type]
 
 

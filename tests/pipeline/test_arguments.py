@@ -133,7 +133,7 @@ def test_a_schedule_has_whole_sizes(index: int, value: Any) -> None:
     sizes: list[Any] = [2, 4, 1]
     rp.schedules.get("1f1b", *sizes)
     sizes[index] = value
-    with pytest.raises(rp.ScheduleError, match="must be whole numbers and at least 1, not"):
+    with pytest.raises(rp.ArgumentError, match="must be whole numbers and at least 1, not"):
         rp.schedules.get("1f1b", *sizes)
 
 

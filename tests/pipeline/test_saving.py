@@ -49,11 +49,11 @@ def test_inside_a_step_nothing_is_saved_or_loaded(tmp_path: Path) -> None:
     pipe = make(2)
     pipe.save(tmp_path)
     with pipe.step():
-        with pytest.raises(ValueError, match="save after its with-block"):
+        with pytest.raises(rp.StateError, match="save after its with-block"):
             pipe.save(tmp_path)
-        with pytest.raises(ValueError, match="load after its with-block"):
+        with pytest.raises(rp.StateError, match="load after its with-block"):
             pipe.load(tmp_path)
-    with pytest.raises(ValueError, match="keep must be at least 1"):
+    with pytest.raises(rp.ArgumentError, match="keep must be at least 1"):
         pipe.save(tmp_path, keep=0)
 
 

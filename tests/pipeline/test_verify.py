@@ -160,7 +160,7 @@ def test_what_cannot_be_verified_is_refused() -> None:
         rp.verify(pipeline(layers()), x, y, steps=0)
     pipe = pipeline(layers(), accumulate=2)
     pipe.train_step(x, y)
-    with pytest.raises(rp.ArgumentError, match="verify after the one that updates"):
+    with pytest.raises(rp.StateError, match="verify after the one that updates"):
         rp.verify(pipe, x, y)
 
 
@@ -202,7 +202,7 @@ def test_the_plain_loop_runs_in_a_process_of_its_own(cluster: rp.Cluster) -> Non
     assert rp.verify(pipe, *batch())
     pipe.close()
     failing = pipeline([nn.Linear(8, 4), Fails()], cluster, balance=[1, 1])
-    with pytest.raises(rp.RpcPipeError, match=r"(?s)one process cannot do what the pipeline did.*not in one process"):
+    with pytest.raises(rp.ModelError, match=r"(?s)one process cannot do what the pipeline did.*not in one process"):
         rp.verify(failing, *batch())
     failing.close()
 

@@ -100,7 +100,7 @@ def test_an_exception_in_the_loss(cluster: rp.Cluster) -> None:
 
 def test_a_loss_that_is_no_scalar_is_refused_before_any_backward(cluster: rp.Cluster) -> None:
     pipe = rp.Pipeline(mlp(), cluster, loss=lambda output, target: output, optimizer=sgd, chunks=2)
-    with pytest.raises(rp.StageError, match=r"scalar tensor .*not a tensor of shape \(5, 4\)"):
+    with pytest.raises(rp.ModelError, match=r"scalar tensor .*not a tensor of shape \(5, 4\)"):
         pipe.train_step(*next(batches(1)))
     pipe.close()
 
@@ -147,17 +147,17 @@ def test_nan_in_the_gradients_changes_nothing(cluster: rp.Cluster) -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"chunks": 0}, ValueError, "chunks must be at least 1, not 0"),
+        ({"chunks": 0}, rp.ArgumentError, "chunks must be at least 1, not 0"),
         ({"balance": [3, 3]}, rp.PartitionError, "sum to the model's 8 layers"),
         ({"balance": [1] * 8}, rp.PartitionError, "8 stages need 8 workers, the cluster has 4"),
-        ({"balance": "luck"}, ValueError, "balance must be"),
-        ({"schedule": "2f2b"}, rp.ScheduleError, "unknown schedule '2f2b'"),
-        ({"dispatch": "pigeon"}, ValueError, "dispatch must be one of"),
-        ({"loss": "mse"}, ValueError, "loss must be callable"),
-        ({"optimizer": 3}, ValueError, "optimizer must be a function"),
+        ({"balance": "luck"}, rp.ArgumentError, "balance must be"),
+        ({"schedule": "2f2b"}, rp.ArgumentError, "unknown schedule '2f2b'"),
+        ({"dispatch": "pigeon"}, rp.ArgumentError, "dispatch must be one of"),
+        ({"loss": "mse"}, rp.ArgumentError, "loss must be callable"),
+        ({"optimizer": 3}, rp.ArgumentError, "optimizer must be a function"),
         ({"model": mlp(3)}, rp.PartitionError, "3 layers and the schedule 4 stages"),
-        ({"model": nn.Linear(2, 2)}, rp.PartitionError, "not Linear"),
-        ({"model": [nn.Linear(2, 2), 5, 6, 7]}, rp.PartitionError, "layer 1 is a int"),
+        ({"model": nn.Linear(2, 2)}, rp.ArgumentError, "not Linear"),
+        ({"model": [nn.Linear(2, 2), 5, 6, 7]}, rp.ArgumentError, "layer 1 is a int"),
     ],
 )
 def test_wrong_arguments_are_refused_with_the_values(
@@ -170,7 +170,7 @@ def test_wrong_arguments_are_refused_with_the_values(
 
 
 def test_an_optimizer_that_is_none_is_refused(cluster: rp.Cluster) -> None:
-    with pytest.raises(rp.StageError, match=r"must return a torch\.optim\.Optimizer, not NoneType"):
+    with pytest.raises(rp.ModelError, match=r"must return a torch\.optim\.Optimizer, not NoneType"):
         rp.Pipeline(mlp(), cluster, loss=cross_entropy, optimizer=lambda params: None)  # type: ignore[arg-type,return-value]
 
 
@@ -186,7 +186,7 @@ def test_an_optimizer_that_is_none_is_refused(cluster: rp.Cluster) -> None:
     ],
 )
 def test_wrong_launch_arguments(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(rp.ArgumentError, match=message):
         rp.launch(**arguments)
 
 

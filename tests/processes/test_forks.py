@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import rpcpipe as rp
-from rpcpipe.errors import RpcPipeError
+from rpcpipe.errors import StateError
 from support.models import adamw, batches, cross_entropy, mlp
 
 
@@ -24,7 +24,7 @@ def run_exit(_: Any) -> None:
 
 
 def refused(call: Callable[[], Any], words: str) -> None:
-    with pytest.raises(RpcPipeError, match=words):
+    with pytest.raises(StateError, match=words):
         call()
 
 

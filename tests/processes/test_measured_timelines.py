@@ -30,14 +30,14 @@ def test_a_traced_step_has_all_actions_transfers_and_updates(cluster: rp.Cluster
     assert before < timeline.start < timeline.start + timeline.makespan < after
     for step in (1, 2):
         spans = [span for span in timeline.spans if span.step == step]
-        rows: list[list[rp.Action]] = [[] for _ in range(4)]
+        rows: list[list[rp.schedules.Action]] = [[] for _ in range(4)]
         for span in sorted(spans, key=lambda span: span.start):
             if span.kind != "U":
-                rows[span.worker].append(rp.Action(span.kind, span.stage, span.chunk))  # type: ignore[arg-type]
+                rows[span.worker].append(rp.schedules.Action(span.kind, span.stage, span.chunk))  # type: ignore[arg-type]
         assert tuple(map(tuple, rows)) == planned.actions
         assert [span.kind for span in spans].count("U") == 4
-        end = {rp.Action(s.kind, s.stage, s.chunk): s.end for s in spans}  # type: ignore[arg-type]
-        start = {rp.Action(s.kind, s.stage, s.chunk): s.start for s in spans}  # type: ignore[arg-type]
+        end = {rp.schedules.Action(s.kind, s.stage, s.chunk): s.end for s in spans}  # type: ignore[arg-type]
+        start = {rp.schedules.Action(s.kind, s.stage, s.chunk): s.start for s in spans}  # type: ignore[arg-type]
         assert all(start[a] >= end[d] for row in planned.actions for a in row for d in planned.dependencies(a))
         moves = [move for move in timeline.transfers if move.step == step]
         crossing = [a for row in planned.actions for a in row if _crosses(planned, a)]
@@ -48,7 +48,7 @@ def test_a_traced_step_has_all_actions_transfers_and_updates(cluster: rp.Cluster
     pipe.close()
 
 
-def _crosses(schedule: rp.Schedule, action: rp.Action) -> bool:
+def _crosses(schedule: rp.Schedule, action: rp.schedules.Action) -> bool:
     consumer = schedule.consumer(action)
     return consumer is not None and schedule.placement[consumer.stage] != schedule.placement[action.stage]
 

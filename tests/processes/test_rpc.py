@@ -65,7 +65,7 @@ def test_calls_of_a_closed_pipeline_are_answered(cluster: rp.Cluster) -> None:
 
 
 def test_a_second_group_in_one_process_is_refused(cluster: rp.Cluster) -> None:
-    with pytest.raises(rp.RpcPipeError, match="already runs torch RPC"):
+    with pytest.raises(rp.StateError, match="already runs torch RPC"):
         transport.this_process.join(None, "x", {"x": 0}, "generation", interface="lo")  # type: ignore[arg-type]
 
 
@@ -118,5 +118,5 @@ def test_groups_that_follow_each_other(program: str) -> None:
 
 def test_a_network_cannot_be_changed(cluster: rp.Cluster) -> None:
     cluster.close()
-    with pytest.raises(rp.RpcPipeError, match="listens on lo and cannot change to eth0"):
+    with pytest.raises(rp.StateError, match="listens on lo and cannot change to eth0"):
         transport.this_process.join(None, "driver", {"driver": 0}, "generation", interface="eth0")  # type: ignore[arg-type]

@@ -79,7 +79,9 @@ def torchs_rows(kind: str, placement: tuple[int, ...], chunks: int) -> list[list
     return [list(flat(row)) for row in order.values()]
 
 
-def simulated(name: str, kind: str, workers: int, chunks: int, virtual: int) -> tuple[rp.Timeline, rp.Timeline] | None:
+def simulated(
+    name: str, kind: str, workers: int, chunks: int, virtual: int
+) -> tuple[rp.schedules.Timeline, rp.schedules.Timeline] | None:
     """Ours and torch's at F = I = W = 1; None where torch refuses the sizes."""
     placement = rp.schedules.placement(name, workers, virtual)
     try:

@@ -14,7 +14,7 @@ from rpcpipe.schedules import Costs
 from rpcpipe.schedules.render import to_chrome
 
 
-def planned(name: str = "zb-v", latency: float = 0.3) -> rp.Timeline:
+def planned(name: str = "zb-v", latency: float = 0.3) -> rp.schedules.Timeline:
     virtual = rp.schedules.fewest_virtual_stages(name)
     return rp.schedules.get(name, 3, 6, virtual).simulate(Costs(latency=latency, optimizer=1.0))
 
@@ -88,7 +88,7 @@ def test_text_fits_any_width_and_size() -> None:
         lines = rp.schedules.get(name, workers, chunks).simulate().to_text(width).splitlines()
         assert max(map(len, lines[:-1])) <= width
         assert len(lines) == workers + 1
-    assert "makespan 0" in rp.Timeline([], workers=2).to_text()
+    assert "makespan 0" in rp.schedules.Timeline([], workers=2).to_text()
 
 
 def test_what_takes_no_time_is_not_drawn() -> None:

@@ -70,7 +70,7 @@ def test_streams_are_the_drawn_schedule_batch_after_batch() -> None:
         for workers in range(1, 6):
             short, long = (rp.schedules.streamed(name, workers, 6, batches).validate() for batches in (2, 3))
             for rank, (a, b) in enumerate(zip(short.actions, long.actions, strict=True)):
-                until = a.index(rp.Action("F", rank, 11)) + 1
+                until = a.index(rp.schedules.Action("F", rank, 11)) + 1
                 assert a[:until] == b[:until]
                 assert [action for action in b if action.chunk < 12] == list(a)
             assert rp.schedules.streamed(name, workers, 6, 1).actions == rp.schedules.get(name, workers, 6).actions
@@ -191,9 +191,6 @@ def test_broken_schedules_are_refused(text: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("zigzag", 2, 2), "unknown schedule 'zigzag'; known are naive, gpipe, 1f1b"),
-        (("1f1b", 0, 2), "at least 1, not 0"),
-        (("1f1b", 2, 0), "at least 1"),
         (("gpipe", 2, 2, 2), "has 1 stage per worker; virtual_stages=2"),
         (("interleaved", 2, 2), "needs 2 or more stages per worker"),
         (("zb-v", 2, 2, 3), "has 2 stages per worker"),
@@ -202,6 +199,19 @@ def test_broken_schedules_are_refused(text: str, message: str) -> None:
 )
 def test_undefined_sizes_are_refused(arguments: tuple[object, ...], message: str) -> None:
     with pytest.raises(rp.ScheduleError, match=message):
+        rp.schedules.get(*arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("zigzag", 2, 2), "unknown schedule 'zigzag'; known are naive, gpipe, 1f1b"),
+        (("1f1b", 0, 2), "at least 1, not 0"),
+        (("1f1b", 2, 0), "at least 1"),
+    ],
+)
+def test_names_and_numbers_that_no_schedule_has_are_refused(arguments: tuple[object, ...], message: str) -> None:
+    with pytest.raises(rp.ArgumentError, match=message):
         rp.schedules.get(*arguments)  # type: ignore[arg-type]
 
 
@@ -217,7 +227,7 @@ def test_the_source_documents_numbers() -> None:
 
 
 def test_bad_formula_arguments() -> None:
-    with pytest.raises(rp.ScheduleError):
+    with pytest.raises(rp.ArgumentError):
         rp.bubble_fraction(0, 1)
-    with pytest.raises(rp.ScheduleError):
+    with pytest.raises(rp.ArgumentError):
         rp.optimal_microbatches(4, 1.0)

@@ -71,7 +71,7 @@ def test_costs_per_stage_and_optimizer() -> None:
     assert [span.kind for span in timeline.spans].count("U") == 2
     # Stage 1 is the bottleneck: 1 + 2 × 6 before its last backward ends, then stage 0's backward.
     assert timeline.makespan == 1 + 12 + 2 + 5
-    with pytest.raises(rp.ScheduleError, match="3 entries for 2 stages"):
+    with pytest.raises(rp.ArgumentError, match="3 entries for 2 stages"):
         schedule.simulate(Costs(forward=[1, 2, 3]))
 
 
@@ -131,7 +131,7 @@ def test_transfers_are_listed() -> None:
 
 
 def test_measured_costs_are_means_by_stage() -> None:
-    timeline = rp.Timeline(
+    timeline = rp.schedules.Timeline(
         [Span(0, "F", 0, 0, 0, 1), Span(0, "F", 0, 1, 1, 4), Span(0, "B", 0, 0, 4, 9), Span(1, "F", 1, 0, 1, 2)],
         workers=2,
     )
@@ -147,5 +147,5 @@ def test_large_schedules_are_quick() -> None:
 
 
 def test_an_empty_timeline_has_no_bubble() -> None:
-    assert rp.Timeline([], workers=2).bubble == 0.0
-    assert rp.Timeline([], workers=2).makespan == 0.0
+    assert rp.schedules.Timeline([], workers=2).bubble == 0.0
+    assert rp.schedules.Timeline([], workers=2).makespan == 0.0

@@ -105,7 +105,7 @@ def test_clipping_is_torchs_on_the_whole_model(frozen: str, dtype: torch.dtype |
 
 
 def test_a_model_that_is_all_frozen_is_refused() -> None:
-    with pytest.raises(ValueError, match="nothing to train"):
+    with pytest.raises(rp.ModelError, match="nothing to train"):
         rp.Pipeline(model(list(range(6))), LocalCluster(3), loss=cross_entropy, optimizer=adamw, chunks=3)
 
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from rpcpipe.errors import ArgumentError
 from rpcpipe.stage.metrics import means, measure
 
 
@@ -18,7 +19,7 @@ def test_sums_and_counts_by_name() -> None:
 
 @pytest.mark.parametrize("value", [3.0, (1.0,), "ab", (torch.zeros(2), 1), None])
 def test_anything_else_is_refused_by_name(value: object) -> None:
-    with pytest.raises(TypeError, match=r"metric 'accuracy' must return \(sum, count\)"):
+    with pytest.raises(ArgumentError, match=r"metric 'accuracy' must return \(sum, count\)"):
         measure({"accuracy": lambda o, t: value}, torch.zeros(1), torch.zeros(1))  # type: ignore[arg-type,return-value]
 
 

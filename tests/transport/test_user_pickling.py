@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from rpcpipe.errors import PartitionError
+from rpcpipe.errors import ModelError
 from rpcpipe.model.layers import LayerSpec, unpicklable
 from rpcpipe.transport import user_pickling
 from support.by_path import imported
@@ -134,8 +134,8 @@ def test_what_cannot_be_carried_is_named(make: Callable[[], Any], words: str) ->
     with pytest.raises(Exception) as caught:
         user_pickling.dumps(layers)
     error = unpicklable(layers, caught.value)
-    assert isinstance(error, PartitionError)
-    with pytest.raises(PartitionError, match=f"(?s)layer bad.*{words}.*LayerSpec"):
+    assert isinstance(error, ModelError)
+    with pytest.raises(ModelError, match=f"(?s)layer bad.*{words}.*LayerSpec"):
         raise error
 
 

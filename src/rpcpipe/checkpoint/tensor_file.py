@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from rpcpipe.checkpoint.directory import sync
-from rpcpipe.errors import CheckpointError
+from rpcpipe.errors import CheckpointError, DependencyError
 
 
 class Stored(NamedTuple):
@@ -25,11 +25,11 @@ class Stored(NamedTuple):
 
 
 def require() -> None:
-    """Raise ImportError unless safetensors is installed."""
+    """Raise DependencyError unless safetensors is installed."""
     try:
         import safetensors  # noqa: F401
     except ImportError as error:
-        raise ImportError("pipe.save and pipe.load need safetensors: pip install 'rpcpipe[hf]'") from error
+        raise DependencyError("pipe.save and pipe.load need safetensors: pip install 'rpcpipe[hf]'") from error
 
 
 def write(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, Stored]:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from rpcpipe import _tables
 from rpcpipe.cluster.rendezvous import Member, WorkerGroup, describe
-from rpcpipe.errors import ArgumentError, Failure, RpcPipeError, StageError, WorkerLost
+from rpcpipe.errors import ArgumentError, DeadlineExceeded, Failure, StageError, StateError, WorkerLost
 from rpcpipe.transport.base import Transport
 from rpcpipe.transport.user_pickling import loads, named_dumps
 
@@ -78,7 +78,7 @@ class PipelineCluster(Protocol):
         ...
 
     def check(self) -> None:
-        """Raise RpcPipeError if the cluster is closed, WorkerLost if a worker has died."""
+        """Raise StateError if the cluster is closed, WorkerLost if a worker has died."""
         ...
 
     def call(self, worker: Worker, function: Callable[..., Any], /, *args: Any) -> Any:
@@ -132,11 +132,11 @@ class Cluster:
         return os.getpid() != self._owner
 
     def check(self) -> None:
-        """Raise RpcPipeError if the cluster is closed, WorkerLost if a worker has died."""
+        """Raise StateError if the cluster is closed, WorkerLost if a worker has died."""
         if self._closed:
-            raise RpcPipeError("the cluster is closed; call rp.launch again")
+            raise StateError("the cluster is closed; call rp.launch again")
         if self._inherited:
-            raise RpcPipeError(
+            raise StateError(
                 f"this process ({os.getpid()}) is a fork of the driver ({self._owner}), which alone may use the cluster"
                 "; start a process that needs workers of its own by multiprocessing's 'spawn'"
             )
@@ -149,7 +149,7 @@ class Cluster:
     def call(self, worker: str | int | Worker, function: Callable[..., Any], *args: Any) -> Any:
         """Return ``function(*args)``, run on a worker or spare (its name, rank from 1, or ``Worker``).
 
-        Raises StageError for what the function raises, TimeoutError if it takes longer than ``timeout``, and
+        Raises StageError for what the function raises, DeadlineExceeded if it takes longer than ``timeout``, and
         WorkerLost.
         """
         self.check()
@@ -157,7 +157,7 @@ class Cluster:
         reply = self.transport.call(name, "run", named_dumps((function, args), "the call's function"))
         done, _ = self.transport.wait([reply], self.timeout)
         if not done:
-            raise TimeoutError(f"{name} did not answer within {self.timeout:g} s")
+            raise DeadlineExceeded(f"{name} did not answer within {self.timeout:g} s")
         outcome = reply.result()
         if isinstance(outcome, Failure):
             raise StageError.of(outcome)

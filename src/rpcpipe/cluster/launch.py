@@ -18,7 +18,7 @@ from rpcpipe.cluster.process import WorkerProcess, worker_environment
 from rpcpipe.cluster.rendezvous import WorkerGroup, form, worker_names
 from rpcpipe.cluster.template import PRELOADED, templates
 from rpcpipe.cluster.worker_logs import WorkerLogs
-from rpcpipe.errors import ArgumentError, RpcPipeError, require_positive, require_whole
+from rpcpipe.errors import ArgumentError, StateError, require_positive, require_whole
 from rpcpipe.transport.rpc import this_process
 from rpcpipe.transport.user_pickling import worker_imports
 
@@ -39,10 +39,10 @@ class LiveCluster:
     def reuse(self, shape: Any) -> Cluster | None:
         """Return the live cluster if it is healthy and was made as ``shape`` says; close any other.
 
-        Raises RpcPipeError in a fork of a process that has had one.
+        Raises StateError in a fork of a process that has had one.
         """
         if self.owner not in (0, os.getpid()):
-            raise RpcPipeError(
+            raise StateError(
                 f"this process ({os.getpid()}) is a fork of one that has had workers ({self.owner}), and torch RPC does"
                 " not survive a fork; start it by multiprocessing's 'spawn' to give it workers of its own"
             )

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from rpcpipe.cluster.process import Reader
-from rpcpipe.errors import ArgumentError
+from rpcpipe.errors import RendezvousError
 
 # A worker sends a heartbeat this often; silence is a hang.
 BEAT_SECONDS = 0.5
@@ -24,15 +24,15 @@ _LEAST_HEARTBEAT = BEAT_SECONDS + 4 * _TICK
 def heartbeat_seconds() -> float:
     """Return the time in which a hang is noticed: ``RPCPIPE_HEARTBEAT`` seconds, or 2; infinity for 0 (never).
 
-    Raises ArgumentError for what is no number, or shorter than the workers' heartbeats allow.
+    Raises RendezvousError for what is no number, or shorter than the workers' heartbeats allow.
     """
     given = os.environ.get("RPCPIPE_HEARTBEAT", "2")
     try:
         seconds = float(given)
     except ValueError:
-        raise ArgumentError(f"RPCPIPE_HEARTBEAT={given!r} is no number of seconds") from None
+        raise RendezvousError(f"RPCPIPE_HEARTBEAT={given!r} is no number of seconds") from None
     if 0 < seconds < _LEAST_HEARTBEAT:
-        raise ArgumentError(
+        raise RendezvousError(
             f"RPCPIPE_HEARTBEAT={given} is too short: workers give a sign of life every {BEAT_SECONDS} s"
         )
     return seconds if seconds > 0 else float("inf")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from rpcpipe.errors import ArgumentError
+from rpcpipe.errors import ModelError
 
 
 class Progress(NamedTuple):
@@ -27,9 +27,9 @@ class Progress(NamedTuple):
         return self.done + 1 == self.calls
 
     def counted(self, count: float | None) -> float | None:
-        """Return ``count`` plus the calls' total so far. Raises ArgumentError if only some calls have a count."""
+        """Return ``count`` plus the calls' total so far. Raises ModelError if only some calls have a count."""
         if self.done and (self.total is None) != (count is None):
-            raise ArgumentError(
+            raise ModelError(
                 "the loss returned the mean in some calls of one accumulation and (sum, count) in others;"
                 " return the same form in all"
             )

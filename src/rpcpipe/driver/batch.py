@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from rpcpipe.errors import ArgumentError, require
+from rpcpipe.errors import ArgumentError, ModelError, require
 from rpcpipe.model.microbatch import MicroBatches, Nest, cut, flatten, map_tensors, merge_gradients, tensors, unflatten
 from rpcpipe.model.sendable import checked
 from rpcpipe.model.wiring import DRIVER, Flow, ValueRoute, link
@@ -69,7 +69,7 @@ def _sendable(part: Nest, what: str) -> Nest:
     """Return a micro-batch as it is sent, in host memory; ArgumentError for what cannot be."""
     try:
         return checked(part, f"the batch's {what}", torch.Tensor.cpu)
-    except TypeError as error:
+    except ModelError as error:
         raise ArgumentError(str(error)) from None
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rpcpipe.driver.result import StepResult
+from rpcpipe.errors import DependencyError
 
 Callback = Callable[[StepResult], Any]
 # The figures of a record in their order. Those of streams have an empty value in a synchronous step's record, so that
@@ -83,14 +84,14 @@ class TensorBoard:
 
     Figures of several stages or parameter groups are named by index: ``peak_in_flight/0``. After a resume
     TensorBoard hides older scalars of the first step that is written again and of all later steps.
-    Raises ImportError where the extra ``track`` is not installed.
+    Raises DependencyError where the extra ``track`` is not installed.
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise ImportError("rp.callbacks.TensorBoard needs tensorboard: pip install 'rpcpipe[track]'") from error
+            raise DependencyError("rp.callbacks.TensorBoard needs tensorboard: pip install 'rpcpipe[track]'") from error
         self.directory = Path(directory)
         self._make: Any = SummaryWriter
         self._writer: Any = None

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from rpcpipe.driver.accumulation import Progress
 from rpcpipe.driver.driver import Driver
 from rpcpipe.driver.result import mean_loss
-from rpcpipe.errors import Failure, StageError
+from rpcpipe.errors import Failure, NonFiniteError, StageError
 from rpcpipe.stage import gradients
 from rpcpipe.stage.context import StepContext
 from rpcpipe.worker.messages import Report
@@ -98,9 +98,9 @@ def refuse_nonfinite(reports: Mapping[str, Report], last_stage: int) -> None:
     for stage, name, norms in sorted(entries, reverse=True):
         if not all(map(math.isfinite, norms.values())):
             message = f"a gradient of stage {stage} is not finite (nonfinite='stop')"
-            raise StageError.of(Failure.stated(FloatingPointError, message, worker=name, stage=stage))
+            raise StageError.of(Failure.stated(NonFiniteError, message, worker=name, stage=stage))
     for name, report in reports.items():
         for chunk, (value, _) in sorted(report.losses.items()):
             if not math.isfinite(value):
                 message = f"the loss of micro-batch {chunk} is {value} (nonfinite='stop')"
-                raise StageError.of(Failure.stated(FloatingPointError, message, worker=name, stage=last_stage))
+                raise StageError.of(Failure.stated(NonFiniteError, message, worker=name, stage=last_stage))

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from rpcpipe.driver.result import mean_loss, merged_outputs
 from rpcpipe.driver.runtime import Runtime
-from rpcpipe.errors import ArgumentError, RpcPipeError, require
+from rpcpipe.errors import ArgumentError, StateError, require
 from rpcpipe.model.microbatch import Nest, copied
 from rpcpipe.stage.context import StepContext
 from rpcpipe.stage.metrics import Metric, Sums, means
@@ -87,8 +87,8 @@ class Passes:
             runtime.leave(self)
 
     def apply(self) -> None:
-        """Raise RpcPipeError: there is no update to apply."""
-        raise RpcPipeError("batches run forward only now, there is nothing to apply; finish the iterator first")
+        """Raise StateError: there is no update to apply."""
+        raise StateError("batches run forward only now, there is nothing to apply; finish the iterator first")
 
     def forget(self) -> None:
         """Do nothing: forward passes accumulate no gradients."""
@@ -134,6 +134,7 @@ def evaluate(
         runtime.settings.has_loss,
         "evaluate needs the loss that this pipeline was made without: make one with loss=…, or compare the outputs of"
         " pipe.predict with the targets",
+        error=StateError,
     )
     require("loss" not in metrics, "a metric cannot be named 'loss': the loss is reported beside the metrics")
     tell_last_stage(runtime, SetMetrics(named_dumps(dict(metrics), "what to measure")))

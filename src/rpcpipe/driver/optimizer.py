@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 
-from rpcpipe.errors import ArgumentError, require
+from rpcpipe.errors import ArgumentError, ModelError, StateError, require
 from rpcpipe.stage.hyperparameters import Groups, copied, hyperparameters, is_own, options, same, update
 
 
@@ -73,24 +73,25 @@ class PipelineOptimizer(torch.optim.Optimizer):
         self._apply()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refuse: the workers' optimizers have the parameters. Raises ArgumentError."""
+        """Refuse: the workers' optimizers have the parameters. Raises StateError."""
         require(
             not self._complete,
             "pipe.optimizer stands for the workers' optimizers and takes no parameters: let the factory,"
             " Pipeline(optimizer=…), make the group on the workers, empty where a stage has none of its parameters",
+            error=StateError,
         )
         super().add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """Refuse: the state is on the workers. Raises ArgumentError."""
-        raise ArgumentError(
+        """Refuse: the state is on the workers. Raises StateError."""
+        raise StateError(
             "the optimizer's state is on the workers, and pipe.optimizer has only the options of its groups: use"
             " pipe.save(directory), and pipe.load(directory) to go on"
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuse: the state is on the workers. Raises ArgumentError."""
-        raise ArgumentError(
+        """Refuse: the state is on the workers. Raises StateError."""
+        raise StateError(
             "the optimizer's state is on the workers and cannot be loaded through pipe.optimizer: use"
             " pipe.load(directory) of what pipe.save has written; set options by pipe.optimizer.param_groups"
         )
@@ -113,7 +114,7 @@ def _check_complete(initial: Groups, current: Groups) -> None:
 
 
 def check_alike(changed: Mapping[str, Sequence[Mapping[str, Any] | None]]) -> None:
-    """Raise ArgumentError unless the workers' optimizers have changed the entries of their groups alike.
+    """Raise ModelError unless the workers' optimizers have changed the entries of their groups alike.
 
     ``changed``: by worker and group, None where the worker has no parameter of the group.
     """
@@ -128,6 +129,7 @@ def check_alike(changed: Mapping[str, Sequence[Mapping[str, Any] | None]]) -> No
                     f" {expected!r:.80} on {other} and {value!r:.80} on {worker}. The update was rolled back; keep what"
                     " belongs to a parameter in state[parameter], or keep the model on one stage (balance=[number of"
                     " layers])",
+                    error=ModelError,
                 )
                 require(
                     same(value, expected),
@@ -135,4 +137,5 @@ def check_alike(changed: Mapping[str, Sequence[Mapping[str, Any] | None]]) -> No
                     f" has only its own: it became {expected} on {other} and {value} on {worker}. The update was rolled"
                     " back; use an optimizer that treats every parameter by itself, or keep the model on one stage"
                     " (balance=[number of layers], with replicas=… on more workers)",
+                    error=ModelError,
                 )

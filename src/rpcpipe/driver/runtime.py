@@ -21,11 +21,12 @@ from rpcpipe.driver.layout import Layout
 from rpcpipe.driver.optimizer import PipelineOptimizer
 from rpcpipe.driver.stage_handle import StageHandle
 from rpcpipe.driver.tracing import Tracer
-from rpcpipe.errors import RpcPipeError, ScheduleError, require
+from rpcpipe.errors import ScheduleError, StateError, require
 from rpcpipe.model.layers import check_inputs
 from rpcpipe.model.microbatch import Nest
 from rpcpipe.schedules import Schedule
 from rpcpipe.schedules.timeline import Timeline
+from rpcpipe.schedules.weight_versions import Policy
 from rpcpipe.worker.messages import Port, Report, StageInfo
 
 
@@ -70,7 +71,7 @@ class Settings:
     trains: bool = True
     has_loss: bool = True
 
-    def check(self, policy: str | None, *, scaled: bool) -> None:
+    def check(self, policy: Policy | None, *, scaled: bool) -> None:
         """Raise ScheduleError for settings that do not fit an asynchronous schedule with ``policy``.
 
         ``policy``: the versions that stages keep of their weights; None for a synchronous schedule, which fits all
@@ -111,7 +112,7 @@ class Runtime:
         deployment: Deployment,
         settings: Settings,
         *,
-        policy: str | None,
+        policy: Policy | None,
         prepare: Callable[[Nest], Nest],
         scaler: torch.amp.GradScaler | None,
     ) -> None:
@@ -217,9 +218,9 @@ class Runtime:
     # --- one thing at a time ---
 
     def enter(self, active: Active) -> None:
-        """Make ``active`` the active object; raise RpcPipeError if another object is active."""
+        """Make ``active`` the active object; raise StateError if another object is active."""
         if self.active is not None:
-            raise RpcPipeError(
+            raise StateError(
                 "a step of this pipeline is open already; first leave its with-block, or finish the iterator of predict"
             )
         self.active = active
@@ -240,9 +241,9 @@ class Runtime:
             self.active.forget()
 
     def apply_active(self) -> None:
-        """Carry out ``pipe.optimizer.step()``; raise RpcPipeError if nothing is active."""
+        """Carry out ``pipe.optimizer.step()``; raise StateError if nothing is active."""
         if self.active is None:
-            raise RpcPipeError("no step is open; call train_step, or optimize inside `with pipe.step() as s:`")
+            raise StateError("no step is open; call train_step, or optimize inside `with pipe.step() as s:`")
         self.active.apply()
 
     # --- life ---
@@ -250,23 +251,24 @@ class Runtime:
     def check(self) -> None:
         """Prepare the pipeline for other work: drain an open stream.
 
-        Raises RpcPipeError if the pipeline or the cluster is closed, and WorkerLost if a worker has died.
+        Raises StateError if the pipeline or the cluster is closed, and WorkerLost if a worker has died.
         """
         if self.closed:
-            raise RpcPipeError("the pipeline is closed; make a new one")
+            raise StateError("the pipeline is closed; make a new one")
         self.cluster.check()
         if self.stream is not None:
             self.stream.flush()
 
     def check_trains(self) -> None:
-        """Raise ArgumentError if the pipeline was made without an optimizer."""
+        """Raise StateError if the pipeline was made without an optimizer."""
         require(
             self.settings.trains,
             "this pipeline was made without an optimizer and cannot train: make one with loss=… and optimizer=…, and"
             " give it these weights by load_state_dict(pipe.state_dict())",
+            error=StateError,
         )
 
-    def check_policy(self, policy: str | None) -> None:
+    def check_policy(self, policy: Policy | None) -> None:
         """Raise ScheduleError if the settings do not fit a schedule with this ``policy`` of weight versions."""
         self.settings.check(policy, scaled=self.scaler is not None)
 

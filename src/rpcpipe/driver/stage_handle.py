@@ -10,7 +10,7 @@ from torch import nn
 
 from rpcpipe import _tables
 from rpcpipe.driver.driver import Driver
-from rpcpipe.errors import RpcPipeError
+from rpcpipe.errors import StateError
 from rpcpipe.model.microbatch import Nest
 from rpcpipe.transport.user_pickling import loads, named_dumps
 from rpcpipe.worker.messages import StageInfo
@@ -76,10 +76,10 @@ class StageHandle:
         """Return an RRef to the module's output for ``inputs``: a nest of tensors, or another RRef.
 
         Inside ``dist_autograd.context()`` the autograd graph is recorded across the workers. Raises
-        RpcPipeError for a stage with Wired layers, whose named values only a step delivers.
+        StateError for a stage with Wired layers, whose named values only a step delivers.
         """
         if self._info.wired:
-            raise RpcPipeError(
+            raise StateError(
                 f"stage {self.index} has layers that take or give named values; it runs in steps only (train_step,"
                 " evaluate, pipe(inputs)), or by pipe.stages[k].call(function)"
             )
@@ -88,10 +88,10 @@ class StageHandle:
     def parameter_rrefs(self) -> list[Any]:
         """Return an RRef to every trainable parameter of the stage on every replica; all replicas' gradients are equal.
 
-        Raises RpcPipeError if the optimizer is sharded.
+        Raises StateError if the optimizer is sharded.
         """
         if self._info.sharded:
-            raise RpcPipeError(
+            raise StateError(
                 "with shard_optimizer=True a gradient lies on one replica only and s.optimize() spreads the new"
                 " weights; for an optimizer of your own make the pipeline with shard_optimizer=False"
             )

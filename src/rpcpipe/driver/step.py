@@ -18,7 +18,7 @@ from rpcpipe.driver.inference import NOTHING, Wanted
 from rpcpipe.driver.result import StepResult, by_stage, mean_metrics, merged_outputs
 from rpcpipe.driver.runtime import Runtime
 from rpcpipe.driver.tracing import spans
-from rpcpipe.errors import RpcPipeError
+from rpcpipe.errors import StateError
 from rpcpipe.model.microbatch import Nest
 from rpcpipe.schedules import Timeline
 from rpcpipe.stage import precision
@@ -102,10 +102,10 @@ class Step:
     def run(self, inputs: Nest, targets: Nest) -> dict[str, Future[Any]]:
         """Run the batch like ``forward_backward``; return the replies that say when the gradients are in the context.
 
-        Raises RpcPipeError if a batch has been run in this step already.
+        Raises StateError if a batch has been run in this step already.
         """
         if self.done:
-            raise RpcPipeError("forward_backward was called in this step already; open another step")
+            raise StateError("forward_backward was called in this step already; open another step")
         runtime, driver = self._runtime, self._runtime.driver
         batch = runtime.program.cut(inputs)
         values = runtime.given(batch.parts, runtime.program.cut_targets(runtime.prepare(targets), batch))
@@ -237,9 +237,9 @@ class Step:
             self._runtime.tracer.update(times, self._number)
 
     def result(self) -> StepResult:
-        """Return the figures so far. Raises RpcPipeError before ``forward_backward``."""
+        """Return the figures so far. Raises StateError before ``forward_backward``."""
         if self._result is None:
-            raise RpcPipeError("call s.forward_backward(inputs, targets) first")
+            raise StateError("call s.forward_backward(inputs, targets) first")
         return dataclasses.replace(
             self._result, seconds=time.perf_counter() - self._started, lr=self._runtime.optimizer.lr
         )

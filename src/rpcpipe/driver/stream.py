@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -22,12 +22,13 @@ from rpcpipe.driver.program import Fed
 from rpcpipe.driver.result import StreamedBatch, StreamResult, last_update
 from rpcpipe.driver.runtime import Runtime
 from rpcpipe.driver.tracing import spans
-from rpcpipe.errors import Failure, RpcPipeError, ScheduleError, StageError, WorkerLost
+from rpcpipe.errors import Failure, NonFiniteError, RpcPipeError, ScheduleError, StageError, WorkerLost
 from rpcpipe.model.layers import check_inputs
 from rpcpipe.model.microbatch import Nest, copied
 from rpcpipe.schedules import Action, Timeline
 from rpcpipe.schedules.action import NAMES
 from rpcpipe.schedules.asynchronous import StreamOrder
+from rpcpipe.schedules.weight_versions import Policy
 from rpcpipe.stage import stream_rollback
 from rpcpipe.stage.context import MicroBatch, StepContext
 from rpcpipe.transport.interrupts import shield_interrupts
@@ -61,6 +62,7 @@ class StreamState:
     first: dict[str, int]
     base: int
     order: StreamOrder
+    policy: Policy
     committed: int = 0
     is_open: bool = True
     drained: bool = False
@@ -137,23 +139,25 @@ class Stream:
                 runtime.optimizer.step()  # calls apply; learning-rate schedulers count the calls
             finally:
                 runtime.leave(self)
-            double = runtime.policy == "2bw"
-            first = len(self._open.changes)
-            groups = range(first, first + (1 if double else len(parts)))
-            batch = _Batch(groups, {}, [], runtime.optimizer.lr)
-            self._open.changes += [self._open.hyperparameters] * len(batch.groups)
-            self._open.batches.append(batch)
-            for index, part in enumerate(parts):
-                last = not double or index == len(parts) - 1
-                chunk, group = self._open.order.fed, first if double else first + index
-                self._open.groups.append(group)
-                batch.shares[chunk] = shares[index]
-                share = MicroBatch(self._open.base + group, index, shares[index], group, last, len(parts) == 1)
-                if not double:
-                    share = MicroBatch(self._open.base + group, 0, 1.0, group, last=True, alone=True)
-                self._issue(self._open.order.feed(last=last), Fed(share, part, target_parts[index]), batch.held)
-        if double and len(parts) < len(runtime.names):
-            self.flush()  # the version that the next batch needs would not be ready in time
+            state, policy = self._open, self._open.policy
+            updates, first = policy.updates(len(parts)), len(state.changes)
+            batch = _Batch(range(first, first + len(updates)), {}, [], runtime.optimizer.lr)
+            state.changes += [state.hyperparameters] * len(updates)
+            state.batches.append(batch)
+            for group, update in zip(batch.groups, updates, strict=True):
+                for index in update:
+                    state.groups.append(group)
+                    batch.shares[state.order.fed] = shares[index]
+                    fed = Fed(self._micro_batch(group, update, index, shares), parts[index], target_parts[index])
+                    self._issue(state.order.feed(last=index == update[-1]), fed, batch.held)
+        if policy.must_drain(len(parts), len(runtime.names)):
+            self.flush()
+
+    def _micro_batch(self, group: int, update: range, index: int, shares: Sequence[float]) -> MicroBatch:
+        """Return the parameters of micro-batch ``index`` of a batch, one of those of ``update``."""
+        alone, step = len(update) == 1, self._open.base + group
+        weight = 1.0 if alone else shares[index]
+        return MicroBatch(step, index - update.start, weight, group, last=index == update[-1], alone=alone)
 
     def apply(self) -> None:
         """Take the optimizer's hyperparameters for the batch being fed; called by ``pipe.optimizer.step()``."""
@@ -186,9 +190,8 @@ class Stream:
                 " pipe.train first and begin another"
             )
         runtime.check_policy(runtime.policy)
-        state = StreamState(
-            runtime.driver.new_step(), runtime.driver.places(), runtime.trained, StreamOrder(len(runtime.names))
-        )
+        order = StreamOrder(len(runtime.names))
+        state = StreamState(runtime.driver.new_step(), runtime.driver.places(), runtime.trained, order, runtime.policy)
         plan = StepContext(
             state.step, state.base, True, (), trace=runtime.tracer is not None, policy=runtime.policy,
             stop=runtime.settings.nonfinite == "stop", measures=self._wanted.measures,
@@ -334,8 +337,7 @@ class Stream:
         """Set ``trained`` and return a text for users on which minibatches are in the weights."""
         runtime = self._runtime
         runtime.trained = self._open.base + updates
-        unit = "batches" if runtime.policy == "2bw" else "minibatches"
-        fed = self._open.base + len(self._open.changes)
+        fed, unit = self._open.base + len(self._open.changes), self._open.policy.unit
         return (
             f"On every stage the {unit} before number {runtime.trained} (pipe.trained) are in the weights and"
             f" numbers {runtime.trained} to {fed - 1} are not; the stream has ended and the pipeline is usable."
@@ -352,5 +354,5 @@ def _is_halfway(outcome: Any) -> bool:
         isinstance(outcome, Failure)
         and not outcome.cancelled
         and outcome.action == NAMES["U"]
-        and outcome.qualname != FloatingPointError.__qualname__
+        and outcome.qualname != NonFiniteError.__qualname__
     )

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from rpcpipe.errors import ArgumentError
+from rpcpipe.errors import ModelError
 
 MODES = ("micro_batch", "deferred")
 
@@ -112,14 +112,14 @@ _DEFERRED_CLASSES = {
 def defer(module: nn.Module) -> nn.Module:
     """Make every BatchNorm in ``module`` deferred, in place, and return ``module``.
 
-    Hooks, parameters and names stay. Raises ArgumentError for a subclass of BatchNorm, whose forward is unknown.
+    Hooks, parameters and names stay. Raises ModelError for a subclass of BatchNorm, whose forward is unknown.
     """
     for norm in module.modules():
         if not isinstance(norm, _BatchNorm) or isinstance(norm, DeferredBatchNorm) or not norm.track_running_stats:
             continue
         deferred_class = _DEFERRED_CLASSES.get(type(norm))
         if deferred_class is None:
-            raise ArgumentError(
+            raise ModelError(
                 f"batch_norm='deferred' takes nn.BatchNorm1d, 2d and 3d, not {type(norm).__name__};"
                 " replace it, or pass batch_norm='micro_batch'"
             )

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrize
 
-from rpcpipe.errors import PartitionError
+from rpcpipe.errors import ModelError
 from rpcpipe.model.memory import extent
 
 _METHODS = (
@@ -31,10 +31,10 @@ _GLOBAL_HOOKS = (
 
 
 def check_container(model: nn.Sequential, base: type[nn.Sequential]) -> None:
-    """Raise PartitionError if ``model`` is more than a ``base``: its layers alone would compute something else."""
+    """Raise ModelError if ``model`` is more than a ``base``: its layers alone would compute something else."""
     kind = type(model).__name__
     if extra := next(_extras(model, base), None):
-        raise PartitionError(
+        raise ModelError(
             f"the model, a {kind}, has {extra}, which its layers, each on its worker, do not; give that to one of the"
             f" layers, or pass the {kind} as one layer of a list: rp.Pipeline([…, model, …], …)"
         )
@@ -57,10 +57,10 @@ def _extras(model: nn.Sequential, base: type[nn.Sequential]) -> Iterator[str]:
 
 
 def check_global_hooks() -> None:
-    """Raise PartitionError for hooks on all modules of this process, which workers do not have."""
+    """Raise ModelError for hooks on all modules of this process, which workers do not have."""
     for name in _GLOBAL_HOOKS:
         if getattr(torch_module, name):
-            raise PartitionError(
+            raise ModelError(
                 f"this process has hooks on all modules ({name.strip('_').replace('_', ' ')}), which do not run on"
                 " workers; remove them, and register them on the layers, or on the workers by cluster.call"
             )
@@ -86,20 +86,20 @@ class _Place:
 def shared_buffers(layers: Mapping[str, Any]) -> dict[str, list[str]]:
     """Return by layer the buffers whose memory another layer has too, so that no forward may change them.
 
-    ``layers``: modules, and specs, which share none. Raises PartitionError for memory that is known to change: that of
+    ``layers``: modules, and specs, which share none. Raises ModelError for memory that is known to change: that of
     two parameters which are not one, of a parameter and a buffer, and of a normalization's running statistics.
     """
     found = dict[str, list[str]]()
     for one, other in _overlapping(layers):
         if one.trained or other.trained:
-            raise PartitionError(
+            raise ModelError(
                 f"{one.name} and {other.name} lie in the same memory and are not the same parameter, so an update on"
                 " one stage would not be seen on the other; let both layers have one nn.Parameter, or copies of it"
             )
         for place in (one, other):
             owner = layers[place.layer].get_submodule(place.path.rpartition(".")[0])
             if hasattr(owner, "num_batches_tracked"):
-                raise PartitionError(
+                raise ModelError(
                     f"{one.name} and {other.name} are one buffer, running statistics that each stage would change for"
                     f" itself; give the layers {one.layer} and {other.layer} a {type(owner).__name__} each"
                 )

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 from torch.nn.parameter import is_lazy
 
-from rpcpipe.errors import ArgumentError, PartitionError
+from rpcpipe.errors import ArgumentError, CheckpointError, ModelError, PartitionError
 from rpcpipe.model import nest_types, rng, tied_weights
 from rpcpipe.model.containers import check_container
 from rpcpipe.model.microbatch import Nest
@@ -41,10 +41,10 @@ class LayerSpec:
         self.kwargs = kwargs
 
     def build(self) -> nn.Module:
-        """Return the module; raises TypeError if ``cls`` does not make an ``nn.Module``."""
+        """Return the module; raises ModelError if ``cls`` does not make an ``nn.Module``."""
         module = self.cls(*self.args, **self.kwargs)
         if not isinstance(module, nn.Module):
-            raise TypeError(f"{self!r} made a {type(module).__name__}, not an nn.Module")
+            raise ModelError(f"{self!r} made a {type(module).__name__}, not an nn.Module")
         _check_built(module, repr(self))
         return module
 
@@ -121,7 +121,7 @@ class Named(nn.Sequential):
         missing = [key for key in live if key not in state_dict]
         unexpected = [key for key in state_dict if key not in live]
         if strict and (missing or unexpected):
-            raise RuntimeError(f"the state does not fit the layers: missing {missing}, unexpected {unexpected}")
+            raise CheckpointError(f"the state does not fit the layers: missing {missing}, unexpected {unexpected}")
         parts: dict[str, dict[str, Any]] = {name: {} for name in self._modules}
         for key in live & state_dict.keys():
             name = layer_of(key, parts)
@@ -181,8 +181,8 @@ def check_inputs(inputs: Nest, wirings: Mapping[str, Wiring]) -> None:
 def named_layers(model: Model) -> OrderedDict[str, Layer]:
     """Return the model's layers, in order, by their names in the unsplit model's ``state_dict``.
 
-    A function becomes a layer without parameters. Raises PartitionError for anything but an ``nn.Sequential``, or a
-    sequence or mapping of layers, and for an ``nn.Sequential`` that does more than to call its layers.
+    A function becomes a layer without parameters. Raises ArgumentError for anything but an ``nn.Sequential``, or a
+    sequence or mapping of layers, and ModelError for an ``nn.Sequential`` that does more than to call its layers.
     """
     if isinstance(model, Sequential):
         check_container(model, Sequential)
@@ -191,7 +191,7 @@ def named_layers(model: Model) -> OrderedDict[str, Layer]:
         check_container(model, nn.Sequential)
         return _distinct(model._modules)  # named_children omits a module's second use
     if isinstance(model, nn.Module) or not isinstance(model, (Sequence, Mapping)):
-        raise PartitionError(
+        raise ArgumentError(
             "model must be an nn.Sequential, or a list or dict of nn.Module, function or rp.LayerSpec, not"
             f" {type(model).__name__}; write its forward as a chain of layers"
         )
@@ -200,15 +200,18 @@ def named_layers(model: Model) -> OrderedDict[str, Layer]:
 
 
 def as_layer(layer: Any, what: str) -> Layer:
-    """Return ``layer``, a function as a module; raises PartitionError for what is no layer. ``what`` names it."""
+    """Return ``layer``, a function as a module. ``what`` names it.
+
+    Raises ArgumentError for what is no layer, ModelError for a function that uses what training changes.
+    """
     if isinstance(layer, nn.Module | LayerSpec | Wired):
         return layer
     if isinstance(layer, type):
-        raise PartitionError(f"{what} is the class {layer.__name__}; pass an instance of it, or rp.LayerSpec")
+        raise ArgumentError(f"{what} is the class {layer.__name__}; pass an instance of it, or rp.LayerSpec")
     if not callable(layer):
-        raise PartitionError(f"{what} is a {type(layer).__name__}, not an nn.Module, a function or rp.LayerSpec")
+        raise ArgumentError(f"{what} is a {type(layer).__name__}, not an nn.Module, a function or rp.LayerSpec")
     if (held := nest_types.trainable(layer)) is not None:
-        raise PartitionError(
+        raise ModelError(
             f"{what}, the function {_name_of(layer)}, uses {held}; its parameters would be copied and never trained:"
             " write an nn.Module that has it as an attribute"
         )
@@ -216,10 +219,10 @@ def as_layer(layer: Any, what: str) -> Layer:
 
 
 def _check_built(module: nn.Module, what: str) -> None:
-    """Raise PartitionError for a lazy module that has not seen an input."""
+    """Raise ModelError for a lazy module that has not seen an input."""
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if is_lazy(tensor):
-            raise PartitionError(
+            raise ModelError(
                 f"{what} is lazy: its {name} has no shape yet, and without one the model can be neither cut nor"
                 " trained; run the model once on a sample before, or pass a module of fixed sizes, as nn.Linear"
             )
@@ -228,7 +231,7 @@ def _check_built(module: nn.Module, what: str) -> None:
 def _distinct(layers: Mapping[str, Any]) -> OrderedDict[str, Layer]:
     """Return ``layers`` with each repeated module replaced by a copy that has the same parameters.
 
-    Raises PartitionError for a repeated module with buffers.
+    Raises ModelError for a repeated module with buffers.
     """
     distinct = OrderedDict[str, Layer]()
     first_names = dict[nn.Module | LayerSpec, str]()
@@ -239,7 +242,7 @@ def _distinct(layers: Mapping[str, Any]) -> OrderedDict[str, Layer]:
         first = first_names.setdefault(module, name)
         if first != name and isinstance(module, nn.Module):
             if any(True for _ in module.buffers()):
-                raise PartitionError(
+                raise ModelError(
                     f"layer {name} is layer {first} again and has buffers, which each stage would change for itself;"
                     " use two modules"
                 )
@@ -262,7 +265,7 @@ def layer_of(key: str, layers: Container[str]) -> str:
     return name
 
 
-def unpicklable(layers: Mapping[str, Layer], error: Exception, after: str = "") -> PartitionError:
+def unpicklable(layers: Mapping[str, Layer], error: Exception, after: str = "") -> ModelError:
     """Return the error for ``layers``, whose pickling together raised ``error``; it names the first one at fault.
 
     ``after``: what comes before the way out.
@@ -274,7 +277,7 @@ def unpicklable(layers: Mapping[str, Layer], error: Exception, after: str = "") 
         except Exception as own:
             found, error = f"layer {name}, {_kind(layer)},", own
             break
-    return PartitionError(
+    return ModelError(
         f"{found} cannot be pickled to go to a worker: {type(error).__name__}: {error};{after and f' {after}'} pass"
         " rp.LayerSpec(function, …), where the function builds the layer on its worker (its arguments are pickled)"
     )
@@ -295,10 +298,10 @@ def build(layer: Layer, *, seed: int, index: int) -> nn.Module:
 
 
 def check_embeddings(name: str, module: nn.Module) -> None:
-    """Raise PartitionError for an embedding with ``max_norm`` in layer ``name``."""
+    """Raise ModelError for an embedding with ``max_norm`` in layer ``name``."""
     for path, part in module.named_modules():
         if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and part.max_norm is not None:
-            raise PartitionError(
+            raise ModelError(
                 f"layer {f'{name}.{path}' if path else name} is an {type(part).__name__} with max_norm={part.max_norm}:"
                 " its forward changes the weight, also in evaluation, and neither the weight's copies in replicas and"
                 " tied layers nor a failed step's rollback would know. Make it with max_norm=None, and renormalize in"
@@ -319,6 +322,8 @@ def parameter_counts(layers: Mapping[str, Layer]) -> list[int]:
             try:
                 with torch.device("meta"):
                     layer = layer.build()
+            except ModelError:
+                raise
             except Exception as error:
                 raise PartitionError(
                     f"layer {name}, {layer!r}, cannot be built on the meta device to count its parameters"

@@ -11,23 +11,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from rpcpipe.errors import require
+from rpcpipe.errors import ModelError, require
 
 
 def check(loss: Any) -> None:
-    """Raise ArgumentError for a loss that has trainable parameters, or is a loss of torch's that returns the sum."""
+    """Raise ModelError for a loss that has trainable parameters, or is a loss of torch's that returns the sum."""
     trainable = next(_trainable(loss), None)
     require(
         trainable is None,
         f"the loss has a trainable parameter, {trainable}, and the optimizer has only those of the layers: it would not"
         " be trained nor saved. Make it a layer, the model's last, whose output the loss takes; or freeze it by"
         " requires_grad_(False)",
+        error=ModelError,
     )
     summed = _summed(loss, {})
     require(
         summed is None,
         f"{summed} returns the sum over a micro-batch, and a loss returns the mean, or (sum, count); leave out"
         " reduction='sum', or return the count too: lambda output, target: (sum, target.numel())",
+        error=ModelError,
     )
 
 
@@ -36,13 +38,13 @@ def value_and_count(returned: Any) -> tuple[torch.Tensor, Any]:
     value, count = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, None)
     if not isinstance(value, torch.Tensor) or value.dim():
         shape = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
-        raise TypeError(
+        raise ModelError(
             f"loss must return a scalar tensor (the mean), or (sum, count), not {shape}; reduce it, for instance by"
             " .mean(), and return what else is of interest as metrics={…} of train_step"
         )
     one = isinstance(count, torch.Tensor) and count.numel() == 1 and not count.requires_grad
     if not (count is None or one or isinstance(count, numbers.Real)):
-        raise TypeError(
+        raise ModelError(
             f"the second value that loss returned is not a count of samples, but {count!r}: return the mean alone, or"
             " (sum, count) with a number; what else is of interest goes into metrics={…} of train_step"
         )

@@ -21,6 +21,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from rpcpipe.errors import ModelError
+
 _PLAIN = (NoneType, bool, int, float, complex, str, bytes, range, slice, torch.Size, torch.dtype, torch.device)
 # Types of values that are sent as they are.
 plain: set[type] = {torch.Tensor, nn.Parameter, *_PLAIN}
@@ -135,7 +137,7 @@ class _Finder(cloudpickle.Pickler):  # type: ignore[misc]
 
 
 def check_leaf(leaf: Any, source: str) -> None:
-    """Raise TypeError if ``leaf``, neither tensor nor plain value, holds a tensor or cannot be sent.
+    """Raise ModelError if ``leaf``, neither tensor nor plain value, holds a tensor or cannot be sent.
 
     The tensor would be sent without its gradient. ``source`` names who gives the leaf.
     """
@@ -143,12 +145,12 @@ def check_leaf(leaf: Any, source: str) -> None:
     try:
         _Finder(lambda part: isinstance(part, (torch.Tensor, torch.UntypedStorage))).dump(leaf)
     except _Held:
-        raise TypeError(
+        raise ModelError(
             f"{source} holds tensors inside of a {name}, where their gradients would be lost; give them in tuples,"
             f" lists, dicts, dataclasses or namespaces, or register {name} with torch.utils._pytree"
         ) from None
     except Exception as error:
-        raise TypeError(
+        raise ModelError(
             f"{source} has a {name}, which cannot be sent to another process ({type(error).__name__}: {error});"
             " give tensors and plain values only"
         ) from error

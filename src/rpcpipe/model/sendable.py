@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rpcpipe.errors import ModelError
 from rpcpipe.model import nest_types
 from rpcpipe.model.microbatch import Nest, collect_builtin, flatten, map_builtin, unflatten
 from rpcpipe.transport.message_pickling import in_bounds
@@ -16,7 +17,7 @@ _NO_DISPATCH = torch.Tensor.__torch_dispatch__
 
 
 def sendable(tensor: torch.Tensor, source: str) -> torch.Tensor:
-    """Return ``tensor`` in a form that arrives as it is; raises TypeError for a kind that cannot be sent.
+    """Return ``tensor`` in a form that arrives as it is; raises ModelError for a kind that cannot be sent.
 
     ``source`` names who gives it. Keeps the autograd graph.
     """
@@ -41,14 +42,14 @@ def _check_kind(tensor: torch.Tensor, source: str) -> None:
     elif tensor.layout is not torch.strided and tensor.requires_grad:
         kind, advice = "a sparse tensor that requires a gradient", "its to_dense()"
     if kind:
-        raise TypeError(
+        raise ModelError(
             f"{source} has {kind} that would have to be sent to another process; give {advice}, or keep what makes"
             " and what takes it in one stage"
         )
 
 
 def checked(nest: Nest, source: str, change: Any = None) -> Nest:
-    """Return ``nest`` with every tensor ``sendable``, then ``change``d; raises TypeError for what cannot be sent."""
+    """Return ``nest`` with every tensor ``sendable``, then ``change``d; raises ModelError for what cannot be sent."""
     if collect_builtin(nest, []):
         return map_builtin(lambda leaf: _sound(leaf, source, change), nest)
     leaves, spec = flatten(nest)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import nn
 
-from rpcpipe.errors import CheckpointError, PartitionError
+from rpcpipe.errors import CheckpointError, ModelError
 from rpcpipe.model import rng
 
 
@@ -59,7 +59,7 @@ class Tie:
 def find(layers: Mapping[str, nn.Module | Spec]) -> tuple[Tie, ...]:
     """Return the weights tied by specs' keys, and the parameters that several modules share.
 
-    Raises PartitionError for a key that only one layer has.
+    Raises ModelError for a key that only one layer has.
     """
     holders_of: dict[str | nn.Parameter, list[tuple[int, Holder]]] = {}
     specs = dict[int, Spec]()
@@ -74,7 +74,7 @@ def find(layers: Mapping[str, nn.Module | Spec]) -> tuple[Tie, ...]:
     for shared, holders in holders_of.items():
         if isinstance(shared, str) and len(holders) == 1:
             alone = holders[0][1].layer
-            raise PartitionError(f"tied={shared!r} is said of layer {alone} alone; say it of another one too")
+            raise ModelError(f"tied={shared!r} is said of layer {alone} alone; say it of another one too")
     return tuple(
         Tie(tuple(holder for _, holder in holders), specs.get(holders[0][0]), holders[0][0])
         for holders in holders_of.values()
@@ -89,7 +89,7 @@ def join(
 
     The modules named in ``drawn`` were just built from specs. Where a weight's first holder is on another
     worker, the shared parameter takes the initial value that the first holder's spec gives. Raises
-    PartitionError where shapes, dtypes or ``requires_grad`` differ.
+    ModelError where shapes, dtypes or ``requires_grad`` differ.
     """
     weights = {}
     for tie in ties:
@@ -114,7 +114,7 @@ def _parameter(module: nn.Module, holder: Holder) -> nn.Parameter:
     try:
         return module.get_parameter(holder.parameter)
     except AttributeError as error:
-        raise PartitionError(
+        raise ModelError(
             f"layer {holder.layer}, a {type(module).__name__}, has no parameter {holder.parameter!r} to tie; say which"
             ' by tied={"key": "name of the parameter in the layer"}'
         ) from error
@@ -122,7 +122,7 @@ def _parameter(module: nn.Module, holder: Holder) -> nn.Parameter:
 
 def _check_alike(first: Holder, a: nn.Parameter, second: Holder, b: nn.Parameter) -> None:
     if (a.shape, a.dtype, a.requires_grad) != (b.shape, b.dtype, b.requires_grad):
-        raise PartitionError(f"{first.name} and {second.name} cannot be one weight: {_describe(a)} and {_describe(b)}")
+        raise ModelError(f"{first.name} and {second.name} cannot be one weight: {_describe(a)} and {_describe(b)}")
 
 
 def _describe(parameter: nn.Parameter) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from rpcpipe.errors import ModelError
 from rpcpipe.model.microbatch import Nest
 
 # Stands for the driver in place of a stage; the driver sends inputs directly to every stage that takes them.
@@ -103,7 +104,7 @@ Flow = tuple[Nest, dict[str, Nest]]
 def advance(layer: Callable[..., Any], wiring: Wiring, flow: Flow, live_names: Collection[str]) -> Flow:
     """Run ``layer`` on ``flow`` and return the flow after it, with only those named values that are in ``live_names``.
 
-    Raises TypeError if the layer does not return as many values as it gives.
+    Raises ModelError if the layer does not return as many values as it gives.
     """
     x, values = flow
     result = layer(x, *(values[name] for name in wiring.takes))
@@ -111,7 +112,7 @@ def advance(layer: Callable[..., Any], wiring: Wiring, flow: Flow, live_names: C
         return result, values
     if wiring.gives:
         if not isinstance(result, (tuple, list)) or len(result) != 1 + len(wiring.gives):
-            raise TypeError(
+            raise ModelError(
                 f"a layer that gives {', '.join(map(repr, wiring.gives))} returns (x, {', '.join(wiring.gives)}),"
                 f" a tuple of {1 + len(wiring.gives)}, not {_shape(result)}"
             )

@@ -17,6 +17,7 @@ from rpcpipe.driver.runtime import Settings
 from rpcpipe.errors import (
     ArgumentError,
     CheckpointError,
+    ModelError,
     PartitionError,
     ScheduleError,
     require,
@@ -32,7 +33,7 @@ from rpcpipe.model.tied_weights import Tie
 from rpcpipe.planning import Plan, partition
 from rpcpipe.planning.layer_cost import balancing_costs
 from rpcpipe.schedules import Schedule
-from rpcpipe.schedules.weight_versions import POLICIES
+from rpcpipe.schedules.weight_versions import POLICIES, Policy
 from rpcpipe.stage import precision
 from rpcpipe.stage.hyperparameters import same
 from rpcpipe.stage.optimizer import Factory
@@ -109,7 +110,7 @@ def layout_of(
 ) -> Layout:
     """Return the layout: the cluster's first workers, as many as schedule, balance and replicas need.
 
-    Raises ScheduleError for an unknown schedule, and PartitionError for a wrong number of workers.
+    Raises ArgumentError for an unknown schedule, and PartitionError for a wrong number of workers.
     """
     names = [worker.name for worker in cluster.workers]
     wanted, rest = divmod(len(names), replicas)
@@ -189,7 +190,7 @@ def cut_layers(
 
 
 def check_functions(loss: Any, optimizer: Any, dispatch: str) -> None:
-    """Raise ArgumentError for a loss, optimizer or dispatch that cannot work."""
+    """Raise ArgumentError for a loss, optimizer or dispatch of a wrong kind, ModelError for a loss that cannot work."""
     require(
         loss is not None or optimizer is None,
         "optimizer=… needs loss=… to train; leave both out for a pipeline that only infers, or the optimizer for one"
@@ -233,7 +234,7 @@ def check_settings(settings: Settings) -> Settings:
     )
 
 
-def check_ties(policy: str | None, ties: Sequence[Tie], layers: Sequence[str], sizes: Sequence[int]) -> None:
+def check_ties(policy: Policy | None, ties: Sequence[Tie], layers: Sequence[str], sizes: Sequence[int]) -> None:
     """Raise ScheduleError if weights are tied across stages and ``policy`` lets every stage update on its own.
 
     ``policy`` is None for synchronous schedules. ``sizes``: the number of layers of each stage.
@@ -263,7 +264,7 @@ def pairs(batches: Iterable[Any], call: str) -> Iterator[tuple[Nest, Nest]]:
 
 
 def check_groups(infos: Mapping[str, Sequence[StageInfo]]) -> list[dict[str, Any]]:
-    """Return an optimizer's parameter groups; raises ArgumentError if no worker has one, or if their groups differ.
+    """Return an optimizer's parameter groups; raises ModelError if no worker has one, or if their groups differ.
 
     ``infos``: each worker's descriptions of its stages.
     """
@@ -271,11 +272,13 @@ def check_groups(infos: Mapping[str, Sequence[StageInfo]]) -> list[dict[str, Any
     require(
         bool(groups),
         "no parameter of the model requires a gradient: there is nothing to train; leave optimizer=… out to infer",
+        error=ModelError,
     )
     require(
         len({len(group) for group in groups}) == 1,
         f"optimizer made {sorted({len(group) for group in groups})} parameter groups on different workers;"
         " return the same number of groups everywhere, empty ones too",
+        error=ModelError,
     )
     _check_tied_groups(infos)
     return groups[0]
@@ -294,6 +297,7 @@ def _check_tied_groups(infos: Mapping[str, Sequence[StageInfo]]) -> None:
                     f"the optimizer puts {weight} into group {expected} on {other} and into group {index} on {worker}"
                     f"{', with another ' + ' and '.join(unequal) if unequal else ''}: its copies would part. Decide by"
                     " the names of params.named(), where a tied weight has its first name on all workers",
+                    error=ModelError,
                 )
 
 

@@ -17,7 +17,7 @@ from rpcpipe.cluster.cluster import PipelineCluster
 from rpcpipe.driver.deployment import Deployment
 from rpcpipe.driver.driver import Driver
 from rpcpipe.driver.runtime import Runtime, release
-from rpcpipe.errors import ArgumentError, ScheduleError, StageError, require, require_whole
+from rpcpipe.errors import ArgumentError, ModelError, ScheduleError, StageError, StateError, require, require_whole
 from rpcpipe.model.containers import check_global_hooks, shared_buffers
 from rpcpipe.model.layers import Layer, check_embeddings, find_ties, unpicklable, unwired, wiring_of
 from rpcpipe.model.microbatch import MicroBatches, Nest
@@ -45,8 +45,8 @@ from rpcpipe.worker.stage_set import ActorSpec
 def start(layers: OrderedDict[str, Layer], cluster: PipelineCluster, options: Options) -> Runtime:
     """Cut ``layers`` into stages, build these on their workers, and return the pipeline's Runtime.
 
-    Raises ArgumentError, ScheduleError or PartitionError before any worker is asked to build a stage, StageError for
-    a layer or optimizer that fails on its worker, and WorkerLost.
+    Raises ArgumentError, ModelError, ScheduleError or PartitionError before any worker is asked to build a stage,
+    StageError for a layer or optimizer that fails on its worker, and WorkerLost.
     """
     cluster.check()
     layout = layout_of(cluster, options.schedule, options.balance, options.virtual_stages, options.replicas)
@@ -101,7 +101,8 @@ def _prepared(prepare: Callable[[Nest], Nest] | None, targets: Nest) -> Nest:
 def measure(cluster: PipelineCluster, layers: OrderedDict[str, Layer], sample: Nest, seed: int) -> list[LayerCost]:
     """Return every layer's costs on the first worker for ``sample``, one micro-batch of inputs.
 
-    Raises ArgumentError if there is no sample, StageError for a layer that fails.
+    Raises ArgumentError if there is no sample, ModelError for layers that cannot be sent, and StageError for a layer
+    that fails.
     """
     require(
         sample is not None, "balance='time' or 'memory' needs sample=…: one micro-batch of inputs to run the layers on"
@@ -125,7 +126,7 @@ def _create(runtime: Runtime, identity: str, layers: OrderedDict[str, Layer], co
     """Build the stages on all workers; only one worker's layers are held in pickled form at a time."""
     # Only for its warning and its refusal: they are sent with the layers.
     for what, function in ("loss", common.loss), ("optimizer", common.optimizer):
-        named_dumps(function, what)
+        named_dumps(function, what, error=ModelError)
     deployment, replies = runtime.deployment, {}
     for name in runtime.names:
         worker, replica = deployment.layout.index(name)
@@ -143,7 +144,7 @@ def _create(runtime: Runtime, identity: str, layers: OrderedDict[str, Layer], co
 
 
 def _pickled(spec: ActorSpec) -> bytes:
-    """Return ``spec`` pickled; raises PartitionError with the layer that cannot be."""
+    """Return ``spec`` pickled; raises ModelError with the layer that cannot be."""
     try:
         return user_pickling.dumps(spec)
     except Exception as error:
@@ -154,9 +155,9 @@ def _pickled(spec: ActorSpec) -> bytes:
 def change_schedule(runtime: Runtime, wanted: str | Schedule) -> None:
     """Switch to another schedule, given by name or as a Schedule, and move the layers that it places elsewhere.
 
-    Raises ArgumentError or ScheduleError, before anything changes, for a schedule that does not fit.
+    Raises StateError, ArgumentError or ScheduleError, before anything changes, for a schedule that does not fit.
     """
-    require(runtime.active is None, "the schedule cannot change inside a step")
+    require(runtime.active is None, "the schedule cannot change inside a step", error=StateError)
     require(
         isinstance(wanted, (str, Schedule)),
         f"schedule must be one of {', '.join(schedules.names())}, or a Schedule, not {wanted!r}",
@@ -167,7 +168,7 @@ def change_schedule(runtime: Runtime, wanted: str | Schedule) -> None:
         virtual = schedules.suited_virtual_stages(wanted, virtual)
     workers = before.layout.pipeline_size
     new = make_schedule(wanted, workers, runtime.chunks, virtual, before.layout.replicas, trains=settings.trains)
-    require(new.workers == workers, f"{new.name!r} is for {new.workers} workers, not {workers}")
+    require(new.workers == workers, f"{new.name!r} is for {new.workers} workers, not {workers}", error=ScheduleError)
     policy = weight_versions.choose(new.name, settings.weights if new.name == before.schedule.name else None)
     runtime.check_policy(policy)
     balance = before.balance

@@ -14,7 +14,7 @@ import copy
 from typing import Any
 
 from rpcpipe.cluster.cluster import PipelineCluster
-from rpcpipe.errors import require
+from rpcpipe.errors import DependencyError, require
 from rpcpipe.pipeline.pipeline import Pipeline
 from rpcpipe.pipeline.planning import balance_by_parameters
 
@@ -36,13 +36,15 @@ def from_transformers(
     (batch, time), and for BertForPreTraining next_sentence_label (batch). Outputs are the logits, (batch, time,
     vocabulary), for BertForPreTraining a dict of prediction_logits and seq_relationship_logits.
 
-    Raises ImportError without the extra ``hf``, ArgumentError for another model or an option of it that a pipeline
+    Raises DependencyError without the extra ``hf``, ArgumentError for another model or an option of it that a pipeline
     does not support, and whatever Pipeline raises.
     """
     try:
         from rpcpipe.model.hf.registry import family_of
     except ImportError as error:
-        raise ImportError(f"rp.from_transformers needs transformers: pip install 'rpcpipe[hf]' ({error})") from error
+        raise DependencyError(
+            f"rp.from_transformers needs transformers: pip install 'rpcpipe[hf]' ({error})"
+        ) from error
     source = config_or_model if hasattr(config_or_model, "config") else copy.deepcopy(config_or_model)
     layers, loss = family_of(source)(source)
     if stages is not None:

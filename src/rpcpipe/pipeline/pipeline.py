@@ -79,7 +79,7 @@ class Pipeline:
             replace these arguments.
 
     Raises:
-        ScheduleError, PartitionError, ArgumentError: Before anything starts; all three are also ValueErrors.
+        ArgumentError, ModelError, ScheduleError, PartitionError: Before anything starts; all are also ValueErrors.
         StageError, WorkerLost: While the workers build their stages.
     """
 
@@ -130,7 +130,7 @@ class Pipeline:
     def optimizer(self) -> PipelineOptimizer:
         """Return a ``torch.optim.Optimizer`` on the driver; ``param_groups`` and torch's schedulers work unchanged.
 
-        Raises ArgumentError if the pipeline was made without one.
+        Raises StateError if the pipeline was made without one.
         """
         self.runtime.check_trains()
         return self.runtime.optimizer
@@ -207,8 +207,8 @@ class Pipeline:
         """Return the schedule of a full batch. It may be set between two steps, to a name or a Schedule.
 
         If the new schedule has other stages or places them on other workers, the layers and their optimizer state move
-        over RPC, and the losses go on to the bit. Raises ArgumentError or ScheduleError, before anything changes, for
-        a schedule that does not fit.
+        over RPC, and the losses go on to the bit. Raises StateError within a step, and ArgumentError or ScheduleError
+        for a schedule that does not fit, before anything changes.
         """
         return self.runtime.schedule
 
@@ -327,7 +327,7 @@ class Pipeline:
         """Yield the output for every batch of inputs, as ``pipe(inputs)`` returns it, without a gap between batches.
 
         The iterator reads some batches ahead. Until it is finished or closed, other calls of the pipeline that run
-        batches raise RpcPipeError.
+        batches raise StateError.
         """
         self.runtime.check()
         return inference.outputs(self.runtime, batches)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rpcpipe.errors import DeadlineExceeded, RpcPipeError
+from rpcpipe.errors import DeadlineExceeded, ModelError, RpcPipeError
 from rpcpipe.model import batchnorm, rng
 from rpcpipe.model.layers import Layer, Loss, Sequential
 from rpcpipe.model.microbatch import Nest, map_tensors, tensors
@@ -233,11 +233,11 @@ class PlainProcess:
         self._result = Path(files[1])
         with open(files[0], "wb") as file:
             pickle.dump(sys.path, file)
-            pickle.dump(named_dumps(job, "the model"), file)
+            pickle.dump(named_dumps(job, "the model", error=ModelError), file)
         self._process = subprocess.Popen([sys.executable, "-c", _PROGRAM, *files], stdin=subprocess.DEVNULL)
 
     def result(self, seconds: float) -> list[Update]:
-        """Return the updates; raises DeadlineExceeded after ``seconds``, RpcPipeError if the loop fails."""
+        """Return the updates; raises DeadlineExceeded after ``seconds``, ModelError if the loop raises."""
         try:
             self._process.wait(seconds)
         except subprocess.TimeoutExpired as error:
@@ -246,7 +246,7 @@ class PlainProcess:
             raise RpcPipeError(f"the plain loop's process ended with status {self._process.returncode}: see its output")
         result: list[Update] | str = pickle.loads(self._result.read_bytes())
         if isinstance(result, str):
-            raise RpcPipeError(f"one process cannot do what the pipeline did:\n{result.rstrip()}")
+            raise ModelError(f"one process cannot do what the pipeline did:\n{result.rstrip()}")
         return result
 
     def close(self) -> None:

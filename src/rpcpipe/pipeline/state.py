@@ -21,7 +21,7 @@ from rpcpipe.checkpoint.plain_state import Holders, Stateful, decode, encode
 from rpcpipe.checkpoint.shard import Written, some
 from rpcpipe.checkpoint.tensor_file import Reader
 from rpcpipe.driver.runtime import Runtime
-from rpcpipe.errors import CheckpointError, Failure, StageError, require, require_whole
+from rpcpipe.errors import CheckpointError, Failure, StageError, StateError, require, require_whole
 from rpcpipe.model.extra_state import packed, unpacked
 from rpcpipe.model.layers import layer_of
 from rpcpipe.model.tied_weights import Tie, completed
@@ -71,15 +71,20 @@ def save(runtime: Runtime, directory: str | Path, stateful: Holders, position: A
     """Write a checkpoint into a new folder of ``directory``, keep the newest ``keep`` ones, and return the folder.
 
     Ctrl-C is delivered while waiting for workers (the save is abandoned) or at the end (the save is complete). Raises
-    ArgumentError within a step or an accumulation and for a wrong ``keep``, ImportError without safetensors, and
-    CheckpointError.
+    StateError within a step or an accumulation, ArgumentError for a wrong ``keep``, DependencyError without
+    safetensors, and CheckpointError.
     """
-    require(runtime.active is None, "a step is open: save after its with-block")
-    require(runtime.settings.trains, "without an optimizer there is no training to go on with: save pipe.state_dict()")
+    require(runtime.active is None, "a step is open: save after its with-block", error=StateError)
+    require(
+        runtime.settings.trains,
+        "without an optimizer there is no training to go on with: save pipe.state_dict()",
+        error=StateError,
+    )
     done = runtime.progress.done
     require(
         done == 0,
         f"{done} of {runtime.settings.accumulate} calls of an accumulation are done: save after the one that updates",
+        error=StateError,
     )
     if keep is not None:
         require_whole("keep", keep, otherwise=", or None for all")
@@ -109,10 +114,10 @@ def save(runtime: Runtime, directory: str | Path, stateful: Holders, position: A
 def load(runtime: Runtime, directory: str | Path, stateful: Holders) -> Any:
     """Load the newest checkpoint in ``directory``, or that very checkpoint; return its ``position``.
 
-    All workers and the driver read and check their parts before any of them changes. Raises ArgumentError within a
-    step, ImportError without safetensors, and CheckpointError.
+    All workers and the driver read and check their parts before any of them changes. Raises StateError within a
+    step, DependencyError without safetensors, and CheckpointError.
     """
-    require(runtime.active is None, "a step is open: load after its with-block")
+    require(runtime.active is None, "a step is open: load after its with-block", error=StateError)
     tensor_file.require()
     folder = newest(Path(directory).absolute())
     manifest = Manifest.read(folder)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from rpcpipe.driver.runtime import Runtime
-from rpcpipe.errors import ArgumentError, ScheduleError, require
+from rpcpipe.errors import ScheduleError, StateError, require
 from rpcpipe.model import tied_weights
 from rpcpipe.model.layers import Layer, Wired
 from rpcpipe.model.microbatch import Nest
@@ -93,13 +93,17 @@ def verify(pipe: Pipeline, inputs: Nest, targets: Nest, steps: int = 2) -> Verif
     ``inputs`` and ``targets`` as for ``train_step``. The pipeline's weights, buffers, optimizer and counters are put
     back afterwards; callbacks are not called. A truthy result says that it computes what one process computes.
 
-    Raises ArgumentError, ScheduleError for an asynchronous schedule, StageError if a step fails, DeadlineExceeded, and
-    RpcPipeError if the plain loop fails.
+    Raises ArgumentError, StateError within an accumulation, ScheduleError for an asynchronous schedule, StageError if a
+    step fails, ModelError if the plain loop fails, and DeadlineExceeded.
     """
     runtime, recipe = pipe.runtime, pipe.recipe
     runtime.check()
     require(steps >= 1, f"steps must be at least 1, not {steps}")
-    require(runtime.progress.done == 0, "calls of an accumulation are done: verify after the one that updates")
+    require(
+        runtime.progress.done == 0,
+        "calls of an accumulation are done: verify after the one that updates",
+        error=StateError,
+    )
     if runtime.policy is not None:
         raise ScheduleError(
             f"{runtime.schedule.name!r} computes with older weights on purpose, so the plain loop does something else;"
@@ -136,7 +140,7 @@ def _put_back(runtime: Runtime) -> Iterator[int]:
 def _job(runtime: Runtime, recipe: Recipe, seed: int, inputs: Nest, targets: Nest, steps: int) -> Job:
     options, program = recipe.options, runtime.program
     if options.loss is None or options.optimizer is None:
-        raise ArgumentError("this pipeline does not train; make one with loss=… and optimizer=… to verify it")
+        raise StateError("this pipeline does not train; make one with loss=… and optimizer=… to verify it")
     batch = program.cut(inputs)
     pairs = iter(zip(batch.parts, program.cut_targets(runtime.prepare(targets), batch), strict=True))
     first = runtime.cluster.workers[0]

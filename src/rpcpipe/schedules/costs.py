@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rpcpipe.errors import ScheduleError
+from rpcpipe.errors import ArgumentError
 from rpcpipe.schedules.action import Action
 from rpcpipe.schedules.spans import Spans
 
@@ -42,7 +42,7 @@ class Costs:
         for name in _PER_STAGE:
             value = getattr(self, name)
             if isinstance(value, Sequence) and len(value) != stages:
-                raise ScheduleError(f"costs.{name} has {len(value)} entries for {stages} stages")
+                raise ArgumentError(f"costs.{name} has {len(value)} entries for {stages} stages")
 
     def of(self, kind: str, stage: int) -> float:
         """Return the duration of an action of ``kind`` on ``stage``, without recomputation."""

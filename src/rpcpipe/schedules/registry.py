@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral
 from typing import NamedTuple
 
-from rpcpipe.errors import ScheduleError
+from rpcpipe.errors import ArgumentError, ScheduleError
 from rpcpipe.schedules import asynchronous, linear, looped, vshaped
 from rpcpipe.schedules.action import Action
 from rpcpipe.schedules.schedule import Schedule
-from rpcpipe.schedules.weight_versions import POLICIES
+from rpcpipe.schedules.weight_versions import POLICIES, choose
 
 _LARGEST_CACHED = 1 << 10  # workers × micro-batches × virtual stages of a schedule that is cached
 
@@ -103,7 +103,7 @@ def get(name: str, workers: int, chunks: int, virtual_stages: int = 1) -> Schedu
     sizes = workers, chunks, virtual_stages
     # A cache takes 4.0 for 4.
     if not all(isinstance(size, Integral) and not isinstance(size, bool) and size >= 1 for size in sizes):
-        raise ScheduleError(
+        raise ArgumentError(
             "workers, chunks and virtual_stages must be whole numbers and at least 1, not"
             f" {workers!r}, {chunks!r}, {virtual_stages!r}"
         )
@@ -134,10 +134,11 @@ def streamed(name: str, workers: int, chunks: int, batches: int) -> Schedule:
 
     Raises ScheduleError for a schedule that flushes after every batch.
     """
-    if name not in POLICIES:
+    policy = choose(name, None)
+    if policy is None:
         raise ScheduleError(f"{name!r} flushes after every batch; {' and '.join(POLICIES)} do not")
     known = get(name, workers, chunks)
-    rows = asynchronous.rows(workers, [chunks] * batches, every=name == "pipedream")
+    rows = asynchronous.rows(workers, [chunks] * batches, every=not policy.by_batch)
     return Schedule(name, chunks * batches, known.placement, tuple(tuple(row) for row in rows))
 
 
@@ -157,5 +158,5 @@ def forward_only(schedule: Schedule, chunks: int) -> Schedule:
 
 def _entry(name: str) -> _Entry:
     if name not in _REGISTRY:
-        raise ScheduleError(f"unknown schedule {name!r}; known are {', '.join(names())}")
+        raise ArgumentError(f"unknown schedule {name!r}; known are {', '.join(names())}")
     return _REGISTRY[name]

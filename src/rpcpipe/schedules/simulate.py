@@ -13,7 +13,7 @@ from rpcpipe.schedules.order import Order
 from rpcpipe.schedules.shared_cores import simulate_shared
 from rpcpipe.schedules.spans import Span, Spans, Transfer
 from rpcpipe.schedules.timeline import Timeline
-from rpcpipe.schedules.weight_versions import choose, version
+from rpcpipe.schedules.weight_versions import STASH, choose
 
 
 def simulate(order: Order, costs: Costs | None = None) -> Timeline:
@@ -73,12 +73,12 @@ def _simulate_unshared(
 
 def _with_versions(order: Order, spans: list[Span]) -> list[Span]:
     """Return every span with the version of the weights that it uses or makes."""
-    policy = choose(order.name, None) or "stash"
+    policy = choose(order.name, None) or STASH
     group_ends = sorted({span.chunk for span in spans if span.kind == "U"})
     versioned = []
     for span in spans:
         group = bisect.bisect_left(group_ends, span.chunk)
-        used = group + 1 if span.kind == "U" else version(policy, group, span.stage, order.stages)
+        used = group + 1 if span.kind == "U" else policy.version(group, span.stage, order.stages)
         versioned.append(span._replace(version=used))
     return versioned
 

@@ -27,7 +27,7 @@ class Timeline(Spans):
     def save(self, path: str | Path) -> None:
         """Write a picture: .svg, .png (need matplotlib), .html, or .json for Perfetto and Chrome.
 
-        Raises ArgumentError for another suffix, ImportError where matplotlib is needed and missing.
+        Raises ArgumentError for another suffix, DependencyError where matplotlib is needed and missing.
         """
         save([self], Path(path))
 

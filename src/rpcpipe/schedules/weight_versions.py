@@ -14,33 +14,70 @@ stage r from 0, the sources write:
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 from rpcpipe.errors import ScheduleError
 
+
+@dataclass(frozen=True)
+class Policy:
+    """Says which micro-batches make an update, and which version of its weights a stage uses for them.
+
+    ``version(group, stage, stages)``: the version for the forward of ``group`` and, if ``stashes``, for its backward;
+    otherwise each uses the newest. ``by_batch``: a group is a batch, and not one micro-batch.
+    """
+
+    name: str
+    version: Callable[[int, int, int], int]
+    stashes: bool = True
+    by_batch: bool = False
+
+    @property
+    def unit(self) -> str:
+        """What a group is called."""
+        return "batches" if self.by_batch else "minibatches"
+
+    def updates(self, chunks: int) -> list[range]:
+        """Return for each update of a batch the micro-batches, of ``chunks``, that make it."""
+        return [range(chunks)] if self.by_batch else [range(chunk, chunk + 1) for chunk in range(chunks)]
+
+    def must_drain(self, chunks: int, stages: int) -> bool:
+        """Return whether the version that the next batch needs is ready only once this one, of ``chunks``, is done."""
+        return self.by_batch and chunks < stages
+
+
+def _newest(group: int, stage: int, stages: int) -> int:
+    return max(0, group - (stages - 1 - stage))
+
+
+def _common(group: int, stage: int, stages: int) -> int:
+    return max(0, group + 1 - stages)
+
+
+def _before(group: int, stage: int, stages: int) -> int:
+    return max(0, group - 1)
+
+
+STASH = Policy("stash", _newest)
 # By schedule, the policies that it allows, the default first.
 POLICIES = {
-    "pipedream": ("stash", "vertical_sync", "latest"),
-    "pipedream-2bw": ("2bw",),
+    "pipedream": (STASH, Policy("vertical_sync", _common), Policy("latest", _newest, stashes=False)),
+    "pipedream-2bw": (Policy("2bw", _before, by_batch=True),),
 }
 
 
-def choose(schedule: str, asked: str | None) -> str | None:
+def choose(schedule: str, asked: str | None) -> Policy | None:
     """Return the weight policy of ``schedule``, None where it is synchronous.
 
-    ``asked``: the user's choice, None for the default. Raises ScheduleError where it does not fit.
+    ``asked``: the name of the user's choice, None for the default. Raises ScheduleError where it does not fit.
     """
     allowed = POLICIES.get(schedule, ())
     if asked is None:
         return allowed[0] if allowed else None
-    if asked not in allowed:
-        known = f"one of {', '.join(map(repr, allowed))}" if allowed else "None: its weights have one version"
-        raise ScheduleError(f"weights={asked!r} does not fit schedule {schedule!r}, which takes {known}")
-    return asked
-
-
-def version(policy: str, group: int, stage: int, stages: int) -> int:
-    """Return the version with which ``stage`` computes ``group``'s forward and, but for "latest", backward."""
-    if policy == "vertical_sync":
-        return max(0, group + 1 - stages)
-    if policy == "2bw":
-        return max(0, group - 1)
-    return max(0, group - (stages - 1 - stage))
+    for policy in allowed:
+        if policy.name == asked:
+            return policy
+    names = ", ".join(repr(policy.name) for policy in allowed)
+    known = f"one of {names}" if allowed else "None: its weights have one version"
+    raise ScheduleError(f"weights={asked!r} does not fit schedule {schedule!r}, which takes {known}")

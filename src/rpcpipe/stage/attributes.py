@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from rpcpipe.errors import ModelError
+
 # Attributes of every module: its tensors, parts and hooks, and modes, which the stage switches.
 _TORCHS = frozenset(vars(nn.Module()))
 _PLAIN = frozenset((type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device))
@@ -66,10 +68,10 @@ class Attributes:
                 self._walk(f"{type(value).__name__}.{name}", item, seen)
 
     def check(self) -> None:
-        """Raise RuntimeError if a tensor was changed in place since."""
+        """Raise ModelError if a tensor was changed in place since."""
         for where, tensor, version in self._tensors:
             if tensor._version != version:
-                raise RuntimeError(
+                raise ModelError(
                     f"the forward changes the tensor {where} in place, which a recomputation would do once more:"
                     " register it as a buffer (persistent=False keeps it out of state_dict), or pass checkpoint='never'"
                 )

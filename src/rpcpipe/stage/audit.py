@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rpcpipe.errors import ModelError, ScheduleError
 from rpcpipe.stage.autograd import Saved
 from rpcpipe.stage.graph import is_python, leaf_of, nodes_below, unpacks_by_hook
 from rpcpipe.stage.trainable import Parts
@@ -31,7 +32,7 @@ class Audit:
 
     @contextmanager
     def forward(self) -> Iterator[None]:
-        """Raise RuntimeError if the stage's first forward changes or makes a parameter; all are then as before."""
+        """Raise ModelError if the stage's first forward changes or makes a parameter; all are then as before."""
         self.forwards += 1
         if self._forwarded:
             yield
@@ -41,7 +42,7 @@ class Audit:
         yield
         if made := parts.added():
             parts.restore()
-            raise RuntimeError(
+            raise ModelError(
                 f"the forward makes the parameter {made[0]}, and the optimizer was made before: it would not be"
                 " trained; make it in the constructor, or run the model once on a sample before the pipeline is made"
             )
@@ -50,7 +51,7 @@ class Audit:
             with torch.no_grad():
                 for name in changed:
                     before[name][0].copy_(before[name][1])
-            raise RuntimeError(
+            raise ModelError(
                 f"the forward changes the parameter {changed[0]}: a step that fails could not take that back, and"
                 " copies of a weight on other workers would part; use a buffer, or change it between two steps by"
                 " pipe.stages[k].call(…)"
@@ -59,27 +60,27 @@ class Audit:
 
     @contextmanager
     def backward(self, what: str, *, alone: bool) -> Iterator[None]:
-        """Raise RuntimeError if a backward of the kind ``what`` does what depends on the schedule.
+        """Raise ModelError if a backward of the kind ``what`` does what depends on the schedule.
 
         That is to draw random numbers, looked for in the first one; and to change a buffer, unless the backward is
         ``alone``: it follows its own forward at once, as in a plain loop.
         """
         if what in self._seen:
             if self._writes and not alone:
-                raise RuntimeError(_writes(self._writes))
+                raise ModelError(_writes(self._writes))
             yield
             return
         random, buffers = torch.default_generator.get_state(), self._buffers()
         yield
         if not torch.equal(random, torch.default_generator.get_state()):
-            raise RuntimeError(
+            raise ModelError(
                 "the backward draws random numbers from torch's default generator; which ones would depend on the"
                 " schedule and on where the model is cut: draw them in the forward, or from a torch.Generator that the"
                 " layer makes"
             )
         self._writes = next((name for name, bits in self._buffers().items() if not _same(bits, buffers.get(name))), "")
         if self._writes and not alone:
-            raise RuntimeError(_writes(self._writes))
+            raise ModelError(_writes(self._writes))
         self._seen.add(what)
 
     def _buffers(self) -> dict[str, torch.Tensor]:
@@ -91,32 +92,35 @@ class Audit:
         }
 
     def graph(self, saved: Saved, leaves: Collection[torch.Tensor]) -> None:
-        """Raise RuntimeError if a parameter was used that is not among ``leaves``, the stage's."""
+        """Raise ModelError if a parameter was used that is not among ``leaves``, the stage's.
+
+        If it is one of the stage's, whose version was to be used, raise ScheduleError.
+        """
         entry = {edge.node for edge in saved.entered.edges}
         nodes = nodes_below([edge.node for edge in saved.outputs], entry)
         self.recomputes = self.recomputes or any(is_python(node) or unpacks_by_hook(node) for node in nodes)
         for leaf in map(leaf_of, nodes):
             if isinstance(leaf, nn.Parameter) and leaf not in leaves:
-                raise RuntimeError(self._describe(leaf))
+                raise self._foreign(leaf)
 
-    def _describe(self, leaf: nn.Parameter) -> str:
-        """Say where the parameter comes from and what to do."""
+    def _foreign(self, leaf: nn.Parameter) -> ModelError | ScheduleError:
+        """Return the error that says where the parameter comes from and what to do."""
         shape = f"a parameter of shape {tuple(leaf.shape)}"
         own = [name for name, parameter in self._module.named_parameters() if parameter is leaf]
         if own:
-            return (
+            return ScheduleError(
                 f"{own[0]} was not read as its module's attribute (but from a list, or a variable), so a schedule that"
                 " keeps versions of the weights cannot replace it: read it as the attribute, or use a synchronous"
                 " schedule"
             )
         holders = [name for name, module in self._module.named_modules() if _refers(vars(module).values(), leaf)]
         if holders:
-            return (
+            return ModelError(
                 f"{holders[0]} uses {shape} that is not registered with it; no optimizer updates it, and if it is"
                 " another layer's this is a copy: make it an attribute, in an nn.ParameterList if it is in a list, or"
                 " tie it (LayerSpec(tied=…))"
             )
-        return (
+        return ModelError(
             f"the loss, or a function that a layer calls, uses {shape} that no layer here has: what it refers to on a"
             " worker is a copy that nobody updates; make it a part of a layer (and take it to the loss in the output)"
         )

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from rpcpipe.errors import ModelError
 from rpcpipe.model.memory import extent
 from rpcpipe.model.microbatch import Nest, map_tensors, tensors
 
@@ -148,12 +149,12 @@ def _no_hook(_: torch.Tensor) -> None:
 
 @contextmanager
 def aliases_kept(received: StageInput) -> Iterator[None]:
-    """Raise RuntimeError if the block changes an aliased input in place: the change would not reach all of them."""
+    """Raise ModelError if the block changes an aliased input in place: the change would not reach all of them."""
     leaves = tensors(received.nest) if received.aliased else []
     before = [leaves[number]._version for number in received.aliased]
     yield
     if before != [leaves[number]._version for number in received.aliased]:
-        raise RuntimeError(
+        raise ModelError(
             "a layer changes its input in place, which the layers before gave twice, or a part of it beside it: here"
             f" these are tensors of their own, and the others would not change; {_APART}"
         )
@@ -163,9 +164,9 @@ _APART = "change or hook a copy, give each value as a .clone(), or keep giver an
 
 
 def check_hooks(received: StageInput, entered: GraphEntry) -> None:
-    """Raise RuntimeError if a layer hooked one of several inputs that are one tensor: it sees a part's gradient."""
+    """Raise ModelError if a layer hooked one of several inputs that are one tensor: it sees a part's gradient."""
     if received.aliased and not entered.inner and any(entered.hooks):
-        raise RuntimeError(
+        raise ModelError(
             "a layer hooks its input, which the layers before gave twice, or a part of it beside it: the hook would"
             f" run on a part of the gradient that it gets in one process; {_APART}"
         )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from rpcpipe.errors import ModelError
 from rpcpipe.model.batchnorm import DeferredBatchNorm
 
 # (module, name of its buffer)
@@ -54,7 +55,7 @@ class ForwardBuffers:
     def after(self, seen: Observation, *, dropped: bool) -> Values:
         """Return the values before the forward of the buffers that it changed.
 
-        Raises RuntimeError if a forward whose activations were ``dropped`` is the first to change a buffer, and not the
+        Raises ModelError if a forward whose activations were ``dropped`` is the first to change a buffer, and not the
         first of all: its recomputation would start from another value.
         """
         moved = [key for key, buffer, version in seen.versions if _version(_live(key), buffer) != version]
@@ -70,7 +71,7 @@ class ForwardBuffers:
             return {key: seen.values[key] for key in self._changing}
         self._changing = [*self._changing, *moved]
         if moved and dropped:
-            raise RuntimeError(
+            raise ModelError(
                 f"{type(moved[0][0]).__name__} changed its buffer {moved[0][1]!r} for this micro-batch and not for"
                 " those before; it cannot be recomputed: call again, or pass checkpoint='never'"
             )

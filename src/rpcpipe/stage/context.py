@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from rpcpipe.schedules.weight_versions import Policy
+
 
 class MicroBatch(NamedTuple):
     """The parameters of one micro-batch on a stage.
@@ -42,7 +44,7 @@ class StepContext(NamedTuple):
     weights: tuple[float, ...]
     keep_outputs: bool = False
     trace: bool = False
-    policy: str | None = None
+    policy: Policy | None = None
     stop: bool = False
     scale: float = 1.0
     accumulates_on: int | None = None

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from rpcpipe.errors import ArgumentError
 from rpcpipe.model.microbatch import Nest
 
 # metric(output, target) returns (sum, count), two numbers or scalar tensors.
@@ -16,7 +17,7 @@ Sums = dict[str, tuple[float, float]]
 def measure(metrics: Mapping[str, Metric], output: Nest, target: Nest) -> Sums:
     """Return every metric's (sum, count) for one micro-batch, by name.
 
-    Raises TypeError if a metric returns anything else.
+    Raises ArgumentError if a metric returns anything else.
     """
     sums = {}
     for name, metric in metrics.items():
@@ -25,7 +26,7 @@ def measure(metrics: Mapping[str, Metric], output: Nest, target: Nest) -> Sums:
             total, count = value
             sums[name] = float(total), float(count)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(
+            raise ArgumentError(
                 f"metric {name!r} must return (sum, count), two numbers or scalar tensors, not {value!r}"
             ) from error
     return sums

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rpcpipe.errors import ArgumentError, require
+from rpcpipe.errors import ModelError, require
 from rpcpipe.stage.hyperparameters import Groups, changed, copied, entries, hyperparameters, own, same, update
 from rpcpipe.stage.rollback import Undo
 from rpcpipe.stage.separable import is_separable
@@ -34,18 +34,18 @@ Factory = Callable[[Parameters], torch.optim.Optimizer]
 
 
 def make(factory: Factory, parameters: Parameters) -> torch.optim.Optimizer:
-    """Return ``factory``'s optimizer; raises TypeError or ArgumentError for one that cannot work in a pipeline."""
+    """Return ``factory``'s optimizer; raises ModelError for one that cannot work in a pipeline."""
     try:
         optimizer = factory(parameters)
     except ValueError as error:
         if "empty parameter list" not in str(error):
             raise
-        raise ArgumentError(
+        raise ModelError(
             "optimizer chose none of this worker's parameters; return a group without any for such a worker:"
             ' [{"params": chosen}] instead of chosen'
         ) from error
     if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(
+        raise ModelError(
             f"optimizer must return a torch.optim.Optimizer, not {type(optimizer).__name__};"
             " for instance optimizer=lambda params: torch.optim.AdamW(params, lr=3e-4)"
         )
@@ -64,6 +64,7 @@ def _check_parameters(kind: str, optimizer: torch.optim.Optimizer, given: Parame
         f"optimizer returned a {kind} with {len(foreign)} parameters that were not given to it (the first has shape"
         f" {tuple(foreign[0].shape) if foreign else ()}) and that no stage trains; the factory runs on the stages'"
         " workers: use its argument, for instance optimizer=lambda params: torch.optim.AdamW(params, lr=3e-4)",
+        error=ModelError,
     )
 
 
@@ -72,6 +73,7 @@ def _check_step(kind: str, optimizer: torch.optim.Optimizer) -> None:
         "step" not in vars(optimizer),
         f"the factory's {kind} has a step of its own, as a learning-rate scheduler gives it one; moves and saves would"
         " lose what that counts: make the scheduler of pipe.optimizer, on the driver",
+        error=ModelError,
     )
     needed = [
         parameter
@@ -82,16 +84,19 @@ def _check_step(kind: str, optimizer: torch.optim.Optimizer) -> None:
         not needed,
         f"{kind}.step needs {needed[0].name if needed else ''!r}, a function that computes the loss again, and a"
         " pipeline computes it once per step; use an optimizer whose step() takes no arguments",
+        error=ModelError,
     )
     for group in optimizer.param_groups:
         require(
             not group.get("differentiable"),
             f"{kind}(differentiable=True) records the update itself for autograd, which a pipeline cannot"
             " differentiate; leave it out",
+            error=ModelError,
         )
         require(
             not group.get("capturable") or all(p.device.type != "cpu" or not p.numel() for p in group["params"]),
             f"{kind}(capturable=True) is for CUDA graphs, and its parameters are on the CPU; leave it out",
+            error=ModelError,
         )
 
 
@@ -101,13 +106,14 @@ def _check_inner(kind: str, optimizer: torch.optim.Optimizer) -> None:
             not isinstance(value, torch.optim.Optimizer) or value.state is optimizer.state,
             f"{kind} holds another optimizer, {name}, with a state of its own, which saves, moves between workers and"
             f" the rollback of a failed step would not see; let them share one: self.state = self.{name}.state",
+            error=ModelError,
         )
 
 
 def _check_random(kind: str, before: torch.Tensor) -> None:
-    """Raise RuntimeError if torch's default generator is not as ``before``."""
+    """Raise ModelError if torch's default generator is not as ``before``."""
     if not torch.equal(before, torch.default_generator.get_state()):
-        raise RuntimeError(
+        raise ModelError(
             f"{kind}.step draws random numbers from torch's default generator; which ones would depend on where the"
             " model is cut, and replicas and tied weights would part: draw each parameter's from a torch.Generator that"
             " the optimizer seeds by the parameter's name (params.named()) and its number of updates"
@@ -140,6 +146,7 @@ class LocalOptimizer:
             f"{self.kind} updates a parameter by other parameters' gradients, too (does it clip by their norm?), and a"
             " worker's has only its own parameters: use one that treats every parameter by itself, with"
             " Pipeline(clip_grad_norm=…) to clip, or keep the model on one stage (balance=[number of layers])",
+            error=ModelError,
         )
         self.changed: list[dict[str, Any] | None] = []
         self.undo = Undo(self.parameters, self.optimizer)

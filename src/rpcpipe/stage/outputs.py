@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from rpcpipe.errors import ModelError
 from rpcpipe.model.microbatch import Nest
 from rpcpipe.model.sendable import checked
 from rpcpipe.model.wiring import Flow
@@ -39,7 +40,7 @@ class Outputs:
     def flow(self, flow: Flow, chunk: int) -> Flow:
         """Return the running value and the named values of micro-batch ``chunk`` as they are sent.
 
-        Raises TypeError for what cannot be sent, and RuntimeError for memory that was sent before and has changed.
+        Raises ModelError for what cannot be sent, and for memory that was sent before and has changed.
         """
         x, values = flow
         return self.value(x, chunk), {
@@ -60,7 +61,7 @@ class Outputs:
         return checked(nest, source, to_host)
 
     def _own(self, tensor: torch.Tensor, chunk: int, source: str) -> torch.Tensor:
-        """Return ``tensor``, or a copy if it is in the module's memory; raises RuntimeError as ``flow`` does."""
+        """Return ``tensor``, or a copy if it is in the module's memory; raises ModelError as ``flow`` does."""
         reference, version = StorageWeakRef(tensor.untyped_storage()), tensor._version  # type: ignore[no-untyped-call]
         if self._owned is None:
             self._owned = {int(owned.untyped_storage()._cdata) for owned in _tensors_of(self._module)}
@@ -69,7 +70,7 @@ class Outputs:
         before = self._sent.get(reference.cdata)
         # While the reference is held, no other storage has the same address.
         if before is not None and before[1] != version:
-            raise RuntimeError(
+            raise ModelError(
                 f"{source} is in memory that also held that of micro-batch {before[2]}, which may still be under way,"
                 " and was changed in place since; return a copy, .clone()"
             )

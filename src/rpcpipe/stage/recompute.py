@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from rpcpipe.errors import ArgumentError
+from rpcpipe.errors import ArgumentError, ModelError
 from rpcpipe.model import rng
 from rpcpipe.model.microbatch import Nest, map_tensors, tensors
 from rpcpipe.stage import autograd
@@ -292,7 +292,7 @@ class SegmentRunner:
         attributes.check()
         mutated = [leaf._version for leaf in inputs] != versions
         if mutated and self._mutates.get(start) is False:
-            raise RuntimeError(
+            raise ModelError(
                 f"layer {start} of the stage changed its input in place for this micro-batch and not for others;"
                 " it cannot be recomputed: pass checkpoint='never' or a function that spares this stage"
             )

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import get_gradient_edge
 
-from rpcpipe.errors import PartitionError
+from rpcpipe.errors import ModelError, ScheduleError
 from rpcpipe.model import batchnorm, losses, rng
 from rpcpipe.model.layers import Loss, Named
 from rpcpipe.model.microbatch import Nest, map_tensors
@@ -125,7 +125,7 @@ class Stage:
         """Run the layers, and the loss on the last stage, for micro-batch ``chunk``; return the outputs by link.
 
         ``parcels`` holds the inputs by link. The activations are kept for the backward if ``context`` is a training
-        step. A stage with a loss returns no outputs. Raises TypeError if the loss returns neither a scalar tensor nor
+        step. A stage with a loss returns no outputs. Raises ModelError if the loss returns neither a scalar tensor nor
         (sum, count).
         """
         self.modes.switch(training=context.training)
@@ -228,10 +228,10 @@ class Stage:
         return [(id(buffer), buffer._version) for buffer in buffers]
 
     def _check_constant(self, before: Sequence[tuple[int, int]]) -> None:
-        """Raise PartitionError if a buffer that other stages have too has changed."""
+        """Raise ModelError if a buffer that other stages have too has changed."""
         for (_, name), old, new in zip(self._constant, before, self._constant_versions(), strict=True):
             if old != new:
-                raise PartitionError(
+                raise ModelError(
                     f"{name} is a buffer that several layers share, and the layer's forward changes it, which the other"
                     " stages would not see; give each layer a buffer of its own"
                 )
@@ -304,7 +304,7 @@ class Stage:
         outputs = self._saved[chunk].outputs  # a recomputation computes the loss
         loss, count = self.losses[chunk]
         if not outputs:
-            raise RuntimeError(
+            raise ModelError(
                 "the loss does not require a gradient: no trainable parameter leads to it, so nothing would be trained;"
                 " look for a detach(), an argmax, a layer under no_grad or frozen weights between the layers and it"
             )
@@ -352,14 +352,14 @@ def _weight(micro_batch: MicroBatch, count: Any) -> float:
     """Return the factor of the micro-batch's loss: for a mean, the micro-batch's share of the batch.
 
     A sum has factor 1, as it is divided by the batch's count at the end; in a stream it is divided here. Raises
-    TypeError for a sum where an update in a stream covers several micro-batches.
+    ScheduleError for a sum where an update in a stream covers several micro-batches.
     """
     if count is None:
         return micro_batch.weight
     if micro_batch.group is None:
         return 1.0
     if not micro_batch.alone:
-        raise TypeError(
+        raise ScheduleError(
             "under pipedream-2bw the loss must return the mean, not (sum, count): a batch's count is not known"
             " when its first micro-batch is backpropagated; schedule='pipedream' takes both"
         )

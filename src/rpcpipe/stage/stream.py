@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from rpcpipe.errors import NonFiniteError
 from rpcpipe.stage import gradients
 from rpcpipe.stage.autograd import Gradients
 from rpcpipe.stage.context import StepContext
@@ -32,7 +33,7 @@ class StreamBackward:
     ) -> Mapping[str, Gradients | Skipped]:
         """Run the backward of ``chunk``; return the input gradients, or Skipped, by link.
 
-        After a group's last micro-batch the group's gradients are in ``.grad``. Raises FloatingPointError for a loss
+        After a group's last micro-batch the group's gradients are in ``.grad``. Raises NonFiniteError for a loss
         or gradient that is not finite if ``context.stop`` is set.
         """
         stage = self._stage
@@ -56,7 +57,7 @@ class StreamBackward:
 
     def _skip(self, context: StepContext, group: int, why: str) -> None:
         if context.stop and why:
-            raise FloatingPointError(f"{why} (nonfinite='stop'); nonfinite='skip' leaves such a minibatch out")
+            raise NonFiniteError(f"{why} (nonfinite='stop'); nonfinite='skip' leaves such a minibatch out")
         self._skipped.add(group)
 
     def take_skipped(self, group: int) -> bool:

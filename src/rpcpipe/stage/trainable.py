@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from rpcpipe.errors import ArgumentError
+from rpcpipe.errors import ModelError
 
 
 class Parts:
@@ -34,7 +34,7 @@ class Parts:
 
 @contextmanager
 def refuse_thawed(module: nn.Module, optimized: Collection[nn.Parameter]) -> Iterator[None]:
-    """Raise ArgumentError if the block leaves ``module`` with a trainable parameter that is not in ``optimized``.
+    """Raise ModelError if the block leaves ``module`` with a trainable parameter that is not in ``optimized``.
 
     The parameters are then as before the block; so they are if it raises and leaves one.
     """
@@ -53,7 +53,7 @@ def refuse_thawed(module: nn.Module, optimized: Collection[nn.Parameter]) -> Ite
         raise
     if thawed := put_back():
         more = f" and {len(thawed) - 1} more" if len(thawed) > 1 else ""
-        raise ArgumentError(
+        raise ModelError(
             f"the call made {thawed[0]!r}{more} trainable, and the optimizer was made without it: it would not be"
             " trained. The parameters are as they were; to train it make a new Pipeline of the changed model and give"
             " it this one's weights by load_state_dict(pipe.state_dict())"

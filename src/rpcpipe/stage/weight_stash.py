@@ -5,9 +5,9 @@ gradients. The module's parameters, which the optimizer updates in place, are al
 If the next update would overwrite a version that is still needed, the parameters are first moved to a
 copy. The aliases keep the old memory until the last backward that uses them.
 
-Invariant: an alias of an older version shares no memory with a parameter. The exception is policy
-"latest", under which every alias shares a parameter's memory, and a backward may use newer weights than
-its forward.
+Invariant: an alias of an older version shares no memory with a parameter. The exception is a policy
+that stashes nothing ("latest"): every alias then shares a parameter's memory, and a backward may use newer
+weights than its forward.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from rpcpipe.errors import require
-from rpcpipe.schedules.weight_versions import version
+from rpcpipe.errors import ScheduleError, require
+from rpcpipe.schedules.weight_versions import Policy
 from rpcpipe.stage.gradients import hooks_of
 
 Aliases = dict[nn.Parameter, torch.Tensor]
@@ -41,13 +41,13 @@ class _Block(nn.Module):
 
 
 class Versions:
-    """Versions of the weights of stage ``stage`` of ``stages``; ``policy`` is one of ``weight_versions.POLICIES``.
+    """Versions of the weights of stage ``stage`` of ``stages``; ``policy`` determines which.
 
-    Raises ArgumentError for a parameter with hooks that cannot run on an alias. ``newest`` is the number of the
+    Raises ScheduleError for a parameter with hooks that cannot run on an alias. ``newest`` is the number of the
     newest version, ``peak`` the largest number of versions in memory.
     """
 
-    def __init__(self, policy: str, stage: int, stages: int, module: nn.Module) -> None:
+    def __init__(self, policy: Policy, stage: int, stages: int, module: nn.Module) -> None:
         _check_hooks(module)
         self.newest = 0
         self.peak = 1
@@ -62,9 +62,9 @@ class Versions:
 
     def of(self, group: int) -> int:
         """Return the number of the version with which ``group`` is computed; that version must exist."""
-        if self._policy == "latest":
+        if not self._policy.stashes:
             return self.newest
-        number = version(self._policy, group, self._stage, self._stages)
+        number = self._policy.version(group, self._stage, self._stages)
         assert number <= self.newest, f"group {group} wants version {number} after {self.newest} updates"
         return number
 
@@ -100,7 +100,7 @@ class Versions:
         """Move the gradients of version ``number`` to the parameters' ``.grad``."""
         for parameter, alias in self._aliases(number).items():
             if parameter.grad is not None:
-                raise RuntimeError(
+                raise ScheduleError(
                     f"a parameter of shape {tuple(parameter.shape)} was used past the version of its weights that the"
                     " micro-batch began with (its layer keeps it in a list, or recomputes in the backward with a"
                     " reference of its own); use a synchronous schedule"
@@ -112,7 +112,7 @@ class Versions:
 
         The parameters move to a copy, unless the update is ``skipped`` and overwrites nothing.
         """
-        if self._policy == "latest" or version(self._policy, group + 1, self._stage, self._stages) > self.newest:
+        if not self._policy.stashes or self._policy.version(group + 1, self._stage, self._stages) > self.newest:
             return
         self._aliases(self.newest)
         for parameter in () if skipped else self._parameters:
@@ -121,9 +121,9 @@ class Versions:
     def after_update(self, group: int) -> None:
         """Count a new version after ``group``'s update, applied or skipped, and drop versions no longer needed."""
         self.newest += 1
-        if self._policy == "latest":
+        if not self._policy.stashes:
             return
-        needed = version(self._policy, group + 1, self._stage, self._stages)
+        needed = self._policy.version(group + 1, self._stage, self._stages)
         self._held = {number: held for number, held in self._held.items() if number >= needed}
         self.peak = max(self.peak, len(self._held.keys() | {self.newest}))
 
@@ -132,7 +132,7 @@ class Versions:
 
         ``.data`` shares the parameter's memory, but not its autograd version counter.
         """
-        number = 0 if self._policy == "latest" else number
+        number = number if self._policy.stashes else 0
         if number not in self._held:
             assert number in (0, self.newest)
             self._held[number] = {parameter: _alias(parameter) for parameter in self._parameters}
@@ -153,4 +153,5 @@ def _check_hooks(module: nn.Module) -> None:
             f"parameter {name!r} has a hook of register_post_accumulate_grad_hook, which would be given the newest"
             " weights and another version's gradient under an asynchronous schedule; use register_hook, or a"
             " synchronous schedule, for instance '1f1b'",
+            error=ScheduleError,
         )

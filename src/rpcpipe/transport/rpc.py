@@ -28,7 +28,7 @@ from torch.distributed import rpc
 from torch.distributed.rpc import api, internal
 from torch.utils import _pytree as pytree
 
-from rpcpipe.errors import Failure, RpcPipeError, StageError, WorkerLost
+from rpcpipe.errors import Failure, RpcPipeError, StageError, StateError, WorkerLost
 from rpcpipe.transport.base import DRIVER, Endpoint
 from rpcpipe.transport.lanes import Lanes
 from rpcpipe.transport.message_pickling import TensorsAside, in_bounds
@@ -123,11 +123,11 @@ class RpcProcess:
     def number_workers(self, names: Sequence[str]) -> dict[str, int]:
         """Return torch's numbers by name: 0 for the driver, for workers such as were never given before.
 
-        Raises RpcPipeError once torch's 16 bits are used up.
+        Raises StateError once torch's 16 bits are used up.
         """
         numbers = {DRIVER: 0, **{name: next(self._numbers) for name in names}}
         if max(numbers.values()) > _MAX_NUMBER:
-            raise RpcPipeError(f"this process has launched {_MAX_NUMBER} workers, all that torch numbers: use another")
+            raise StateError(f"this process has launched {_MAX_NUMBER} workers, all that torch numbers: use another")
         return numbers
 
     def join(
@@ -135,11 +135,11 @@ class RpcProcess:
     ) -> None:
         """Form the group of ``numbers``, as ``name``; return once all others' addresses are in ``store``.
 
-        Raises RpcPipeError if this process is in a group already, and whatever ``store`` raises.
+        Raises StateError if this process is in a group already, and whatever ``store`` raises.
         """
         agent = self.agent
         if rpc._is_current_rpc_agent_set() and (agent is None or not agent.alone):  # type: ignore[attr-defined]
-            raise RpcPipeError("this process already runs torch RPC; close the cluster, or call rpc.shutdown(), first")
+            raise StateError("this process already runs torch RPC; close the cluster, or call rpc.shutdown(), first")
         if agent is not None and not agent.listening:
             log.warning(
                 "torch's RPC agent has lost its listener, to a stranger's connection or a worker that died while it"
@@ -151,7 +151,7 @@ class RpcProcess:
         if agent is None:
             agent = self.agent = _Agent(store, _wire_name(name, generation), numbers[name], interface)
         elif agent.interface != interface:
-            raise RpcPipeError(
+            raise StateError(
                 f"this process's torch RPC listens on {agent.interface} and cannot change to {interface};"
                 " use a fresh process for workers of another network"
             )

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from rpcpipe.errors import ArgumentError
+from rpcpipe.errors import ArgumentError, RpcPipeError
 
 COMPILED = (
     "module.compile() has compiled a {kind}, and what it made does not travel: let the function compile the layer, too"
@@ -39,18 +39,18 @@ def dumps(value: Any) -> bytes:
         return buffer.getvalue()
 
 
-def named_dumps(value: Any, what: str) -> bytes:
+def named_dumps(value: Any, what: str, *, error: type[RpcPipeError] = ArgumentError) -> bytes:
     """Return ``value`` pickled; warn if it drags along more data than anybody would send on purpose.
 
-    ``what`` names the value in the warning, and in the ArgumentError for what cannot be pickled.
+    ``what`` names the value in the warning, and in the ``error`` for what cannot be pickled.
     """
     try:
         data = dumps(value)
-    except Exception as error:
-        raise ArgumentError(
-            f"{what} cannot be pickled to be sent to a worker: {type(error).__name__}: {error}; make what it refers to"
+    except Exception as cause:
+        raise error(
+            f"{what} cannot be pickled to be sent to a worker: {type(cause).__name__}: {cause}; make what it refers to"
             " on the worker, inside the function"
-        ) from error
+        ) from cause
     if len(data) > _HEAVY_BYTES:
         warnings.warn(
             f"{what} takes {len(data) / 2**20:.0f} MiB to send: it refers to something large, a global or an enclosing"

@@ -15,10 +15,12 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from rpcpipe.errors import NonFiniteError
 from rpcpipe.model.microbatch import Nest, Packed, pack
 from rpcpipe.model.wiring import DRIVER
 from rpcpipe.model.wiring import link as link_to
 from rpcpipe.schedules import Action
+from rpcpipe.schedules.weight_versions import Policy
 from rpcpipe.stage import gradients
 from rpcpipe.stage.context import MicroBatch, StepContext
 from rpcpipe.stage.rollback import Buffers
@@ -56,6 +58,7 @@ from rpcpipe.worker.operations import (
     UpdateWeights,
 )
 from rpcpipe.worker.stage_set import ActorSpec, StageSet
+from rpcpipe.worker.stage_state import StageState
 
 
 class Ledger(Protocol):
@@ -76,6 +79,7 @@ class Actor:
 
     def __init__(self, name: str, spec: ActorSpec, *, device: torch.device, send: Send, ledger: Ledger) -> None:
         self.held = StageSet(spec, device)
+        self._state = StageState(self.held)
         self.name = name
         self._send = send
         self._ledger = ledger
@@ -155,7 +159,7 @@ class Actor:
             case CreateActor() | CallFunction() | ForwardByHand() | ForgetStep() | DropActor():
                 raise AssertionError("the executor runs this operation")
             case _:
-                return self.held.execute(operation)
+                return self._state.execute(operation)
         return None
 
     # --- operations of a step, in the order of their execution ---
@@ -251,7 +255,7 @@ class Actor:
         """Return the worker's report of the step, all of whose actions on this worker are done."""
         report = self._report
         self._add_arrivals(report)
-        self.held.check_loss()
+        self._state.check_loss()
         for index, stage in self.held.stages.items():
             report.losses.update(stage.loss_values())
             report.outputs.update(_packed(stage.outputs))
@@ -347,7 +351,7 @@ class Actor:
 
     # --- operations of a stream ---
 
-    def _open_stream(self, policy: str) -> None:
+    def _open_stream(self, policy: Policy) -> None:
         for index, stage in self.held.stages.items():
             stage.versions = Versions(policy, index, self.held.last_stage + 1, stage.module)
             self._stream_backwards[index] = StreamBackward(stage)
@@ -356,7 +360,7 @@ class Actor:
     def _update(self, stage: Stage, chunk: int, update: Update, start: int) -> Report:
         """Apply the gradients of ``update.group`` through a new distributed-autograd context; return the report.
 
-        Raises FloatingPointError for a gradient that is not finite although the loss is.
+        Raises NonFiniteError for a gradient that is not finite although the loss is.
         """
         versions, parameters = stage.versions, stage.parameters
         assert versions is not None
@@ -369,7 +373,7 @@ class Actor:
             for parameter in parameters:
                 parameter.grad = None
         elif not all(map(math.isfinite, norms)):
-            raise FloatingPointError(
+            raise NonFiniteError(
                 f"the loss is finite and a gradient of stage {stage.index} is not; later stages have applied theirs"
             )
         elif self.held.optimizer is not None:

@@ -259,10 +259,12 @@ StateOperation = (
     GetState | LoadState | SaveShard | ReadCheckpoint | ApplyCheckpoint | DropCheckpoint | KeepState | RestoreState
 )
 
-HoldingOperation = (
+StageOperation = (
     GetModule | GetParameter | CallModule | SetMetrics | SetSelection | ReleaseLayers | ReceiveLayers
-    | GetOptimizerState | Repartition | StateOperation
+    | GetOptimizerState | Repartition
 )  # fmt: skip
+
+HoldingOperation = StageOperation | StateOperation
 
 # --- operations of the worker, outside of any step ---
 

@@ -7,12 +7,12 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
-from typing import Any
+from typing import Any, assert_never
 
 import torch
 from torch import nn
 
-from rpcpipe.errors import ArgumentError, require
+from rpcpipe.errors import ModelError, require
 from rpcpipe.model import batchnorm, layers, tied_weights, torch_settings
 from rpcpipe.model.layers import Loss
 from rpcpipe.model.tied_weights import Tie
@@ -32,14 +32,13 @@ from rpcpipe.worker.operations import (
     GetModule,
     GetOptimizerState,
     GetParameter,
-    HoldingOperation,
     ReceiveLayers,
     ReleaseLayers,
     Repartition,
     SetMetrics,
     SetSelection,
+    StageOperation,
 )
-from rpcpipe.worker.stage_state import StageState
 
 # By stage: its named layers, and the first layer's index in the model.
 Parts = dict[int, tuple[OrderedDict[str, layers.Layer], int]]
@@ -78,10 +77,8 @@ class StageSet:
         self.spec.settings.apply()
         self.optimizer: LocalOptimizer | None = None
         self.accumulated = AccumulatedGradients()
-        self._state = StageState(self, spec.loss)
         self._tied: Mapping[str, nn.Parameter] = {}
         self._received: list[Any] = []
-        self._loss_is_checked = len(spec.peers.workers) < 2
         self._build(spec.stages, spec.last_stage, spec.stage_links)
 
     def _build(self, parts: Parts, last_stage: int, stage_links: StageLinks) -> None:
@@ -154,6 +151,7 @@ class StageSet:
                     f"{' and '.join(holder.name for holder in tie.holders)} are one weight, whose hooks would run on"
                     " parts of its gradient: keep these layers on one stage with balance=[…] and no ratio for"
                     " checkpoint, or remove the hooks",
+                    error=ModelError,
                 )
 
     @staticmethod
@@ -221,10 +219,13 @@ class StageSet:
             tied={group: indices[weight] for group, weight in self._tied.items() if weight in indices},
         )
 
-    def execute(self, operation: HoldingOperation) -> Any:
-        """Execute an operation between steps, with the modules' own training flags, and return its result."""
-        for held in self.stages.values():
-            held.modes.switch(training=True)
+    def switch_to_own_modes(self) -> None:
+        """Give the modules the training flags that they have between steps."""
+        for stage in self.stages.values():
+            stage.modes.switch(training=True)
+
+    def execute(self, operation: StageOperation) -> Any:
+        """Execute an operation between steps, after ``switch_to_own_modes``, and return its result."""
         match operation:
             case GetModule(stage):
                 return self.module(stage)
@@ -246,7 +247,7 @@ class StageSet:
             case Repartition():
                 return self._repartition(operation)
             case _:
-                return self._state.execute(operation)
+                assert_never(operation)
         return None
 
     def _call(self, stage: int, function: bytes, seed: int | None) -> Any:
@@ -268,7 +269,7 @@ class StageSet:
         yield
         try:
             self._check_tied_hooks()
-        except ArgumentError:
+        except ModelError:
             for parameter in self._tied.values():
                 remove_hooks(parameter)
             raise
@@ -347,17 +348,6 @@ class StageSet:
     def loss(self) -> layers.Loss | None:
         """The loss, on the worker of the last stage."""
         return self.stages[self.last_stage].loss if self.last_stage in self.stages else None
-
-    def check_loss(self) -> None:
-        """Raise RuntimeError if the loss remembers something, which every replica's would do for itself."""
-        if self.loss is None or self._loss_is_checked:
-            return
-        if changed := self._state.changed_loss():
-            raise RuntimeError(
-                f"the loss changes {next(iter(changed))!r} of its state_dict, and each replica's loss sees a share of"
-                " the batches: use replicas=1, or a loss that remembers nothing"
-            )
-        self._loss_is_checked = True
 
     @property
     def buffered(self) -> list[nn.Module]:

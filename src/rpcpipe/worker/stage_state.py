@@ -4,70 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, assert_never
+from typing import Any
 
 from torch import nn
 
 from rpcpipe.checkpoint import shard
 from rpcpipe.checkpoint.manifest import Manifest
-from rpcpipe.errors import CheckpointError
+from rpcpipe.errors import CheckpointError, ModelError
 from rpcpipe.model import extra_state, losses, rng
-from rpcpipe.model.layers import Loss
 from rpcpipe.stage.attributes import Attributes
 from rpcpipe.stage.hyperparameters import same
-from rpcpipe.stage.optimizer import LocalOptimizer
 from rpcpipe.stage.rollback import Buffers, Undo
-from rpcpipe.stage.stage import Stage
 from rpcpipe.worker.operations import (
     ApplyCheckpoint,
     DropCheckpoint,
     GetState,
+    HoldingOperation,
     KeepState,
     LoadState,
     ReadCheckpoint,
     RestoreState,
     SaveShard,
-    StateOperation,
 )
-
-
-class Owner(Protocol):
-    """What is used of a StageSet here."""
-
-    stages: dict[int, Stage]
-    optimizer: LocalOptimizer | None
-
-    @property
-    def loss(self) -> Loss | None: ...
-
-    @property
-    def stage_modules(self) -> list[nn.Module]: ...
-
-    @property
-    def buffered(self) -> list[nn.Module]: ...
-
-    @property
-    def first_replica(self) -> bool: ...
-
-    @property
-    def seed(self) -> int: ...
-
-    def reseed(self, seed: int) -> None: ...
-
-    def weights_changed(self) -> None: ...
+from rpcpipe.worker.stage_set import StageSet
 
 
 class StageState:
-    """Executes the operations on the state of ``owner``'s stages; ``loss``: as the pipeline was made with it."""
+    """The state of all stages of ``held``, whose loss is as the pipeline was made with it."""
 
-    def __init__(self, owner: Owner, loss: Loss | None) -> None:
-        self._owner = owner
+    def __init__(self, held: StageSet) -> None:
+        self._held = held
         self._loaded: shard.Loaded | None = None
         self._kept: tuple[Buffers, Undo | None, Attributes, rng.PythonState] | None = None
-        self._fresh_loss = losses.state(loss)
+        self._fresh_loss = losses.state(held.spec.loss)
+        self._loss_is_checked = len(held.spec.peers.workers) < 2
 
-    def execute(self, operation: StateOperation) -> Any:
-        """Execute an operation and return its result."""
+    def execute(self, operation: HoldingOperation) -> Any:
+        """Execute an operation between steps, with the modules' own training flags, and return its result."""
+        self._held.switch_to_own_modes()
         match operation:
             case GetState():
                 return self._get()
@@ -86,12 +60,12 @@ class StageState:
             case RestoreState():
                 self._restore()
             case _:
-                assert_never(operation)
+                return self._held.execute(operation)
         return None
 
     def _get(self) -> dict[int, dict[str, Any]]:
         """Return each stage's state under the unsplit model's names, on the CPU."""
-        return {index: extra_state.packed(stage.module.state_dict()) for index, stage in self._owner.stages.items()}
+        return {index: extra_state.packed(stage.module.state_dict()) for index, stage in self._held.stages.items()}
 
     def _load(self, packed: Mapping[int, Mapping[str, Any]]) -> None:
         """Load the states that ``_get`` returns.
@@ -100,57 +74,68 @@ class StageState:
         """
         states = {index: extra_state.unpacked(state) for index, state in packed.items()}
         for index, state in states.items():
-            live = self._owner.stages[index].module.state_dict()
+            live = self._held.stages[index].module.state_dict()
             for key, value in state.items():
                 if extra_state.shape_differs(key, live[key], value):
                     raise CheckpointError(f"{key} has shape {tuple(value.shape)}, the model's {tuple(live[key].shape)}")
         for index, state in states.items():
-            self._owner.stages[index].module.load_state_dict(state)
-        self._owner.weights_changed()
+            self._held.stages[index].module.load_state_dict(state)
+        self._held.weights_changed()
 
     def _save(self, folder: Path, label: str) -> shard.Written:
         """Write the optimizer's state, and on the first replica the weights, to files of ``folder`` named ``label``."""
-        owner = self._owner
+        held = self._held
         return shard.write(
-            owner.stage_modules, owner.optimizer, owner.seed, folder, label, with_weights=owner.first_replica,
-            loss=self.changed_loss() if owner.first_replica else {},
+            held.stage_modules, held.optimizer, held.seed, folder, label, with_weights=held.first_replica,
+            loss=self._changed_loss() if held.first_replica else {},
         )  # fmt: skip
 
     def _read(self, folder: Path, manifest: Manifest) -> list[str]:
         """Read what the stages need of a checkpoint, for ``ApplyCheckpoint``; return the names of their weights."""
         self._loaded = None  # free what an interrupted load may have left, before more is read
-        self._loaded = shard.read(self._owner.stage_modules, self._owner.optimizer, folder, manifest)
+        self._loaded = shard.read(self._held.stage_modules, self._held.optimizer, folder, manifest)
         return [name for weights in self._loaded.weights for name in weights]
 
     def _apply(self, seed: int) -> None:
         """Replace the live state by what ``ReadCheckpoint`` has read, and the seed of random numbers by ``seed``."""
         assert self._loaded is not None
         self._loaded.apply()
-        if self._owner.loss is not None and (self._loaded.loss or self.changed_loss()):
-            self._owner.loss.load_state_dict({**self._fresh_loss, **self._loaded.loss})  # type: ignore[attr-defined]
+        if self._held.loss is not None and (self._loaded.loss or self._changed_loss()):
+            self._held.loss.load_state_dict({**self._fresh_loss, **self._loaded.loss})  # type: ignore[attr-defined]
         self._loaded = None
-        self._owner.reseed(seed)
-        self._owner.weights_changed()
+        self._held.reseed(seed)
+        self._held.weights_changed()
 
-    def changed_loss(self) -> dict[str, Any]:
+    def check_loss(self) -> None:
+        """Raise ModelError if the loss remembers something, which every replica's would do for itself."""
+        if self._held.loss is None or self._loss_is_checked:
+            return
+        if changed := self._changed_loss():
+            raise ModelError(
+                f"the loss changes {next(iter(changed))!r} of its state_dict, and each replica's loss sees a share of"
+                " the batches: use replicas=1, or a loss that remembers nothing"
+            )
+        self._loss_is_checked = True
+
+    def _changed_loss(self) -> dict[str, Any]:
         """Return what the last stage's loss has changed of its state; nothing on other stages."""
         return {
             key: value
-            for key, value in losses.state(self._owner.loss).items()
+            for key, value in losses.state(self._held.loss).items()
             if key not in self._fresh_loss or not same(value, self._fresh_loss[key])
         }
 
     def _keep(self) -> int:
         """Copy what a step changes; return the seed of random numbers."""
-        buffers, optimizer = Buffers(), self._owner.optimizer
-        buffers.take(self._owner.buffered)
+        buffers, optimizer = Buffers(), self._held.optimizer
+        buffers.take(self._held.buffered)
         undo = None if optimizer is None else Undo(optimizer.parameters, optimizer.optimizer)
         if undo is not None:
             undo.refresh()
-        stages = self._owner.stages.values()
+        stages = self._held.stages.values()
         attributes = Attributes([part for stage in stages for part in (*stage.module.modules(), *_parts(stage.loss))])
         self._kept = buffers, undo, attributes, rng.python_state()
-        return self._owner.seed
+        return self._held.seed
 
     def _restore(self) -> None:
         """Put the state back that ``_keep`` has copied."""
@@ -161,7 +146,7 @@ class StageState:
         rng.set_python_state(random)
         if undo is not None:
             undo.restore()
-        self._owner.weights_changed()
+        self._held.weights_changed()
 
 
 def _parts(loss: Any) -> list[Any]:

@@ -15,7 +15,7 @@ from rpcpipe.schedules.spans import Spans
 def save(timelines: Sequence[Spans], path: Path) -> None:
     """Write ``path`` in the format of its suffix.
 
-    Raises ArgumentError for an unknown suffix, ImportError where matplotlib is needed and missing.
+    Raises ArgumentError for an unknown suffix, DependencyError where matplotlib is needed and missing.
     """
     if path.suffix == ".json":
         path.write_text(to_chrome(timelines), encoding="utf-8")

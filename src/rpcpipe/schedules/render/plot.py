@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rpcpipe.errors import DependencyError
 from rpcpipe.schedules.action import NAMES
 from rpcpipe.schedules.spans import Spans
 
@@ -13,13 +14,15 @@ COLOURS = {"F": "#4c78a8", "B": "#f58518", "I": "#e45756", "W": "#72b7b2", "U": 
 
 
 def draw(timelines: Sequence[Spans], path: Path) -> None:
-    """Write ``path`` (.svg or .png); raises ImportError with the remedy where matplotlib is missing."""
+    """Write ``path`` (.svg or .png); raises DependencyError with the remedy where matplotlib is missing."""
     try:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
         from matplotlib.patches import Patch
     except ImportError as error:
-        raise ImportError("pictures need matplotlib: pip install 'rpcpipe[plot]'; .html and .json do not") from error
+        raise DependencyError(
+            "pictures need matplotlib: pip install 'rpcpipe[plot]'; .html and .json do not"
+        ) from error
     heights = [timeline.workers for timeline in timelines]
     figure = Figure(figsize=(12, 0.4 * sum(heights) + 1.1 * len(timelines)), layout="constrained")
     axes = figure.subplots(len(timelines), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights})
