@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import rpcpipe as rp
-from rpcpipe.driver.accumulation import Progress
 from rpcpipe.stage.optimizer import LocalOptimizer
+from rpcpipe.stage.progress import Progress
 from support.local_cluster import LocalCluster
 from support.models import adamw, batches, cross_entropy, mlp, sgd, summed
 from support.oracle import Natural, assert_same_run, assert_same_weights

@@ -138,13 +138,25 @@ def test_a_step_is_one_answer_of_each_worker() -> None:
     sent = Sent(cluster)
     pipe = pipeline(cluster)
     (x, y), *_ = batches(1)
-    pipe.train_step(x, y)  # whether the loss is a mean is not known yet
-    assert (sent.names["UpdateWeights"], sent.names["CommitStep"]) == (3, 0)
-    for _ in range(2):
+    for number in range(3):
         assert pipe.train_step(x, y).applied
-    assert (sent.names["UpdateWeights"], sent.names["CommitStep"], sent.names["UndoUpdate"]) == (3, 6, 0)
+        assert sent.names["CommitStep"] == 3 * (number + 1)
+        assert sent.names["TellNorms"] == 3  # whether the loss is a mean is not known in the first step
+    assert sent.names["UpdateWeights"] == sent.names["UndoUpdate"] == 0
     assert not pipe.train_step(marked(x), y).applied
-    assert (sent.names["CommitStep"], sent.names["UndoUpdate"]) == (9, 3)
+    assert (sent.names["CommitStep"], sent.names["UndoUpdate"]) == (12, 3)
+
+
+@pytest.mark.parametrize("name", ["clipped", "float16", "sum-count", "replicas", "sharded"])
+def test_workers_agree_without_the_driver(name: str) -> None:
+    cluster: Any = LocalCluster(2 * OPTIONS[name].get("replicas", 1))
+    sent = Sent(cluster)
+    pipe = pipeline(cluster, **OPTIONS[name])
+    for x, y in batches(3, 24):
+        assert pipe.train_step(x, y).applied
+    assert not pipe.train_step(marked(x), y).applied
+    assert sent.names["TellNorms"] == sent.names["CommitStep"] == 4 * len(cluster.workers)
+    assert not sent.names.keys() & {"UpdateWeights", "NormalizeGradients", "PublishGradients", "UndoUpdate"}
 
 
 def test_a_failure_after_others_have_updated_changes_no_weight() -> None:
@@ -200,7 +212,7 @@ def test_optimizers_that_part_are_refused_and_taken_back() -> None:
     (x, y), *_ = batches(1)
     before = pipe.state_dict()
     for _ in range(2):
-        with pytest.raises(rp.ArgumentError, match="lr"):
+        with pytest.raises(rp.ModelError, match="lr"):
             pipe.train_step(x, y)
         assert all(torch.equal(before[key], value) for key, value in pipe.state_dict().items())
     assert pipe.optimizer.param_groups[0]["lr"] == 0.1

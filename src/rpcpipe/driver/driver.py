@@ -19,6 +19,7 @@ from rpcpipe.errors import DeadlineExceeded, Failure, StageError
 from rpcpipe.stage.context import StepContext
 from rpcpipe.transport.base import Transport
 from rpcpipe.transport.interrupts import shield_interrupts
+from rpcpipe.worker.agreement import Agreement
 from rpcpipe.worker.messages import Port, Report, Updated
 from rpcpipe.worker.operations import (
     BeginStep,
@@ -33,6 +34,8 @@ from rpcpipe.worker.operations import (
     RollBackStep,
     RunAction,
     Task,
+    TellLosses,
+    TellNorms,
     UndoUpdate,
     UpdateWeights,
 )
@@ -47,17 +50,24 @@ K = TypeVar("K")
 class Commit(NamedTuple):
     """The update that workers make of themselves at the end of a step, from the context ``context_id``.
 
-    ``changes``: per parameter group the hyperparameters set on the driver. ``after``: by worker, tasks that follow.
+    ``changes``: per parameter group the hyperparameters set on the driver. ``agreement``: how the workers agree on it,
+    None if each updates for itself. ``after``: by worker, tasks that follow.
     """
 
     context_id: int
     changes: Sequence[Mapping[str, Any]]
+    agreement: Agreement | None
     after: Mapping[str, list[Task]]
 
     def tasks(self, worker: str) -> list[Task]:
         """Return the tasks that end the step on ``worker``; the last one replies with its Report."""
-        update = Task(CommitStep(self.context_id, self.changes))
-        return [update, *after, Task(LastReport())] if (after := self.after.get(worker)) else [update]
+        tasks, norms = [Task(ReportStep())], tuple[Port, ...]()
+        if (agreement := self.agreement) is not None:
+            tasks += [Task(TellLosses(agreement))] if worker in agreement.tellers else []
+            tasks += [Task(TellNorms(agreement), agreement.losses_for(worker))]
+            norms = agreement.norms_for(worker)
+        tasks += [Task(CommitStep(self.context_id, self.changes, agreement), norms)]
+        return [*tasks, *after, Task(LastReport())] if (after := self.after.get(worker)) else tasks
 
 
 class Driver:
@@ -89,8 +99,8 @@ class Driver:
     ) -> dict[str, Report]:
         """Execute one step's actions; return every worker's report. After an error the step is rolled back.
 
-        With ``commit`` each worker updates its weights as soon as its own gradients are complete and finite. Raises
-        ArgumentError if the workers' optimizers have changed their hyperparameters in different ways.
+        With ``commit`` the workers also update their weights. Raises ModelError if their optimizers have changed their
+        hyperparameters in different ways.
         """
         with self._cancelling(plan.step, updating=commit is not None):
             reports: dict[str, Report] = self.collect(self.issue(calls, plan, values, commit))

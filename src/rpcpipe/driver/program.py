@@ -78,6 +78,11 @@ class StepProgram:
         self._groups, self._shard = groups, shard
         self._made: dict[tuple[Any, ...], list[Call]] = {}
 
+    @property
+    def exchanges(self) -> bool:
+        """Whether workers exchange gradients."""
+        return bool(self._groups)
+
     def cut(self, inputs: Nest) -> Batch:
         """Cut ``inputs`` into micro-batches; raises ArgumentError for what cannot be cut or sent."""
         return cut_inputs(inputs, self._layout.replicas, self._schedule.chunks)

@@ -12,6 +12,7 @@ from rpcpipe.model.microbatch import Nest, merge, unpack
 from rpcpipe.schedules import Timeline
 from rpcpipe.stage import gradients
 from rpcpipe.stage.metrics import means
+from rpcpipe.worker import agreement
 from rpcpipe.worker.messages import Report
 
 _HEADER = ("stage", "its worker busy", "peak in flight")
@@ -83,16 +84,9 @@ class StepResult:
 def mean_loss(
     reports: Mapping[str, Report], weights: Sequence[float] | Mapping[int, float]
 ) -> tuple[float, float | None]:
-    """Return (mean loss over the batch, total count) from the last stage's losses.
-
-    The count is None where the loss returns means. ``weights``: each micro-batch's share of the batch.
-    """
+    """Return (mean loss over the batch, total count) of all ``reports``, as ``agreement.mean_loss``."""
     losses = {chunk: loss for report in reports.values() for chunk, loss in report.losses.items()}
-    counts = [count for _, count in losses.values() if count is not None]
-    if not counts:
-        return sum(losses[chunk][0] * weights[chunk] for chunk in sorted(losses)), None
-    total = sum(counts)
-    return sum(losses[chunk][0] for chunk in sorted(losses)) / total if total else float("nan"), total
+    return agreement.mean_loss(losses, weights)
 
 
 def mean_metrics(reports: Mapping[str, Report]) -> dict[str, float]:

@@ -12,7 +12,6 @@ import torch
 
 from rpcpipe.checkpoint.plain_state import Stateful
 from rpcpipe.cluster.cluster import PipelineCluster
-from rpcpipe.driver.accumulation import Progress
 from rpcpipe.driver.batch import Batch, input_gradients
 from rpcpipe.driver.callbacks import Callback
 from rpcpipe.driver.deployment import Deployment
@@ -27,6 +26,7 @@ from rpcpipe.model.microbatch import Nest
 from rpcpipe.schedules import Schedule
 from rpcpipe.schedules.timeline import Timeline
 from rpcpipe.schedules.weight_versions import Policy
+from rpcpipe.stage.progress import Progress
 from rpcpipe.worker.messages import Port, Report, StageInfo
 
 

@@ -11,9 +11,8 @@ from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from typing import Any
 
-from rpcpipe.driver.accumulation import Progress
 from rpcpipe.driver.driver import Commit
-from rpcpipe.driver.gate import Verdict, judge, refuse_nonfinite
+from rpcpipe.driver.gate import judge, refuse_nonfinite
 from rpcpipe.driver.inference import NOTHING, Wanted
 from rpcpipe.driver.result import StepResult, by_stage, mean_metrics, merged_outputs
 from rpcpipe.driver.runtime import Runtime
@@ -23,7 +22,9 @@ from rpcpipe.model.microbatch import Nest
 from rpcpipe.schedules import Timeline
 from rpcpipe.stage import precision
 from rpcpipe.stage.context import StepContext
+from rpcpipe.stage.progress import Progress
 from rpcpipe.transport.interrupts import shield_interrupts
+from rpcpipe.worker.agreement import Agreement, Verdict
 from rpcpipe.worker.messages import Report
 
 log = logging.getLogger("rpcpipe")
@@ -112,17 +113,19 @@ class Step:
         plan = self._plan(batch.weights)
         commit = self._commit(plan)
         reports = driver.run(runtime.program.train(batch.counts, updates=plan.updates), plan, values, commit)
-        verdict = judge(driver, plan, self._progress, reports, batch.weights, runtime.settings.clip_grad_norm)
+        alone = commit is not None and commit.agreement is None
+        max_norm = runtime.settings.clip_grad_norm
+        verdict = judge(driver, plan, self._progress, reports, batch.weights, max_norm, divided=commit is not None)
         runtime.loss_is_mean = verdict.count is None
-        if commit is not None and not runtime.loss_is_mean:
+        if alone and not runtime.loss_is_mean:
             return self._again(inputs, targets)
         sound = verdict.sound and not self._progress.spoiled
         if not sound:
-            self._leave_out(plan, verdict, reports, updated=commit is not None)
+            self._leave_out(plan, verdict, reports, updated=alone)
         if runtime.tracer is not None:
             runtime.tracer.step(reports, self._number)
         self._progress = self._progress.later(self._message, verdict.count, spoiled=verdict.spoiled)
-        self._overflowed = verdict.overflowed
+        self._overflowed = any(report.overflowed for report in reports.values())
         self._result = self._results(plan, verdict, reports, applied=plan.updates and sound)
         self._result = dataclasses.replace(
             self._result,
@@ -173,23 +176,25 @@ class Step:
         )
 
     def _commit(self, plan: StepContext) -> Commit | None:
-        """Return the update that needs nothing of other workers: no norm, no count, no scale that may overflow.
+        """Return the update that the workers make without the driver; None if the user may still change it."""
+        runtime = self._runtime
+        if not self._updates_at_once or not plan.updates or self._progress.spoiled or runtime.optimizer.has_pre_hooks:
+            return None
+        return Commit(self.context_id, runtime.optimizer.changes(), self._agreement(), runtime.program.after_update())
 
-        None if it does, or if the user may still change hyperparameters or leave the update out. That the loss is a
-        mean is known from the step before.
+    def _agreement(self) -> Agreement | None:
+        """Return how the workers agree, None if an update needs nothing of other workers.
+
+        That is: no norm, no scale that may overflow, no exchange of gradients, and no count; that the loss is a mean
+        is known from the step before.
         """
         runtime = self._runtime
-        if (
-            not self._updates_at_once
-            or not plan.updates
-            or not runtime.loss_is_mean
-            or runtime.settings.clip_grad_norm is not None
-            or runtime.scaler is not None
-            or self._progress.spoiled
-            or runtime.optimizer.has_pre_hooks
-        ):
+        max_norm, exchanging = runtime.settings.clip_grad_norm, runtime.program.exchanges
+        if runtime.loss_is_mean and max_norm is None and runtime.scaler is None and not exchanging:
             return None
-        return Commit(self.context_id, runtime.optimizer.changes(), runtime.program.after_update())
+        names, stages = runtime.names, runtime.schedule.placement
+        tellers = names if exchanging else runtime.layout.replicas_of(stages[-1])
+        return Agreement(tuple(names), tuple(tellers), max_norm, self._progress)
 
     def _again(self, inputs: Nest, targets: Nest) -> dict[str, Future[Any]]:
         """Run the batch once more, with a message number of its own: its updates took the loss for a mean."""

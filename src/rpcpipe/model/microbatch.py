@@ -42,7 +42,7 @@ unflatten = pytree.tree_unflatten
 def tensors(nest: Nest) -> list[torch.Tensor]:
     """Return the tensors in ``nest``, in a fixed order."""
     found: list[torch.Tensor] = []
-    if collect_builtin(nest, found):
+    if nest_types.collect_builtin(nest, found):
         return found
     leaves = pytree.tree_leaves(nest)
     return tensors(nest) if _has_new_containers(leaves) else [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
@@ -50,43 +50,10 @@ def tensors(nest: Nest) -> list[torch.Tensor]:
 
 def map_tensors(function: Any, nest: Nest) -> Nest:
     """Return ``nest`` with every tensor replaced by ``function(tensor)``."""
-    if collect_builtin(nest, []):
-        return map_builtin(function, nest)
+    if nest_types.collect_builtin(nest, []):
+        return nest_types.map_builtin(function, nest)
     leaves, spec = flatten(nest)
     return unflatten([function(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves], spec)
-
-
-# Every action looks through several nests. pytree takes 10 to 20 times as long as these two for what most nests are.
-_TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
-
-
-def collect_builtin(nest: Nest, found: list[torch.Tensor]) -> bool:
-    """Add the tensors of ``nest`` to ``found``, in the order of ``flatten``.
-
-    Returns False, with some of them added, unless ``nest`` is made of tuples, lists and dicts (not subclasses), tensors
-    and plain values alone.
-    """
-    kind = type(nest)
-    if kind in _TENSORS:
-        found.append(nest)
-        return True
-    if kind is tuple or kind is list or kind is dict:
-        return all(collect_builtin(item, found) for item in (nest.values() if kind is dict else nest))
-    return kind in nest_types.plain
-
-
-def map_builtin(function: Any, nest: Nest) -> Nest:
-    """Return ``nest``, for which ``collect_builtin`` is true, with every tensor replaced by ``function(tensor)``."""
-    kind = type(nest)
-    if kind in _TENSORS:
-        return function(nest)
-    if kind is tuple:
-        return tuple([map_builtin(function, item) for item in nest])
-    if kind is list:
-        return [map_builtin(function, item) for item in nest]
-    if kind is dict:
-        return {key: map_builtin(function, item) for key, item in nest.items()}
-    return nest
 
 
 # A nest in a message: its tensors, which the transport sends beside the bytes, and everything else pickled.

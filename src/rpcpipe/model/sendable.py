@@ -9,7 +9,7 @@ from torch import nn
 
 from rpcpipe.errors import ModelError
 from rpcpipe.model import nest_types
-from rpcpipe.model.microbatch import Nest, collect_builtin, flatten, map_builtin, unflatten
+from rpcpipe.model.microbatch import Nest, flatten, unflatten
 from rpcpipe.transport.message_pickling import in_bounds
 
 _ORDINARY = (torch.Tensor, nn.Parameter)
@@ -50,8 +50,8 @@ def _check_kind(tensor: torch.Tensor, source: str) -> None:
 
 def checked(nest: Nest, source: str, change: Any = None) -> Nest:
     """Return ``nest`` with every tensor ``sendable``, then ``change``d; raises ModelError for what cannot be sent."""
-    if collect_builtin(nest, []):
-        return map_builtin(lambda leaf: _sound(leaf, source, change), nest)
+    if nest_types.collect_builtin(nest, []):
+        return nest_types.map_builtin(lambda leaf: _sound(leaf, source, change), nest)
     leaves, spec = flatten(nest)
     for index, leaf in enumerate(leaves):
         if isinstance(leaf, torch.Tensor):

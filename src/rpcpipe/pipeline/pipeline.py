@@ -240,8 +240,7 @@ class Pipeline:
         ``rp.Batched`` and ``rp.MicroBatches`` say; the result has the gradients of inputs that require one. With
         ``accumulate`` = n, only every n-th call updates. ``result.metrics`` are ``metrics``, given as to ``evaluate``,
         of the training forward's outputs; with ``outputs`` these are in ``result.outputs``, detached and on the CPU.
-        Raises ArgumentError for arguments that do not fit, and StageError, WorkerLost or DeadlineExceeded; the weights
-        are then as before.
+        Raises ArgumentError, StageError, WorkerLost or DeadlineExceeded; the weights are then as before.
         """
         self.runtime.check_trains()
         if self.runtime.policy is not None:

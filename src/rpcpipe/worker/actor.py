@@ -9,8 +9,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,7 +27,8 @@ from rpcpipe.stage.stage import Stage
 from rpcpipe.stage.stream import StreamBackward
 from rpcpipe.stage.stream_rollback import Snapshots
 from rpcpipe.stage.weight_stash import Versions
-from rpcpipe.worker.gradient_exchange import Push, Tensors, group_of, statistics_from
+from rpcpipe.worker.agreement import Norms
+from rpcpipe.worker.gradient_exchange import Tensors, group_of, statistics_from
 from rpcpipe.worker.messages import Bucket, Port, Report, Route, StageInfo, Update, Updated
 from rpcpipe.worker.operations import (
     AddStatistics,
@@ -54,22 +54,14 @@ from rpcpipe.worker.operations import (
     RollBackStep,
     RunAction,
     TakeBuffers,
+    TellLosses,
+    TellNorms,
     UndoUpdate,
     UpdateWeights,
 )
 from rpcpipe.worker.stage_set import ActorSpec, StageSet
 from rpcpipe.worker.stage_state import StageState
-
-
-class Ledger(Protocol):
-    """Stores gradients in distributed-autograd contexts."""
-
-    def context(self) -> AbstractContextManager[int]: ...
-
-    def accumulate(self, context_id: int, root: torch.Tensor) -> None: ...
-
-    def get_gradients(self, context_id: int) -> Mapping[torch.Tensor, torch.Tensor]: ...
-
+from rpcpipe.worker.update import Ledger, Updater
 
 Send = Callable[[str, int, Port, Any], None]
 
@@ -82,7 +74,7 @@ class Actor:
         self._state = StageState(self.held)
         self.name = name
         self._send = send
-        self._ledger = ledger
+        self._updater = Updater(name, self.held, ledger, self._push)
         self._snapshots: Snapshots | None = None
         self._stream_backwards: dict[int, StreamBackward] = {}
         self._buffers = Buffers()
@@ -138,20 +130,11 @@ class Actor:
                 self._take_buffers(stage, inputs["buffers"])
             case ReportStep():
                 return self._report_step()
-            case NormalizeGradients(count):
-                return self._normalize_gradients(count)
-            case PublishGradients(context_id, factor):
-                self._publish_gradients(context_id, factor)
-            case UpdateWeights(context_id, changes):
-                self._update_weights(context_id, changes)
-            case LastUpdate():
-                return self._report.updated
-            case CommitStep(context_id, changes):
-                return self._commit_step(context_id, changes)
-            case LastReport():
-                return self._report
-            case UndoUpdate(step):
-                self._undo_update(step)
+            case (
+                NormalizeGradients() | PublishGradients() | UpdateWeights() | LastUpdate() | TellLosses() | TellNorms()
+                | CommitStep() | LastReport() | UndoUpdate()
+            ):  # fmt: skip
+                return self._updater.execute(operation, self._plan, self._report, inputs)
             case RollBackStep(step, updating):
                 self._roll_back(step, updating)
             case EndStream(updates):
@@ -247,7 +230,7 @@ class Actor:
         for buffer, value in zip(self.held.stages[stage].module.buffers(), values, strict=True):
             buffer.copy_(value)
 
-    def _push(self, pushes: Iterable[Push]) -> None:
+    def _push(self, pushes: Iterable[tuple[str, Port, Any]]) -> None:
         for worker, port, value in pushes:
             self._send(worker, self._plan.step, port, value)
 
@@ -267,26 +250,12 @@ class Actor:
                     norm.commit()
                 if self._plan.updates:
                     gradients.unscale(stage.parameters, self._plan.scale)
-                self._add_norms(report, stage)
+                self._updater.add_norms(report, stage)
             stage.outputs = {}
+        report.overflowed = not Norms(report.norms, report.norm_dtype).finite
         if self._plan.training and not self._plan.updates:
             self.held.accumulated.keep(self._plan.step, self.held.parameters)
         return report
-
-    def _add_norms(self, report: Report, stage: Stage) -> None:
-        report.norms[stage.index] = self._norms(stage)
-        dtype = gradients.norm_dtype(stage.parameters)
-        report.norm_dtype = dtype if len(report.norms) == 1 else torch.promote_types(report.norm_dtype, dtype)
-
-    def _norms(self, stage: Stage) -> dict[int, float]:
-        """Return the 2-norm of every gradient that this worker sums, by the parameter's index in the stage."""
-        elsewhere = self.held.owned_elsewhere
-        owned = {
-            index: parameter
-            for index, parameter in enumerate(stage.parameters)
-            if parameter.grad is not None and parameter not in elsewhere
-        }
-        return dict(zip(owned, gradients.norms(list(owned.values())), strict=True))
 
     def _add_arrivals(self, report: Report) -> None:
         """Move the arrivals of the step to ``report``; those of a stream, since its last update."""
@@ -294,52 +263,6 @@ class Actor:
             step, port, arrived = self._arrivals.popleft()
             if self._plan.trace and step == self._plan.step:
                 report.arrivals.append((port, arrived))
-
-    def _normalize_gradients(self, count: float) -> dict[int, dict[int, float]]:
-        """Divide all gradients by ``count``; return their norms by stage and the parameter's index in it."""
-        gradients.divide(self.held.parameters, count)
-        return {index: self._norms(stage) for index, stage in self.held.stages.items()}
-
-    def _publish_gradients(self, context_id: int, factor: float) -> None:
-        """Add the gradients, times ``factor`` (clipping), to the step's distributed-autograd context."""
-        parameters = self.held.parameters
-        if factor != 1.0:
-            gradients.scale(parameters, factor)
-        root = gradients.take(parameters)
-        if root is not None:
-            with gradients.hooks_lifted(parameters):
-                self._ledger.accumulate(context_id, root)
-
-    def _update_weights(self, context_id: int, changes: Sequence[Mapping[str, Any]]) -> None:
-        """Apply the context's gradients; report when, and what the optimizer has changed of its groups."""
-        start, optimizer = time.monotonic_ns(), self.held.optimizer
-        if optimizer is not None:
-            optimizer.step(self._ledger.get_gradients(context_id), changes)
-        self._report.updated = Updated(start, time.monotonic_ns(), () if optimizer is None else optimizer.changed)
-        self._push_weights()
-
-    def _push_weights(self) -> None:
-        if self.held.spec.peers.shard:
-            for exchange in self.held.exchanges.values():
-                self._push(exchange.weights())
-
-    def _commit_step(self, context_id: int, changes: Sequence[Mapping[str, Any]]) -> Report:
-        """Return the worker's report, after an update unless a loss or a gradient here is not finite."""
-        report = self._report_step()
-        values = [loss for loss, _ in report.losses.values()]
-        values += [norm for norms in report.norms.values() for norm in norms.values()]
-        if all(map(math.isfinite, values)):
-            self._publish_gradients(context_id, 1.0)
-            self._update_weights(context_id, changes)
-        else:
-            if self.held.optimizer is not None:
-                self.held.optimizer.undo.refresh()  # the others' weights may arrive, and be taken back
-            self._push_weights()  # the others await them
-        return report
-
-    def _undo_update(self, step: int) -> None:
-        if self._plan.step == step and self.held.optimizer is not None:
-            self.held.optimizer.undo.restore()
 
     def _roll_back(self, step: int, updating: bool) -> None:
         """Roll ``step`` back, unless it has not begun on this worker; ``updating``: roll back its update, too."""
@@ -365,7 +288,7 @@ class Actor:
         versions, parameters = stage.versions, stage.parameters
         assert versions is not None
         report, self._report = self._report, Report(self.name)
-        self._add_norms(report, stage)
+        self._updater.add_norms(report, stage)
         norms = list(report.norms[stage.index].values())
         report.skipped = self._stream_backwards[stage.index].take_skipped(update.group)
         if report.skipped:
@@ -380,9 +303,9 @@ class Actor:
             dtype, total = report.norm_dtype, gradients.total_norm(norms, report.norm_dtype)
             factor = 1.0 if update.clip is None else gradients.clip_factor(total, update.clip, dtype)
             versions.before_update(update.group)
-            with self._ledger.context() as context_id:
-                self._publish_gradients(context_id, factor)
-                self.held.optimizer.apply(self._ledger.get_gradients(context_id), update.changes)
+            with self._updater.ledger.context() as context_id:
+                self._updater.publish(context_id, factor)
+                self.held.optimizer.apply(self._updater.ledger.get_gradients(context_id), update.changes)
             report.updated = Updated(changed=self.held.optimizer.changed)
         versions.after_update(update.group)
         if self._snapshots is not None:

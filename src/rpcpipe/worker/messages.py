@@ -82,7 +82,8 @@ class Report:
     end, version) in nanoseconds of the worker's monotonic clock, with version -1 outside of streams.
     Where the step is traced, ``sends`` holds (producer, port, time) of the values sent to other workers and
     ``arrivals`` (port, time) of the values received from other workers. ``norm_dtype`` is the precision of the
-    norms, ``updated`` the last update in a stream.
+    norms; ``overflowed`` says whether one was not finite before the gradients were divided by the batch's count, as
+    GradScaler judges: a count of 0 makes NaN but is no overflow of the scale. ``updated`` is the last update, if any.
     """
 
     worker: str
@@ -92,6 +93,7 @@ class Report:
     input_grads: dict[tuple[int, int], list[torch.Tensor | None]] = field(default_factory=dict)
     norms: dict[int, dict[int, float]] = field(default_factory=dict)
     norm_dtype: torch.dtype = torch.float32
+    overflowed: bool = False
     updated: Updated = field(default_factory=Updated)
     spans: list[tuple[str, int, int, int, int, int]] = field(default_factory=list)
     sends: list[tuple[Action, Port, int]] = field(default_factory=list)

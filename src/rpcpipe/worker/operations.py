@@ -15,6 +15,7 @@ from rpcpipe.checkpoint.manifest import Manifest
 from rpcpipe.model.wiring import StageLinks
 from rpcpipe.schedules.action import NAMES
 from rpcpipe.stage.context import MicroBatch, StepContext
+from rpcpipe.worker.agreement import Agreement
 from rpcpipe.worker.messages import Port, Route, Update
 
 # --- operations of a step, in the order of their execution ---
@@ -107,14 +108,31 @@ class LastUpdate(NamedTuple):
     """Reply with what ``Updated`` says of the last update. Runs after the all-gather of sharded weights."""
 
 
-class CommitStep(NamedTuple):
-    """Do as ReportStep, PublishGradients and UpdateWeights, the update only if this worker's gradients are finite.
+class TellLosses(NamedTuple):
+    """Push the losses that ReportStep has found to all other workers of ``agreement``."""
 
-    Another worker may fail, or its gradients not be finite: then the driver has the update taken back.
+    agreement: Agreement
+
+
+class TellNorms(NamedTuple):
+    """Divide the gradients by the count of all losses, if they have one; push their norms to all other workers.
+
+    Awaits the losses from the tellers of ``agreement``.
+    """
+
+    agreement: Agreement
+
+
+class CommitStep(NamedTuple):
+    """Do as PublishGradients and UpdateWeights, or leave the update out; reply with the Report.
+
+    With ``agreement`` it awaits all others' norms, and all workers update or none. Without, this worker updates if its
+    own gradients are finite; another may fail, or its gradients not be: then the driver has the update taken back.
     """
 
     context_id: int
     changes: Sequence[Mapping[str, Any]]
+    agreement: Agreement | None = None
 
 
 class LastReport(NamedTuple):
@@ -140,10 +158,14 @@ class EndStream(NamedTuple):
     updates: int | None = None
 
 
+UpdateOperation = (
+    NormalizeGradients | PublishGradients | UpdateWeights | LastUpdate | TellLosses | TellNorms | CommitStep
+    | LastReport | UndoUpdate
+)  # fmt: skip
+
 StepOperation = (
     BeginStep | RunAction | ReduceScatter | Reduce | GatherSums | GatherWeights | GiveStatistics | AddStatistics
-    | TakeBuffers | ReportStep | NormalizeGradients | PublishGradients | UpdateWeights | LastUpdate | CommitStep
-    | LastReport | UndoUpdate | RollBackStep | EndStream
+    | TakeBuffers | ReportStep | UpdateOperation | RollBackStep | EndStream
 )  # fmt: skip
 
 # --- operations between steps ---
