@@ -25,6 +25,7 @@ from rpcpipe.driver.recovery import (
     Updating,
     transition,
 )
+from rpcpipe.worker.operations import Task
 from support.local_cluster import LocalCluster
 from support.models import batches, cross_entropy, mlp, sgd
 
@@ -130,7 +131,7 @@ def test_a_failed_step_is_cancelled_and_undone_once_on_every_worker(where: str, 
 
     def posting(to: str, verb: str, *args: Any) -> Any:
         if verb == "submit":
-            sent.update(type(task.operation).__name__ for task in args[3])
+            sent.update(type(item.operation).__name__ for item in args[3] if isinstance(item, Task))
         return post(to, verb, *args)
 
     cluster.transport.send, cluster.transport.call = telling, posting

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import rpcpipe as rp
+from rpcpipe.worker.operations import Task
 from support.local_cluster import LocalCluster
 from support.models import adamw, batches, cross_entropy, mlp, sgd, summed
 
@@ -124,7 +125,7 @@ class Sent:
 
     def _counting(self, to: str, verb: str, *args: Any) -> Any:
         if verb == "submit":
-            self.names.update(type(task.operation).__name__ for task in args[3])
+            self.names.update(type(item.operation).__name__ for item in args[3] if isinstance(item, Task))
         return self._call(to, verb, *args)
 
 

@@ -14,7 +14,9 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 from rpcpipe.driver.optimizer import check_alike
+from rpcpipe.driver.program import Program
 from rpcpipe.driver.recovery import Begin, Event, Fail, Idle, OtherCall, State, Succeed, TakeBack, transition
+from rpcpipe.driver.sender import Sender
 from rpcpipe.errors import DeadlineExceeded, Failure, StageError
 from rpcpipe.stage.context import StepContext
 from rpcpipe.transport.base import Transport
@@ -22,8 +24,6 @@ from rpcpipe.transport.interrupts import shield_interrupts
 from rpcpipe.worker.agreement import Agreement
 from rpcpipe.worker.messages import Port, Report, Updated
 from rpcpipe.worker.operations import (
-    BeginStep,
-    Call,
     CommitStep,
     LastReport,
     LastUpdate,
@@ -82,8 +82,7 @@ class Driver:
         self._pipeline = pipeline
         self._timeout = timeout
         self._batched = batched
-        self._next = dict.fromkeys(self.workers, 0)
-        self._held: list[object] = []
+        self._sender = Sender(transport, pipeline, self.workers, before=lambda step: self._note(OtherCall(step)))
         # The state is recorded before a message is sent, so the next call can roll back a step however it ended.
         self._recovery: State = Idle()
 
@@ -95,7 +94,7 @@ class Driver:
     # --- a step, in the order of docs/design/step.md: issue, collect, gate, apply ---
 
     def run(
-        self, calls: Sequence[Call], plan: StepContext, values: Mapping[Port, Any], commit: Commit | None = None
+        self, program: Program, plan: StepContext, values: Mapping[Port, Any], commit: Commit | None = None
     ) -> dict[str, Report]:
         """Execute one step's actions; return every worker's report. After an error the step is rolled back.
 
@@ -103,17 +102,22 @@ class Driver:
         hyperparameters in different ways.
         """
         with self._cancelling(plan.step, updating=commit is not None):
-            reports: dict[str, Report] = self.collect(self.issue(calls, plan, values, commit))
+            try:
+                reports: dict[str, Report] = self.collect(self.issue(program, plan, values, commit))
+            except BaseException:
+                self._sender.forget(program)
+                raise
+            self._sender.confirm(program)
             check_alike({worker: report.updated.changed for worker, report in reports.items()})
         return reports
 
     def issue(
-        self, calls: Sequence[Call], plan: StepContext, values: Mapping[Port, Any], commit: Commit | None = None
+        self, program: Program, plan: StepContext, values: Mapping[Port, Any], commit: Commit | None = None
     ) -> dict[str, Future[Any]]:
         """Send one step's actions; return each worker's reply. Several steps without updates may be under way."""
         ends = {worker: [Task(ReportStep())] if commit is None else commit.tasks(worker) for worker in self.workers}
-        issue = self._issue_batched if self._batched else self._issue
-        return issue(calls, plan, values, ends)
+        issue = self._sender.issue_batched if self._batched else self._sender.issue
+        return issue(program, plan, values, ends)
 
     def take_update_back(self, step: int) -> None:
         """Undo the updates of ``step``, which has succeeded; what its forwards have changed stays."""
@@ -157,7 +161,7 @@ class Driver:
         }
         with self._cancelling(step, updating=True):
             done: dict[str, Updated] = self.collect(
-                {worker: self._post(worker, step, own) for worker, own in tasks.items()}
+                {worker: self._sender.post(worker, step, own) for worker, own in tasks.items()}
             )
             check_alike({worker: updated.changed for worker, updated in done.items()})
         return {worker: (updated.start, updated.end) for worker, updated in done.items()}
@@ -197,18 +201,16 @@ class Driver:
             tasks.append(task)
             task_values += values
             if isinstance(task.operation, RunAction) and task.operation.route.action.kind == "U":
-                replies[worker, task.group] = self._post(worker, step, *waiting.pop(worker))
+                replies[worker, task.group] = self._sender.post(worker, step, *waiting.pop(worker))
             elif not self._batched:
-                with shield_interrupts():
-                    call = self._call(worker, step, *waiting.pop(worker))
-                    held.append(self._transport.remote(worker, "accept", *call))
+                held.append(self._sender.hold(worker, step, *waiting.pop(worker)))
         for worker, (tasks, task_values) in waiting.items():
-            self._post(worker, step, tasks, task_values)
+            self._sender.post(worker, step, tasks, task_values)
         return held, replies
 
     def send(self, worker: str, step: int, task: Task) -> Future[Any]:
         """Send one task of ``step``; return its reply."""
-        return self._post(worker, step, [task])
+        return self._sender.post(worker, step, [task])
 
     def watch(self, step: int) -> list[Future[Any]]:
         """Return, for each worker, a future of its first failure in ``step``."""
@@ -217,7 +219,7 @@ class Driver:
     def places(self) -> dict[str, int]:
         """Roll back an unsettled step; then return the next place in each worker's sequence."""
         self._note(OtherCall(-1))
-        return dict(self._next)
+        return dict(self._sender.next)
 
     def abandon(self, step: int, group: int) -> None:
         """Cancel the stream's tasks from ``group`` on, on all workers."""
@@ -227,7 +229,7 @@ class Driver:
     def cancel(self, step: int, first: Mapping[str, int]) -> None:
         """Drop ``step``, whose tasks have the places from ``first`` on, and the values that still arrive for it."""
         for worker in self.workers:
-            self._transport.send(worker, "cancel", self._pipeline, step, first[worker], self._next[worker])
+            self._transport.send(worker, "cancel", self._pipeline, step, first[worker], self._sender.next[worker])
 
     # --- calls ---
 
@@ -237,12 +239,11 @@ class Driver:
 
     def call(self, worker: str, operation: Operation) -> Future[Any]:
         """Execute one operation like ``control``; return the future of its result."""
-        return self._post(worker, -1, [Task(operation)])
+        return self._sender.post(worker, -1, [Task(operation)])
 
     def remote(self, worker: str, operation: Operation) -> Any:
         """Execute one operation like ``control``; keep its result on the worker and return an RRef to it."""
-        with shield_interrupts():
-            return self._transport.remote(worker, "submit", *self._call(worker, -1, [Task(operation)]), later=True)
+        return self._sender.remote(worker, Task(operation))
 
     def remote_chained(self, worker: str, number: int, inputs: Any) -> Any:
         """Return an RRef to stage ``number``'s output for ``inputs``, which may hold RRefs."""
@@ -258,61 +259,18 @@ class Driver:
             self._recovery, undone = transition(self._recovery, event)
             if undone is None:
                 return
-            self._held.clear()
+            self._sender.forget()
             self.cancel(undone.step, undone.first)
             for worker in self.workers:
-                self._post(worker, -1, [Task(RollBackStep(undone.step, undone.updating))])
+                self._sender.post(worker, -1, [Task(RollBackStep(undone.step, undone.updating))])
 
     def drop(self) -> list[Future[Any]]:
         """Free the stages on all workers; return their replies."""
-        self._held.clear()
+        self._sender.forget()
         return [self._transport.call(worker, "drop", self._pipeline) for worker in self.workers]
 
-    def _issue(
-        self, calls: Iterable[Call], plan: StepContext, values: Mapping[Port, Any], ends: Mapping[str, list[Task]]
-    ) -> dict[str, Future[Any]]:
-        """Send one asynchronous call per action and keep its RRef until the step is over; return the replies."""
-        self._held = []
-        begin = {worker: [Task(BeginStep(plan))] for worker in self.workers}
-        for worker, tasks in calls:
-            tasks = begin.pop(worker, []) + tasks
-            with shield_interrupts():
-                call = self._call(worker, plan.step, tasks, _values_for(tasks, values))
-                self._held.append(self._transport.remote(worker, "accept", *call))
-        return {
-            worker: self._post(worker, plan.step, [*begin.get(worker, []), *ends[worker]]) for worker in self.workers
-        }
-
-    def _issue_batched(
-        self, calls: Iterable[Call], plan: StepContext, values: Mapping[Port, Any], ends: Mapping[str, list[Task]]
-    ) -> dict[str, Future[Any]]:
-        """Send the same tasks as ``_issue``, in one message per worker; return the reports' replies."""
-        tasks = {worker: [Task(BeginStep(plan))] for worker in self.workers}
-        for worker, more in calls:
-            tasks[worker] += more
-        return {
-            worker: self._post(worker, plan.step, [*own_tasks, *ends[worker]], _values_for(own_tasks, values))
-            for worker, own_tasks in tasks.items()
-        }
-
     def _post_all(self, step: int, task: Task) -> dict[str, Future[Any]]:
-        return {worker: self._post(worker, step, [task]) for worker in self.workers}
-
-    def _post(self, worker: str, step: int, tasks: list[Task], values: Sequence[tuple[Port, Any]] = ()) -> Future[Any]:
-        with shield_interrupts():  # a place that is taken but not sent would block the worker's sequence
-            return self._transport.call(worker, "submit", *self._call(worker, step, tasks, values))
-
-    def _call(
-        self, worker: str, step: int, tasks: list[Task], values: Sequence[tuple[Port, Any]] = ()
-    ) -> tuple[str, int, int, list[Task], Sequence[tuple[Port, Any]]]:
-        """Take the tasks' places in the worker's sequence; return the arguments of ``submit`` and ``accept``."""
-        self._note(OtherCall(step))
-        if values and self._transport.is_near(worker):
-            self._transport.send(worker, "supply", self._pipeline, step, values)
-            values = ()
-        sequence = self._next[worker]
-        self._next[worker] += len(tasks)
-        return self._pipeline, step, sequence, tasks, values
+        return {worker: self._sender.post(worker, step, [task]) for worker in self.workers}
 
     # --- waiting ---
 
@@ -320,7 +278,7 @@ class Driver:
     def _cancelling(self, step: int, *, updating: bool = False) -> Iterator[None]:
         """Record the begin and the outcome of the block's calls of ``step``; an exception rolls the step back."""
         self._note(OtherCall(step))
-        self._note(Begin(step, dict(self._next), updating))
+        self._note(Begin(step, dict(self._sender.next), updating))
         try:
             yield
         except BaseException:
@@ -358,11 +316,6 @@ class Driver:
             yield from (reply.result() for reply in done)
             if not done:
                 patience.check()
-
-
-def _values_for(tasks: Sequence[Task], values: Mapping[Port, Any]) -> list[tuple[Port, Any]]:
-    """Return the ports that ``tasks`` await among ``values``, with their values."""
-    return [(port, values[port]) for task in tasks for port in task.awaits if port in values]
 
 
 class _Patience:

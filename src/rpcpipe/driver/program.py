@@ -11,6 +11,8 @@ message, random number, loss or span needs a replica index, and the oracle is a 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -58,6 +60,33 @@ class Group(NamedTuple):
     buffered: bool = False
 
 
+@dataclass(eq=False)
+class Program:
+    """The calls of a step, in the order in which they are issued."""
+
+    calls: Sequence[Call]
+
+    @cached_property
+    def tasks(self) -> dict[str, list[Task]]:
+        """Each worker's tasks in their order."""
+        by_worker: dict[str, list[Task]] = {}
+        for worker, tasks in self.calls:
+            by_worker.setdefault(worker, []).extend(tasks)
+        return by_worker
+
+    @cached_property
+    def _takers(self) -> dict[Port, str]:
+        return {port: worker for worker, tasks in self.calls for task in tasks for port in task.awaits}
+
+    def values_for(self, values: Mapping[Port, Any]) -> dict[str, list[tuple[Port, Any]]]:
+        """Return by worker those of ``values`` that its tasks await."""
+        by_worker: dict[str, list[tuple[Port, Any]]] = {}
+        for port, value in values.items():
+            if port in self._takers:
+                by_worker.setdefault(self._takers[port], []).append((port, value))
+        return by_worker
+
+
 class StepProgram:
     """Makes the calls of a pipeline's steps, for batches of any size.
 
@@ -76,7 +105,7 @@ class StepProgram:
     ) -> None:
         self._schedule, self._layout, self._value_routes = schedule, layout, value_routes
         self._groups, self._shard = groups, shard
-        self._made: dict[tuple[Any, ...], list[Call]] = {}
+        self._made: dict[tuple[Any, ...], Program] = {}
 
     @property
     def exchanges(self) -> bool:
@@ -103,7 +132,7 @@ class StepProgram:
             values |= {Port(Action("F", last, chunk), "target"): part for chunk, part in enumerate(targets)}
         return values
 
-    def train(self, counts: tuple[int, ...], *, updates: bool) -> list[Call]:
+    def train(self, counts: tuple[int, ...], *, updates: bool) -> Program:
         """Return the calls of a training step in which replica r has ``counts[r]`` micro-batches.
 
         They end with the sums over the replicas. Gradients are pushed right after a stage's last backward, so that
@@ -113,15 +142,16 @@ class StepProgram:
         if (counts, spread) not in self._made:
             rows = self._rows(self._schedule, counts, targets=True)
             ends = [self._sums(replica, row, spread) for replica, row in enumerate(rows)]
-            self._made[counts, spread] = _in_turns([self._with_pushes(row) for row in rows]) + _in_turns(ends)
+            calls = _in_turns([self._with_pushes(row) for row in rows]) + _in_turns(ends)
+            self._made[counts, spread] = Program(calls)
         return self._made[counts, spread]
 
-    def forward(self, counts: tuple[int, ...], *, targets: bool) -> list[Call]:
+    def forward(self, counts: tuple[int, ...], *, targets: bool) -> Program:
         """Return the calls of a forward pass; ``targets``: the last stage computes the loss."""
         key = ("forward", counts, targets)
         if key not in self._made:
             schedule = forward_only(self._schedule, max(counts))
-            self._made[key] = _in_turns(self._rows(schedule, counts, targets=targets))
+            self._made[key] = Program(_in_turns(self._rows(schedule, counts, targets=targets)))
         return self._made[key]
 
     def stream(

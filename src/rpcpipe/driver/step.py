@@ -210,13 +210,12 @@ class Step:
         because a smaller scale mends it.
         """
         driver, finite = self._runtime.driver, math.isfinite(verdict.loss)
-        if updated:
+        if self._runtime.settings.nonfinite == "stop" and not verdict.sound and (plan.scale == 1.0 or not finite):
+            refuse_nonfinite(reports, len(self._runtime.stages) - 1)
+        if not verdict.sound and not finite:
+            driver.roll_back(self._message, updating=updated)  # NaN would stay in running statistics for ever
+        elif updated:
             driver.take_update_back(self._message)
-        if not verdict.sound:
-            if self._runtime.settings.nonfinite == "stop" and (plan.scale == 1.0 or not finite):
-                refuse_nonfinite(reports, len(self._runtime.stages) - 1)
-            if not finite:
-                driver.roll_back(self._message, updating=False)  # NaN would stay in running statistics for ever
         norm = verdict.gate.grad_norm
         log.warning("step %d: loss %s, norm of the gradient %s; no weight changes", self._number, verdict.loss, norm)
 

@@ -32,18 +32,18 @@ class Endpoint(Protocol):
 
 
 class WorkerEndpoint(Endpoint, Protocol):
-    """The verbs that a worker serves. ``tasks``, ``values`` and ``port`` are ``rpcpipe.worker.messages``."""
+    """The verbs that a worker serves. ``sent``, ``values`` and ``port`` are ``rpcpipe.worker.messages``."""
 
     def create(self, pipeline: str, spec: bytes) -> Future[Any]: ...
 
     def drop(self, pipeline: str) -> None: ...
 
     def submit(
-        self, pipeline: str, step: int, sequence: int, tasks: Sequence[Any], values: Sequence[Any] = ()
+        self, pipeline: str, step: int, sequence: int, sent: Sequence[Any], values: Sequence[Any] = ()
     ) -> Future[Any]: ...
 
     def accept(
-        self, pipeline: str, step: int, sequence: int, tasks: Sequence[Any], values: Sequence[Any] = ()
+        self, pipeline: str, step: int, sequence: int, sent: Sequence[Any], values: Sequence[Any] = ()
     ) -> str: ...
 
     def deliver(self, pipeline: str, step: int, port: Any, value: Any) -> None: ...

@@ -20,6 +20,7 @@ class _State:
     handler: Any = None  # SIGINT's handler before the shield
     caught: tuple[int, FrameType | None] | None = None
     waiting = False
+    shielded = False
 
 
 def _catch(number: int, frame: FrameType | None) -> None:
@@ -46,7 +47,7 @@ class shield_interrupts:  # noqa: N801  # used like a function, as contextlib.su
     _outermost = False
 
     def __enter__(self) -> None:
-        if threading.current_thread() is not threading.main_thread():
+        if _State.shielded or threading.current_thread() is not threading.main_thread():
             return
         # One C call: a signal finds either the former handler or ours, which only takes note.
         handler = signal.signal(signal.SIGINT, _catch)
@@ -54,12 +55,13 @@ class shield_interrupts:  # noqa: N801  # used like a function, as contextlib.su
             return
         _State.handler, _State.caught = handler, None
         if callable(handler):
-            self._outermost = True
+            self._outermost = _State.shielded = True
         else:
             signal.signal(signal.SIGINT, handler)
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
         if self._outermost:
+            _State.shielded = False
             signal.signal(signal.SIGINT, _State.handler)
             _deliver()
 

@@ -35,6 +35,7 @@ from rpcpipe.worker.operations import (
     ForwardByHand,
     Operation,
     RunAction,
+    Sent,
     Task,
     title,
 )
@@ -86,17 +87,17 @@ class Executor:
             return self._enqueue(ForwardByHand(pipeline, number, nest))
 
     def submit(
-        self, pipeline: str, step: int, sequence: int, tasks: Sequence[Task], values: Sequence[tuple[Port, Any]] = ()
+        self, pipeline: str, step: int, sequence: int, sent: Sequence[Sent], values: Sequence[tuple[Port, Any]] = ()
     ) -> Future[Any]:
-        """File ``tasks`` from place ``sequence`` on and ``values`` for them; reply with the last task's outcome."""
+        """File the tasks ``sent`` from place ``sequence`` on and ``values`` for them; reply with the last's outcome."""
         reply: Future[Any] = Future()
-        entries = [Entry(step, task) for task in tasks]
-        entries[-1].reply = reply
         with self._changed:
             mailbox = self._mailboxes.get(pipeline)
             if mailbox is None:
                 reply.set_result(Failure.cancel(self.name, "a closed pipeline's call"))
                 return reply
+            entries = [Entry(step, task) for task in mailbox.tasks(sent)]
+            entries[-1].reply = reply
             for port, value in values:
                 mailbox.put(step, port, value)
             late = mailbox.submit(sequence, entries)
@@ -105,13 +106,13 @@ class Executor:
         return reply
 
     def accept(
-        self, pipeline: str, step: int, sequence: int, tasks: Sequence[Task], values: Sequence[tuple[Port, Any]] = ()
+        self, pipeline: str, step: int, sequence: int, sent: Sequence[Sent], values: Sequence[tuple[Port, Any]] = ()
     ) -> str:
         """File tasks like ``submit`` and reply at once; ``ReportStep`` reports their outcome.
 
         A reply at the end of every action would cost the compute thread a message each.
         """
-        self.submit(pipeline, step, sequence, tasks, values)
+        self.submit(pipeline, step, sequence, sent, values)
         return "accepted"
 
     def deliver(self, pipeline: str, step: int, port: Port, value: Any) -> None:

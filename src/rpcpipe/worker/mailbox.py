@@ -18,7 +18,7 @@ from typing import Any
 from rpcpipe.errors import Failure
 from rpcpipe.schedules import Action
 from rpcpipe.worker.messages import Port
-from rpcpipe.worker.operations import RunAction, Task, title
+from rpcpipe.worker.operations import KEPT_PROGRAMS, Keep, Kept, RunAction, Sent, Task, title
 
 
 @dataclass(eq=False)
@@ -43,6 +43,27 @@ class Mailbox:
         self._inbox: dict[tuple[int, Port], Any] = {}
         self._failed: dict[int, tuple[Failure, int]] = {}  # by step: the failure, and the first group that it ends
         self._watches: list[tuple[int, Future[Any]]] = []
+        self._programs: dict[int, dict[int, Task]] = {}  # kept tasks by program and place in it
+
+    def tasks(self, sent: Sequence[Sent]) -> list[Task]:
+        """Return the tasks that ``sent`` stands for; keep those that it says to keep."""
+        tasks: list[Task] = []
+        for item in sent:
+            match item:
+                case Keep(program, start, given):
+                    self._keep(program, start, given)
+                    tasks += given
+                case Kept(program, start, stop):
+                    kept = self._programs[program]
+                    tasks += [kept[place] for place in range(start, stop)]
+                case _:
+                    tasks.append(item)
+        return tasks
+
+    def _keep(self, program: int, start: int, tasks: Sequence[Task]) -> None:
+        self._programs.setdefault(program, {}).update(enumerate(tasks, start))
+        for old in [number for number in self._programs if number <= program - KEPT_PROGRAMS]:
+            del self._programs[old]
 
     def submit(self, sequence: int, entries: Sequence[Entry]) -> list[Entry]:
         """File ``entries`` from place ``sequence`` on; return the entries whose places were cancelled before."""

@@ -1,0 +1,84 @@
+"""A program's tasks travel once."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+
+import rpcpipe as rp
+from rpcpipe.worker.operations import KEPT_PROGRAMS, Keep, Kept, Sent, Task, places
+from support.local_cluster import LocalCluster
+from support.models import batches, cross_entropy, mlp, sgd
+from support.oracle import Oracle
+
+
+class Messages:
+    """What the driver sends, by kind."""
+
+    def __init__(self, cluster: Any) -> None:
+        self.kinds: Counter[type] = Counter()
+        for name in ("call", "remote"):
+            setattr(cluster.transport, name, self._counting(getattr(cluster.transport, name)))
+
+    def _counting(self, send: Any) -> Any:
+        def counting(to: str, verb: str, *args: Any, **options: Any) -> Any:
+            if verb in ("submit", "accept"):
+                self.kinds.update(type(item) for item in args[3])
+            return send(to, verb, *args, **options)
+
+        return counting
+
+
+def pipeline(cluster: Any, dispatch: str) -> rp.Pipeline:
+    return rp.Pipeline(mlp(), cluster, loss=cross_entropy, optimizer=sgd, chunks=4, dispatch=dispatch)
+
+
+@pytest.mark.parametrize("dispatch", ["rref", "batched"])
+def test_a_step_refers_to_what_workers_keep(dispatch: str) -> None:
+    cluster: Any = LocalCluster(2, 5)
+    messages, pipe = Messages(cluster), pipeline(cluster, dispatch)
+    (x, y), *_ = batches(1)
+    parts = 2 if dispatch == "batched" else 2 * 2 * 4
+    pipe.train_step(x, y)
+    assert (messages.kinds[Keep], messages.kinds[Kept]) == (parts, 0)
+    for count in (1, 2):
+        pipe.train_step(x, y)
+        assert (messages.kinds[Keep], messages.kinds[Kept]) == (parts, count * parts)
+
+
+@pytest.mark.parametrize("dispatch", ["rref", "batched"])
+def test_a_failed_step_is_sent_anew(dispatch: str) -> None:
+    cluster: Any = LocalCluster(2, 5)
+    messages, pipe = Messages(cluster), pipeline(cluster, dispatch)
+    (x, y), *_ = batches(1)
+    pipe.train_step(x, y)
+    kept = messages.kinds[Keep]
+    with pytest.raises(rp.StageError):
+        pipe.train_step(x[:, :3], y)
+    pipe.train_step(x, y)
+    assert messages.kinds[Keep] == 2 * kept
+    pipe.train_step(x, y)
+    assert messages.kinds[Keep] == 2 * kept
+
+
+@pytest.mark.parametrize("dispatch", ["rref", "batched"])
+def test_more_kinds_of_batches_than_workers_keep(dispatch: str) -> None:
+    """Programs go from the workers and come again; the bits stay."""
+    pipe = rp.Pipeline(
+        mlp(), LocalCluster(2, 7), loss=cross_entropy, optimizer=sgd, chunks=KEPT_PROGRAMS + 8, dispatch=dispatch
+    )  # fmt: skip
+    oracle = Oracle(mlp(), sgd, cross_entropy, KEPT_PROGRAMS + 8)
+    (x, y), *_ = batches(1, KEPT_PROGRAMS + 8)
+    sizes = [*range(1, KEPT_PROGRAMS + 9), 3, 2, 1, KEPT_PROGRAMS, 3]
+    for size in sizes:
+        assert pipe.train_step(x[:size], y[:size]).loss == oracle.train_step(x[:size], y[:size])
+    for name, value in pipe.state_dict().items():
+        assert torch.equal(value, oracle.model.state_dict()[name])
+
+
+def test_places() -> None:
+    task: Sent = Task(None)  # type: ignore[arg-type]
+    assert places([task, Keep(1, 0, (task, task)), Kept(1, 2, 7), task]) == 9
