@@ -17,6 +17,7 @@ from rpcpipe.schedules import weight_versions
 from rpcpipe.worker.operations import GetState
 from support.local_cluster import LocalCluster
 from support.models import adamw, cross_entropy, sgd, summed
+from support.models import batches as toy_batches
 from support.oracle import Oracle, assert_same_weights
 
 WIDTH, VOCABULARY = 6, 9
@@ -176,6 +177,21 @@ def test_equal_to_one_process_and_alike_under_every_schedule(schedule: str) -> N
             runs.append((train_both(pipe, oracle, 2, size=2 * workers + workers), pipe.state_dict()))
         assert runs[0][0] == runs[1][0]
         assert all(torch.equal(value, runs[1][1][name]) for name, value in runs[0][1].items())
+
+
+def test_the_first_layers_weight_used_again_on_its_stage() -> None:
+    """A split backward ends at the first layer's output, and must not leave a part of the weight's gradient there."""
+    inner = rp.LayerSpec(nn.Linear, WIDTH, WIDTH, tied="inner")
+    specs = [inner, rp.LayerSpec(Block), inner, inner, rp.LayerSpec(Block), rp.LayerSpec(nn.Linear, WIDTH, VOCABULARY)]
+    runs = []
+    for schedule in ("1f1b", "zb-h1"):
+        pipe = rp.Pipeline(
+            specs, LocalCluster(2), loss=cross_entropy, optimizer=sgd, schedule=schedule, chunks=4, balance=[4, 2]
+        )
+        losses = [pipe.train_step(x, y).loss for x, y in toy_batches(3, width=WIDTH)]
+        runs.append((losses, pipe.state_dict()))
+    assert runs[0][0] == runs[1][0]
+    assert all(torch.equal(value, runs[1][1][name]) for name, value in runs[0][1].items())
 
 
 @pytest.mark.parametrize("shard", [False, True])

@@ -13,36 +13,39 @@ import torch
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
+# What a node leads to: (node, number among its inputs), or (None, 0) where no gradient is needed.
+Children = tuple[tuple[Node | None, int], ...]
 
-def nodes_below(roots: Iterable[Node], stop: Collection[Node] = ()) -> list[Node]:
-    """Return all nodes below ``roots``, each after the nodes that it leads to; those in ``stop`` are not entered.
+
+def children_below(roots: Iterable[Node], stop: Collection[Node] = ()) -> dict[Node, Children]:
+    """Return all nodes below ``roots`` with their children, each after these; those in ``stop`` are not entered.
 
     Without recursion, because graphs are deep.
     """
-    order: list[Node] = []
-    finished: dict[Node, bool] = dict.fromkeys(stop, True)
+    ordered: dict[Node, Children] = {}
+    entered: dict[Node, Children | None] = dict.fromkeys(stop)  # None once in ``ordered``
     stack = list(roots)
     while stack:
         node = stack[-1]
-        if node not in finished:
-            finished[node] = False
-            stack += [child for child, _ in node.next_functions if child is not None and child not in finished]
+        if node not in entered:
+            entered[node] = children = node.next_functions
+            stack += [child for child, _ in children if child is not None and child not in entered]
         else:
             stack.pop()
-            if not finished[node]:
-                finished[node] = True
-                order.append(node)
-    return order
+            if (finished := entered[node]) is not None:
+                ordered[node] = finished
+                entered[node] = None
+    return ordered
+
+
+def nodes_below(roots: Iterable[Node], stop: Collection[Node] = ()) -> list[Node]:
+    """Return all nodes below ``roots``, each after the nodes that it leads to; those in ``stop`` are not entered."""
+    return list(children_below(roots, stop))
 
 
 def leaf_of(node: Node) -> torch.Tensor | None:
     """Return the leaf into whose ``.grad`` ``node`` accumulates; None for every other kind of node."""
     return getattr(node, "variable", None)
-
-
-def accumulators_below(node: Node) -> set[Node]:
-    """Return the nodes below ``node``, itself included, that accumulate into a leaf's ``.grad``."""
-    return {below for below in nodes_below([node]) if leaf_of(below) is not None}
 
 
 def is_python(node: Node) -> bool:
