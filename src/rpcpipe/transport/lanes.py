@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import marshal
 import os
 import pickle
 import selectors
@@ -27,12 +28,24 @@ from typing import Any, NamedTuple
 
 import torch
 
-from rpcpipe.transport.slots import Shape, TensorPickler, copy_into, mapped, unpickled
+from rpcpipe.transport.slots import (
+    TensorPickler,
+    address_of,
+    copy_dense,
+    copy_into,
+    dense_layout,
+    dense_tensors,
+    mapped,
+    unpickled,
+)
 
 _SMALLEST_SLOT = 1 << 16
 _LONGEST_MESSAGE = 1 << 16  # beside tensors; longer ones go by RPC
-_HEADER = struct.Struct("<IQ")  # the slot's number (_NO_SLOT: none), and the size of a slot that is new, else 0
+# The slot's number (_NO_SLOT: none), the size of a slot that is new (else 0), and whether the rest is not pickled.
+_HEADER = struct.Struct("<IQ?")
 _NUMBER = struct.Struct("<I")
+_DESCRIPTOR = struct.Struct("i")
+_ANCILLARY = socket.CMSG_SPACE(_DESCRIPTOR.size)
 _NO_SLOT = (1 << 32) - 1
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 _SOCKET_BYTES = 1 << 20
@@ -123,6 +136,42 @@ def _connected(address: str) -> Sender | None:
 class _OwnSlot(NamedTuple):
     number: int
     memory: memoryview
+    address: int
+
+
+class _Message(NamedTuple):
+    """What the socket carries, ``dense`` or pickled, and its tensors' place in a slot of ``size`` bytes."""
+
+    data: bytes | memoryview
+    dense: bool
+    tensors: Sequence[torch.Tensor]
+    layout: Any
+    size: int
+
+    def copy_into(self, slot: _OwnSlot) -> None:
+        if self.dense:
+            copy_dense(self.tensors, self.layout, slot.address)
+        else:
+            copy_into(self.tensors, self.layout, slot.memory)
+
+
+def _dense(verb: str, args: tuple[Any, ...]) -> _Message | None:
+    """Return a message of builtins and, last, a list of dense tensors; None for any other."""
+    if not args or type(args[-1]) is not list or (laid_out := dense_layout(args[-1])) is None:
+        return None
+    layout, size = laid_out
+    try:
+        return _Message(marshal.dumps((verb, args[:-1], layout)), True, args[-1], layout, size)
+    except ValueError:  # not all are builtins
+        return None
+
+
+def _pickled(verb: str, args: tuple[Any, ...]) -> _Message | None:
+    """Return a message of anything; None if it has tensors that cannot be copied into a slot."""
+    buffer = io.BytesIO()
+    pickler = TensorPickler(buffer)
+    pickler.dump((verb, args))
+    return _Message(buffer.getbuffer(), False, pickler.tensors, pickler.shapes, pickler.size) if pickler.plain else None
 
 
 class Sender:
@@ -136,61 +185,63 @@ class Sender:
 
     def send(self, verb: str, args: tuple[Any, ...]) -> bool:
         """Send a message; return False if it cannot go by a lane, or not now."""
-        buffer = io.BytesIO()
-        pickler = TensorPickler(buffer)
-        pickler.dump((verb, args))
-        data = buffer.getbuffer()
-        if not pickler.plain or len(data) > _LONGEST_MESSAGE:
+        message = _dense(verb, args) or _pickled(verb, args)
+        if message is None or len(message.data) > _LONGEST_MESSAGE:
             return False
         with self._lock:
             try:
-                self._post(data, pickler.tensors, pickler.shapes, pickler.size)
+                self._post(message)
             except (BlockingIOError, OSError):  # full, or closed: the receiver is behind, or dead
                 return False
         return True
 
-    def _post(self, data: memoryview, tensors: Sequence[torch.Tensor], shapes: Sequence[Shape], size: int) -> None:
+    def _post(self, message: _Message) -> None:
         """Copy the tensors into a slot and send the message; raises OSError, and the slot is as before."""
-        if not tensors:
-            self._connection.send(_HEADER.pack(_NO_SLOT, 0) + data)
+        if not message.tensors:
+            self._connection.send(_HEADER.pack(_NO_SLOT, 0, message.dense) + message.data)
             return
-        number = self._take(size)
+        number = self._take(message.size)
         if number is None:
-            self._post_in_new_slot(data, tensors, shapes, size)
+            self._post_in_new_slot(message)
             return
-        copy_into(tensors, shapes, self._slots[number].memory)
+        message.copy_into(self._slots[number])
         try:
-            self._connection.send(_HEADER.pack(number, 0) + data)
+            self._connection.send(_HEADER.pack(number, 0, message.dense) + message.data)
         except OSError:
             self._free.append(number)
             raise
 
-    def _post_in_new_slot(
-        self, data: memoryview, tensors: Sequence[torch.Tensor], shapes: Sequence[Shape], size: int
-    ) -> None:
-        size = max(_SMALLEST_SLOT, 1 << (size - 1).bit_length())
+    def _post_in_new_slot(self, message: _Message) -> None:
+        size = max(_SMALLEST_SLOT, 1 << (message.size - 1).bit_length())
         descriptor = os.memfd_create("rpcpipe-lane", os.MFD_CLOEXEC)
         try:
             os.ftruncate(descriptor, size)
-            slot = _OwnSlot(len(self._slots), mapped(descriptor, size))
-            copy_into(tensors, shapes, slot.memory)
-            socket.send_fds(self._connection, [_HEADER.pack(slot.number, size), data], [descriptor])
+            memory = mapped(descriptor, size)
+            slot = _OwnSlot(len(self._slots), memory, address_of(memory))
+            message.copy_into(slot)
+            header = _HEADER.pack(slot.number, size, message.dense)
+            socket.send_fds(self._connection, [header, message.data], [descriptor])
             self._slots.append(slot)
         finally:
             os.close(descriptor)
 
     def _take(self, size: int) -> int | None:
         """Return the smallest free slot that is large enough, and not much too large; None if there is none."""
-        with contextlib.suppress(BlockingIOError):
-            while number := self._connection.recv(_NUMBER.size):
-                self._free.append(*_NUMBER.unpack(number))
-        largest = 8 * size + _SMALLEST_SLOT
-        lengths = [(len(self._slots[number].memory), number) for number in self._free]
-        fitting = [pair for pair in lengths if size <= pair[0] <= largest]
-        if not fitting:
-            return None
-        _, best = min(fitting)
-        self._free.remove(best)
+        best = self._best(size)
+        if best is None:
+            with contextlib.suppress(BlockingIOError):
+                while number := self._connection.recv(_NUMBER.size):
+                    self._free.append(*_NUMBER.unpack(number))
+            best = self._best(size)
+        if best is not None:
+            self._free.remove(best)
+        return best
+
+    def _best(self, size: int) -> int | None:
+        best, fits = None, 8 * size + _SMALLEST_SLOT + 1
+        for number in self._free:
+            if size <= (length := len(self._slots[number].memory)) < fits:
+                best, fits = number, length
         return best
 
     def close(self) -> None:
@@ -280,40 +331,50 @@ class _Incoming:
         # Kept until they are called: a reference that is gone calls nothing.
         self._references: dict[int, weakref.ref[memoryview]] = {}
         self._freed: deque[int] = deque()
+        self._buffer = bytearray(_HEADER.size + _LONGEST_MESSAGE)
+        self._view = memoryview(self._buffer)
 
     def read(self) -> bool:
-        """Run the messages that have come; return False once the sender has ended."""
-        while True:
-            try:
-                data, descriptors, _, _ = socket.recv_fds(
-                    self.connection, _HEADER.size + _LONGEST_MESSAGE, 1, socket.MSG_CMSG_CLOEXEC
-                )
-            except BlockingIOError:
-                return True
-            except OSError:
-                return False
-            if not data:
-                return False
-            try:
-                self._run(memoryview(data), descriptors)
-            except Exception:
-                log.exception("a message by a lane failed")
+        """Run the next message; return False once the sender has ended.
 
-    def _run(self, data: memoryview, descriptors: Sequence[int]) -> None:
-        number, size = _HEADER.unpack_from(data)
-        for descriptor in descriptors:
+        One at a time: who receives looks whether it is what they wait for before the next is read.
+        """
+        try:
+            length, ancillary, _, _ = self.connection.recvmsg_into([self._buffer], _ANCILLARY, socket.MSG_CMSG_CLOEXEC)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        if not length:
+            return False
+        try:
+            self._run(self._view[:length], ancillary)
+        except Exception:
+            log.exception("a message by a lane failed")
+        return True
+
+    def _run(self, data: memoryview, ancillary: Sequence[tuple[int, int, bytes]]) -> None:
+        number, size, dense = _HEADER.unpack_from(data)
+        for _, _, passed in ancillary:
+            (descriptor,) = _DESCRIPTOR.unpack(passed)
             self._slots[number] = mapped(descriptor, size)
             os.close(descriptor)
-        verb, args = self._unpickled(data[_HEADER.size :], number)
+        verb, args = self._read(data[_HEADER.size :], number, dense)
         self._handle(verb, args)
 
-    def _unpickled(self, data: memoryview, number: int) -> Any:
+    def _read(self, data: memoryview, number: int, dense: bool) -> Any:
         if number == _NO_SLOT:
-            return pickle.loads(data)
+            if not dense:
+                return pickle.loads(data)
+            verb, args, _ = marshal.loads(data)
+            return verb, (*args, [])
         # All tensors of the message refer to this view; when the last has gone, it goes.
         memory = memoryview(self._slots[number])
         self._references[number] = weakref.ref(memory, lambda _: self._free(number))
-        return unpickled(data, memory)
+        if not dense:
+            return unpickled(data, memory)
+        verb, args, layout = marshal.loads(data)
+        return verb, (*args, dense_tensors(layout, memory))
 
     def _free(self, number: int) -> None:
         """Tell the sender that a slot is free; runs on whatever thread lets its last tensor go."""

@@ -43,7 +43,7 @@ _GRACE = 0.5  # seconds that the monitor has to report that a worker has died
 
 _BINDINGS: Any = torch._C._distributed_rpc  # rpc_async and remote end in its functions
 # Verbs whose messages only file values: they may wait in a lane until the compute thread wants one.
-_BY_LANE = ("deliver", "supply")
+_BY_LANE = ("deliver", "deliver_tensors", "supply")
 _MAX_NUMBER = (1 << 15) - 1  # torch numbers workers in 16 bits
 
 log = logging.getLogger("rpcpipe")

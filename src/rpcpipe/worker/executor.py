@@ -20,13 +20,13 @@ import torch
 from rpcpipe.errors import Failure
 from rpcpipe.model import torch_settings
 from rpcpipe.model.microbatch import map_tensors
-from rpcpipe.schedules.action import Action
+from rpcpipe.schedules.action import Action, Kind
 from rpcpipe.transport import user_pickling
 from rpcpipe.transport.base import Transport
 from rpcpipe.transport.message_pickling import in_bounds
 from rpcpipe.worker.actor import Actor
 from rpcpipe.worker.mailbox import Entry, Mailbox
-from rpcpipe.worker.messages import Port
+from rpcpipe.worker.messages import Port, as_tensors, from_tensors
 from rpcpipe.worker.operations import (
     CallFunction,
     CreateActor,
@@ -121,6 +121,18 @@ class Executor:
             # The arrival is recorded before the value is filed: with its last value the step may end at once.
             actor.arrived(step, port)
         self._put(pipeline, step, port, value)
+
+    def deliver_tensors(
+        self,
+        pipeline: str,
+        step: int,
+        place: tuple[tuple[Kind, int, int], str],
+        wants_grad: list[bool] | None,
+        tensors: list[torch.Tensor],
+    ) -> None:
+        """Do as ``deliver`` for a value of tensors alone; ``place``: its port as builtins, which travel fastest."""
+        action, slot = place
+        self.deliver(pipeline, step, Port(Action(*action), slot), from_tensors(wants_grad, tensors))
 
     def supply(self, pipeline: str, step: int, values: Sequence[tuple[Port, Any]]) -> None:
         """File the driver's ``values`` by port, for tasks that come, or have come, by another message."""
@@ -307,6 +319,9 @@ class Executor:
         def send(worker: str, step: int, port: Port, value: Any) -> None:
             if worker == self.name:
                 self._put(pipeline, step, port, value)
+            elif isinstance(port.action, Action) and (plain := as_tensors(value)) is not None:
+                place = tuple(port.action), port.slot
+                self._transport.send(worker, "deliver_tensors", pipeline, step, place, *plain)
             else:
                 self._transport.send(worker, "deliver", pipeline, step, port, value)
 

@@ -10,6 +10,7 @@ import torch
 
 from rpcpipe.model.microbatch import Packed
 from rpcpipe.schedules import Action
+from rpcpipe.stage.autograd import StageInput
 from rpcpipe.stage.metrics import Sums
 
 
@@ -33,6 +34,23 @@ class Port(NamedTuple):
 
     action: Action | Bucket
     slot: str
+
+
+# A value of tensors alone: whether gradients go back for them (None for gradients), and the tensors.
+Tensors = tuple[list[bool] | None, list[torch.Tensor]]
+
+
+def as_tensors(value: Any) -> Tensors | None:
+    """Return a stage's output or gradients as a list of tensors; None if there is more to it."""
+    if type(value) is StageInput:
+        x, named = value.nest
+        return None if named or value.aliased or type(x) is not torch.Tensor else (value.wants_grad, [x])
+    return (None, value) if type(value) is list and all(type(item) is torch.Tensor for item in value) else None
+
+
+def from_tensors(wants_grad: list[bool] | None, tensors: list[torch.Tensor]) -> StageInput | list[torch.Tensor]:
+    """Return the value of ``as_tensors``."""
+    return tensors if wants_grad is None else StageInput((tensors[0], {}), wants_grad)
 
 
 class Send(NamedTuple):
