@@ -91,18 +91,7 @@ class Executor:
     ) -> Future[Any]:
         """File the tasks ``sent`` from place ``sequence`` on and ``values`` for them; reply with the last's outcome."""
         reply: Future[Any] = Future()
-        with self._changed:
-            mailbox = self._mailboxes.get(pipeline)
-            if mailbox is None:
-                reply.set_result(Failure.cancel(self.name, "a closed pipeline's call"))
-                return reply
-            entries = [Entry(step, task) for task in mailbox.tasks(sent)]
-            entries[-1].reply = reply
-            for port, value in values:
-                mailbox.put(step, port, value)
-            late = mailbox.submit(sequence, entries)
-            self._wake()
-        self._refuse(late)
+        self._file(pipeline, step, sequence, sent, values, reply)
         return reply
 
     def accept(
@@ -112,8 +101,33 @@ class Executor:
 
         A reply at the end of every action would cost the compute thread a message each.
         """
-        self.submit(pipeline, step, sequence, sent, values)
+        self._file(pipeline, step, sequence, sent, values, None)
         return "accepted"
+
+    def _file(
+        self,
+        pipeline: str,
+        step: int,
+        sequence: int,
+        sent: Sequence[Sent],
+        values: Sequence[tuple[Port, Any]],
+        reply: Future[Any] | None,
+    ) -> None:
+        with self._changed:
+            mailbox = self._mailboxes.get(pipeline)
+            if mailbox is not None:
+                for port, value in values:
+                    mailbox.put(step, port, value)
+                entries = [Entry(step, task) for task in mailbox.tasks(sent)]
+                entries[-1].reply = reply
+                late = mailbox.submit(sequence, entries)
+                # Calls are issued far ahead: the compute thread need not wake for those that are not next.
+                if mailbox.is_ready() or sequence <= mailbox.expected < sequence + len(entries):
+                    self._wake()
+        if mailbox is not None:
+            self._refuse(late)
+        elif reply is not None:
+            reply.set_result(Failure.cancel(self.name, "a closed pipeline's call"))
 
     def deliver(self, pipeline: str, step: int, port: Port, value: Any) -> None:
         """File ``value`` for ``port``, which another worker has pushed."""
@@ -140,7 +154,8 @@ class Executor:
             if (mailbox := self._mailboxes.get(pipeline)) is not None:
                 for port, value in values:
                     mailbox.put(step, port, value)
-                self._wake()
+                if mailbox.is_ready():
+                    self._wake()
 
     def clock(self) -> int:
         """Return this process's monotonic clock in nanoseconds."""
@@ -206,7 +221,8 @@ class Executor:
         with self._changed:
             if (mailbox := self._mailboxes.get(pipeline)) is not None:
                 mailbox.put(step, port, value)
-                self._wake()
+                if mailbox.is_ready():
+                    self._wake()
 
     def _enqueue(self, operation: Operation) -> Future[Any]:
         """Queue an operation outside of any step; the caller holds the lock."""

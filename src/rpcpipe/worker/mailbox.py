@@ -80,25 +80,32 @@ class Mailbox:
         if step >= self.floor and not (step in self._failed and self._failed[step][1] == 0):
             self._inbox[step, port] = value
 
+    def is_ready(self) -> bool:
+        """Return whether ``take`` would return an entry."""
+        while self.expected in self._skips:
+            self.expected = self._skips.pop(self.expected)
+        entry = self._queue.get(self.expected)
+        if entry is None:
+            return False
+        failed = self._failed.get(entry.step)
+        if failed is not None and entry.task.group >= failed[1]:
+            return True
+        return all((entry.step, port) in self._inbox for port in entry.task.awaits)
+
     def take(self) -> Entry | None:
         """Remove and return the next entry in sequence, or None while the entry or one of its values is missing.
 
         An entry of a failed step is returned with the failure and must not run.
         """
-        while self.expected in self._skips:
-            self.expected = self._skips.pop(self.expected)
-        entry = self._queue.get(self.expected)
-        if entry is None:
+        if not self.is_ready():
             return None
-        failure, group = self._failed.get(entry.step, (None, 0))
-        entry.failure = failure if entry.task.group >= group else None
-        if entry.failure is None:
-            keys = [(entry.step, port) for port in entry.task.awaits]
-            if not all(key in self._inbox for key in keys):
-                return None
-            entry.values = {port.slot: self._inbox.pop((step, port)) for step, port in keys}
-        del self._queue[self.expected]
+        entry = self._queue.pop(self.expected)
         self.expected += 1
+        failure, group = self._failed.get(entry.step, (None, 0))
+        if failure is not None and entry.task.group >= group:
+            entry.failure = failure
+        else:
+            entry.values = {port.slot: self._inbox.pop((entry.step, port)) for port in entry.task.awaits}
         return entry
 
     def fail(self, step: int, failure: Failure, group: int = 0) -> None:
