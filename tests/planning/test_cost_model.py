@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 from itertools import accumulate
@@ -12,6 +13,7 @@ import rpcpipe.planning.cost_model
 from rpcpipe import schedules
 from rpcpipe.planning import CostModel
 from rpcpipe.planning.cost_model import SIMPLEST, Candidate, Machine
+from rpcpipe.planning.overheads import Overheads
 from support.layer_costs import layer
 
 
@@ -23,7 +25,7 @@ def cost_model(machine: Machine) -> CostModel:
 @pytest.mark.parametrize("name", SIMPLEST)
 @pytest.mark.parametrize("chunks", [80, 83])
 def test_a_long_step_is_extrapolated_rightly(name: str, chunks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    costs = cost_model(Machine(4, latency=0.01))
+    costs = cost_model(Machine(4, latency=0.01, overheads=Overheads(1.0, 0.02, 0.05, 0.01, 0.02, 0.001)))
     virtual = schedules.fewest_virtual_stages(name)
     candidate = Candidate(name, 4, 1, virtual, 1, chunks, "except_last")
     balance = [16 // (4 * virtual)] * (4 * virtual)
@@ -53,3 +55,24 @@ def test_replicas_share_the_cores() -> None:
         for cores in (4, 2)
     )  # fmt: skip
     assert 1.5 < crowded.seconds / alone.seconds <= 2.0
+
+
+def test_a_step_has_more_to_it_than_its_timeline() -> None:
+    """Two stages, two micro-batches, one second of latency: 2 x 2 x 2 actions, and worker 1 waits for its first."""
+    bare = Machine(2, latency=1.0)
+    candidate = Candidate("gpipe", 2, 1, 1, 1, 2, "never")
+    plain = cost_model(bare).estimate(candidate, [8, 8])
+    first = sum(layer.forward for layer in cost_model(bare).layer_costs[1][:8]) + 1.0
+
+    def more(overheads: Overheads) -> float:
+        machine = dataclasses.replace(bare, overheads=overheads)
+        return cost_model(machine).estimate(candidate, [8, 8]).seconds - plain.seconds
+
+    assert more(Overheads()) == 0.0
+    assert more(Overheads(step=3.0, call=0.5)) == pytest.approx(3.0 + 8 * 0.5)
+    assert more(Overheads(dispatch=first / 8)) == pytest.approx(0.0)  # while worker 1 waits
+    assert more(Overheads(dispatch=first / 8 + 1)) == pytest.approx(8 / 2)  # of each of the two cores
+    sizes = [layer.output_bytes for layer in cost_model(bare).layer_costs[1]]
+    # There and back on the critical path: sending costs each byte, too. Every second message is hidden.
+    assert more(Overheads(copy=0.001)) >= 2 * 0.001 * sizes[7] - 1e-9
+    assert more(Overheads(message=0.25)) >= 4 * 0.25 - 1e-9

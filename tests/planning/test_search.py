@@ -13,6 +13,7 @@ from rpcpipe import schedules
 from rpcpipe.errors import ScheduleError
 from rpcpipe.planning import CostModel, Search
 from rpcpipe.planning.cost_model import SIMPLEST, Candidate, Estimate, Machine
+from rpcpipe.planning.overheads import Overheads
 from rpcpipe.planning.search import CHECKPOINTS, VIRTUAL
 from support.layer_costs import layer
 
@@ -28,6 +29,7 @@ def case(seed: int) -> Search:
         latency=source.choice([0.0, 0.05]),
         bandwidth=source.choice([math.inf, 100.0]),
         cores=source.choice([None, None, 2]),
+        overheads=source.choice([Overheads(), Overheads(1.0, 0.02, 0.05, 0.01, 0.02, 0.001)]),
     )
     layer_costs = {size: [layer(source, str(at)) for at in range(layers)] for size in sizes}
     layouts = [(workers // count, count) for count in (1, 2, 3) if workers % count == 0]

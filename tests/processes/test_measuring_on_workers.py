@@ -7,6 +7,9 @@ import torch
 from torch import nn
 
 import rpcpipe as rp
+from rpcpipe.pipeline.calibration import measure_overheads
+from rpcpipe.pipeline.planning import cost_model
+from rpcpipe.planning.overheads import Overheads
 from support.models import cross_entropy, mlp, sgd
 
 
@@ -39,3 +42,23 @@ def test_it_measures_on_a_worker(cluster: rp.Cluster) -> None:
     assert plan.chunks == 8
     assert plan.schedule in ("1f1b", "gpipe")
     assert len(plan.balance) == 4
+
+
+def test_a_cluster_shows_what_steps_take_beside_their_layers(cluster: rp.Cluster) -> None:
+    found, latency = measure_overheads(cluster, spare_core=False)
+    assert 1e-4 < found.step < 1.0
+    assert 0 < found.action < 0.05
+    assert 0 < found.dispatch < 0.05
+    assert min(found.call, found.message, found.copy, latency) >= 0
+    assert max(found.call, found.message, latency) < 0.5
+    assert measure_overheads(cluster, spare_core=True)[0].dispatch == 0.0
+    assert not cluster.pipelines  # nothing of it stays
+
+
+def test_what_is_given_or_counted_is_not_measured(cluster: rp.Cluster) -> None:
+    layers, x = [rp.LayerSpec(nn.Linear, 8, 8) for _ in range(4)], torch.randn(16, 8)
+    given = cost_model(layers, x, cluster, chunks=[4], latency=0.25, bandwidth=1e6).machine
+    assert (given.latency, given.bandwidth, given.overheads.copy) == (0.25, 1e6, 0.0)
+    assert given.overheads.step > 0
+    counted = cost_model(layers, x, cluster, chunks=[4], flops=1e9).machine
+    assert counted.overheads == Overheads()

@@ -149,3 +149,90 @@ def test_large_schedules_are_quick() -> None:
 def test_an_empty_timeline_has_no_bubble() -> None:
     assert rp.schedules.Timeline([], workers=2).bubble == 0.0
     assert rp.schedules.Timeline([], workers=2).makespan == 0.0
+
+
+def test_messages_and_actions_occupy_their_workers() -> None:
+    """Two workers, one micro-batch: forward 2, whole backward 3 + 1, with every overhead of another size."""
+    schedule = rp.schedules.get("gpipe", 2, 1)
+    costs = Costs(2, 3, 1, latency=0.5, action_overhead=0.25, send_overhead=[1, 100], receive_overhead=0.125)
+    timeline = schedule.simulate(costs)
+    spans = {(span.kind, span.stage): (span.start, span.end) for span in timeline.spans}
+    assert spans == {
+        ("F", 0): (0, 2),
+        ("F", 1): (2 + 1 + 0.5 + 0.125, 5.625),  # sent, on its way, received
+        ("B", 1): (5.625 + 0.25, 9.875),
+        ("B", 0): (9.875 + 1 + 0.5 + 0.125, 15.5),  # the gradient is as large as stage 0's output
+    }
+    assert [(move.sent, move.arrived) for move in timeline.transfers] == [(3, 3.5), (10.875, 11.375)]
+    # While stage 0 has more to do, sending comes between its forwards, and receiving before its backwards.
+    row = [span for span in rp.schedules.get("gpipe", 2, 2).simulate(costs).spans if span.worker == 0]
+    assert [(span.kind, span.start) for span in row[:2]] == [("F", 0), ("F", 2 + 1 + 0.25)]
+
+
+def some_costs(stages: int, sizes: tuple[float, float, float], overheads: tuple[float, float, float]) -> Costs:
+    action, send, receive = overheads
+    return Costs(
+        *sizes, latency=0.25, recompute_seconds=[0.5] * stages, action_overhead=action,
+        send_overhead=[send * (1 + stage % 2) for stage in range(stages)], receive_overhead=receive,
+    )  # fmt: skip
+
+
+three = st.tuples(*[st.floats(0, 3)] * 3)
+shapes = st.tuples(st.sampled_from(rp.schedules.names()), st.integers(1, 4), st.integers(1, 8))
+
+
+def shaped(shape: tuple[str, int, int]) -> rp.Schedule:
+    name, workers, chunks = shape
+    chunks = max(chunks, rp.schedules.fewest_chunks(name, workers))
+    return rp.schedules.get(name, workers, chunks, rp.schedules.fewest_virtual_stages(name))
+
+
+@given(shapes, three, three, three)
+def test_more_overhead_never_ends_sooner(
+    shape: tuple[str, int, int],
+    sizes: tuple[float, float, float],
+    less: tuple[float, float, float],
+    more: tuple[float, float, float],
+) -> None:
+    """Every worker keeps its order, so that the makespan is the longest path through durations that only grow."""
+    schedule = shaped(shape)
+    before = schedule.simulate(some_costs(schedule.stages, sizes, less))
+    grown = (less[0] + more[0], less[1] + more[1], less[2] + more[2])
+    after = schedule.simulate(some_costs(schedule.stages, sizes, grown))
+    ends = {span[:4]: span.end for span in before.spans}
+    assert all(span.end >= ends[span[:4]] - 1e-9 for span in after.spans)
+
+
+@given(shapes, three, three)
+def test_overheads_are_the_same_with_a_core_for_each_worker(
+    shape: tuple[str, int, int], sizes: tuple[float, float, float], overheads: tuple[float, float, float]
+) -> None:
+    schedule = shaped(shape)
+    costs = some_costs(schedule.stages, sizes, overheads)
+    shared, transfers, ends = simulate_shared(
+        schedule, dataclasses.replace(costs, cores=schedule.workers), _durations(costs, schedule.stages)
+    )
+    plain = schedule.simulate(costs)
+    found = {span[:4]: (span.start, span.end) for span in shared}
+    assert found.keys() == {span[:4] for span in plain.spans}
+    for span in plain.spans:
+        assert found[span[:4]] == pytest.approx((span.start, span.end))
+    arrivals = {move.producer: move.arrived for move in transfers}
+    assert arrivals == pytest.approx({move.producer: move.arrived for move in plain.transfers})
+    assert max(ends) == pytest.approx(plain.makespan)
+
+
+def test_overheads_take_their_share_of_the_cores() -> None:
+    schedule = rp.schedules.get("gpipe", 4, 8)
+    costs = Costs(cores=1, action_overhead=0.25, send_overhead=0.5, receive_overhead=0.125)
+    # One core: nothing but work. Nobody waits for what follows the last action, of stage 0.
+    work = 4 * 8 * 3 + (2 * 4 * 8 - 1) * 0.25 + 2 * 3 * 8 * (0.5 + 0.125)
+    assert schedule.simulate(costs).makespan == pytest.approx(work)
+
+
+def test_without_overheads_nothing_is_charged() -> None:
+    for name in rp.schedules.names():
+        schedule = shaped((name, 3, 7))
+        free = Costs(1.5, 0.7, 0.9)
+        zero = dataclasses.replace(free, send_overhead=[0.0] * schedule.stages, latency=0.0)
+        assert schedule.simulate(zero).spans == schedule.simulate(free).spans

@@ -8,6 +8,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,17 +18,18 @@ from rpcpipe.cluster.cluster import Cluster, Worker
 from rpcpipe.errors import require, require_positive, require_whole
 from rpcpipe.model.layers import Layer, Model, named_layers, parameter_counts
 from rpcpipe.model.microbatch import Nest, batch_size, split, tensors
+from rpcpipe.pipeline.calibration import measure_overheads
 from rpcpipe.planning import CostModel, LayerCost, partition
 from rpcpipe.planning.cost_model import SIMPLEST, Machine
 from rpcpipe.planning.layer_cost import balancing_costs, mean_costs
+from rpcpipe.planning.overheads import Overheads
 from rpcpipe.planning.plan import Plan, decide
 from rpcpipe.planning.search import CHECKPOINTS, Search, layouts
 from rpcpipe.stage.optimizer import Factory
 from rpcpipe.stage.profiler import estimate, profile
 
-# Seconds from the end of an action to the start of its consumer on another worker of the same host, without CUDA
-# (docs/design/transport.md, control cost), and bytes per second.
-_LATENCY, _BANDWIDTH = 1.2e-3, 3.5e9
+# Seconds and bytes per second from one worker to another of the same host, without CUDA, where nothing was measured.
+_LATENCY, _BANDWIDTH = 0.4e-3, 3.5e9
 
 
 def plan(
@@ -45,8 +47,8 @@ def plan(
     checkpoints: Sequence[str] = CHECKPOINTS,
     replicas: int | None = 1,
     flops: float | None = None,
-    latency: float = _LATENCY,
-    bandwidth: float = _BANDWIDTH,
+    latency: float | None = None,
+    bandwidth: float | None = None,
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> Plan:
@@ -57,10 +59,11 @@ def plan(
     second of a device, no layer is run: operations are counted on the meta device.
 
     ``memory``: bytes that a worker may use, None for any. ``latency`` (seconds) and ``bandwidth`` (bytes per second)
-    are those between two workers. ``moments``: the size of the optimizer's state in copies of the parameters, 2 for
-    Adam. ``chunks``, ``schedules`` and ``checkpoints``: the numbers of micro-batches, the schedules and the modes of
-    recomputation to try. ``replicas``: the number of replicas, or None to try every number. ``seed``: of the
-    profiled layers' random numbers.
+    are those between two workers; None: what a few steps of a small model show on a cluster, beside what they show of
+    the driver's and the workers' other work, and else those of processes of one host. ``moments``: the size of the
+    optimizer's state in copies of the parameters, 2 for Adam. ``chunks``, ``schedules`` and ``checkpoints``: the
+    numbers of micro-batches, the schedules and the modes of recomputation to try. ``replicas``: the number of
+    replicas, or None to try every number. ``seed``: of the profiled layers' random numbers.
 
     Raises PartitionError, which says what would fit, if nothing fits, and ArgumentError for a wrong argument.
     """
@@ -70,6 +73,32 @@ def plan(
     require(
         bool(schedules) and set(SIMPLEST).issuperset(schedules), f"schedules must be among {SIMPLEST}, not {schedules}"
     )
+    costs = cost_model(
+        model, sample, workers, memory=memory, loss=loss, targets=targets, optimizer=optimizer, moments=moments,
+        chunks=chunks, flops=flops, latency=latency, bandwidth=bandwidth, device=device, seed=seed,
+    )  # fmt: skip
+    rows = layouts(costs.machine.workers, costs.layers, replicas)
+    return decide(Search(costs, batch_size(sample), schedules, rows, checkpoints))
+
+
+def cost_model(
+    model: nn.Sequential | Sequence[Layer],
+    sample: Nest,
+    workers: int | Cluster,
+    *,
+    memory: float | None = None,
+    loss: Callable[[Any, Any], Any] | None = None,
+    targets: Nest = None,
+    optimizer: Factory | None = None,
+    moments: int = 2,
+    chunks: Sequence[int] | None = None,
+    flops: float | None = None,
+    latency: float | None = None,
+    bandwidth: float | None = None,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> CostModel:
+    """Measure or estimate what ``plan``, which has the same arguments, chooses by."""
     count = len(workers.workers) if isinstance(workers, Cluster) else require_whole("workers", workers)
     layers, size = named_layers(model), batch_size(sample)
     parts = _micro_batches(size, count, chunks)
@@ -79,12 +108,29 @@ def plan(
     else:
         measure = functools.partial(estimate, flops=flops, loss=loss)
     layer_costs = {part: _costs_of_size(measure, layers, sample, targets, part) for part in parts}
-    machine = Machine(
-        count, math.inf if memory is None else memory, latency, bandwidth, _cores(workers, device, flops), moments
-    )
-    input_bytes = sum(leaf.nbytes for leaf in tensors(sample)) // size
-    cost_model = CostModel(layer_costs, machine, input_bytes)
-    return decide(Search(cost_model, size, schedules, layouts(count, len(layers), replicas), checkpoints))
+    machine = _machine(workers, device, flops, latency, bandwidth)
+    machine = replace(machine, memory=math.inf if memory is None else memory, moments=moments)
+    return CostModel(layer_costs, machine, input_bytes=sum(leaf.nbytes for leaf in tensors(sample)) // size)
+
+
+def _machine(
+    workers: int | Cluster,
+    device: torch.device | str,
+    flops: float | None,
+    latency: float | None,
+    bandwidth: float | None,
+) -> Machine:
+    """Return the workers as a Machine; on a cluster what is not given is measured, unless ``flops`` are."""
+    cores, between, overheads = _cores(workers, device, flops), _LATENCY, Overheads()
+    count = len(workers.workers) if isinstance(workers, Cluster) else workers
+    if isinstance(workers, Cluster) and flops is None:
+        overheads, between = measure_overheads(workers, spare_core=cores is None or cores > count)
+        if bandwidth is not None:
+            overheads = replace(overheads, copy=0.0)
+    return Machine(
+        count, latency=between if latency is None else latency, bandwidth=bandwidth or _BANDWIDTH, cores=cores,
+        overheads=overheads,
+    )  # fmt: skip
 
 
 def _micro_batches(size: int, workers: int, chunks: Sequence[int] | None) -> list[int]:

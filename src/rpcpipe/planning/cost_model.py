@@ -15,6 +15,7 @@ from itertools import accumulate, pairwise
 from rpcpipe import schedules
 from rpcpipe.planning.activation_peaks import Drops, peak_activation_bytes, peak_worker_bytes
 from rpcpipe.planning.layer_cost import LayerCost, parameter_copies
+from rpcpipe.planning.overheads import Overheads
 from rpcpipe.schedules import Costs, Schedule, Timeline
 
 _TIMES = ("forward", "backward", "input_gradient", "weight_gradient", "update")
@@ -30,6 +31,7 @@ class Machine:
     """Identical workers: ``memory`` in bytes of each, ``latency`` in seconds and ``bandwidth`` in bytes/s between two.
 
     ``cores``: the number that all workers share. ``moments``: the optimizer's state in copies of the parameters.
+    ``overheads``: what a step takes beside its layers.
     """
 
     workers: int
@@ -38,6 +40,7 @@ class Machine:
     bandwidth: float = math.inf
     cores: int | None = None
     moments: int = 2
+    overheads: Overheads = field(default_factory=Overheads)
 
 
 @dataclass(frozen=True, order=True)
@@ -218,7 +221,7 @@ class CostModel:
         def by_stage(name: str) -> list[float]:
             return [sums.times[name][b] - sums.times[name][a] for a, b in pairwise(ends)]
 
-        forward = by_stage("forward")
+        forward, outputs = by_stage("forward"), [sums.outputs[b - 1] for b in ends[1:]]
         return Costs(
             forward,
             by_stage("input_gradient"),
@@ -226,8 +229,11 @@ class CostModel:
             backward=by_stage("backward"),
             latency=machine.latency,
             bandwidth=machine.bandwidth,
-            output_bytes=[sums.outputs[b - 1] for b in ends[1:]],
+            output_bytes=outputs,
             recompute_seconds=[seconds * candidate.drops(stage) for stage, seconds in enumerate(forward)],
+            action_overhead=machine.overheads.action,
+            send_overhead=[machine.overheads.sending(size) for size in outputs],
+            receive_overhead=machine.overheads.message,
             cores=None if machine.cores is None else machine.cores / candidate.replicas,
         )
 
@@ -238,17 +244,37 @@ class CostModel:
 
         ``memory``: bytes by worker, where they are already computed.
         """
-        memory = self.memory(candidate, [0, *accumulate(balance)]) if memory is None else memory
-        seconds, makespan, busy = self._times(candidate, balance)
+        ends = [0, *accumulate(balance)]
+        memory = self.memory(candidate, ends) if memory is None else memory
+        gate, makespan, busy, idle, actions = self._times(candidate, balance)
+        seconds = gate + self._update(candidate, ends) + self._around(candidate, idle, actions)
         return Estimate(candidate, tuple(balance), seconds, 1 - busy / (candidate.depth * makespan), memory)
 
     def _times(self, candidate: Candidate, balance: Sequence[int]) -> tuple[float, ...]:
-        """Return the seconds of the step, of its schedule alone, and of work summed over the workers."""
+        """Return figures of one pipeline that grow evenly with the number of micro-batches.
+
+        These are, in seconds, the time of the gate, the makespan, the work of all workers and their idle time before
+        their first actions; and the number of actions.
+        """
         if (shorter := candidate.shorter()) is not None:
             return _extrapolated(candidate, *shorter, *(self._times(short, balance) for short in shorter))
-        timeline, ends = self.timeline(candidate, balance), [0, *accumulate(balance)]
-        seconds = self._gate(candidate, ends, timeline) + self._update(candidate, ends)
-        return seconds, timeline.makespan, sum(timeline.busy)
+        timeline = self.timeline(candidate, balance)
+        first = [math.inf] * candidate.depth
+        for span in timeline.spans:
+            first[span.worker] = min(first[span.worker], span.start)
+        gate = self._gate(candidate, [0, *accumulate(balance)], timeline)
+        return gate, timeline.makespan, sum(timeline.busy), sum(first), len(timeline.spans)
+
+    def _around(self, candidate: Candidate, idle: float, actions: float) -> float:
+        """Return the seconds of the step beside its timeline and its update, where pipelines have ``actions`` each."""
+        workers, cores = candidate.depth * candidate.replicas, self.machine.cores or math.inf
+        waiting = idle * candidate.replicas if workers <= cores else 0.0
+        return self.machine.overheads.around(actions * candidate.replicas, waiting, min(workers, cores))
+
+    def least_around(self, candidate: Candidate) -> float:
+        """Return the seconds that the step takes at least beside its timeline: no backward split, dispatch hidden."""
+        actions = 2 * candidate.stages * candidate.chunks * candidate.replicas
+        return self.machine.overheads.around(actions, math.inf, 1)
 
     def _gate(self, candidate: Candidate, ends: Sequence[int], timeline: Timeline) -> float:
         """Return the time at which the last worker's gradients are reduced, in seconds."""

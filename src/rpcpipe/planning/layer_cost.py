@@ -22,7 +22,7 @@ class LayerCost:
 
     ``backward`` is the whole backward, ``input_gradient`` and ``weight_gradient`` are its halves run separately.
     ``activation_bytes`` is what autograd saves, ``output_bytes`` what goes to the next layer. ``update``:
-    seconds of the optimizer, 0 where none was given.
+    seconds of the gradients' norms and the optimizer, 0 where none was given.
     """
 
     name: str

@@ -94,7 +94,8 @@ class Search:
         total = candidate.chunks * (work + (forward if candidate.checkpoint == "always" else 0.0))
         reduced = self.cost_model.all_reduce(candidate.replicas, sums.parameters[-1] / candidate.depth)
         # The worker with most to compute and the one with most to reduce may differ, so the two do not add up.
-        return max(chain, total / candidate.depth, total * candidate.replicas / cores, reduced)
+        least = max(chain, total / candidate.depth, total * candidate.replicas / cores, reduced)
+        return least + self.cost_model.least_around(candidate)
 
     def _bound_of_cut(self, candidate: Candidate, ends: Sequence[int]) -> float:
         """Return seconds that ``candidate`` takes at least with the partition that ends stages at ``ends``."""
@@ -105,12 +106,13 @@ class Search:
             again = forward[stop] - forward[start] if candidate.drops(stage) else 0.0
             load[worker] += work[stop] - work[start] + again
             first[worker] = min(first[worker], forward[start] if candidate.splits else work[start])
-        return max(ahead + candidate.chunks * share for ahead, share in zip(first, load, strict=True))
+        least = max(ahead + candidate.chunks * share for ahead, share in zip(first, load, strict=True))
+        return least + self.cost_model.least_around(candidate)
 
     def heuristic(self, candidate: Candidate) -> float:
         """Return about how many seconds ``candidate`` takes if memory is no limit.
 
-        That is the slowest worker's time, and bubble and all-reduce.
+        That is the slowest worker's time, bubble, all-reduce, and what the driver takes before the first action.
         """
         sums = self.cost_model.sums[candidate.micro_batch]
         seconds = self._slowest(candidate)
@@ -120,7 +122,7 @@ class Search:
         idle = (candidate.depth - 1) * _idle(candidate.schedule, candidate.virtual_stages)
         reduced = self.cost_model.all_reduce(candidate.replicas, sums.parameters[-1] / candidate.depth)
         serial = candidate.depth if candidate.schedule == "naive" else 1
-        return seconds * (candidate.chunks + idle) * serial + reduced
+        return seconds * (candidate.chunks + idle) * serial + reduced + self.cost_model.least_around(candidate)
 
     def _slowest(self, candidate: Candidate) -> float:
         """Return the seconds of the slowest worker's micro-batch, under the min-max partition."""

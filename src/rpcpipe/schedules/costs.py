@@ -11,7 +11,9 @@ from rpcpipe.schedules.spans import Spans
 
 PerStage = float | Sequence[float]
 
-_PER_STAGE = ("forward", "input_gradient", "weight_gradient", "backward", "output_bytes", "recompute_seconds")
+_PER_STAGE = (
+    "forward", "input_gradient", "weight_gradient", "backward", "output_bytes", "recompute_seconds", "send_overhead",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -19,8 +21,11 @@ class Costs:
     """Durations in seconds (or any one unit), for all stages or as a sequence with one per stage.
 
     A whole backward takes ``backward``, by default ``input_gradient + weight_gradient``. A result
-    for another worker arrives ``latency + output_bytes / bandwidth`` after it is produced, without
-    occupying either worker. ``recompute_seconds`` is the forward repeated before a backward; it needs no
+    for another worker arrives ``latency + output_bytes / bandwidth`` after it is sent, without
+    occupying either worker. ``send_overhead`` occupies the producer's worker after the action, the more
+    the larger the stage's output, whose gradient costs as much; ``receive_overhead`` occupies the
+    consumer's before the action that consumes the result. ``action_overhead`` occupies a worker after
+    every action and what it sends. ``recompute_seconds`` is the forward repeated before a backward; it needs no
     gradient and may run while that is being sent. ``optimizer`` follows the last action of all workers (the
     gate), or is the duration of every update of an asynchronous schedule. Where there are fewer ``cores``
     than busy workers, these share the cores in equal parts.
@@ -35,6 +40,9 @@ class Costs:
     output_bytes: PerStage = 0.0
     recompute_seconds: PerStage = 0.0
     optimizer: float = 0.0
+    action_overhead: float = 0.0
+    send_overhead: PerStage = 0.0
+    receive_overhead: float = 0.0
     cores: float | None = None
 
     def check(self, stages: int) -> None:
@@ -62,13 +70,18 @@ class Costs:
         """Return the duration of the forward that is repeated before ``stage``'s backward."""
         return _at(self.recompute_seconds, stage)
 
-    def transfer(self, producer: Action) -> float:
-        """Return the time from the end of ``producer`` until its result is on another worker.
+    @property
+    def transfers_cost(self) -> bool:
+        """Whether a result that goes to another worker costs anything."""
+        return bool(self.latency or self.output_bytes or self.send_overhead or self.receive_overhead)
 
-        A gradient is as large as the output of the stage before.
-        """
-        stage = producer.stage if producer.kind == "F" else producer.stage - 1
-        return self.latency + _at(self.output_bytes, stage) / self.bandwidth
+    def transfer(self, producer: Action) -> float:
+        """Return the time from the sending of ``producer``'s result until it is on another worker."""
+        return self.latency + _at(self.output_bytes, _boundary(producer)) / self.bandwidth
+
+    def sending(self, producer: Action) -> float:
+        """Return how long ``producer``'s worker takes to send the result to another one."""
+        return _at(self.send_overhead, _boundary(producer))
 
     @classmethod
     def measured(cls, timeline: Spans, stages: int) -> Costs:
@@ -86,6 +99,11 @@ class Costs:
             forward=mean("F"), input_gradient=mean("I"), weight_gradient=mean("W"), backward=mean("B"),
             optimizer=sum(updates) / len(updates),
         )  # fmt: skip
+
+
+def _boundary(producer: Action) -> int:
+    """Return the stage whose output ``producer``'s result is, or is the gradient of."""
+    return producer.stage if producer.kind == "F" else producer.stage - 1
 
 
 def _at(value: PerStage, stage: int) -> float:

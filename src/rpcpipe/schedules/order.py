@@ -89,6 +89,11 @@ class Order:
             return Action("F", stage + 1, chunk) if stage + 1 < len(self.placement) else None
         return self.input_gradient(stage - 1, chunk) if stage else None
 
+    def leaves_worker(self, action: Action) -> bool:
+        """Return whether ``action``'s result is consumed on another worker."""
+        consumer = self.consumer(action)
+        return consumer is not None and self.placement[consumer.stage] != self.placement[action.stage]
+
     def dependencies(self, action: Action) -> tuple[Action, ...]:
         """Return the actions that must have finished before ``action`` can start.
 

@@ -25,16 +25,20 @@ def simulate_shared(
     return simulation.spans, simulation.transfers, [worker.end for worker in simulation.workers]
 
 
+# What a worker does with an action, in this order; only a wait may lie between recomputation and the rest.
+_RECOMPUTE, _RECEIVE, _ACT, _SEND, _REST = range(5)
+
+
 @dataclass
 class _Worker:
-    """A worker's position in its row. ``left``: core seconds of its action, or of the recomputation before it."""
+    """A worker's position in its row. ``left``: core seconds of the ``phase`` in which it is busy."""
 
     index: int
     position: int = 0
+    phase: int = _REST
     left: float = 0.0
     start: float = 0.0
     busy: bool = False
-    recomputing: bool = False
     recomputed: bool = False
     end: float = 0.0
 
@@ -46,6 +50,7 @@ class _Simulation:
         self.order, self.costs, self.durations = order, costs, durations
         self.now = 0.0
         self.end: dict[Action, float] = {}
+        self.sent: dict[Action, float] = {}
         self.spans: list[Span] = []
         self.transfers: list[Transfer] = []
         self.workers = [_Worker(index) for index in range(order.workers)]
@@ -70,41 +75,78 @@ class _Simulation:
         row = self.order.actions[worker.index]
         if worker.position == len(row):
             return math.inf
-        kind, stage, _ = row[worker.position]
-        ready = self._ready(worker.index, row[worker.position])
-        recomputation = self.costs.recomputation(stage) if kind in "BI" and not worker.recomputed else 0.0
-        if ready > self.now and not recomputation:
+        action = row[worker.position]
+        ready = self._ready(worker.index, action)
+        if ready <= self.now:
+            self._enter(worker, _RECEIVE, self.now)
+            return math.inf
+        recomputation = self._recomputation(worker, action)
+        if not recomputation:
             return ready
-        worker.recomputing = ready > self.now
-        worker.left = recomputation if worker.recomputing else self.durations[kind][stage] + recomputation
-        worker.start, worker.busy = self.now, True
+        worker.phase, worker.left, worker.busy = _RECOMPUTE, recomputation, True
         return math.inf
+
+    def _recomputation(self, worker: _Worker, action: Action) -> float:
+        return self.costs.recomputation(action.stage) if action.kind in "BI" and not worker.recomputed else 0.0
 
     def _ready(self, worker: int, action: Action) -> float:
         """Return when all dependencies of ``action`` are on ``worker``; infinity where that is not known yet."""
         ready = 0.0
         for needed in self.order.dependencies(action):
-            if needed not in self.end:
-                return math.inf
             moved = self.order.placement[needed.stage] != worker
-            ready = max(ready, self.end[needed] + (self.costs.transfer(needed) if moved else 0.0))
+            if needed not in (self.sent if moved else self.end):
+                return math.inf
+            ready = max(ready, self.sent[needed] + self.costs.transfer(needed) if moved else self.end[needed])
         return ready
 
-    def _finish(self, worker: _Worker, now: float) -> None:
-        worker.busy = False
-        worker.recomputed = worker.recomputing
-        if worker.recomputing:
-            worker.recomputing = False
-            return
+    def _enter(self, worker: _Worker, phase: int, now: float) -> None:
+        """Begin the first phase from ``phase`` on that takes any time; after the last one the worker is idle."""
         action = self.order.actions[worker.index][worker.position]
+        worker.busy = True
+        for worker.phase in range(phase, _REST + 1):
+            if worker.phase == _ACT:
+                worker.start = now
+            elif worker.phase == _SEND:
+                self._acted(worker, action, now)
+            elif worker.phase == _REST:
+                self.sent[action] = now
+            worker.left = self._work(worker, action)
+            if worker.left or worker.phase == _ACT:
+                return
+        self._next(worker)
+
+    def _work(self, worker: _Worker, action: Action) -> float:
+        """Return the core seconds of the worker's phase."""
+        if worker.phase == _ACT:
+            return self.durations[action.kind][action.stage] + self._recomputation(worker, action)
+        if worker.phase == _REST:
+            return self.costs.action_overhead
+        if worker.phase == _SEND:
+            return self.costs.sending(action) if self.order.leaves_worker(action) else 0.0
+        moved = (self.order.placement[needed.stage] != worker.index for needed in self.order.dependencies(action))
+        return self.costs.receive_overhead * any(moved)
+
+    def _finish(self, worker: _Worker, now: float) -> None:
+        if worker.phase == _RECOMPUTE:
+            worker.recomputed, worker.busy = True, False
+        elif worker.phase == _REST:
+            self._next(worker)
+        else:
+            self._enter(worker, worker.phase + 1, now)
+
+    def _next(self, worker: _Worker) -> None:
+        worker.position += 1
+        worker.recomputed = worker.busy = False
+
+    def _acted(self, worker: _Worker, action: Action, now: float) -> None:
         self._add_transfers(worker.index, action)
         self.spans.append(Span(worker.index, *action, worker.start, now))
         self.end[action] = worker.end = now
-        worker.position += 1
 
     def _add_transfers(self, worker: int, action: Action) -> None:
         for needed in self.order.dependencies(action):
-            source, sent = self.order.placement[needed.stage], self.end[needed]
-            if source != worker and (self.costs.latency or self.costs.output_bytes):
+            source = self.order.placement[needed.stage]
+            if source != worker and self.costs.transfers_cost:
+                sent = self.sent[needed]
                 arrived = sent + self.costs.transfer(needed)
                 self.transfers.append(Transfer(source, worker, needed, action, sent, arrived))

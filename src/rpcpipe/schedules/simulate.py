@@ -45,19 +45,20 @@ def _simulate_unshared(
     """Return spans, transfers and the end of every worker's last action, each worker having a core of its own."""
     end: dict[Action, float] = {}
     free = [0.0] * order.workers
+    ends = [0.0] * order.workers
     spans: list[Span] = []
     transfers: list[Transfer] = []
-    placement = order.placement
-    charged = bool(costs.latency or costs.output_bytes)
+    placement, charged = order.placement, costs.transfers_cost
     recomputations = [costs.recomputation(stage) for stage in range(order.stages)] if costs.recompute_seconds else None
     for worker, action, dependencies in order.walk(end):
         kind, stage, chunk = action
         ready = free[worker]
-        duration = durations[kind][stage]
+        duration, received = durations[kind][stage], 0.0
         for needed in dependencies:
             arrival = end[needed]
             if charged and placement[needed[1]] != worker:
-                sent, arrival = arrival, arrival + costs.transfer(needed)
+                sent, received = arrival + costs.sending(needed), costs.receive_overhead
+                arrival = sent + costs.transfer(needed)
                 transfers.append(Transfer(placement[needed[1]], worker, needed, action, sent, arrival))
             if arrival > ready:
                 ready = arrival
@@ -66,9 +67,13 @@ def _simulate_unshared(
                 ready = max(ready, free[worker] + recomputations[stage])
             else:
                 duration += recomputations[stage]
-        end[action] = free[worker] = finish = ready + duration
-        spans.append(Span(worker, kind, stage, chunk, ready, finish))
-    return spans, transfers, free
+        start = ready + received
+        end[action] = ends[worker] = finish = start + duration
+        free[worker] = finish + costs.action_overhead
+        if costs.send_overhead and order.leaves_worker(action):
+            free[worker] += costs.sending(action)
+        spans.append(Span(worker, kind, stage, chunk, start, finish))
+    return spans, transfers, ends
 
 
 def _with_versions(order: Order, spans: list[Span]) -> list[Span]:
