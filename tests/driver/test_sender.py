@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import time
 from collections import Counter
 from typing import Any
 
@@ -9,7 +11,12 @@ import pytest
 import torch
 
 import rpcpipe as rp
-from rpcpipe.worker.operations import KEPT_PROGRAMS, Keep, Kept, Sent, Task, places
+from rpcpipe.driver.layout import Layout
+from rpcpipe.driver.program import StepProgram
+from rpcpipe.driver.sender import Sender
+from rpcpipe.stage.context import StepContext
+from rpcpipe.transport.message_pickling import MessagePickler
+from rpcpipe.worker.operations import KEPT_PROGRAMS, Keep, Kept, ReportStep, Sent, Task, places
 from support.local_cluster import LocalCluster
 from support.models import batches, cross_entropy, mlp, sgd
 from support.oracle import Oracle
@@ -82,3 +89,45 @@ def test_more_kinds_of_batches_than_workers_keep(dispatch: str) -> None:
 def test_places() -> None:
     task: Sent = Task(None)  # type: ignore[arg-type]
     assert places([task, Keep(1, 0, (task, task)), Kept(1, 2, 7), task]) == 9
+
+
+class Wire:
+    """Pickles calls, and counts their bytes; values go another way."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+    def _pickle(self, *args: Any, **_: Any) -> None:
+        buffer = io.BytesIO()
+        MessagePickler(buffer).dump(args)
+        self.bytes += len(buffer.getbuffer())
+
+    call = _pickle
+
+    def send(self, *_: Any) -> None:
+        pass
+
+    def is_near(self, to: str) -> bool:
+        return True
+
+
+@pytest.mark.alone
+def test_64_workers_are_issued_512_micro_batches_in_a_tenth_of_a_second() -> None:
+    names = tuple(f"worker{number}" for number in range(64))
+    step = StepProgram(rp.schedules.get("1f1b", 64, 512), Layout(names), [], [], shard=False)
+    wire: Any = Wire()
+    sender = Sender(wire, "pipeline", names, before=lambda step: None)
+    inputs, targets = torch.zeros(512, 8), torch.zeros(512, 8)
+    seconds, sizes = [], []
+    for number in range(4):
+        start, wire.bytes = time.perf_counter(), 0
+        batch = step.cut(inputs)
+        values = step.given(batch.parts, step.cut_targets(targets, batch))
+        program = step.train(batch.counts, updates=True)
+        plan = StepContext(number, number, True, batch.weights)
+        sender.issue_batched(program, plan, values, {name: [Task(ReportStep())] for name in names})
+        sender.confirm(program)
+        seconds.append(time.perf_counter() - start)
+        sizes.append(wire.bytes)
+    assert min(seconds[1:]) < 0.1
+    assert max(sizes[1:]) < sizes[0] / 5

@@ -9,11 +9,12 @@ import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
+from rpcpipe.transport import lanes
 from rpcpipe.transport.lanes import Lanes
 from support.faults import wait_for
 
@@ -222,3 +223,70 @@ def test_waking_is_not_lost_and_time_ends_a_wait() -> None:
     assert not lanes.receive(0.01)
     lanes.close()
     assert not lanes.receive(None)
+
+
+DENSE = [
+    torch.arange(6.0).view(2, 3), torch.tensor(3.5, dtype=torch.float64), torch.ones(7, dtype=torch.bfloat16),
+    torch.tensor([True, False]), torch.arange(5), torch.zeros(1, 1, 1, dtype=torch.uint8),
+]  # fmt: skip
+
+
+def test_dense_tensors_and_builtins_need_no_pickler(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lanes, "_pickled", None)
+    for tensors in (DENSE, DENSE[:1], []):
+        *args, received = ends.pass_on("pipeline", 7, (("F", 1, 3), "input"), [True], None, tensors)
+        assert args == ["pipeline", 7, (("F", 1, 3), "input"), [True], None]
+        for one, sent in zip(received, tensors, strict=True):
+            assert torch.equal(one, sent)
+            assert (one.dtype, one.shape, one.stride()) == (sent.dtype, sent.shape, sent.stride())
+            assert one.data_ptr() % 64 == 0
+
+
+class Named(NamedTuple):
+    x: int
+
+
+@pytest.mark.parametrize(
+    ("arg", "tensors"),
+    [
+        (Named(3), [torch.ones(2)]),
+        (1, [torch.arange(6.0).view(2, 3).t()]),
+        (1, [torch.ones(2, dtype=torch.complex64)]),
+        (1, [torch.nn.Parameter(torch.ones(2), requires_grad=False)]),
+        (1, [torch.ones(2), 3]),
+        (1, {"x": torch.ones(2)}),
+    ],
+    ids=["namedtuple", "transposed", "complex", "parameter", "no-tensor", "dict"],
+)
+def test_what_is_not_dense_or_no_builtin_is_pickled(ends: Ends, arg: Any, tensors: Any) -> None:
+    received_arg, received = ends.pass_on(arg, tensors)
+    assert type(received_arg) is type(arg)
+    assert received_arg == arg
+    assert type(received) is type(tensors)
+    for one, sent in zip(
+        torch.utils._pytree.tree_leaves(received), torch.utils._pytree.tree_leaves(tensors), strict=True
+    ):
+        if isinstance(sent, torch.Tensor):
+            assert torch.equal(one, sent)
+            assert (one.dtype, one.stride()) == (sent.dtype, sent.stride())
+        else:
+            assert one == sent
+
+
+def test_a_slot_of_dense_tensors_is_used_again_once_the_last_is_gone(ends: Ends) -> None:
+    sent = [torch.full((1000,), 1.0), torch.full((10,), 2.0)]
+    _, received = ends.pass_on("a", sent)
+    address, last = received[0].data_ptr(), received[1]
+    del received
+    _, other = ends.pass_on("b", sent)
+    assert other[0].data_ptr() != address
+    assert last.tolist() == [2.0] * 10
+    del last, other
+    gc.collect()
+    addresses = set()
+    for number in range(4):
+        _, again = ends.pass_on("c", [torch.full((1000,), float(number)), sent[1]])
+        assert again[0][-1] == number
+        addresses.add(again[0].data_ptr())
+        del again
+    assert address in addresses

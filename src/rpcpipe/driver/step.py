@@ -122,21 +122,25 @@ class Step:
         sound = verdict.sound and not self._progress.spoiled
         if not sound:
             self._leave_out(plan, verdict, reports, updated=alone)
-        if runtime.tracer is not None:
-            runtime.tracer.step(reports, self._number)
-        self._progress = self._progress.later(self._message, verdict.count, spoiled=verdict.spoiled)
-        self._overflowed = any(report.overflowed for report in reports.values())
-        self._result = self._results(plan, verdict, reports, applied=plan.updates and sound)
-        self._result = dataclasses.replace(
-            self._result,
-            input_grads=runtime.input_gradients(batch, inputs, reports, 1.0 / plan.scale / (verdict.count or 1.0)),
-        )
-        runtime.note(self._result.timeline)
+        self._record(plan, verdict, reports, applied=plan.updates and sound)
+        factor = 1.0 / plan.scale / (verdict.count or 1.0)
+        input_grads = runtime.input_gradients(batch, inputs, reports, factor)
+        self._result = dataclasses.replace(self.result(), input_grads=input_grads)
         if commit is not None:
             self._updates = {worker: (report.updated.start, report.updated.end) for worker, report in reports.items()}
         elif self._result.applied:
             return driver.publish_gradients(self._message, self.context_id, verdict.gate.factor)
         return {}
+
+    def _record(self, plan: StepContext, verdict: Verdict, reports: Mapping[str, Report], *, applied: bool) -> None:
+        """Note what the batch has given: its place in an accumulation, its spans and its figures."""
+        runtime = self._runtime
+        if runtime.tracer is not None:
+            runtime.tracer.step(reports, self._number)
+        self._progress = self._progress.later(self._message, verdict.count, spoiled=verdict.spoiled)
+        self._overflowed = any(report.overflowed for report in reports.values())
+        self._result = self._results(plan, verdict, reports, applied=applied)
+        runtime.note(self._result.timeline)
 
     def _results(
         self, plan: StepContext, verdict: Verdict, reports: Mapping[str, Report], *, applied: bool
