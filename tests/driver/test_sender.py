@@ -71,6 +71,18 @@ def test_a_failed_step_is_sent_anew(dispatch: str) -> None:
     assert messages.kinds[Keep] == 2 * kept
 
 
+def test_forward_passes_refer_too() -> None:
+    cluster: Any = LocalCluster(2, 5)
+    messages, pipe = Messages(cluster), pipeline(cluster, "batched")
+    inputs = [x for x, _ in batches(6)]
+    first = list(pipe.predict(inputs))
+    assert 2 <= messages.kinds[Keep] <= 2 * len(inputs)  # those that were fed before the first came back
+    messages.kinds.clear()
+    again = list(pipe.predict(inputs))
+    assert (messages.kinds[Keep], messages.kinds[Kept]) == (0, 2 * len(inputs))
+    assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+
+
 @pytest.mark.parametrize("dispatch", ["rref", "batched"])
 def test_more_kinds_of_batches_than_workers_keep(dispatch: str) -> None:
     """Programs go from the workers and come again; the bits stay."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -21,6 +22,15 @@ class Bell:
 
     def wake(self) -> None:
         self.rung += 1
+
+    def receive(self, timeout: float | None) -> bool:
+        """Let things happen where the compute thread would sleep."""
+        if timeout is None:
+            self.asleep()
+        return timeout is None
+
+    def asleep(self) -> None:
+        raise NotImplementedError
 
     def since(self) -> int:
         rung, self.rung = self.rung, 0
@@ -83,3 +93,32 @@ def test_a_failure_wakes_those_who_wait_for_values(executor: Executor, bell: Bel
     bell.since()
     executor.abandon("pipeline", 0, 0)
     assert bell.since() == 1
+
+
+class Prepares:
+    """An actor that is asked for idle work."""
+
+    def __init__(self) -> None:
+        self.asked: list[Action | None] = []
+
+    def idle_work(self, awaited: Action | None) -> bool:
+        self.asked.append(awaited)
+        return False
+
+
+def test_a_backward_that_becomes_the_next_is_prepared(executor: Executor, bell: Bell) -> None:
+    actor: Any = Prepares()
+    executor.actors["pipeline"] = actor
+    backward = Action("B", 0, 3)
+    happens = iter([
+        lambda: executor.accept("pipeline", 0, 1, [task(1)]),
+        lambda: executor.accept("pipeline", 0, 0, [Task(RunAction(Route(backward, (), ())), (port(3),))]),
+        executor.close,
+    ])  # fmt: skip
+    bell.asleep = lambda: next(happens)()  # type: ignore[method-assign]
+    interval = sys.getswitchinterval()
+    try:
+        executor.serve()
+    finally:
+        sys.setswitchinterval(interval)
+    assert actor.asked == [None, backward]

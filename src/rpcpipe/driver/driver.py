@@ -1,4 +1,4 @@
-"""The driver's side of a pipeline: issue the step, collect the reports, gate and apply the update.
+"""The driver's side of a pipeline: issue a step, collect the reports, and roll back what fails.
 
 The driver waits for no data between stages: it issues all of a step's calls ahead, and the workers restore
 their order by sequence numbers.
@@ -6,13 +6,13 @@ their order by sequence numbers.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
+from rpcpipe.driver.ending import REPORT, Ending
 from rpcpipe.driver.optimizer import check_alike
 from rpcpipe.driver.program import Program
 from rpcpipe.driver.recovery import Begin, Event, Fail, Idle, OtherCall, State, Succeed, TakeBack, transition
@@ -21,21 +21,16 @@ from rpcpipe.errors import DeadlineExceeded, Failure, StageError
 from rpcpipe.stage.context import StepContext
 from rpcpipe.transport.base import Transport
 from rpcpipe.transport.interrupts import shield_interrupts
-from rpcpipe.worker.agreement import Agreement
+from rpcpipe.worker.agreement import divisor
 from rpcpipe.worker.messages import Port, Report, Updated
 from rpcpipe.worker.operations import (
-    CommitStep,
-    LastReport,
     LastUpdate,
     NormalizeGradients,
     Operation,
     PublishGradients,
-    ReportStep,
     RollBackStep,
     RunAction,
     Task,
-    TellLosses,
-    TellNorms,
     UndoUpdate,
     UpdateWeights,
 )
@@ -45,29 +40,6 @@ _POLL = 1.0
 _CLOCK_CALLS = 8
 
 K = TypeVar("K")
-
-
-class Commit(NamedTuple):
-    """The update that workers make of themselves at the end of a step, from the context ``context_id``.
-
-    ``changes``: per parameter group the hyperparameters set on the driver. ``agreement``: how the workers agree on it,
-    None if each updates for itself. ``after``: by worker, tasks that follow.
-    """
-
-    context_id: int
-    changes: Sequence[Mapping[str, Any]]
-    agreement: Agreement | None
-    after: Mapping[str, list[Task]]
-
-    def tasks(self, worker: str) -> list[Task]:
-        """Return the tasks that end the step on ``worker``; the last one replies with its Report."""
-        tasks, norms = [Task(ReportStep())], tuple[Port, ...]()
-        if (agreement := self.agreement) is not None:
-            tasks += [Task(TellLosses(agreement))] if worker in agreement.tellers else []
-            tasks += [Task(TellNorms(agreement), agreement.losses_for(worker))]
-            norms = agreement.norms_for(worker)
-        tasks += [Task(CommitStep(self.context_id, self.changes, agreement), norms)]
-        return [*tasks, *after, Task(LastReport())] if (after := self.after.get(worker)) else tasks
 
 
 class Driver:
@@ -91,33 +63,35 @@ class Driver:
         self._step += 1
         return self._step - 1
 
-    # --- a step, in the order of docs/design/step.md: issue, collect, gate, apply ---
+    # --- a step, in the order of docs/design/step.md ---
 
-    def run(
-        self, program: Program, plan: StepContext, values: Mapping[Port, Any], commit: Commit | None = None
-    ) -> dict[str, Report]:
+    def run(self, program: Program, plan: StepContext, values: Mapping[Port, Any], ending: Ending) -> dict[str, Report]:
         """Execute one step's actions; return every worker's report. After an error the step is rolled back.
 
-        With ``commit`` the workers also update their weights. Raises ModelError if their optimizers have changed their
+        Raises ModelError if their optimizers have changed their
         hyperparameters in different ways.
         """
-        with self._cancelling(plan.step, updating=commit is not None):
+        with self._cancelling(plan.step, updating=ending.updates):
             try:
-                reports: dict[str, Report] = self.collect(self.issue(program, plan, values, commit))
+                reports: dict[str, Report] = self.collect(self.issue(program, plan, values, ending))
             except BaseException:
                 self._sender.forget(program)
                 raise
-            self._sender.confirm(program)
+            self.confirm(program)
             check_alike({worker: report.updated.changed for worker, report in reports.items()})
         return reports
 
     def issue(
-        self, program: Program, plan: StepContext, values: Mapping[Port, Any], commit: Commit | None = None
+        self, program: Program, plan: StepContext, values: Mapping[Port, Any], ending: Ending = REPORT
     ) -> dict[str, Future[Any]]:
         """Send one step's actions; return each worker's reply. Several steps without updates may be under way."""
-        ends = {worker: [Task(ReportStep())] if commit is None else commit.tasks(worker) for worker in self.workers}
+        ends = {worker: ending.tasks(worker) for worker in self.workers}
         issue = self._sender.issue_batched if self._batched else self._sender.issue
         return issue(program, plan, values, ends)
+
+    def confirm(self, program: Program) -> None:
+        """Note that a step of ``program`` has succeeded: workers have its tasks, and messages may refer to them."""
+        self._sender.confirm(program)
 
     def take_update_back(self, step: int) -> None:
         """Undo the updates of ``step``, which has succeeded; what its forwards have changed stays."""
@@ -129,7 +103,7 @@ class Driver:
         With ``count`` 0 the gradients become NaN, which the gate keeps from the weights.
         """
         with self._cancelling(step):
-            task = Task(NormalizeGradients(count or math.nan))
+            task = Task(NormalizeGradients(divisor(count)))
             for worker, norms in self.collect(self._post_all(step, task)).items():
                 reports[worker].norms = norms
 
@@ -152,7 +126,7 @@ class Driver:
     ) -> dict[str, tuple[int, int]]:
         """Apply the context's gradients on all workers, or on none; return each worker's (start, end) in ns.
 
-        ``after``: tasks to run on each worker after its update. Raises ArgumentError if the workers' optimizers have
+        ``after``: tasks to run on each worker after its update. Raises ModelError if the workers' optimizers have
         changed their hyperparameters in different ways.
         """
         tasks = {

@@ -86,7 +86,8 @@ class Sender:
 
     def confirm(self, program: Program) -> None:
         """Refer to the tasks of ``program`` from now on: a step of it has succeeded, so all workers have them."""
-        self._numbers[program] = self._numbers[program][0], True
+        if program in self._numbers:  # not, if a later step has failed
+            self._numbers[program] = self._numbers[program][0], True
 
     def forget(self, program: Program | None = None) -> None:
         """Let the RRefs of the last step go; send the tasks of ``program`` anew: some worker may not have them."""

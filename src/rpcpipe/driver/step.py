@@ -9,9 +9,10 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
-from rpcpipe.driver.driver import Commit
+from rpcpipe.driver.batch import Batch
+from rpcpipe.driver.ending import REPORT, Committing, Ending
 from rpcpipe.driver.gate import judge, refuse_nonfinite
 from rpcpipe.driver.inference import NOTHING, Wanted
 from rpcpipe.driver.result import StepResult, by_stage, mean_metrics, merged_outputs
@@ -25,9 +26,18 @@ from rpcpipe.stage.context import StepContext
 from rpcpipe.stage.progress import Progress
 from rpcpipe.transport.interrupts import shield_interrupts
 from rpcpipe.worker.agreement import Agreement, Verdict
-from rpcpipe.worker.messages import Report
+from rpcpipe.worker.messages import Port, Report
 
 log = logging.getLogger("rpcpipe")
+
+
+class _Done(NamedTuple):
+    """A batch that has been executed."""
+
+    plan: StepContext
+    ending: Ending
+    reports: Mapping[str, Report]
+    verdict: Verdict
 
 
 class Step:
@@ -110,44 +120,46 @@ class Step:
         runtime, driver = self._runtime, self._runtime.driver
         batch = runtime.program.cut(inputs)
         values = runtime.given(batch.parts, runtime.program.cut_targets(runtime.prepare(targets), batch))
-        plan = self._plan(batch.weights)
-        commit = self._commit(plan)
-        reports = driver.run(runtime.program.train(batch.counts, updates=plan.updates), plan, values, commit)
-        alone = commit is not None and commit.agreement is None
-        max_norm = runtime.settings.clip_grad_norm
-        verdict = judge(driver, plan, self._progress, reports, batch.weights, max_norm, divided=commit is not None)
-        runtime.loss_is_mean = verdict.count is None
-        if alone and not runtime.loss_is_mean:
-            return self._again(inputs, targets)
+        done = self._execute(batch, values)
+        plan, verdict = done.plan, done.verdict
         sound = verdict.sound and not self._progress.spoiled
         if not sound:
-            self._leave_out(plan, verdict, reports, updated=alone)
-        self._record(plan, verdict, reports, applied=plan.updates and sound)
+            self._leave_out(done)
+        self._record(done, applied=plan.updates and sound)
         factor = 1.0 / plan.scale / (verdict.count or 1.0)
-        input_grads = runtime.input_gradients(batch, inputs, reports, factor)
+        input_grads = runtime.input_gradients(batch, inputs, done.reports, factor)
         self._result = dataclasses.replace(self.result(), input_grads=input_grads)
-        if commit is not None:
-            self._updates = {worker: (report.updated.start, report.updated.end) for worker, report in reports.items()}
-        elif self._result.applied:
-            return driver.publish_gradients(self._message, self.context_id, verdict.gate.factor)
-        return {}
+        if done.ending.updates or not self._result.applied:
+            return {}
+        return driver.publish_gradients(self._message, self.context_id, verdict.gate.factor)
 
-    def _record(self, plan: StepContext, verdict: Verdict, reports: Mapping[str, Report], *, applied: bool) -> None:
-        """Note what the batch has given: its place in an accumulation, its spans and its figures."""
-        runtime = self._runtime
+    def _execute(self, batch: Batch, values: Mapping[Port, Any]) -> _Done:
+        """Execute the batch's actions and, unless that is left to the driver, its update; return what came out."""
+        runtime, driver, shares = self._runtime, self._runtime.driver, batch.weights
+        plan = self._plan(shares)
+        ending = self._ending(plan)
+        reports = driver.run(runtime.program.train(batch.counts, updates=plan.updates), plan, values, ending)
+        max_norm = runtime.settings.clip_grad_norm
+        verdict = judge(driver, plan, self._progress, reports, shares, max_norm, divided=ending.divides)
+        runtime.loss_is_mean = verdict.count is None
+        if ending.alone and not runtime.loss_is_mean:
+            # The updates took the loss for a mean, as it was in the step before. Now the workers agree.
+            driver.roll_back(self._message, updating=True)
+            self._message = driver.new_step()
+            return self._execute(batch, values)
+        return _Done(plan, ending, reports, verdict)
+
+    def _record(self, done: _Done, *, applied: bool) -> None:
+        """Note what the batch has given: its place in an accumulation, its updates and its figures."""
+        runtime, plan, reports, verdict = self._runtime, done.plan, done.reports, done.verdict
         if runtime.tracer is not None:
             runtime.tracer.step(reports, self._number)
         self._progress = self._progress.later(self._message, verdict.count, spoiled=verdict.spoiled)
         self._overflowed = any(report.overflowed for report in reports.values())
-        self._result = self._results(plan, verdict, reports, applied=applied)
-        runtime.note(self._result.timeline)
-
-    def _results(
-        self, plan: StepContext, verdict: Verdict, reports: Mapping[str, Report], *, applied: bool
-    ) -> StepResult:
-        runtime = self._runtime
+        if done.ending.updates:
+            self._updates = {worker: (report.updated.start, report.updated.end) for worker, report in reports.items()}
         measured = spans(reports, runtime.offsets, self._number)
-        return StepResult(
+        self._result = StepResult(
             step=self._number,
             loss=verdict.loss,
             grad_norm=verdict.gate.grad_norm,
@@ -162,6 +174,7 @@ class Step:
             metrics=mean_metrics(reports),
             outputs=merged_outputs(reports),
         )
+        runtime.note(self._result.timeline)
 
     def _plan(self, weights: Sequence[float]) -> StepContext:
         """Return the step's context; ``weights``: each micro-batch's share of the batch."""
@@ -179,12 +192,14 @@ class Step:
             keep_outputs=self._wanted.outputs,
         )
 
-    def _commit(self, plan: StepContext) -> Commit | None:
-        """Return the update that the workers make without the driver; None if the user may still change it."""
+    def _ending(self, plan: StepContext) -> Ending:
+        """Return how the step ends; workers update by themselves unless the user may still change the update."""
         runtime = self._runtime
-        if not self._updates_at_once or not plan.updates or self._progress.spoiled or runtime.optimizer.has_pre_hooks:
-            return None
-        return Commit(self.context_id, runtime.optimizer.changes(), self._agreement(), runtime.program.after_update())
+        waits = not self._updates_at_once or self._progress.spoiled or runtime.optimizer.has_pre_hooks
+        if waits or not plan.updates:
+            return REPORT
+        changes, after = runtime.optimizer.changes(), runtime.program.after_update()
+        return Committing(self.context_id, changes, self._agreement(), after)
 
     def _agreement(self) -> Agreement | None:
         """Return how the workers agree, None if an update needs nothing of other workers.
@@ -200,25 +215,19 @@ class Step:
         tellers = names if exchanging else runtime.layout.replicas_of(stages[-1])
         return Agreement(tuple(names), tuple(tellers), max_norm, self._progress)
 
-    def _again(self, inputs: Nest, targets: Nest) -> dict[str, Future[Any]]:
-        """Run the batch once more, with a message number of its own: its updates took the loss for a mean."""
-        driver = self._runtime.driver
-        driver.roll_back(self._message, updating=True)
-        self._message = driver.new_step()
-        return self.run(inputs, targets)
-
-    def _leave_out(self, plan: StepContext, verdict: Verdict, reports: Mapping[str, Report], *, updated: bool) -> None:
-        """Let no weight change because of the ``verdict``; ``updated``: those of some workers have.
+    def _leave_out(self, done: _Done) -> None:
+        """Let no weight change, because a loss or a gradient is not finite, or was not earlier in an accumulation.
 
         With ``nonfinite="stop"``, raises StageError. The overflow of a finite loss under a loss scale raises nothing,
         because a smaller scale mends it.
         """
-        driver, finite = self._runtime.driver, math.isfinite(verdict.loss)
-        if self._runtime.settings.nonfinite == "stop" and not verdict.sound and (plan.scale == 1.0 or not finite):
-            refuse_nonfinite(reports, len(self._runtime.stages) - 1)
+        driver, verdict, finite = self._runtime.driver, done.verdict, math.isfinite(done.verdict.loss)
+        if self._runtime.settings.nonfinite == "stop" and not verdict.sound and (done.plan.scale == 1.0 or not finite):
+            refuse_nonfinite(done.reports, len(self._runtime.stages) - 1)
         if not verdict.sound and not finite:
-            driver.roll_back(self._message, updating=updated)  # NaN would stay in running statistics for ever
-        elif updated:
+            # NaN would stay in running statistics for ever.
+            driver.roll_back(self._message, updating=done.ending.alone)
+        elif done.ending.alone:
             driver.take_update_back(self._message)
         norm = verdict.gate.grad_norm
         log.warning("step %d: loss %s, norm of the gradient %s; no weight changes", self._number, verdict.loss, norm)

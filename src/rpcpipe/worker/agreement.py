@@ -133,3 +133,8 @@ def mean_loss(losses: Losses, weights: Sequence[float] | Mapping[int, float]) ->
         return sum(losses[chunk][0] * weights[chunk] for chunk in sorted(losses)), None
     total = sum(counts)
     return sum(losses[chunk][0] for chunk in sorted(losses)) / total if total else float("nan"), total
+
+
+def divisor(count: float) -> float:
+    """Return what gradients are divided by for a batch's ``count``: NaN for 0, which keeps them from the weights."""
+    return count or math.nan

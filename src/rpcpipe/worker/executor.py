@@ -1,8 +1,8 @@
 """The executor: one compute thread per worker that runs tasks in strict sequence.
 
-The transport's threads call the handlers (``submit``, ``deliver``, ``cancel``), which file tasks and values
-and return at once. The compute thread takes the next task whose values have all arrived, from any
-pipeline, and runs it.
+Handlers (``submit``, ``deliver``, ``cancel``) file tasks and values and return at once. The transport's threads call
+them, and the compute thread itself for what comes by a lane. The compute thread takes the next task whose values have
+all arrived, from any pipeline, and runs it.
 """
 
 from __future__ import annotations
@@ -123,6 +123,7 @@ class Executor:
                 late = mailbox.submit(sequence, entries)
                 # Calls are issued far ahead: the compute thread need not wake for those that are not next.
                 if mailbox.is_ready() or sequence <= mailbox.expected < sequence + len(entries):
+                    self._idle_work_left = True  # what it waits for may let something be prepared
                     self._wake()
         if mailbox is not None:
             self._refuse(late)

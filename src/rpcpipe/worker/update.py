@@ -13,7 +13,16 @@ import torch
 from rpcpipe.stage import gradients
 from rpcpipe.stage.context import StepContext
 from rpcpipe.stage.stage import Stage
-from rpcpipe.worker.agreement import Agreement, GradientGate, Norms, Verdict, losses_from, mean_loss, norms_from
+from rpcpipe.worker.agreement import (
+    Agreement,
+    GradientGate,
+    Norms,
+    Verdict,
+    divisor,
+    losses_from,
+    mean_loss,
+    norms_from,
+)
 from rpcpipe.worker.gradient_exchange import Push
 from rpcpipe.worker.messages import Port, Report, Updated
 from rpcpipe.worker.operations import (
@@ -106,7 +115,7 @@ class Updater:
         self._loss = mean_loss(losses, plan.weights)
         total = agreement.progress.counted(self._loss[1])
         if total is not None:
-            self._normalize(report, total or math.nan)
+            self._normalize(report, divisor(total))
         own = Norms(report.norms, report.norm_dtype)
         self._push((other, norms_from(self._name), own) for other in agreement.others(self._name))
 
@@ -130,8 +139,9 @@ class Updater:
             self._update(report, context_id, changes)
             return
         if self._held.optimizer is not None:
-            self._held.optimizer.undo.refresh()  # the others' weights may arrive, and be taken back
-        self._push_weights()  # the others await them
+            # Sharded: the owners' new weights still arrive here; a copy of the old ones takes them back.
+            self._held.optimizer.undo.refresh()
+        self._push_weights()  # sharded: unchanged, but the others await them
 
     def publish(self, context_id: int, factor: float) -> None:
         """Add the gradients, times ``factor`` (clipping), to the step's distributed-autograd context."""

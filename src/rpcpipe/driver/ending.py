@@ -1,0 +1,79 @@
+"""How a step ends on the workers: with a report for the driver's decision, or with an update of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from rpcpipe.worker.agreement import Agreement
+from rpcpipe.worker.messages import Port
+from rpcpipe.worker.operations import CommitStep, LastReport, ReportStep, Task, TellLosses, TellNorms
+
+Changes = Sequence[Mapping[str, Any]]
+
+
+class Ending(Protocol):
+    """The end of a step. ``updates``: workers update by themselves. ``divides``: and divide by the batch's count.
+
+    ``alone``: each updates for itself, so the driver has the updates taken back if not all can.
+    """
+
+    @property
+    def updates(self) -> bool: ...
+
+    @property
+    def divides(self) -> bool: ...
+
+    @property
+    def alone(self) -> bool: ...
+
+    def tasks(self, worker: str) -> list[Task]:
+        """Return the tasks that end the step on ``worker``; the last one replies with its Report."""
+        ...
+
+
+class Reporting:
+    """Workers report; the driver decides, and tells them to update."""
+
+    updates = False
+    divides = False
+    alone = False
+
+    def tasks(self, worker: str) -> list[Task]:
+        """Return the task that ends the step on every worker."""
+        return [Task(ReportStep())]
+
+
+REPORT = Reporting()
+
+
+@dataclass(frozen=True)
+class Committing:
+    """Workers update from the context ``context_id``, with the hyperparameters ``changes`` set on the driver.
+
+    ``agreement``: how they agree on it; None if each updates for itself. ``after``: by worker, tasks that follow.
+    """
+
+    context_id: int
+    changes: Changes
+    agreement: Agreement | None
+    after: Mapping[str, list[Task]]
+
+    updates: bool = True
+    divides: bool = True
+
+    @property
+    def alone(self) -> bool:
+        """Whether each worker updates for itself."""
+        return self.agreement is None
+
+    def tasks(self, worker: str) -> list[Task]:
+        """Return the tasks that end the step on ``worker``; the last one replies with its Report."""
+        tasks, norms = [Task(ReportStep())], tuple[Port, ...]()
+        if (agreement := self.agreement) is not None:
+            tasks += [Task(TellLosses(agreement))] if worker in agreement.tellers else []
+            tasks += [Task(TellNorms(agreement), agreement.losses_for(worker))]
+            norms = agreement.norms_for(worker)
+        tasks += [Task(CommitStep(self.context_id, self.changes, agreement), norms)]
+        return [*tasks, *after, Task(LastReport())] if (after := self.after.get(worker)) else tasks
