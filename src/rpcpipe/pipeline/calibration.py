@@ -1,7 +1,7 @@
 """Measure on a cluster what a step takes beside its layers: a few steps of a small model, read off their timelines.
 
-What the driver and the workers' other threads do is CPU time. It and medians hold on a machine that does other things
-as well.
+The work of the driver and of the workers' other threads is measured as CPU time, the rest as medians of elapsed time:
+neither changes much where other processes use the machine as well.
 """
 
 from __future__ import annotations

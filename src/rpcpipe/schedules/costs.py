@@ -46,11 +46,14 @@ class Costs:
     cores: float | None = None
 
     def check(self, stages: int) -> None:
-        """Raise ScheduleError if a sequence has not one entry for each of ``stages`` stages."""
+        """Raise ArgumentError if a sequence has not one entry for each of ``stages`` stages."""
         for name in _PER_STAGE:
             value = getattr(self, name)
             if isinstance(value, Sequence) and len(value) != stages:
-                raise ArgumentError(f"costs.{name} has {len(value)} entries for {stages} stages")
+                raise ArgumentError(
+                    f"costs.{name} has {len(value)} entries for {stages} stages;"
+                    " give one for each stage, or one number for all"
+                )
 
     def of(self, kind: str, stage: int) -> float:
         """Return the duration of an action of ``kind`` on ``stage``, without recomputation."""

@@ -19,7 +19,7 @@ from rpcpipe.schedules.weight_versions import STASH, choose
 def simulate(order: Order, costs: Costs | None = None) -> Timeline:
     """Predict the timeline of ``order``; ``costs`` defaults to F = I = W = 1, free communication.
 
-    Raises ScheduleError where ``order`` would deadlock or ``costs`` has another number of stages.
+    Raises ScheduleError where ``order`` would deadlock, ArgumentError where ``costs`` has another number of stages.
     """
     costs = costs or Costs()
     costs.check(order.stages)
