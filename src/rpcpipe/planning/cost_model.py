@@ -23,7 +23,7 @@ _LONG = 5  # steps of more than this many times the depth in micro-batches are e
 EQUAL = 1 + 1e-9  # Step times within this relative tolerance count as equal.
 
 # Of plans that are equally fast and large, the one whose schedule comes first is preferred.
-SIMPLEST = ("1f1b", "gpipe", "eager-1f1b", "interleaved", "looped-bfs", "zb-h1", "zb-v", "dualpipe-v", "naive")
+SIMPLEST = schedules.planned()
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Candidate:
     @property
     def splits(self) -> bool:
         """Whether the schedule splits backwards."""
-        return self.schedule in ("zb-h1", "zb-v", "dualpipe-v")
+        return schedules.traits(self.schedule).splits
 
     def parameter_copies(self, moments: int) -> float:
         """Return how many times the bytes of its parameters a worker holds."""
@@ -90,8 +90,8 @@ class Candidate:
     def shorter(self) -> tuple[Candidate, Candidate] | None:
         """Return the two steps, ``depth`` micro-batches apart, from which a long one is extrapolated; else None."""
         rest = self.chunks % self.depth
-        # interleaved lengthens so many rounds by one; both steps need two rounds of ordinary length beside them.
-        rounds = max(3, rest + 2) if self.schedule == "interleaved" else 3
+        # Of so many rounds each may be longer by one; both steps need two rounds of ordinary length beside them.
+        rounds = max(3, rest + 2) if schedules.traits(self.schedule).lengthens_rounds else 3
         if self.chunks <= (_LONG + rounds - 3) * self.depth:
             return None
         first = rounds * self.depth + rest
