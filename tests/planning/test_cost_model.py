@@ -17,9 +17,10 @@ from rpcpipe.planning.overheads import Overheads
 from support.layer_costs import layer
 
 
-def cost_model(machine: Machine) -> CostModel:
+def cost_model(machine: Machine, **replaced: float) -> CostModel:
     source = random.Random(3)
-    return CostModel({1: [layer(source, str(at)) for at in range(16)]}, machine, input_bytes=5)
+    layers = [dataclasses.replace(layer(source, str(at)), **replaced) for at in range(16)]  # type: ignore[arg-type]
+    return CostModel({1: layers}, machine, input_bytes=5)
 
 
 @pytest.mark.parametrize("name", SIMPLEST)
@@ -39,8 +40,8 @@ def test_a_long_step_is_extrapolated_rightly(name: str, chunks: int, monkeypatch
 
 
 def test_replicas_reduce_before_the_gate() -> None:
-    """A ring of R sends every worker 2(R - 1)/R times its gradients."""
-    costs = cost_model(Machine(4, bandwidth=100.0))
+    """A ring of R sends every worker 2(R - 1)/R times its gradients. No update: one pipeline has no gate before it."""
+    costs = cost_model(Machine(4, bandwidth=100.0), update=0.0)
     one, two = (Candidate("1f1b", 2, replicas, 1, 1, 8, "never") for replicas in (1, 2))
     alone, together = (costs.estimate(candidate, [8, 8]) for candidate in (one, two))
     parameters = [0, *accumulate(layer.parameter_bytes for layer in costs.layer_costs[1])]
@@ -76,3 +77,18 @@ def test_a_step_has_more_to_it_than_its_timeline() -> None:
     # There and back on the critical path: sending costs each byte, too. Every second message is hidden.
     assert more(Overheads(copy=0.001)) >= 2 * 0.001 * sizes[7] - 1e-9
     assert more(Overheads(message=0.25)) >= 4 * 0.25 - 1e-9
+
+
+@pytest.mark.parametrize(("replicas", "cores", "more"), [(1, None, 3 * 8), (1, 2, 3 * 8), (2, None, 5 * 8), (1, 1, 64)])
+def test_a_pipeline_updates_without_a_gate(replicas: int, cores: int | None, more: float) -> None:
+    """Worker 1, with slow updates, ends long before worker 0: 3 s for each layer of worker 0, 5 s of worker 1."""
+    candidate, machine = Candidate("1f1b", 2, replicas, 1, 1, 4, "never"), Machine(2 * replicas, cores=cores)
+
+    def seconds(updates: tuple[float, float]) -> float:
+        layers = [
+            dataclasses.replace(one, backward=100.0 if at < 8 else 1.0, update=updates[at // 8])
+            for at, one in enumerate(cost_model(machine).layer_costs[1])
+        ]
+        return CostModel({1: layers}, machine, input_bytes=5).estimate(candidate, [8, 8]).seconds
+
+    assert seconds((3.0, 5.0)) - seconds((0.0, 0.0)) == pytest.approx(more)

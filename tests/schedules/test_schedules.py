@@ -231,3 +231,20 @@ def test_bad_formula_arguments() -> None:
         rp.bubble_fraction(0, 1)
     with pytest.raises(rp.ArgumentError):
         rp.optimal_microbatches(4, 1.0)
+
+
+@pytest.mark.parametrize("name", rp.schedules.names())
+def test_what_a_search_is_told_of_a_schedule_is_so(name: str) -> None:
+    virtual, traits = rp.schedules.fewest_virtual_stages(name), rp.schedules.traits(name)
+    schedule = rp.schedules.get(name, 4, 32, virtual)
+    timeline = schedule.simulate()
+    assert traits.splits == any(action.kind in "IW" for row in schedule.actions for action in row)
+    assert traits.serial == (timeline.makespan == pytest.approx(sum(timeline.busy)))
+    assert traits.keeps_all == (max(timeline.peak_in_flight) == 32 * virtual)
+    assert (name in rp.schedules.planned()) == (traits.simplicity is not None) == (not schedule.asynchronous)
+
+
+def test_planned_schedules_come_in_order_of_simplicity() -> None:
+    ranks = [rp.schedules.traits(name).simplicity for name in rp.schedules.planned()]
+    assert ranks == list(range(9))
+    assert rp.schedules.planned()[0] == "1f1b"

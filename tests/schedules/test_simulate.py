@@ -236,3 +236,32 @@ def test_without_overheads_nothing_is_charged() -> None:
         free = Costs(1.5, 0.7, 0.9)
         zero = dataclasses.replace(free, send_overhead=[0.0] * schedule.stages, latency=0.0)
         assert schedule.simulate(zero).spans == schedule.simulate(free).spans
+
+
+def test_a_worker_updates_alone_after_its_own_last_action_and_what_that_sends() -> None:
+    schedule = rp.schedules.get("gpipe", 2, 1)
+    costs = Costs(2, 3, 1, send_overhead=0.5, action_overhead=0.25, optimizer=5, update_alone=True)
+    # F on worker 0 until 2, sent until 2.5; F on worker 1 until 4.5, B from 4.75 to 8.75, sent until 9.25.
+    alone = {s.worker: (s.start, s.end) for s in schedule.simulate(costs).spans if s.kind == "U"}
+    assert alone == {1: (9.25, 14.25), 0: (9.25 + 4, 13.25 + 5)}
+    gated = schedule.simulate(dataclasses.replace(costs, update_alone=False))
+    assert {(s.start, s.end) for s in gated.spans if s.kind == "U"} == {(13.25, 18.25)}
+
+
+@given(shapes, three, three, st.floats(0.1, 5), st.sampled_from([None, 1.0]))
+def test_updating_alone_never_ends_later_and_moves_no_action(
+    shape: tuple[str, int, int],
+    sizes: tuple[float, float, float],
+    overheads: tuple[float, float, float],
+    optimizer: float,
+    cores: float | None,
+) -> None:
+    schedule = shaped(shape)
+    if schedule.asynchronous:
+        return
+    costs = dataclasses.replace(some_costs(schedule.stages, sizes, overheads), optimizer=optimizer, cores=cores)
+    gated, alone = (schedule.simulate(dataclasses.replace(costs, update_alone=one)) for one in (False, True))
+    assert [s for s in alone.spans if s.kind != "U"] == [s for s in gated.spans if s.kind != "U"]
+    assert alone.makespan <= gated.makespan + 1e-9
+    last = [max(s.end for s in alone.spans if s.worker == w and s.kind != "U") for w in range(schedule.workers)]
+    assert all(s.start >= last[s.worker] for s in alone.spans if s.kind == "U")

@@ -1,7 +1,7 @@
 """Measure on a cluster what a step takes beside its layers: a few steps of a small model, read off their timelines.
 
-What the driver and the workers' other threads do is CPU time. It and medians hold on a machine that does other things
-as well.
+The work of the driver and of the workers' other threads is measured as CPU time, the rest as medians of elapsed time:
+neither changes much where other processes use the machine as well.
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ def _run(pipe: Pipeline, cluster: Cluster, rows: int, chunks: int) -> _Steps:
             ended = time.monotonic()
         actions, updates = _actions(timeline), [span for span in timeline.spans if span.kind == "U"]
         before.append(min(span.start for span in actions) - began)
-        update = max(span.end for span in updates) - min(span.start for span in updates)
-        after.append(ended - max(span.end for span in actions) - update)
+        last = max(updates, key=lambda span: span.end)  # others may have updated while actions still ran
+        after.append(ended - max(span.end for span in actions) - (last.end - last.start))
         gaps.append(_gaps(timeline))
     cpu = _Cpu(*((after - before) / _STEPS for before, after in zip(start, _cpu(cluster), strict=True)))
     # A step's median, of the step that was disturbed least: who takes the core from a worker makes gaps longer.

@@ -23,7 +23,7 @@ _LONG = 5  # steps of more than this many times the depth in micro-batches are e
 EQUAL = 1 + 1e-9  # Step times within this relative tolerance count as equal.
 
 # Of plans that are equally fast and large, the one whose schedule comes first is preferred.
-SIMPLEST = ("1f1b", "gpipe", "eager-1f1b", "interleaved", "looped-bfs", "zb-h1", "zb-v", "dualpipe-v", "naive")
+SIMPLEST = schedules.planned()
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Candidate:
     @property
     def splits(self) -> bool:
         """Whether the schedule splits backwards."""
-        return self.schedule in ("zb-h1", "zb-v", "dualpipe-v")
+        return schedules.traits(self.schedule).splits
 
     def parameter_copies(self, moments: int) -> float:
         """Return how many times the bytes of its parameters a worker holds."""
@@ -90,8 +90,8 @@ class Candidate:
     def shorter(self) -> tuple[Candidate, Candidate] | None:
         """Return the two steps, ``depth`` micro-batches apart, from which a long one is extrapolated; else None."""
         rest = self.chunks % self.depth
-        # interleaved lengthens so many rounds by one; both steps need two rounds of ordinary length beside them.
-        rounds = max(3, rest + 2) if self.schedule == "interleaved" else 3
+        # Of so many rounds each may be longer by one; both steps need two rounds of ordinary length beside them.
+        rounds = max(3, rest + 2) if schedules.traits(self.schedule).lengthens_rounds else 3
         if self.chunks <= (_LONG + rounds - 3) * self.depth:
             return None
         first = rounds * self.depth + rest
@@ -210,7 +210,7 @@ class CostModel:
         return held
 
     def timeline(self, candidate: Candidate, balance: Sequence[int]) -> Timeline:
-        """Simulate the step up to the gate, with ``balance[k]`` layers in stage k."""
+        """Simulate the step without the updates, with ``balance[k]`` layers in stage k."""
         timeline = candidate.make_schedule().simulate(self._costs(candidate, [0, *accumulate(balance)]))
         self.work_done += len(timeline.spans)
         return timeline
@@ -246,15 +246,15 @@ class CostModel:
         """
         ends = [0, *accumulate(balance)]
         memory = self.memory(candidate, ends) if memory is None else memory
-        gate, makespan, busy, idle, actions = self._times(candidate, balance)
-        seconds = gate + self._update(candidate, ends) + self._around(candidate, idle, actions)
+        updated, makespan, busy, idle, actions = self._times(candidate, balance)
+        seconds = updated + self._around(candidate, idle, actions)
         return Estimate(candidate, tuple(balance), seconds, 1 - busy / (candidate.depth * makespan), memory)
 
     def _times(self, candidate: Candidate, balance: Sequence[int]) -> tuple[float, ...]:
         """Return figures of one pipeline that grow evenly with the number of micro-batches.
 
-        These are, in seconds, the time of the gate, the makespan, the work of all workers and their idle time before
-        their first actions; and the number of actions.
+        These are, in seconds, the time at which all workers have updated, the makespan, the work of all workers and
+        their idle time before their first actions; and the number of actions.
         """
         if (shorter := candidate.shorter()) is not None:
             return _extrapolated(candidate, *shorter, *(self._times(short, balance) for short in shorter))
@@ -262,8 +262,8 @@ class CostModel:
         first = [math.inf] * candidate.depth
         for span in timeline.spans:
             first[span.worker] = min(first[span.worker], span.start)
-        gate = self._gate(candidate, [0, *accumulate(balance)], timeline)
-        return gate, timeline.makespan, sum(timeline.busy), sum(first), len(timeline.spans)
+        updated = self._updated(candidate, [0, *accumulate(balance)], timeline)
+        return updated, timeline.makespan, sum(timeline.busy), sum(first), len(timeline.spans)
 
     def _around(self, candidate: Candidate, idle: float, actions: float) -> float:
         """Return the seconds of the step beside its timeline and its update, where pipelines have ``actions`` each."""
@@ -276,22 +276,24 @@ class CostModel:
         actions = 2 * candidate.stages * candidate.chunks * candidate.replicas
         return self.machine.overheads.around(actions, math.inf, 1)
 
-    def _gate(self, candidate: Candidate, ends: Sequence[int], timeline: Timeline) -> float:
-        """Return the time at which the last worker's gradients are reduced, in seconds."""
-        done, parameters = [0.0] * candidate.depth, self.sums[candidate.micro_batch].parameters
-        reduced = [0] * candidate.depth
+    def _updated(self, candidate: Candidate, ends: Sequence[int], timeline: Timeline) -> float:
+        """Return the time at which the last worker has updated, in seconds.
+
+        The workers of one pipeline update alone, as those of ``Costs.update_alone``: training does not clip. Replicas
+        first reduce their gradients, and wait for the last one that does (the gate).
+        """
+        done, sums, cores = [0.0] * candidate.depth, self.sums[candidate.micro_batch], self.machine.cores or math.inf
+        reduced, updates = [0] * candidate.depth, [0.0] * candidate.depth
         for span in timeline.spans:
             done[span.worker] = max(done[span.worker], span.end)
         for worker, (a, b) in zip(candidate.placement, pairwise(ends), strict=True):
-            reduced[worker] += parameters[b] - parameters[a]
-        return max(end + self.all_reduce(candidate.replicas, size) for end, size in zip(done, reduced, strict=True))
-
-    def _update(self, candidate: Candidate, ends: Sequence[int]) -> float:
-        """Return the seconds of the slowest worker's update, or of all where they share too few cores."""
-        times, updates = self.sums[candidate.micro_batch].times["update"], [0.0] * candidate.depth
-        for worker, (a, b) in zip(candidate.placement, pairwise(ends), strict=True):
-            updates[worker] += times[b] - times[a]
-        return max(max(updates), sum(updates) * candidate.replicas / (self.machine.cores or math.inf))
+            reduced[worker] += sums.parameters[b] - sums.parameters[a]
+            updates[worker] += sums.times["update"][b] - sums.times["update"][a]
+        if candidate.replicas == 1 and candidate.depth <= cores:
+            return max(end + update for end, update in zip(done, updates, strict=True))
+        gate = max(end + self.all_reduce(candidate.replicas, size) for end, size in zip(done, reduced, strict=True))
+        # Where they share too few cores, the updates of all count, as if none had begun before.
+        return gate + max(max(updates), sum(updates) * candidate.replicas / cores)
 
     def all_reduce(self, replicas: int, size: float) -> float:
         """Return the seconds of a ring over ``replicas``: 2(R - 1) messages of 1/R of the ``size`` in bytes."""

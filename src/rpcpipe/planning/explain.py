@@ -13,12 +13,14 @@ from itertools import accumulate, pairwise
 
 from rpcpipe import _tables
 from rpcpipe.planning import partition
-from rpcpipe.planning.cost_model import Candidate, Estimate
+from rpcpipe.planning.cost_model import SIMPLEST, Candidate, Estimate
 from rpcpipe.planning.layer_cost import parameter_copies
 from rpcpipe.planning.search import Search
-from rpcpipe.schedules import bubble_fraction
+from rpcpipe.schedules import bubble_fraction, traits
 
 _DEEP = 24  # A model of more layers counts as deep.
+_SIMPLE = SIMPLEST[0]  # others are compared with it
+_GREEDY = next(name for name in SIMPLEST if traits(name).keeps_all)
 
 
 def reasons(search: Search, best: Estimate) -> Iterable[str]:
@@ -59,19 +61,18 @@ def _recomputation(search: Search, best: Estimate) -> Iterable[str]:
             f" {_tables.mebibytes(limit)}; checkpoint={candidate.checkpoint!r} brings that to"
             f" {_tables.mebibytes(max(best.memory))}"
         )
-    gpipe_fits = ("gpipe", candidate.depth) in search.best_by_schedule
-    if not gpipe_fits and candidate.schedule != "gpipe" and limit < math.inf:
-        yield "gpipe keeps the activations of all micro-batches, which does not fit"
+    if limit < math.inf and (_GREEDY, candidate.depth) not in search.best_by_schedule:
+        yield f"{_GREEDY} keeps the activations of all micro-batches, which does not fit"
 
 
 def _speed(search: Search, best: Estimate) -> str:
     schedule = best.candidate.schedule
-    simple = search.best_by_schedule.get(("1f1b", best.candidate.depth))
-    if schedule == "1f1b":
-        return "1f1b is the first recommendation, and nothing that was tried beats it"
+    simple = search.best_by_schedule.get((_SIMPLE, best.candidate.depth))
+    if schedule == _SIMPLE:
+        return f"{_SIMPLE} is the first recommendation, and nothing that was tried beats it"
     if simple is None:
-        return f"{schedule} squeezes the bubble; 1f1b does not fit or was not worth simulating"
-    return f"{schedule} squeezes the bubble: {1 - best.seconds / simple.seconds:.1%} less time than 1f1b"
+        return f"{schedule} squeezes the bubble; {_SIMPLE} does not fit or was not worth simulating"
+    return f"{schedule} squeezes the bubble: {1 - best.seconds / simple.seconds:.1%} less time than {_SIMPLE}"
 
 
 def _micro_batches(best: Estimate) -> str:
@@ -81,7 +82,7 @@ def _micro_batches(best: Estimate) -> str:
     many = "more than" if chunks > 4 * depth else "at most"
     return (
         f"{chunks} micro-batches are {many} 4 × {depth} workers in a row: equal stages would have a"
-        f" bubble of {bubble_fraction(depth, chunks):.1%} under 1f1b"
+        f" bubble of {bubble_fraction(depth, chunks):.1%} under {_SIMPLE}"
     )
 
 
@@ -103,7 +104,7 @@ def refusal(search: Search) -> str:
             f"{search.layers} layers, {workers} workers and a batch of {search.batch} leave no schedule:"
             " use fewer workers, more micro-batches, or split the layers"
         )
-    frugal = min(candidates, key=lambda c: (-c.depth, c.micro_batch, c.schedule != "1f1b", c.replicas))
+    frugal = min(candidates, key=lambda c: (-c.depth, c.micro_batch, c.schedule != _SIMPLE, c.replicas))
     needed = _least_memory(search, frugal)
     parameters = search.cost_model.sums[frugal.micro_batch].parameters[-1]
     weights = parameter_copies(search.machine.moments) * parameters
@@ -156,7 +157,7 @@ def _workers_that_fit(search: Search, candidate: Candidate) -> int | None:
 
     @functools.cache
     def fits(depth: int) -> bool:
-        alike = replace(candidate, schedule="1f1b", virtual_stages=1, depth=depth)
+        alike = replace(candidate, schedule=_SIMPLE, virtual_stages=1, depth=depth)
         return _least_memory(search, alike) <= search.machine.memory
 
     low, high = 1, min(search.layers, max(candidate.chunks, 1))

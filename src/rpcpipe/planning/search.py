@@ -28,7 +28,6 @@ _SEARCH_BUDGET = 100_000
 _COMPARISON_BUDGET = 150_000  # including the search
 _REFINEMENT_BUDGET = 200_000  # including search and comparison
 _PARTITION_WORK = 15  # actions per layer that take as long as a partition
-_LONGEST_ZB_V = 16  # workers in a row up to which zb-v, whose rows take the longest to make, is tried
 
 
 @dataclass
@@ -61,7 +60,7 @@ class Search:
             samples = -(-self.batch // replicas)
             for size in self.cost_model.sums:
                 for name in self.names if size <= samples else ():
-                    if name == "zb-v" and depth > _LONGEST_ZB_V:
+                    if depth > schedules.traits(name).deepest:
                         self.exact = False
                         continue
                     yield from self._candidates_of(name, depth, replicas, size, -(-samples // size))
@@ -121,7 +120,7 @@ class Search:
             seconds *= 1 + sums.times["forward"][-1] / work
         idle = (candidate.depth - 1) * _idle(candidate.schedule, candidate.virtual_stages)
         reduced = self.cost_model.all_reduce(candidate.replicas, sums.parameters[-1] / candidate.depth)
-        serial = candidate.depth if candidate.schedule == "naive" else 1
+        serial = candidate.depth if schedules.traits(candidate.schedule).serial else 1
         return seconds * (candidate.chunks + idle) * serial + reduced + self.cost_model.least_around(candidate)
 
     def _slowest(self, candidate: Candidate) -> float:
@@ -183,8 +182,8 @@ class Search:
         for candidate in self.candidates():
             if (candidate.depth, candidate.micro_batch) != (best.depth, best.micro_batch):
                 continue
-            known = candidate.schedule == "naive" or (candidate.schedule, candidate.depth) in self.best_by_schedule
-            if known or not self.may_fit(candidate):
+            known = (candidate.schedule, candidate.depth) in self.best_by_schedule
+            if known or schedules.traits(candidate.schedule).serial or not self.may_fit(candidate):
                 continue
             if self._work_done() < _COMPARISON_BUDGET:
                 try:
@@ -291,6 +290,8 @@ def layouts(workers: int, layers: int, replicas: int | None) -> list[tuple[int, 
 @functools.lru_cache(maxsize=64)
 def _idle(name: str, virtual: int) -> float:
     """Return a worker's idle time, in micro-batches per worker ahead of it, in a small pipeline with equal stages."""
+    if schedules.traits(name).serial:
+        return 0.0
     workers, chunks = 4, 16
     timeline = schedules.get(name, workers, chunks, virtual).simulate()
-    return timeline.bubble / (1 - timeline.bubble) * chunks / (workers - 1) if name != "naive" else 0.0
+    return timeline.bubble / (1 - timeline.bubble) * chunks / (workers - 1)

@@ -7,6 +7,7 @@ from rpcpipe.schedules.action import Action
 from rpcpipe.schedules.costs import Costs
 from rpcpipe.schedules.formulas import bubble_fraction, optimal_microbatches
 from rpcpipe.schedules.registry import (
+    Traits,
     describe,
     fewest_chunks,
     fewest_virtual_stages,
@@ -14,8 +15,10 @@ from rpcpipe.schedules.registry import (
     get,
     names,
     placement,
+    planned,
     streamed,
     suited_virtual_stages,
+    traits,
     virtual_stages_of,
 )
 from rpcpipe.schedules.schedule import Schedule
@@ -29,6 +32,7 @@ __all__ = [
     "Schedule",
     "Span",
     "Timeline",
+    "Traits",
     "Transfer",
     "bubble_fraction",
     "compare",
@@ -41,7 +45,9 @@ __all__ = [
     "names",
     "optimal_microbatches",
     "placement",
+    "planned",
     "streamed",
     "suited_virtual_stages",
+    "traits",
     "virtual_stages_of",
 ]

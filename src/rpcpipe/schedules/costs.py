@@ -26,8 +26,10 @@ class Costs:
     the larger the stage's output, whose gradient costs as much; ``receive_overhead`` occupies the
     consumer's before the action that consumes the result. ``action_overhead`` occupies a worker after
     every action and what it sends. ``recompute_seconds`` is the forward repeated before a backward; it needs no
-    gradient and may run while that is being sent. ``optimizer`` follows the last action of all workers (the
-    gate), or is the duration of every update of an asynchronous schedule. Where there are fewer ``cores``
+    gradient and may run while that is being sent. ``optimizer`` is the duration of a worker's update, on a core
+    of its own. With ``update_alone`` it follows the worker's last action and what that sends, as where a step needs no
+    norm, count or gradient of other workers; else the last action of all workers (the gate). In an asynchronous
+    schedule it is the duration of every update. Where there are fewer ``cores``
     than busy workers, these share the cores in equal parts.
     """
 
@@ -44,13 +46,17 @@ class Costs:
     send_overhead: PerStage = 0.0
     receive_overhead: float = 0.0
     cores: float | None = None
+    update_alone: bool = False
 
     def check(self, stages: int) -> None:
-        """Raise ScheduleError if a sequence has not one entry for each of ``stages`` stages."""
+        """Raise ArgumentError if a sequence has not one entry for each of ``stages`` stages."""
         for name in _PER_STAGE:
             value = getattr(self, name)
             if isinstance(value, Sequence) and len(value) != stages:
-                raise ArgumentError(f"costs.{name} has {len(value)} entries for {stages} stages")
+                raise ArgumentError(
+                    f"costs.{name} has {len(value)} entries for {stages} stages;"
+                    " give one for each stage, or one number for all"
+                )
 
     def of(self, kind: str, stage: int) -> float:
         """Return the duration of an action of ``kind`` on ``stage``, without recomputation."""

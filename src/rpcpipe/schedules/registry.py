@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from numbers import Integral
 from typing import NamedTuple
 
@@ -18,12 +20,32 @@ _LARGEST_CACHED = 1 << 10  # workers × micro-batches × virtual stages of a sch
 _Rows = Callable[[int, int, int], Sequence[Iterable[Action]]]  # (workers, chunks, virtual stages)
 
 
+@dataclass(frozen=True)
+class Traits:
+    """Says what a search for plans has to know of a schedule.
+
+    ``simplicity``: its rank among those that are equally fast and large, the simplest one's is 0; None: it is in no
+    plan. ``splits``: some backwards are split. ``serial``: one worker computes at a time. ``keeps_all``: a worker has
+    all micro-batches' activations at once. ``lengthens_rounds``: micro-batches left over by whole rounds
+    (as many as workers) make as many rounds longer by one. ``deepest``: the most workers in a row whose rows are made
+    quickly enough for a search.
+    """
+
+    simplicity: int | None = None
+    splits: bool = False
+    serial: bool = False
+    keeps_all: bool = False
+    lengthens_rounds: bool = False
+    deepest: float = math.inf
+
+
 class _Entry(NamedTuple):
-    """How to make a schedule, and its line in a table."""
+    """How to make a schedule, its line in a table, and what a search knows of it."""
 
     rows: _Rows
     shape: str  # "line": one stage per worker, "loop": v ≥ 2, "v": two in a V
     note: str
+    traits: Traits = Traits()
     fewest_chunks: Callable[[int], int] = lambda workers: 1
 
 
@@ -36,18 +58,31 @@ def _loop(generator: Callable[[int, int, int, int], Iterable[Action]]) -> _Rows:
 
 
 _REGISTRY: dict[str, _Entry] = {
-    "naive": _Entry(_line(linear.naive), "line", "one micro-batch at a time"),
-    "gpipe": _Entry(_line(linear.gpipe), "line", "all forwards, then all backwards"),
-    "1f1b": _Entry(_line(linear.one_f_one_b), "line", "gpipe's bubble, K micro-batches in memory; the default"),
-    "eager-1f1b": _Entry(_line(linear.eager_one_f_one_b), "line", "1f1b with transfers hidden, more memory"),
-    "interleaved": _Entry(_loop(looped.interleaved), "loop", "1f1b's bubble divided by v, more transfers"),
-    "looped-bfs": _Entry(_loop(looped.looped_bfs), "loop", "breadth first; fewest switches between stages"),
-    "zb-h1": _Entry(_line(linear.zb_h1), "line", "weight gradients fill the drain; K in memory everywhere"),
+    "naive": _Entry(_line(linear.naive), "line", "one micro-batch at a time", Traits(8, serial=True)),
+    "gpipe": _Entry(_line(linear.gpipe), "line", "all forwards, then all backwards", Traits(1, keeps_all=True)),
+    "1f1b": _Entry(
+        _line(linear.one_f_one_b), "line", "gpipe's bubble, K micro-batches in memory; the default", Traits(0)
+    ),
+    "eager-1f1b": _Entry(
+        _line(linear.eager_one_f_one_b), "line", "1f1b with transfers hidden, more memory", Traits(2)
+    ),
+    "interleaved": _Entry(
+        _loop(looped.interleaved), "loop", "1f1b's bubble divided by v, more transfers",
+        Traits(3, lengthens_rounds=True),
+    ),
+    "looped-bfs": _Entry(
+        _loop(looped.looped_bfs), "loop", "breadth first; fewest switches between stages", Traits(4, keeps_all=True)
+    ),
+    "zb-h1": _Entry(
+        _line(linear.zb_h1), "line", "weight gradients fill the drain; K in memory everywhere", Traits(5, splits=True)
+    ),
     "zb-v": _Entry(
-        lambda workers, chunks, _: vshaped.zb_v(workers, chunks), "v", "split backward in a V; half of zb-h1's bubble"
+        lambda workers, chunks, _: vshaped.zb_v(workers, chunks), "v", "split backward in a V; half of zb-h1's bubble",
+        Traits(6, splits=True, deepest=16),
     ),
     "dualpipe-v": _Entry(
-        _line(vshaped.dualpipe_v), "v", "forwards paired with backwards; M ≥ 2K", lambda workers: 2 * workers
+        _line(vshaped.dualpipe_v), "v", "forwards paired with backwards; M ≥ 2K", Traits(7, splits=True),
+        lambda workers: 2 * workers,
     ),
     "pipedream": _Entry(
         lambda workers, chunks, _: asynchronous.rows(workers, [chunks], every=True),
@@ -55,7 +90,8 @@ _REGISTRY: dict[str, _Entry] = {
     ),
     "pipedream-2bw": _Entry(
         lambda workers, chunks, _: asynchronous.rows(workers, [chunks], every=False),
-        "line", "an update after every M ≥ K micro-batches, two versions; never flushes", lambda workers: workers,
+        "line", "an update after every M ≥ K micro-batches, two versions; never flushes",
+        fewest_chunks=lambda workers: workers,
     ),
 }  # fmt: skip
 
@@ -63,6 +99,17 @@ _REGISTRY: dict[str, _Entry] = {
 def names() -> list[str]:
     """Return the names that ``get`` and ``Pipeline(schedule=…)`` accept."""
     return list(_REGISTRY)
+
+
+def traits(name: str) -> Traits:
+    """Return what a search for plans has to know of the schedule ``name``."""
+    return _entry(name).traits
+
+
+def planned() -> tuple[str, ...]:
+    """Return the names of the schedules that plans may have, the simplest first."""
+    ranks = {name: rank for name, entry in _REGISTRY.items() if (rank := entry.traits.simplicity) is not None}
+    return tuple(sorted(ranks, key=lambda name: ranks[name]))
 
 
 def describe(name: str) -> str:

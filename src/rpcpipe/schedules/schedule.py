@@ -44,7 +44,8 @@ class Schedule(Order):
     def simulate(self, costs: Costs | None = None) -> Timeline:
         """Predict the step's timeline; ``costs`` defaults to F = I = W = 1, free communication.
 
-        Raises ScheduleError where the schedule would deadlock or ``costs`` has another number of stages.
+        Raises ScheduleError where the schedule would deadlock, ArgumentError where ``costs`` has another number of
+        stages.
         """
         return simulate(self, costs)
 

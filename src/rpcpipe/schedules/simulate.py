@@ -19,7 +19,7 @@ from rpcpipe.schedules.weight_versions import STASH, choose
 def simulate(order: Order, costs: Costs | None = None) -> Timeline:
     """Predict the timeline of ``order``; ``costs`` defaults to F = I = W = 1, free communication.
 
-    Raises ScheduleError where ``order`` would deadlock or ``costs`` has another number of stages.
+    Raises ScheduleError where ``order`` would deadlock, ArgumentError where ``costs`` has another number of stages.
     """
     costs = costs or Costs()
     costs.check(order.stages)
@@ -34,8 +34,8 @@ def simulate(order: Order, costs: Costs | None = None) -> Timeline:
     if order.asynchronous:
         spans = _with_versions(order, spans)
     elif costs.optimizer:
-        gate = max(ends)
-        spans += [Span(worker, "U", -1, -1, gate, gate + costs.optimizer) for worker in range(order.workers)]
+        starts = _updates_alone(order, costs, ends) if costs.update_alone else [max(ends)] * order.workers
+        spans += [Span(worker, "U", -1, -1, start, start + costs.optimizer) for worker, start in enumerate(starts)]
     return Timeline(spans, transfers, workers=order.workers, name=order.name)
 
 
@@ -74,6 +74,12 @@ def _simulate_unshared(
             free[worker] += costs.sending(action)
         spans.append(Span(worker, kind, stage, chunk, start, finish))
     return spans, transfers, ends
+
+
+def _updates_alone(order: Order, costs: Costs, ends: list[float]) -> list[float]:
+    """Return when every worker has done its last action, which ends at ``ends``, and sent the result."""
+    sending = [costs.sending(row[-1]) if row and order.leaves_worker(row[-1]) else 0.0 for row in order.actions]
+    return [end + more for end, more in zip(ends, sending, strict=True)]
 
 
 def _with_versions(order: Order, spans: list[Span]) -> list[Span]:
