@@ -54,7 +54,7 @@ class OpenStream(Protocol):
         ...
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Settings:
     """The settings of training, replaced between steps.
 

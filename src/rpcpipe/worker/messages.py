@@ -89,7 +89,7 @@ class Updated(NamedTuple):
     changed: Sequence[Mapping[str, Any] | None] = ()
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Report:
     """One worker's figures of a step, or in a stream of its actions since its last update.
 
@@ -127,8 +127,8 @@ class Report:
         """Return one worker's ``reports`` as one; the peaks, which only grow, are the last report's."""
         last = reports[-1]
         joined = cls(
-            last.worker, peak_in_flight=last.peak_in_flight, versions=last.versions, peak_bytes=last.peak_bytes,
-            recomputed=last.recomputed,
+            worker=last.worker, peak_in_flight=last.peak_in_flight, versions=last.versions,
+            peak_bytes=last.peak_bytes, recomputed=last.recomputed,
         )  # fmt: skip
         for report in reports:
             joined.losses |= report.losses
@@ -140,7 +140,7 @@ class Report:
         return joined
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StageInfo:
     """A worker's description of a stage that it holds.
 
