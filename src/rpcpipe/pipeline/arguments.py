@@ -292,7 +292,7 @@ def check_groups(infos: Mapping[str, Sequence[StageInfo]]) -> list[dict[str, Any
 
 
 def _check_tied_groups(infos: Mapping[str, Sequence[StageInfo]]) -> None:
-    """Every worker's optimizer has a tied weight in the same group, with the same options."""
+    """Raise ModelError unless every worker's optimizer has a tied weight in the same group, with the same options."""
     first: dict[str, tuple[str, int, Mapping[str, Any]]] = {}
     for worker, stages in infos.items():
         for info in stages:

@@ -63,13 +63,14 @@ from rpcpipe.worker.stage_set import ActorSpec, StageSet
 from rpcpipe.worker.stage_state import StageState
 from rpcpipe.worker.update import Ledger, Updater
 
-Send = Callable[[str, int, Port, Any], None]
+# Sends a value: worker, step, port, value.
+SendValue = Callable[[str, int, Port, Any], None]
 
 
 class Actor:
     """Executes operations on the stages ``held`` of one pipeline on worker ``name``."""
 
-    def __init__(self, name: str, spec: ActorSpec, *, device: torch.device, send: Send, ledger: Ledger) -> None:
+    def __init__(self, name: str, spec: ActorSpec, *, device: torch.device, send: SendValue, ledger: Ledger) -> None:
         self.held = StageSet(spec, device)
         self._state = StageState(self.held)
         self.name = name
