@@ -142,6 +142,22 @@ def test_constructors_take_eight_parameters_at_most() -> None:
                 assert len(arguments) <= 8, f"{path.relative_to(ROOT)}:{node.lineno} {arguments}"
 
 
+# Users and the planner give the first figures of these by their order, forward, I, W: ``Costs(1, 1, 1)``.
+POSITIONAL = {"schedules/costs.py Costs", "planning/layer_cost.py LayerCost"}
+
+
+def test_dataclasses_of_more_than_eight_fields_are_built_by_keyword() -> None:
+    """Of so many values nobody sees which is which."""
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.ClassDef) or f"{path.relative_to(ROOT)} {node.name}" in POSITIONAL:
+                continue
+            made = [ast.unparse(one) for one in node.decorator_list if "dataclass" in ast.unparse(one)]
+            fields = [one for one in node.body if isinstance(one, ast.AnnAssign)]
+            fine = not made or len(fields) <= 8 or "kw_only=True" in made[0]
+            assert fine, f"{path.relative_to(ROOT)}:{node.lineno} {node.name} has {len(fields)} fields"
+
+
 def test_ten_classes_are_public_at_the_top() -> None:
     """Beside the errors; the others are under their package (``rp.schedules.Timeline``)."""
     classes = [one for one in (getattr(rp, name) for name in rp.__all__) if isinstance(one, type)]

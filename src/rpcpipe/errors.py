@@ -107,7 +107,7 @@ _LONGEST_PICKLE = 1 << 20
 _UNMIXABLE = (StopIteration, StopAsyncIteration)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Failure:
     """Describes what went wrong on a worker, in strings and bytes alone, so that it can always be sent.
 
@@ -119,13 +119,13 @@ class Failure:
     """
 
     worker: str
-    stage: int | None
-    chunk: int | None
+    stage: int | None = None
+    chunk: int | None = None
     action: str
     module: str
     qualname: str
     message: str
-    traceback: str
+    traceback: str = ""
     pickled: bytes | None = None
     in_step: bool = False
     cancelled: bool = False
@@ -152,28 +152,43 @@ class Failure:
         message, text = _message_and_traceback(error)
         kind = type(error)
         return cls(
-            worker,
-            stage,
-            chunk,
-            action,
-            kind.__module__,
-            kind.__qualname__,
-            message,
-            text,
-            _pickled(error),
-            in_step,
+            worker=worker,
+            stage=stage,
+            chunk=chunk,
+            action=action,
+            module=kind.__module__,
+            qualname=kind.__qualname__,
+            message=message,
+            traceback=text,
+            pickled=_pickled(error),
+            in_step=in_step,
             kind=_kind(error),
         )
 
     @classmethod
     def stated(cls, kind: type[Exception], message: str, *, worker: str, stage: int) -> Failure:
         """Return a failure of ``stage`` that the driver found in the stage's report: there is no traceback."""
-        return cls(worker, stage, None, "backward", kind.__module__, kind.__qualname__, message, "", in_step=True)
+        return cls(
+            worker=worker,
+            stage=stage,
+            action="backward",
+            module=kind.__module__,
+            qualname=kind.__qualname__,
+            message=message,
+            in_step=True,
+        )
 
     @classmethod
     def cancel(cls, worker: str, action: str) -> Failure:
         """Return the outcome of a call that did not run, because another stage failed the step."""
-        return cls(worker, None, None, action, "builtins", "Cancelled", "the step was cancelled", "", cancelled=True)
+        return cls(
+            worker=worker,
+            action=action,
+            module="builtins",
+            qualname="Cancelled",
+            message="the step was cancelled",
+            cancelled=True,
+        )
 
 
 def _message_and_traceback(error: BaseException) -> tuple[str, str]:

@@ -57,6 +57,6 @@ def test_remote_clocks_are_brought_to_the_drivers(cluster: rp.Cluster) -> None:
     pipe = rp.Pipeline(mlp(), cluster, loss=cross_entropy, optimizer=sgd)
     assert abs(pipe.runtime.driver.clock_offset("worker1")) < 5e6  # one host, one clock: ns of error
     pipe.close()
-    report = Report("w", spans=[("F", 0, 0, 5_000_000_100, 5_000_000_200, -1)])
+    report = Report(worker="w", spans=[("F", 0, 0, 5_000_000_100, 5_000_000_200, -1)])
     span = tracing.spans({"w": report}, {"w": 5_000_000_000}, 3)[0]
     assert (span.start, span.end, span.step) == (pytest.approx(1e-7), pytest.approx(2e-7), 3)

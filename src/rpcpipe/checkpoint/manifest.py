@@ -15,7 +15,7 @@ from rpcpipe.errors import CheckpointError
 _FORMAT = 1
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Manifest:
     """The contents of one checkpoint.
 

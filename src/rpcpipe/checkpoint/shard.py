@@ -26,7 +26,7 @@ from rpcpipe.stage.optimizer import LocalOptimizer
 _SHOWN = 5
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Written:
     """The record of what a worker has written.
 

@@ -74,7 +74,7 @@ def _sendable(part: Nest, what: str) -> Nest:
 
 
 def entering(part: Nest, chunk: int, value_routes: Sequence[ValueRoute]) -> dict[Port, StageInput]:
-    """What each stage gets from the driver of micro-batch ``chunk``'s inputs ``part``."""
+    """Return what each stage gets from the driver of micro-batch ``chunk``'s inputs ``part``, by port."""
     return {
         Port(Action("F", stage, chunk), link(stage, DRIVER)): leave(flow)
         for stage, flow in entering_values(part, value_routes).items()

@@ -25,8 +25,8 @@ class StepResult:
     ``loss`` is the mean over the batch, ``grad_norm`` the 2-norm of all gradients before clipping,
     ``seconds`` the driver's wall time, ``peak_in_flight`` the most micro-batches whose activations
     were alive at once, per stage, ``bubble`` the workers' measured idle share from the first
-    action's start to the last one's end. ``applied`` is False where NaN or Inf in the gradients
-    left the weights as they were, and where the gradients of ``accumulated`` calls, this one included,
+    action's start to the last one's end. ``applied`` is False where a loss or gradient that is
+    not finite left the weights as they were, and where the gradients of ``accumulated`` calls, this one included,
     wait for those of further calls; ``grad_norm`` is then the norm so far. ``loss_scale`` is the factor
     of the loss in the backward, 1 except under float16, ``lr`` the learning rate of every
     parameter group. By stage, ``peak_activation_bytes`` is the most memory that autograd had saved at

@@ -54,7 +54,7 @@ class OpenStream(Protocol):
         ...
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Settings:
     """The settings of training, replaced between steps.
 
@@ -102,7 +102,8 @@ class Runtime:
     ``trained`` counts the training steps done and seeds the next step's random numbers. ``prepare`` maps a batch's
     targets to the nest that is cut into micro-batches. ``parts``: by name, further state that lasts from step to step
     and that save writes and load restores. ``busy``: by worker, its busy share of the last step. ``offsets``: by
-    worker, the nanoseconds by which its clock is ahead. ``loss_is_mean``: whether the last step's was no (sum, count).
+    worker, the nanoseconds by which its clock is ahead. ``loss_is_mean``: whether the loss of the last step
+    was a mean, and no (sum, count).
     """
 
     def __init__(
@@ -185,7 +186,7 @@ class Runtime:
         return self.program.given(parts, targets)
 
     def input_gradients(self, batch: Batch, inputs: Nest, reports: Mapping[str, Report], factor: float) -> Nest:
-        """The gradients of a step's ``inputs``, times ``factor``; None if no tensor of them requires one."""
+        """Return the gradients of a step's ``inputs``, times ``factor``; None if no tensor of them requires one."""
         return input_gradients(batch, inputs, reports, self.deployment.stage_links.value_routes, factor)
 
     def title(self) -> str:

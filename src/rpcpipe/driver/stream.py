@@ -48,7 +48,7 @@ class _Batch:
     lr: tuple[float, ...]
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class StreamState:
     """The state of a stream since it last stood empty. Versions of the weights are counted from there.
 
@@ -190,8 +190,13 @@ class Stream:
                 " pipe.train first and begin another"
             )
         runtime.check_policy(runtime.policy)
-        order = StreamOrder(len(runtime.names))
-        state = StreamState(runtime.driver.new_step(), runtime.driver.places(), runtime.trained, order, runtime.policy)
+        state = StreamState(
+            step=runtime.driver.new_step(),
+            first=runtime.driver.places(),
+            base=runtime.trained,
+            order=StreamOrder(len(runtime.names)),
+            policy=runtime.policy,
+        )
         plan = StepContext(
             state.step, state.base, True, (), trace=runtime.tracer is not None, policy=runtime.policy,
             stop=runtime.settings.nonfinite == "stop", measures=self._wanted.measures,

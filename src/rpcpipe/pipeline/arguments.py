@@ -100,9 +100,16 @@ class Options:
     def settings(self) -> Settings:
         """Return the options that a running pipeline reads or changes."""
         return Settings(
-            self.accumulate, self.batch_norm, self.clip_grad_norm, self.flush_every, self.nonfinite, self.weights,
-            self.virtual_stages, self.optimizer is not None, self.loss is not None,
-        )  # fmt: skip
+            accumulate=self.accumulate,
+            batch_norm=self.batch_norm,
+            clip_grad_norm=self.clip_grad_norm,
+            flush_every=self.flush_every,
+            nonfinite=self.nonfinite,
+            weights=self.weights,
+            virtual_stages=self.virtual_stages,
+            trains=self.optimizer is not None,
+            has_loss=self.loss is not None,
+        )
 
 
 def layout_of(
@@ -285,7 +292,7 @@ def check_groups(infos: Mapping[str, Sequence[StageInfo]]) -> list[dict[str, Any
 
 
 def _check_tied_groups(infos: Mapping[str, Sequence[StageInfo]]) -> None:
-    """Every worker's optimizer has a tied weight in the same group, with the same options."""
+    """Raise ModelError unless every worker's optimizer has a tied weight in the same group, with the same options."""
     first: dict[str, tuple[str, int, Mapping[str, Any]]] = {}
     for worker, stages in infos.items():
         for info in stages:

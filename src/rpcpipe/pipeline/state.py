@@ -93,7 +93,7 @@ def save(runtime: Runtime, directory: str | Path, stateful: Holders, position: A
     with shield_interrupts():
         tensors: dict[str, torch.Tensor] = {}
         manifest = Manifest(
-            runtime.trained,
+            step=runtime.trained,
             position=encode(position, "position", tensors),
             stateful=encode(_states(stateful), "stateful", tensors),
             parts=encode(_states(runtime.parts), "pipeline", tensors),

@@ -34,7 +34,7 @@ class Outputs:
         self._sent: dict[int, tuple[StorageWeakRef, int, int]] = {}
 
     def forget(self) -> None:
-        """All that was sent has arrived."""
+        """Drop the record of what was sent: all of it has arrived."""
         self._sent.clear()
 
     def flow(self, flow: Flow, chunk: int) -> Flow:

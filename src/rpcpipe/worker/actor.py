@@ -63,13 +63,14 @@ from rpcpipe.worker.stage_set import ActorSpec, StageSet
 from rpcpipe.worker.stage_state import StageState
 from rpcpipe.worker.update import Ledger, Updater
 
-Send = Callable[[str, int, Port, Any], None]
+# Sends a value: worker, step, port, value.
+SendValue = Callable[[str, int, Port, Any], None]
 
 
 class Actor:
     """Executes operations on the stages ``held`` of one pipeline on worker ``name``."""
 
-    def __init__(self, name: str, spec: ActorSpec, *, device: torch.device, send: Send, ledger: Ledger) -> None:
+    def __init__(self, name: str, spec: ActorSpec, *, device: torch.device, send: SendValue, ledger: Ledger) -> None:
         self.held = StageSet(spec, device)
         self._state = StageState(self.held)
         self.name = name
@@ -79,7 +80,7 @@ class Actor:
         self._stream_backwards: dict[int, StreamBackward] = {}
         self._buffers = Buffers()
         self._plan = StepContext(-1, 0, False, ())
-        self._report = Report(name)
+        self._report = Report(worker=name)
         self._arrivals: deque[tuple[int, Port, int]] = deque()  # handlers append
 
     def idle_work(self, action: Action | None = None) -> bool:
@@ -287,7 +288,7 @@ class Actor:
         """
         versions, parameters = stage.versions, stage.parameters
         assert versions is not None
-        report, self._report = self._report, Report(self.name)
+        report, self._report = self._report, Report(worker=self.name)
         self._updater.add_norms(report, stage)
         norms = list(report.norms[stage.index].values())
         report.skipped = self._stream_backwards[stage.index].take_skipped(update.group)
@@ -338,7 +339,7 @@ class Actor:
             self._clear()
 
     def _clear(self) -> None:
-        self._report = Report(self.name)
+        self._report = Report(worker=self.name)
         # Values of the step that begins may have arrived already; only arrivals up to the last step are dropped.
         while self._arrivals and self._arrivals[0][0] <= self._plan.step:
             self._arrivals.popleft()

@@ -1,4 +1,8 @@
-"""The values that travel between the driver and the workers: plain named tuples, which pickle fast."""
+"""The values that travel between the driver and the workers.
+
+Those that a step carries by the hundred are named tuples, which pickle fastest; ``Report`` and ``StageInfo``, one for
+each worker or stage, are dataclasses.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +30,11 @@ class Bucket(NamedTuple):
 
 
 class Port(NamedTuple):
-    """The destination of a value: a slot of an action, or of a task that exchanges a bucket.
+    """The destination of a value: a slot of an action, of a task that exchanges a bucket, or of the step's end.
 
     ``slot`` of an action is "input", "target", "inputs" (named values from the driver) or "value of stage …";
-    of a bucket "gradients from …", "sums", "weights", "statistics from …" or "buffers".
+    of a bucket "gradients from …", "sums", "weights", "statistics from …" or "buffers"; of the step's end, which stands
+    in place of a bucket, "losses from …" or "norms from …" (``agreement``).
     """
 
     action: Action | Bucket
@@ -37,10 +42,10 @@ class Port(NamedTuple):
 
 
 # A value of tensors alone: whether gradients go back for them (None for gradients), and the tensors.
-Tensors = tuple[list[bool] | None, list[torch.Tensor]]
+TensorsAlone = tuple[list[bool] | None, list[torch.Tensor]]
 
 
-def as_tensors(value: Any) -> Tensors | None:
+def as_tensors(value: Any) -> TensorsAlone | None:
     """Return a stage's output or gradients as a list of tensors; None if there is more to it."""
     if type(value) is StageInput:
         x, named = value.nest
@@ -89,7 +94,7 @@ class Updated(NamedTuple):
     changed: Sequence[Mapping[str, Any] | None] = ()
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Report:
     """One worker's figures of a step, or in a stream of its actions since its last update.
 
@@ -127,8 +132,8 @@ class Report:
         """Return one worker's ``reports`` as one; the peaks, which only grow, are the last report's."""
         last = reports[-1]
         joined = cls(
-            last.worker, peak_in_flight=last.peak_in_flight, versions=last.versions, peak_bytes=last.peak_bytes,
-            recomputed=last.recomputed,
+            worker=last.worker, peak_in_flight=last.peak_in_flight, versions=last.versions,
+            peak_bytes=last.peak_bytes, recomputed=last.recomputed,
         )  # fmt: skip
         for report in reports:
             joined.losses |= report.losses
@@ -140,7 +145,7 @@ class Report:
         return joined
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StageInfo:
     """A worker's description of a stage that it holds.
 

@@ -1,8 +1,8 @@
 """The operations of a worker, as values that the driver makes and ``Actor.execute`` matches on.
 
 They are named tuples because a step carries hundreds of them and named tuples pickle fastest. A new operation
-needs a class here, a case in ``Actor.execute`` or ``StageSet.execute`` (mypy says which one is missing), and a
-title if messages to users name it.
+needs a class here, a place in a union, a case in what executes that union (``Actor``, ``StageState`` or ``StageSet``,
+where mypy says that it is missing; ``Updater`` or ``Executor``), and a title if messages to users name it.
 """
 
 from __future__ import annotations
