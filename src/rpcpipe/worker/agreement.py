@@ -20,7 +20,7 @@ import torch
 
 from rpcpipe.stage import gradients
 from rpcpipe.stage.progress import Progress
-from rpcpipe.worker.messages import Bucket, Port
+from rpcpipe.worker.messages import Port, StepEnd
 
 # (value, count) of the loss by micro-batch; count None for a mean.
 Losses = Mapping[int, tuple[float, float | None]]
@@ -62,7 +62,7 @@ class Agreement(NamedTuple):
         return tuple(norms_from(other) for other in self.others(worker))
 
 
-_END = Bucket("the step's end", 0)
+_END = StepEnd()
 
 
 def losses_from(worker: str) -> Port:

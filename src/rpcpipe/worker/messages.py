@@ -29,15 +29,25 @@ class Bucket(NamedTuple):
         return f"bucket {self.number} of {self.group}"
 
 
+class StepEnd(NamedTuple):
+    """The end of a step, where workers tell each other what decides on the update (``agreement``)."""
+
+    what: str = "update"
+
+    def describe(self) -> str:
+        """Name it for a user."""
+        return f"the step's {self.what}"
+
+
 class Port(NamedTuple):
     """The destination of a value: a slot of an action, of a task that exchanges a bucket, or of the step's end.
 
     ``slot`` of an action is "input", "target", "inputs" (named values from the driver) or "value of stage …";
-    of a bucket "gradients from …", "sums", "weights", "statistics from …" or "buffers"; of the step's end, which stands
-    in place of a bucket, "losses from …" or "norms from …" (``agreement``).
+    of a bucket "gradients from …", "sums", "weights", "statistics from …" or "buffers"; of the step's end "losses
+    from …" or "norms from …".
     """
 
-    action: Action | Bucket
+    action: Action | Bucket | StepEnd
     slot: str
 
 

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, Protocol, assert_never
 
 import torch
 
@@ -84,6 +84,8 @@ class Updater:
             case UndoUpdate(step):
                 if plan.step == step and self._held.optimizer is not None:
                     self._held.optimizer.undo.restore()
+            case _:
+                assert_never(operation)
         return None
 
     def add_norms(self, report: Report, stage: Stage) -> None:
