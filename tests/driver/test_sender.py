@@ -71,16 +71,14 @@ def test_a_failed_step_is_sent_anew(dispatch: str) -> None:
     assert messages.kinds[Keep] == 2 * kept
 
 
-def test_forward_passes_refer_too() -> None:
-    cluster: Any = LocalCluster(2, 5)
-    messages, pipe = Messages(cluster), pipeline(cluster, "batched")
-    inputs = [x for x, _ in batches(6)]
-    first = list(pipe.predict(inputs))
-    assert 2 <= messages.kinds[Keep] <= 2 * len(inputs)  # those that were fed before the first came back
-    messages.kinds.clear()
-    again = list(pipe.predict(inputs))
-    assert (messages.kinds[Keep], messages.kinds[Kept]) == (0, 2 * len(inputs))
-    assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+def test_passes_under_way_in_any_order_need_no_kept_program() -> None:
+    """More sizes of batches than workers keep, several under way, messages in any order."""
+    sizes = [*range(1, KEPT_PROGRAMS + 1), *(size for pair in zip(range(1, 8), range(33, 40), strict=True) for size in pair)]
+    inputs = [torch.randn(size, 12) for size in sizes]
+    for seed in range(3):
+        pipe = rp.Pipeline(mlp(), LocalCluster(2, seed), loss=cross_entropy, optimizer=sgd, chunks=40)
+        outputs = list(pipe.predict(inputs))
+        assert [len(output) for output in outputs] == sizes
 
 
 @pytest.mark.parametrize("dispatch", ["rref", "batched"])
@@ -137,7 +135,7 @@ def test_64_workers_are_issued_512_micro_batches_in_a_tenth_of_a_second() -> Non
         values = step.given(batch.parts, step.cut_targets(targets, batch))
         program = step.train(batch.counts, updates=True)
         plan = StepContext(number, number, True, batch.weights)
-        sender.issue_batched(program, plan, values, {name: [Task(ReportStep())] for name in names})
+        sender.issue_batched(program, plan, values, {name: [Task(ReportStep())] for name in names}, keep=True)
         sender.confirm(program)
         seconds.append(time.perf_counter() - start)
         sizes.append(wire.bytes)

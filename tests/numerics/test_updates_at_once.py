@@ -102,7 +102,8 @@ def run(options: dict[str, Any], *, gate: bool) -> tuple[list[Any], dict[str, to
         size = 16 if number in (4, 5) else 24
         result = pipe.train_step((marked(x) if number in (3, 6) else x)[-size:], y[-size:])
         figures.append((result.loss, result.grad_norm, result.applied, result.lr, result.accumulated))
-        scheduler.step()
+        if not result.accumulated:
+            scheduler.step()
     return figures, dict(pipe.state_dict())
 
 

@@ -68,30 +68,28 @@ class Driver:
     def run(self, program: Program, plan: StepContext, values: Mapping[Port, Any], ending: Ending) -> dict[str, Report]:
         """Execute one step's actions; return every worker's report. After an error the step is rolled back.
 
-        Raises ModelError if their optimizers have changed their
-        hyperparameters in different ways.
+        Raises ModelError if the workers' optimizers have changed their hyperparameters in different ways.
         """
         with self._cancelling(plan.step, updating=ending.updates):
             try:
-                reports: dict[str, Report] = self.collect(self.issue(program, plan, values, ending))
+                reports: dict[str, Report] = self.collect(self._issue(program, plan, values, ending, keep=True))
             except BaseException:
                 self._sender.forget(program)
                 raise
-            self.confirm(program)
+            self._sender.confirm(program)
             check_alike({worker: report.updated.changed for worker, report in reports.items()})
         return reports
 
-    def issue(
-        self, program: Program, plan: StepContext, values: Mapping[Port, Any], ending: Ending = REPORT
+    def issue(self, program: Program, plan: StepContext, values: Mapping[Port, Any]) -> dict[str, Future[Any]]:
+        """Send one forward pass's actions; return each worker's reply. Several passes may be under way."""
+        return self._issue(program, plan, values, REPORT, keep=False)
+
+    def _issue(
+        self, program: Program, plan: StepContext, values: Mapping[Port, Any], ending: Ending, *, keep: bool
     ) -> dict[str, Future[Any]]:
-        """Send one step's actions; return each worker's reply. Several steps without updates may be under way."""
         ends = {worker: ending.tasks(worker) for worker in self.workers}
         issue = self._sender.issue_batched if self._batched else self._sender.issue
-        return issue(program, plan, values, ends)
-
-    def confirm(self, program: Program) -> None:
-        """Note that a step of ``program`` has succeeded: workers have its tasks, and messages may refer to them."""
-        self._sender.confirm(program)
+        return issue(program, plan, values, ends, keep=keep)
 
     def take_update_back(self, step: int) -> None:
         """Undo the updates of ``step``, which has succeeded; what its forwards have changed stays."""

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
-from rpcpipe.driver.program import Program
 from rpcpipe.driver.result import mean_loss, merged_outputs
 from rpcpipe.driver.runtime import Runtime
 from rpcpipe.errors import ArgumentError, StateError, require
@@ -44,11 +43,10 @@ NOTHING = Wanted()
 
 
 class Passed(NamedTuple):
-    """A batch: its number of samples, its micro-batches' shares of it, its calls, and the workers' reports."""
+    """A batch: its number of samples, its micro-batches' shares of it, and the workers' reports."""
 
     size: float
     weights: tuple[float, ...]
-    program: Program
     reports: dict[str, Report]
 
     @property
@@ -106,12 +104,10 @@ class Passes:
         plan = StepContext(runtime.driver.new_step(), runtime.trained, False, batch.weights, keep_outputs=keep_outputs)
         program = runtime.program.forward(batch.counts, targets=targets is not None)
         replies = runtime.driver.issue(program, plan, runtime.given(batch.parts, target_parts))
-        return Passed(batch.size, batch.weights, program, {}), replies
+        return Passed(batch.size, batch.weights, {}), replies
 
     def _collect(self, passed: Passed, replies: Mapping[str, Future[Any]]) -> Passed:
-        reports = self._runtime.driver.collect(replies)
-        self._runtime.driver.confirm(passed.program)
-        return passed._replace(reports=reports)
+        return passed._replace(reports=self._runtime.driver.collect(replies))
 
 
 def outputs(runtime: Runtime, batches: Iterable[Nest]) -> Iterator[Nest]:
@@ -143,7 +139,7 @@ def evaluate(
     require("loss" not in metrics, "a metric cannot be named 'loss': the loss is reported beside the metrics")
     tell_last_stage(runtime, SetMetrics(named_dumps(dict(metrics), "what to measure")))
     total, samples, sums = 0.0, 0.0, list[Sums]()
-    for size, weights, _, reports in Passes(runtime).run(batches):
+    for size, weights, reports in Passes(runtime).run(batches):
         measured = {chunk: value for report in reports.values() for chunk, value in report.metrics.items()}
         sums += [measured[chunk] for chunk in sorted(measured)]
         loss, count = mean_loss(reports, weights)

@@ -38,9 +38,14 @@ class PipelineOptimizer(torch.optim.Optimizer):
         return tuple(0.0 if (rate := group.get("lr")) is None else float(rate) for group in self.param_groups)
 
     @property
-    def has_pre_hooks(self) -> bool:
-        """Whether a hook runs before ``step``, which may change hyperparameters."""
-        return bool(self._optimizer_step_pre_hooks or _global_optimizer_pre_hooks)
+    def may_be_changed(self) -> bool:
+        """Whether something of the user's runs in ``step``, which may change hyperparameters or leave the update out."""
+        step = vars(self).get("step")
+        # Schedulers of torch count steps by a step of their own around the class's.
+        counts = getattr(step, "_wrapped_by_lr_sched", False)
+        own = counts and getattr(getattr(step, "__wrapped__", None), "__func__", None) is type(self).step
+        replaced = step is not None and not own
+        return replaced or bool(self._optimizer_step_pre_hooks or _global_optimizer_pre_hooks)
 
     def changes(self) -> Groups:
         """Return, per group, copies of the hyperparameters that have ever differed from the factory's."""

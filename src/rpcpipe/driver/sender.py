@@ -1,7 +1,8 @@
 """Send tasks to the workers, each to the next place in its worker's sequence.
 
-A step's tasks are the same every time, so they travel once: workers keep a program's tasks (``Keep``), and from the
-second step on a message refers to them (``Kept``).
+A training step's tasks are the same every time, so they travel once: workers keep a program's tasks (``Keep``), and from
+the second step on a message refers to them (``Kept``). Of forward passes several may be under way, whose messages arrive
+in any order, so a worker might drop a program to which a message refers that has not arrived: their tasks travel whole.
 """
 
 from __future__ import annotations
@@ -52,9 +53,18 @@ class Sender:
             return self._transport.remote(worker, "accept", *self._arguments(worker, step, sent, values))
 
     def issue(
-        self, program: Program, plan: StepContext, values: Mapping[Port, Any], ends: Mapping[str, list[Task]]
+        self,
+        program: Program,
+        plan: StepContext,
+        values: Mapping[Port, Any],
+        ends: Mapping[str, list[Task]],
+        *,
+        keep: bool,
     ) -> dict[str, Future[Any]]:
-        """Send one call per action and keep its RRef until the step is over; return the replies of ``ends``."""
+        """Send one call per action and keep its RRef until the step is over; return the replies of ``ends``.
+
+        ``keep``: workers keep the tasks; no other step is under way.
+        """
         self._held = []
         given = program.values_for(values)
         begin: dict[str, list[Sent]] = {worker: [Task(BeginStep(plan))] for worker in self.next}
@@ -62,7 +72,8 @@ class Sender:
         for worker, tasks in program.calls:
             own = [(port, values[port]) for task in tasks for port in task.awaits if port in values]
             own = own if worker in given else []
-            sent = [*(first := begin.pop(worker, [])), self._part(program, tasks, start[worker])]
+            part = self._part(program, tasks, start[worker]) if keep else tasks
+            sent = [*(first := begin.pop(worker, [])), *part]
             start[worker] += len(tasks)
             self._held.append(self.hold(worker, plan.step, sent, own))
             # By a lane one message more, once the first action can begin; else each call carries its own.
@@ -73,21 +84,26 @@ class Sender:
         return {worker: self.post(worker, plan.step, [*begin.get(worker, []), *ends[worker]]) for worker in self.next}
 
     def issue_batched(
-        self, program: Program, plan: StepContext, values: Mapping[Port, Any], ends: Mapping[str, list[Task]]
+        self,
+        program: Program,
+        plan: StepContext,
+        values: Mapping[Port, Any],
+        ends: Mapping[str, list[Task]],
+        *,
+        keep: bool,
     ) -> dict[str, Future[Any]]:
         """Send the same tasks as ``issue``, in one message per worker; return the same replies."""
         given, replies = program.values_for(values), {}
         for worker in self.next:
-            tasks = program.tasks.get(worker)
-            part = [self._part(program, tasks, 0)] if tasks else []
+            tasks = program.tasks.get(worker, [])
+            part = self._part(program, tasks, 0) if keep and tasks else tasks
             sent = [Task(BeginStep(plan)), *part, *ends[worker]]
             replies[worker] = self.post(worker, plan.step, sent, given.get(worker, ()))
         return replies
 
     def confirm(self, program: Program) -> None:
         """Refer to the tasks of ``program`` from now on: a step of it has succeeded, so all workers have them."""
-        if program in self._numbers:  # not, if a later step has failed
-            self._numbers[program] = self._numbers[program][0], True
+        self._numbers[program] = self._numbers[program][0], True
 
     def forget(self, program: Program | None = None) -> None:
         """Let the RRefs of the last step go; send the tasks of ``program`` anew: some worker may not have them."""
@@ -95,13 +111,13 @@ class Sender:
         if program is not None:
             self._numbers.pop(program, None)
 
-    def _part(self, program: Program, tasks: Sequence[Task], start: int) -> Sent:
+    def _part(self, program: Program, tasks: Sequence[Task], start: int) -> list[Sent]:
         """Return what stands for ``tasks``, which are those of ``program`` on their worker from ``start`` on."""
         number, known = self._numbers.get(program, (-KEPT_PROGRAMS, False))
         if number <= self._newest - KEPT_PROGRAMS:
             self._newest += 1
             number, known = self._numbers[program] = self._newest, False
-        return Kept(number, start, start + len(tasks)) if known else Keep(number, start, tuple(tasks))
+        return [Kept(number, start, start + len(tasks)) if known else Keep(number, start, tuple(tasks))]
 
     def _arguments(self, worker: str, step: int, sent: Sequence[Sent], values: Values) -> Arguments:
         """Take the tasks' places in the worker's sequence; return the arguments of ``submit`` and ``accept``."""

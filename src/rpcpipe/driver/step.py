@@ -64,7 +64,9 @@ class Step:
         self._started = time.perf_counter()
         self._result: StepResult | None = None
         self._progress = runtime.progress if runtime.progress.done else Progress(runtime.settings.accumulate)
-        self._updated = False
+        self._began = False
+        # Set before the update, as rolling back an update that did not happen is harmless, and after it.
+        self._updated = self._has_updated = False
         self._overflowed = False
         self._context: AbstractContextManager[int] | None = None
 
@@ -72,8 +74,7 @@ class Step:
         try:
             with shield_interrupts():
                 self._runtime.enter(self)
-                self._context = self._runtime.cluster.transport.context()
-                self.context_id = self._context.__enter__()
+                self._open_context()
         except BaseException as error:
             self.__exit__(type(error), error, None)
             raise
@@ -82,15 +83,23 @@ class Step:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         with shield_interrupts():
             self._runtime.leave(self)
-            if self._context is not None:
-                context, self._context = self._context, None
-                context.__exit__(None, None, None)
-            if kind is not None and (isinstance(error, KeyboardInterrupt) or not self._updated):
-                # A Ctrl-C may come after the last worker has updated and before the caller can know of the update.
+            self._close_context()
+            # A Ctrl-C may come after the last worker has updated and before the caller can know of the update.
+            unknown = isinstance(error, KeyboardInterrupt) or self._updates_at_once
+            if kind is not None and (unknown or not self._updated):
                 updating = self._updated or self._updates_at_once
                 self._runtime.driver.roll_back(self._message, updating=updating)
-            elif kind is None and self.done:
+            elif self.done and self._updated == self._has_updated:  # not, if the update failed and was rolled back
                 self._advance()
+
+    def _open_context(self) -> None:
+        self._context = self._runtime.cluster.transport.context()
+        self.context_id = self._context.__enter__()
+
+    def _close_context(self) -> None:
+        if self._context is not None:
+            context, self._context = self._context, None
+            context.__exit__(None, None, None)
 
     def _advance(self) -> None:
         """Count the step, which has succeeded, and update the loss scale."""
@@ -115,11 +124,13 @@ class Step:
 
         Raises StateError if a batch has been run in this step already.
         """
-        if self.done:
-            raise StateError("forward_backward was called in this step already; open another step")
+        if self._began:
+            what = "was called in this step already" if self.done else "has failed in this step"
+            raise StateError(f"forward_backward {what}; open another step")
         runtime, driver = self._runtime, self._runtime.driver
         batch = runtime.program.cut(inputs)
         values = runtime.given(batch.parts, runtime.program.cut_targets(runtime.prepare(targets), batch))
+        self._began = True
         done = self._execute(batch, values)
         plan, verdict = done.plan, done.verdict
         sound = verdict.sound and not self._progress.spoiled
@@ -146,6 +157,9 @@ class Step:
             # The updates took the loss for a mean, as it was in the step before. Now the workers agree.
             driver.roll_back(self._message, updating=True)
             self._message = driver.new_step()
+            with shield_interrupts():  # the context has the first run's gradients
+                self._close_context()
+                self._open_context()
             return self._execute(batch, values)
         return _Done(plan, ending, reports, verdict)
 
@@ -195,7 +209,7 @@ class Step:
     def _ending(self, plan: StepContext) -> Ending:
         """Return how the step ends; workers update by themselves unless the user may still change the update."""
         runtime = self._runtime
-        waits = not self._updates_at_once or self._progress.spoiled or runtime.optimizer.has_pre_hooks
+        waits = not self._updates_at_once or self._progress.spoiled or runtime.optimizer.may_be_changed
         if waits or not plan.updates:
             return REPORT
         changes, after = runtime.optimizer.changes(), runtime.program.after_update()
@@ -246,10 +260,11 @@ class Step:
         """Update the weights. ``optimize`` leads here through the optimizer, whose calls schedulers count."""
         if not self.result().applied:
             return
-        self._updated = True  # set before the update: rolling back an update that did not happen is harmless
+        self._updated = True
         times = self._updates or self._runtime.driver.update_weights(
             self._message, self.context_id, self._runtime.optimizer.changes(), self._runtime.program.after_update()
         )
+        self._has_updated = True
         if self._runtime.tracer is not None:
             self._runtime.tracer.update(times, self._number)
 
