@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 import rpcpipe as rp
 from rpcpipe.errors import Failure, WorkerLost
@@ -25,6 +27,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self.notes: list[Any] = []
+        self.in_main_thread: set[bool] = set()  # whether verbs that may come by a lane ran there
         self.waiting: list[tuple[Future[Any], Any]] = []
 
     def clock(self) -> int:
@@ -37,6 +40,30 @@ class Recorder:
 
     def noted(self) -> list[Any]:
         return self.notes
+
+    # The verbs whose messages may come by a lane. In a worker the main thread receives those, as the executor's.
+
+    def deliver(self, *args: Any) -> None:
+        self.in_main_thread.add(threading.current_thread() is threading.main_thread())
+        self.notes.append(("deliver", *args))
+
+    def deliver_tensors(self, *args: Any) -> None:
+        self.in_main_thread.add(threading.current_thread() is threading.main_thread())
+        self.notes.append(("deliver_tensors", *args))
+
+    def supply(self, *args: Any) -> None:
+        self.in_main_thread.add(threading.current_thread() is threading.main_thread())
+        self.notes.append(("supply", *args))
+
+    def ran_in_main_thread(self) -> set[bool]:
+        ran, self.in_main_thread = self.in_main_thread, set()
+        return ran
+
+    def spoil(self) -> None:
+        """Modify every tensor that was kept."""
+        for leaf in tree_leaves(self.notes):
+            if isinstance(leaf, torch.Tensor):
+                leaf.zero_()
 
     def later(self, value: Any) -> Future[Any]:
         """Answer with ``value`` once there is a ``release``."""
@@ -103,6 +130,104 @@ def test_what_is_sent_is_delivered_once(transport: Transport) -> None:
         transport.send(WORKER, "note", number)
     wait_for(lambda: len(ask(transport, "noted")) >= 20)
     assert sorted(ask(transport, "noted")) == list(range(20))
+
+
+NEST = {"x": torch.ones(2, 3), "ids": torch.arange(3), "flags": [torch.tensor(True), None, 3]}
+VALUES: dict[str, Callable[[], list[torch.Tensor]]] = {  # made anew: a clone would be dense
+    "dense": lambda: [torch.arange(6.0).view(2, 3), torch.arange(5)],
+    "large": lambda: [torch.arange(100_000.0)],
+    "not-contiguous": lambda: [torch.arange(6.0).view(2, 3).t(), torch.arange(10)[::2]],
+    "expanded": lambda: [torch.ones(1, 3).expand(4, 3)],
+    "sparse": lambda: [torch.ones(2), torch.eye(3).to_sparse()],
+    "empty": lambda: [torch.zeros(0, 3), torch.ones(2)],
+    "one-number": lambda: [torch.tensor(2.5, dtype=torch.float64)],
+    "none": list,
+}
+BY_RPC = {"sparse", "empty"}
+
+
+def equal(one: Any, other: Any) -> bool:
+    """Whether two nests have equal leaves at the same places."""
+    ones, others = tree_flatten(one), tree_flatten(other)
+    return ones[1] == others[1] and all(
+        torch.equal(a.to_dense(), b.to_dense()) and (a.dtype, a.layout) == (b.dtype, b.layout)
+        if isinstance(a, torch.Tensor)
+        else type(a) is type(b) and a == b
+        for a, b in zip(ones[0], others[0], strict=True)
+    )
+
+
+def arrived(transport: Transport, number: int) -> list[Any]:
+    wait_for(lambda: len(ask(transport, "noted")) >= number)
+    notes: list[Any] = ask(transport, "noted")
+    assert len(notes) == number
+    return notes
+
+
+def messages(values: list[torch.Tensor]) -> list[tuple[Any, ...]]:
+    return [
+        ("deliver", "pipe", 1, (("F", 0, 1), "input"), values),
+        ("deliver_tensors", "pipe", 2, (("F", 0, 1), "input"), [True], values),
+        ("supply", "pipe", 3, [values, NEST]),
+        ("deliver", "pipe", 4, "x" * 70_000, values),  # longer than what a lane takes beside tensors
+    ]
+
+
+@pytest.mark.parametrize("made", VALUES.values(), ids=VALUES)
+def test_values_for_stages_arrive_equal_once_and_as_copies(
+    transport: Transport, made: Callable[[], list[torch.Tensor]]
+) -> None:
+    sent = made()
+    for verb, *args in messages(sent):
+        transport.send(WORKER, verb, *args)
+    arrived(transport, 4)
+    for tensor in sent:
+        tensor.zero_()
+    assert equal(sorted(arrived(transport, 4), key=lambda note: note[2]), messages(made()))
+    for verb, *args in messages(sent := made()):
+        transport.send(WORKER, verb, *args)
+    arrived(transport, 8)
+    ask(transport, "spoil")
+    assert equal(sent, made())
+
+
+def test_values_stay_as_they_came_while_others_come(transport: Transport) -> None:
+    """A lane uses memory again: not that of what is kept."""
+    for number in range(50):
+        verb = "deliver_tensors" if number % 2 else "deliver"
+        transport.send(WORKER, verb, number, [torch.full((100 * number + 1,), float(number))])
+    notes = arrived(transport, 50)
+    assert sorted(number for _, number, _ in notes) == list(range(50))
+    assert all(torch.equal(tensor, torch.full((100 * number + 1,), float(number))) for _, number, [tensor] in notes)
+
+
+@pytest.mark.parametrize("transport", ["rpc"], indirect=True)
+def test_the_thread_that_receives_runs_what_came_by_a_lane(transport: Transport) -> None:
+    """So the tests above are of lanes, where a lane can take the message."""
+    assert transport.is_near(WORKER)
+    number = 0
+    for name, made in VALUES.items():
+        for (verb, *args), fits in zip(messages(made()), [True, True, True, False], strict=True):
+            transport.send(WORKER, verb, *args)
+            number += 1
+            arrived(transport, number)
+            assert ask(transport, "ran_in_main_thread") == {fits and name not in BY_RPC}, (name, verb)
+
+
+def test_who_receives_waits_until_it_is_woken(transport: Transport) -> None:
+    outcomes: queue.SimpleQueue[bool] = queue.SimpleQueue()
+    receiver = threading.Thread(target=lambda: outcomes.put(transport.receive(None)), daemon=True)
+    receiver.start()
+    with pytest.raises(queue.Empty):
+        outcomes.get(timeout=0.05)
+    transport.wake()
+    assert outcomes.get(timeout=10.0)
+    receiver.join(10.0)
+    transport.wake()  # nobody receives: the next who does returns
+    transport.wake()
+    assert transport.receive(None)
+    assert not transport.receive(0.0)
+    assert not transport.receive(0.01)
 
 
 def test_a_call_gives_the_result(transport: Transport) -> None:
@@ -212,6 +337,24 @@ def test_a_lost_worker_fails_pending_and_future_calls(transport: Transport) -> N
         with pytest.raises(WorkerLost, match=r"gone$"):
             result(transport, reply)
     transport.send(WORKER, "note", 1)  # nobody hears it, and nothing is raised
+    transport.send(WORKER, "deliver_tensors", [torch.ones(2)])
+    assert not any(transport.is_near(WORKER) for _ in range(20))
+
+
+def test_nobody_is_near_whom_nobody_serves(transport: Transport) -> None:
+    assert not any(transport.is_near("worker7") for _ in range(20))
+    assert any(transport.is_near(WORKER) for _ in range(20))
+
+
+def test_leaving_ends_the_wait_of_who_receives() -> None:
+    """Of the in-process transport; ``test_lanes`` has the other."""
+    local = LocalTransport()
+    receiver = threading.Thread(target=local.receive, args=(None,), daemon=True)
+    receiver.start()
+    local.leave()
+    receiver.join(10.0)
+    assert not receiver.is_alive()
+    assert not local.receive(None)
 
 
 @pytest.mark.parametrize("transport", ["rpc"], indirect=True)  # in one process there is one generation

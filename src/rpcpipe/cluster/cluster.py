@@ -309,7 +309,7 @@ class Cluster:
             with self._gone:
                 self._alive.clear()
             self._group.monitor.wake()
-            self._thread.join()
+            self._thread.join()  # ends once awake: nobody is alive; what it calls waits at most for our own output
             self._group.close()
 
     def _wait_for_deaths(self, timeout: float) -> None:

@@ -185,7 +185,7 @@ def _end(owner: int, process: subprocess.Popen[bytes], *files: socket.socket | F
         file.close()
     if os.getpid() == owner:  # a fork of the owner has the object, but is not the process's parent
         process.kill()
-        process.wait()
+        process.wait()  # what is killed ends, if not in a system call that cannot be interrupted: then with that
 
 
 class ForkedChild:

@@ -252,7 +252,7 @@ class PlainProcess:
     def close(self) -> None:
         """End the process, if it has not ended, and remove its files."""
         self._process.kill()
-        self._process.wait()
+        self._process.wait()  # what is killed ends, if not in a system call that cannot be interrupted: then with that
         self._folder.cleanup()
 
 

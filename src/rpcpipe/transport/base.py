@@ -22,8 +22,8 @@ DRIVER = "driver"
 class Endpoint(Protocol):
     """Receives messages: every method is a verb. None may block; a slow one returns a ``Future``.
 
-    The transport's threads call verbs, several at once. A verb reports an error by a ``Failure`` value; it
-    does not raise.
+    The transport's threads call verbs, several at once, and so does the thread that calls ``Transport.receive``.
+    A verb reports an error by a ``Failure`` value; it does not raise.
     """
 
     def clock(self) -> int:
@@ -75,7 +75,7 @@ class Transport(Protocol):
         ...
 
     def leave(self) -> None:
-        """Stop serving; the others have ended. Messages that still arrive are dropped."""
+        """Stop serving; the others have ended. Messages that still arrive are dropped; ``receive`` returns at once."""
         ...
 
     def lose(self, worker: str, error: WorkerLost) -> None:
@@ -89,16 +89,18 @@ class Transport(Protocol):
     def receive(self, timeout: float | None) -> bool:
         """Run what has come for the thread that receives; wait for it, or for ``wake``, up to ``timeout`` seconds.
 
-        Other threads run all other messages. Returns whether there was anything.
+        None waits until one of them or ``leave`` ends it. One thread of a process receives. Which messages are for it
+        is the transport's choice, and may be none; other threads run all others. Returns whether there was anything,
+        ``wake`` included.
         """
         ...
 
     def wake(self) -> None:
-        """Let ``receive`` return at once, or the next time."""
+        """Let the ``receive`` under way return at once, or else the next one. Any thread may call it."""
         ...
 
     def is_near(self, to: str) -> bool:
-        """Return whether ``send`` carries tensors to ``to`` at less cost than the other calls do."""
+        """Return whether ``send`` carries tensors to ``to`` at less cost than other calls do; not if ``to`` is lost."""
         ...
 
     def call(self, to: str, verb: str, *args: Any) -> Future[Any]:

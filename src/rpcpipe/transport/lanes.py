@@ -294,7 +294,7 @@ class Receiver:
             return
         self._closed = True
         self.wake()
-        with self._lock:
+        with self._lock:  # whoever receives lets go of it: it is awake, and no verb blocks
             for registered in list(self._selector.get_map().values()):
                 if isinstance(registered.fileobj, socket.socket):
                     registered.fileobj.close()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import pickle
 import random
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -71,6 +72,7 @@ class LocalTransport:
         self._bag: list[_Message] = []
         self._drop = drop or (lambda to, verb: False)
         self._replies = Replies()
+        self._woken, self._left = threading.Event(), False
         self._contexts = 0
 
     def serve(self, name: str, endpoint: Endpoint) -> None:
@@ -79,21 +81,26 @@ class LocalTransport:
 
     def leave(self) -> None:
         self.endpoints.clear()
+        self._left = True
+        self.wake()
 
     def lose(self, worker: str, error: WorkerLost) -> None:
         self.endpoints.pop(worker, None)
         self._replies.lose(worker, error)
 
     def receive(self, timeout: float | None) -> bool:
-        """Return False: nothing comes this way, as whoever waits delivers all messages."""
-        return False
+        """Wait for ``wake`` alone: no message comes this way, as whoever waits for replies delivers all."""
+        if self._left or not self._woken.wait(timeout):
+            return False
+        self._woken.clear()
+        return True
 
     def wake(self) -> None:
-        pass
+        self._woken.set()
 
     def is_near(self, to: str) -> bool:
-        """Return either, in turn at random, so that tests see messages in both forms."""
-        return self._near.random() < 0.5
+        """Return either for those that are served, in turn at random, so that tests see messages in both forms."""
+        return to in self.endpoints and self._near.random() < 0.5
 
     def send(self, to: str, verb: str, *args: Any) -> None:
         self.call(to, verb, *args)

@@ -282,7 +282,7 @@ def _local_value(rref: Any) -> torch.futures.Future[Any]:
             value = _raised_by_to_here(str(error))
         answer.set_result(value)
 
-    threading.Thread(target=fetch, daemon=True).start()
+    threading.Thread(target=fetch, daemon=True).start()  # until the call that makes the value ends, or the process
     return answer
 
 
