@@ -73,7 +73,10 @@ def test_a_failed_step_is_sent_anew(dispatch: str) -> None:
 
 def test_passes_under_way_in_any_order_need_no_kept_program() -> None:
     """More sizes of batches than workers keep, several under way, messages in any order."""
-    sizes = [*range(1, KEPT_PROGRAMS + 1), *(size for pair in zip(range(1, 8), range(33, 40), strict=True) for size in pair)]
+    sizes = [
+        *range(1, KEPT_PROGRAMS + 1),
+        *(size for pair in zip(range(1, 8), range(33, 40), strict=True) for size in pair),
+    ]
     inputs = [torch.randn(size, 12) for size in sizes]
     for seed in range(3):
         pipe = rp.Pipeline(mlp(), LocalCluster(2, seed), loss=cross_entropy, optimizer=sgd, chunks=40)

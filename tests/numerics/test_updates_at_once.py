@@ -88,9 +88,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def run(options: dict[str, Any], *, gate: bool) -> tuple[list[Any], dict[str, torch.Tensor]]:
+def run(options: dict[str, Any], *, gate: bool, cluster: Any = None) -> tuple[list[Any], dict[str, torch.Tensor]]:
     """Train on batches of which some go wrong; return each step's figures and the state at the end."""
-    cluster: Any = LocalCluster(2 * options.get("replicas", 1), 3)
+    cluster = cluster or LocalCluster(2 * options.get("replicas", 1), 3)
     given = {"loss": cross_entropy, "optimizer": sgd, "chunks": 4, "schedule": "1f1b"} | options
     layers = nn.Sequential(*model(), nn.BatchNorm1d(4)) if "batch_norm" in options else model()
     pipe = rp.Pipeline(layers, cluster, **given)
@@ -104,7 +104,9 @@ def run(options: dict[str, Any], *, gate: bool) -> tuple[list[Any], dict[str, to
         figures.append((result.loss, result.grad_norm, result.applied, result.lr, result.accumulated))
         if not result.accumulated:
             scheduler.step()
-    return figures, dict(pipe.state_dict())
+    state = dict(pipe.state_dict())
+    pipe.close()
+    return figures, state
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -218,3 +220,78 @@ def test_optimizers_that_part_are_refused_and_taken_back() -> None:
             pipe.train_step(x, y)
         assert all(torch.equal(before[key], value) for key, value in pipe.state_dict().items())
     assert pipe.optimizer.param_groups[0]["lr"] == 0.1
+
+
+@pytest.mark.parametrize("name", ["1f1b", "clipped", "sum-count", "switching"])
+def test_the_same_through_rpc(cluster: rp.Cluster, name: str) -> None:
+    (at_once, state), (after_gate, expected) = (
+        run(OPTIONS[name], gate=gate, cluster=cluster) for gate in (False, True)
+    )
+    assert repr(at_once) == repr(after_gate)
+    assert all(torch.equal(state[key], value) for key, value in expected.items())
+
+
+@pytest.mark.parametrize("what", ["changes", "leaves out"])
+def test_a_step_that_the_user_has_replaced_has_the_last_word(what: str) -> None:
+    pipe, twin = pipeline(LocalCluster(2)), pipeline(LocalCluster(2))
+    wait_for_gate(twin.optimizer)
+    for one in (pipe, twin):
+        scheduler = torch.optim.lr_scheduler.StepLR(one.optimizer, 1, 0.5)
+        step = one.optimizer.step
+
+        def replaced(optimizer: Any = one.optimizer, step: Any = step) -> None:
+            optimizer.param_groups[0]["lr"] *= 0.9
+            if what == "changes":
+                step()
+
+        one.optimizer.step = replaced  # type: ignore[method-assign]
+        for x, y in batches(4):
+            one.train_step(x, y)
+            scheduler.step()
+    for key, value in twin.state_dict().items():
+        assert torch.equal(pipe.state_dict()[key], value), key
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_an_error_after_the_update_takes_it_back(accumulate: int) -> None:
+    pipe, twin = (pipeline(LocalCluster(2), accumulate=accumulate) for _ in range(2))
+    data = list(batches(6))
+    for x, y in data[:2]:
+        pipe.train_step(x, y)
+        twin.train_step(x, y)
+
+    def boom(*_: Any) -> None:
+        raise ValueError("boom")
+
+    before, hook = pipe.state_dict(), pipe.optimizer.register_step_post_hook(boom)
+    for x, y in data[2 : 1 + accumulate]:
+        pipe.train_step(x, y)
+        twin.train_step(x, y)
+    with pytest.raises(ValueError, match="boom"):
+        pipe.train_step(*data[1 + accumulate])
+    after = pipe.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before if accumulate == 1 or "forwards" not in key)
+    hook.remove()
+    for x, y in data[1 + accumulate :]:
+        assert pipe.train_step(x, y).loss == twin.train_step(x, y).loss
+
+
+def test_a_batch_that_failed_is_not_run_again_in_the_same_step() -> None:
+    pipe = pipeline(LocalCluster(2), model=model(raises=True))
+    (x, y), *_ = batches(1)
+    with pipe.step() as step:
+        with pytest.raises(rp.StageError, match="boom"):
+            step.forward_backward(marked(x), y)
+        with pytest.raises(rp.StateError, match="has failed"):
+            step.forward_backward(x, y)
+    assert pipe.train_step(x, y).applied
+
+
+def test_an_update_that_failed_is_not_counted_though_its_error_was_swallowed() -> None:
+    pipe = pipeline(LocalCluster(2), optimizer=lambda params: Alone(params, lr=0.1, momentum=0.9))
+    (x, y), *_ = batches(1)
+    with pipe.step() as step:
+        step.forward_backward(x, y)
+        with pytest.raises(rp.ModelError):
+            step.optimize()
+    assert pipe.trained == 0

@@ -251,12 +251,14 @@ class Named(NamedTuple):
     [
         (Named(3), [torch.ones(2)]),
         (1, [torch.arange(6.0).view(2, 3).t()]),
+        (1, [torch.ones(3, 1, 7).transpose(0, 1)]),
+        (1, [torch.ones(2, 1, 4, 4).to(memory_format=torch.channels_last)]),
         (1, [torch.ones(2, dtype=torch.complex64)]),
         (1, [torch.nn.Parameter(torch.ones(2), requires_grad=False)]),
         (1, [torch.ones(2), 3]),
         (1, {"x": torch.ones(2)}),
     ],
-    ids=["namedtuple", "transposed", "complex", "parameter", "no-tensor", "dict"],
+    ids=["namedtuple", "transposed", "size-1", "channels-last", "complex", "parameter", "no-tensor", "dict"],
 )
 def test_what_is_not_dense_or_no_builtin_is_pickled(ends: Ends, arg: Any, tensors: Any) -> None:
     received_arg, received = ends.pass_on(arg, tensors)

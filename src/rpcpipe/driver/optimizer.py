@@ -39,7 +39,7 @@ class PipelineOptimizer(torch.optim.Optimizer):
 
     @property
     def may_be_changed(self) -> bool:
-        """Whether something of the user's runs in ``step``, which may change hyperparameters or leave the update out."""
+        """Whether code of the user's runs in ``step``: it may change hyperparameters, or leave the update out."""
         step = vars(self).get("step")
         # Schedulers of torch count steps by a step of their own around the class's.
         counts = getattr(step, "_wrapped_by_lr_sched", False)

@@ -1,8 +1,8 @@
 """Send tasks to the workers, each to the next place in its worker's sequence.
 
-A training step's tasks are the same every time, so they travel once: workers keep a program's tasks (``Keep``), and from
-the second step on a message refers to them (``Kept``). Of forward passes several may be under way, whose messages arrive
-in any order, so a worker might drop a program to which a message refers that has not arrived: their tasks travel whole.
+A training step's tasks are the same every time, so they travel once: workers keep a program's tasks (``Keep``), and
+from the second step on a message refers to them (``Kept``). Of forward passes several may be under way, whose messages
+arrive in any order, so a worker might drop a program to which a late message refers: their tasks travel whole.
 """
 
 from __future__ import annotations

@@ -49,11 +49,12 @@ class shield_interrupts:  # noqa: N801  # used like a function, as contextlib.su
     def __enter__(self) -> None:
         if _State.shielded or threading.current_thread() is not threading.main_thread():
             return
+        _State.caught = None
         # One C call: a signal finds either the former handler or ours, which only takes note.
         handler = signal.signal(signal.SIGINT, _catch)
         if handler is _catch:
             return
-        _State.handler, _State.caught = handler, None
+        _State.handler = handler
         if callable(handler):
             self._outermost = _State.shielded = True
         else:

@@ -357,8 +357,10 @@ class _Incoming:
         number, size, dense = _HEADER.unpack_from(data)
         for _, _, passed in ancillary:
             (descriptor,) = _DESCRIPTOR.unpack(passed)
-            self._slots[number] = mapped(descriptor, size)
-            os.close(descriptor)
+            try:
+                self._slots[number] = mapped(descriptor, size)
+            finally:
+                os.close(descriptor)
         verb, args = self._read(data[_HEADER.size :], number, dense)
         self._handle(verb, args)
 

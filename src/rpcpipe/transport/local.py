@@ -74,6 +74,7 @@ class LocalTransport:
         self._replies = Replies()
         self._woken, self._left = threading.Event(), False
         self._contexts = 0
+        self._gradients: dict[int, dict[torch.Tensor, torch.Tensor]] = {}
 
     def serve(self, name: str, endpoint: Endpoint) -> None:
         """Serve ``endpoint``, which needs no thread: its ``run_one()`` runs a task, or returns False."""
@@ -177,20 +178,25 @@ class LocalTransport:
     @contextmanager
     def context(self) -> Iterator[int]:
         self._contexts += 1
-        yield self._contexts
+        context_id, self._gradients[self._contexts] = self._contexts, {}
+        try:
+            yield context_id
+        finally:
+            del self._gradients[context_id]
 
     def accumulate(self, context_id: int, root: torch.Tensor) -> None:
+        """Backpropagate ``root``, a function of leaves, and add what they get to the context's gradients."""
+        assert root.grad_fn is not None
+        leaves = [getattr(node, "variable", None) for node, _ in root.grad_fn.next_functions]
         root.backward()  # type: ignore[no-untyped-call]
+        gradients = self._gradients[context_id]
+        for leaf in leaves:
+            if leaf is not None and leaf.grad is not None:
+                gradients[leaf] = gradients[leaf] + leaf.grad if leaf in gradients else leaf.grad
+                leaf.grad = None
 
     def get_gradients(self, context_id: int) -> Mapping[torch.Tensor, torch.Tensor]:
-        return _LeafGradients()
-
-
-class _LeafGradients(dict[torch.Tensor, torch.Tensor]):
-    """Gradients by parameter where there is no distributed autograd: they are in ``.grad``."""
-
-    def get(self, parameter: torch.Tensor, default: Any = None) -> Any:
-        return parameter.grad
+        return self._gradients[context_id]
 
 
 # --- copies: what a wire delivers shares no memory with what was sent ---

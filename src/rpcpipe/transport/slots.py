@@ -74,11 +74,21 @@ def dense_layout(tensors: Sequence[torch.Tensor]) -> tuple[Layout, int] | None:
     for tensor in tensors:
         if type(tensor) is not torch.Tensor or tensor.dtype not in _CODES or not _is_plain(tensor):
             return None
-        if not tensor.is_contiguous():
+        # A dimension of size 1 may have any stride, and kernels choose by it.
+        if not tensor.is_contiguous() or (1 in tensor.shape and tensor.stride() != _row_major(tensor.shape)):
             return None
         layout.append((size, _CODES[tensor.dtype], tuple(tensor.shape)))
         size += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
     return layout, size
+
+
+def _row_major(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the strides of a dense tensor of ``shape``."""
+    strides, step = [], 1
+    for length in reversed(shape):
+        strides.append(step)
+        step *= length
+    return tuple(reversed(strides))
 
 
 def copy_dense(tensors: Sequence[torch.Tensor], layout: Layout, address: int) -> None:
@@ -127,6 +137,7 @@ def _is_plain(tensor: torch.Tensor) -> bool:
         and tensor.device.type == "cpu"
         and tensor.numel() > 0
         and not (tensor.requires_grad or tensor.is_quantized or tensor.is_conj() or tensor.is_neg() or tensor.is_nested)
+        and not tensor._is_zerotensor()
     )
 
 
