@@ -137,7 +137,7 @@ def _is_plain(tensor: torch.Tensor) -> bool:
         and tensor.device.type == "cpu"
         and tensor.numel() > 0
         and not (tensor.requires_grad or tensor.is_quantized or tensor.is_conj() or tensor.is_neg() or tensor.is_nested)
-        and not tensor._is_zerotensor()
+        and not torch._is_zerotensor(tensor)
     )
 
 
