@@ -11,7 +11,7 @@ from rpcpipe.driver.result import mean_loss
 from rpcpipe.errors import Failure, NonFiniteError, StageError
 from rpcpipe.stage.context import StepContext
 from rpcpipe.stage.progress import Progress
-from rpcpipe.worker.agreement import GradientGate, Norms, Verdict
+from rpcpipe.worker.agreement import GradientGate, Verdict
 from rpcpipe.worker.messages import Report
 
 
@@ -34,7 +34,7 @@ def judge(
     total = progress.counted(count)
     if plan.updates and total is not None and not divided:
         driver.normalize_gradients(plan.step, total, reports)
-    gate = GradientGate.of((Norms(report.norms, report.norm_dtype) for report in reports.values()), max_norm)
+    gate = GradientGate.of((report.gradient_norms for report in reports.values()), max_norm)
     if not plan.updates:
         gate = dataclasses.replace(gate, grad_norm=gate.grad_norm / plan.scale / (total or 1.0))
     return Verdict(loss, count, gate)

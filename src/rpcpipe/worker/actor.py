@@ -27,14 +27,12 @@ from rpcpipe.stage.stage import Stage
 from rpcpipe.stage.stream import StreamBackward
 from rpcpipe.stage.stream_rollback import Snapshots
 from rpcpipe.stage.weight_stash import Versions
-from rpcpipe.worker.agreement import Norms
 from rpcpipe.worker.gradient_exchange import Tensors, group_of, statistics_from
 from rpcpipe.worker.messages import Bucket, Port, Report, Route, StageInfo, Update, Updated
 from rpcpipe.worker.operations import (
     AddStatistics,
     BeginStep,
     CallFunction,
-    CommitStep,
     CreateActor,
     DropActor,
     EndStream,
@@ -43,21 +41,14 @@ from rpcpipe.worker.operations import (
     GatherSums,
     GatherWeights,
     GiveStatistics,
-    LastReport,
-    LastUpdate,
-    NormalizeGradients,
     Operation,
-    PublishGradients,
     Reduce,
     ReduceScatter,
     ReportStep,
     RollBackStep,
     RunAction,
     TakeBuffers,
-    TellLosses,
-    TellNorms,
-    UndoUpdate,
-    UpdateWeights,
+    UpdateOperation,
 )
 from rpcpipe.worker.stage_set import ActorSpec, StageSet
 from rpcpipe.worker.stage_state import StageState
@@ -131,11 +122,6 @@ class Actor:
                 self._take_buffers(stage, inputs["buffers"])
             case ReportStep():
                 return self._report_step()
-            case (
-                NormalizeGradients() | PublishGradients() | UpdateWeights() | LastUpdate() | TellLosses() | TellNorms()
-                | CommitStep() | LastReport() | UndoUpdate()
-            ):  # fmt: skip
-                return self._updater.execute(operation, self._plan, self._report, inputs)
             case RollBackStep(step, updating):
                 self._roll_back(step, updating)
             case EndStream(updates):
@@ -143,6 +129,8 @@ class Actor:
             case CreateActor() | CallFunction() | ForwardByHand() | ForgetStep() | DropActor():
                 raise AssertionError("the executor runs this operation")
             case _:
+                if isinstance(operation, UpdateOperation):
+                    return self._updater.execute(operation, self._plan, self._report, inputs)
                 return self._state.execute(operation)
         return None
 
@@ -253,7 +241,7 @@ class Actor:
                     gradients.unscale(stage.parameters, self._plan.scale)
                 self._updater.add_norms(report, stage)
             stage.outputs = {}
-        report.overflowed = not Norms(report.norms, report.norm_dtype).finite
+        report.overflowed = not report.gradient_norms.finite
         if self._plan.training and not self._plan.updates:
             self.held.accumulated.keep(self._plan.step, self.held.parameters)
         return report

@@ -16,26 +16,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
-
 from rpcpipe.stage import gradients
 from rpcpipe.stage.progress import Progress
-from rpcpipe.worker.messages import Port, StepEnd
+from rpcpipe.worker.messages import Norms, Port, StepEnd
 
 # (value, count) of the loss by micro-batch; count None for a mean.
 Losses = Mapping[int, tuple[float, float | None]]
-
-
-class Norms(NamedTuple):
-    """The 2-norms of a worker's gradients by stage and the parameter's index in it, and their precision."""
-
-    norms: Mapping[int, Mapping[int, float]]
-    dtype: torch.dtype
-
-    @property
-    def finite(self) -> bool:
-        """Whether every gradient is finite."""
-        return all(math.isfinite(norm) for stage in self.norms.values() for norm in stage.values())
 
 
 class Agreement(NamedTuple):

@@ -135,7 +135,7 @@ class Executor:
         if isinstance(port.action, Action) and (actor := self.actors.get(pipeline)) is not None:
             # The arrival is recorded before the value is filed: with its last value the step may end at once.
             actor.arrived(step, port)
-        self._put(pipeline, step, port, value)
+        self.supply(pipeline, step, [(port, value)])
 
     def deliver_tensors(
         self,
@@ -150,7 +150,7 @@ class Executor:
         self.deliver(pipeline, step, Port(Action(*action), slot), from_tensors(wants_grad, tensors))
 
     def supply(self, pipeline: str, step: int, values: Sequence[tuple[Port, Any]]) -> None:
-        """File the driver's ``values`` by port, for tasks that come, or have come, by another message."""
+        """File ``values`` by port, for tasks that come, or have come, by another message."""
         with self._changed:
             if (mailbox := self._mailboxes.get(pipeline)) is not None:
                 for port, value in values:
@@ -217,13 +217,6 @@ class Executor:
         """Let the compute thread look again for something to do."""
         if threading.get_ident() != self._compute_thread:
             self._transport.wake()
-
-    def _put(self, pipeline: str, step: int, port: Port, value: Any) -> None:
-        with self._changed:
-            if (mailbox := self._mailboxes.get(pipeline)) is not None:
-                mailbox.put(step, port, value)
-                if mailbox.is_ready():
-                    self._wake()
 
     def _enqueue(self, operation: Operation) -> Future[Any]:
         """Queue an operation outside of any step; the caller holds the lock."""
@@ -335,7 +328,7 @@ class Executor:
     def _create(self, pipeline: str, spec: bytes) -> Any:
         def send(worker: str, step: int, port: Port, value: Any) -> None:
             if worker == self.name:
-                self._put(pipeline, step, port, value)
+                self.supply(pipeline, step, [(port, value)])
             elif isinstance(port.action, Action) and (plain := as_tensors(value)) is not None:
                 place = tuple(port.action), port.slot
                 self._transport.send(worker, "deliver_tensors", pipeline, step, place, *plain)

@@ -87,10 +87,13 @@ class Mailbox:
         entry = self._queue.get(self.expected)
         if entry is None:
             return False
-        failed = self._failed.get(entry.step)
-        if failed is not None and entry.task.group >= failed[1]:
-            return True
-        return all((entry.step, port) in self._inbox for port in entry.task.awaits)
+        return self._failure_of(entry) is not None or all(
+            (entry.step, port) in self._inbox for port in entry.task.awaits
+        )
+
+    def _failure_of(self, entry: Entry) -> Failure | None:
+        failure, group = self._failed.get(entry.step, (None, 0))
+        return failure if entry.task.group >= group else None
 
     def take(self) -> Entry | None:
         """Remove and return the next entry in sequence, or None while the entry or one of its values is missing.
@@ -101,10 +104,8 @@ class Mailbox:
             return None
         entry = self._queue.pop(self.expected)
         self.expected += 1
-        failure, group = self._failed.get(entry.step, (None, 0))
-        if failure is not None and entry.task.group >= group:
-            entry.failure = failure
-        else:
+        entry.failure = self._failure_of(entry)
+        if entry.failure is None:
             entry.values = {port.slot: self._inbox.pop((entry.step, port)) for port in entry.task.awaits}
         return entry
 

@@ -6,6 +6,7 @@ each worker or stage, are dataclasses.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -32,11 +33,9 @@ class Bucket(NamedTuple):
 class StepEnd(NamedTuple):
     """The end of a step, where workers tell each other what decides on the update (``agreement``)."""
 
-    what: str = "update"
-
     def describe(self) -> str:
         """Name it for a user."""
-        return f"the step's {self.what}"
+        return "the step's update"
 
 
 class Port(NamedTuple):
@@ -104,6 +103,18 @@ class Updated(NamedTuple):
     changed: Sequence[Mapping[str, Any] | None] = ()
 
 
+class Norms(NamedTuple):
+    """The 2-norms of a worker's gradients by stage and the parameter's index in it, and their precision."""
+
+    norms: Mapping[int, Mapping[int, float]]
+    dtype: torch.dtype
+
+    @property
+    def finite(self) -> bool:
+        """Whether every gradient is finite."""
+        return all(math.isfinite(norm) for stage in self.norms.values() for norm in stage.values())
+
+
 @dataclass(kw_only=True)
 class Report:
     """One worker's figures of a step, or in a stream of its actions since its last update.
@@ -136,6 +147,11 @@ class Report:
     recomputed: dict[int, int] = field(default_factory=dict)
     versions: dict[int, tuple[int, int]] = field(default_factory=dict)  # (peak count, bytes of one version)
     skipped: bool = False
+
+    @property
+    def gradient_norms(self) -> Norms:
+        """The norms with their precision."""
+        return Norms(self.norms, self.norm_dtype)
 
     @classmethod
     def joined(cls, reports: Sequence[Report]) -> Report:

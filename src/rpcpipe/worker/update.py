@@ -16,7 +16,6 @@ from rpcpipe.stage.stage import Stage
 from rpcpipe.worker.agreement import (
     Agreement,
     GradientGate,
-    Norms,
     Verdict,
     divisor,
     losses_from,
@@ -24,7 +23,7 @@ from rpcpipe.worker.agreement import (
     norms_from,
 )
 from rpcpipe.worker.gradient_exchange import Push
-from rpcpipe.worker.messages import Port, Report, Updated
+from rpcpipe.worker.messages import Norms, Port, Report, Updated
 from rpcpipe.worker.operations import (
     CommitStep,
     LastReport,
@@ -118,8 +117,8 @@ class Updater:
         total = agreement.progress.counted(self._loss[1])
         if total is not None:
             self._normalize(report, divisor(total))
-        own = Norms(report.norms, report.norm_dtype)
-        self._push((other, norms_from(self._name), own) for other in agreement.others(self._name))
+        norms = report.gradient_norms
+        self._push((other, norms_from(self._name), norms) for other in agreement.others(self._name))
 
     def _commit(
         self,
@@ -130,7 +129,7 @@ class Updater:
         others: Sequence[Norms],
     ) -> None:
         """Update, unless a loss or a gradient is not finite: any, with ``agreement``, and else one of this worker."""
-        own = Norms(report.norms, report.norm_dtype)
+        own = report.gradient_norms
         if agreement is None:
             factor, sound = 1.0, own.finite and all(math.isfinite(loss) for loss, _ in report.losses.values())
         else:
