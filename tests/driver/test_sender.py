@@ -13,7 +13,7 @@ import torch
 import rpcpipe as rp
 from rpcpipe.driver.layout import Layout
 from rpcpipe.driver.program import StepProgram
-from rpcpipe.driver.sender import Sender
+from rpcpipe.driver.sender import Issue, Sender
 from rpcpipe.stage.context import StepContext
 from rpcpipe.transport.message_pickling import MessagePickler
 from rpcpipe.worker.operations import KEPT_PROGRAMS, Keep, Kept, ReportStep, Sent, Task, places
@@ -138,7 +138,8 @@ def test_64_workers_are_issued_512_micro_batches_in_a_tenth_of_a_second() -> Non
         values = step.given(batch.parts, step.cut_targets(targets, batch))
         program = step.train(batch.counts, updates=True)
         plan = StepContext(number, number, True, batch.weights)
-        sender.issue_batched(program, plan, values, {name: [Task(ReportStep())] for name in names}, keep=True)
+        ends = {name: [Task(ReportStep())] for name in names}
+        sender.issue_batched(Issue(program, plan, values, ends, keep=True))
         sender.confirm(program)
         seconds.append(time.perf_counter() - start)
         sizes.append(wire.bytes)

@@ -16,7 +16,7 @@ from rpcpipe.driver.ending import REPORT, Ending
 from rpcpipe.driver.optimizer import check_alike
 from rpcpipe.driver.program import Program
 from rpcpipe.driver.recovery import Begin, Event, Fail, Idle, OtherCall, State, Succeed, TakeBack, transition
-from rpcpipe.driver.sender import Sender
+from rpcpipe.driver.sender import Issue, Sender
 from rpcpipe.errors import DeadlineExceeded, Failure, StageError
 from rpcpipe.stage.context import StepContext
 from rpcpipe.transport.base import Transport
@@ -89,7 +89,7 @@ class Driver:
     ) -> dict[str, Future[Any]]:
         ends = {worker: ending.tasks(worker) for worker in self.workers}
         issue = self._sender.issue_batched if self._batched else self._sender.issue
-        return issue(program, plan, values, ends, keep=keep)
+        return issue(Issue(program, plan, values, ends, keep))
 
     def take_update_back(self, step: int) -> None:
         """Undo the updates of ``step``, which has succeeded; what its forwards have changed stays."""
@@ -231,14 +231,14 @@ class Driver:
             self._recovery, undone = transition(self._recovery, event)
             if undone is None:
                 return
-            self._sender.forget()
+            self._sender.release()
             self.cancel(undone.step, undone.first)
             for worker in self.workers:
                 self._sender.post(worker, -1, [Task(RollBackStep(undone.step, undone.updating))])
 
     def drop(self) -> list[Future[Any]]:
         """Free the stages on all workers; return their replies."""
-        self._sender.forget()
+        self._sender.release()
         return [self._transport.call(worker, "drop", self._pipeline) for worker in self.workers]
 
     def _post_all(self, step: int, task: Task) -> dict[str, Future[Any]]:

@@ -14,16 +14,13 @@ Changes = Sequence[Mapping[str, Any]]
 
 
 class Ending(Protocol):
-    """The end of a step. ``updates``: workers update by themselves. ``divides``: and divide by the batch's count.
+    """The end of a step. ``updates``: workers divide by the batch's count, if there is one, and update by themselves.
 
     ``alone``: each updates for itself, so the driver has the updates taken back if not all can.
     """
 
     @property
     def updates(self) -> bool: ...
-
-    @property
-    def divides(self) -> bool: ...
 
     @property
     def alone(self) -> bool: ...
@@ -37,7 +34,6 @@ class Reporting:
     """Workers report; the driver decides, and tells them to update."""
 
     updates = False
-    divides = False
     alone = False
 
     def tasks(self, worker: str) -> list[Task]:
@@ -60,8 +56,10 @@ class Committing:
     agreement: Agreement | None
     after: Mapping[str, list[Task]]
 
-    updates: bool = True
-    divides: bool = True
+    @property
+    def updates(self) -> bool:
+        """Whether workers update by themselves: they do."""
+        return True
 
     @property
     def alone(self) -> bool:

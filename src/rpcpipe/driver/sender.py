@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from rpcpipe.driver.program import Program
@@ -22,6 +22,19 @@ from rpcpipe.worker.operations import KEPT_PROGRAMS, BeginStep, Keep, Kept, Sent
 Values = Sequence[tuple[Port, Any]]
 # What ``submit`` and ``accept`` take: pipeline, step, place, what is sent, values.
 Arguments = tuple[str, int, int, Sequence[Sent], Values]
+
+
+class Issue(NamedTuple):
+    """The calls of one step: its program, its driver's values by port, and by worker the tasks that end it.
+
+    ``keep``: workers keep the program's tasks; no other step is under way.
+    """
+
+    program: Program
+    plan: StepContext
+    values: Mapping[Port, Any]
+    ends: Mapping[str, list[Task]]
+    keep: bool
 
 
 class Sender:
@@ -52,67 +65,50 @@ class Sender:
         with shield_interrupts():
             return self._transport.remote(worker, "accept", *self._arguments(worker, step, sent, values))
 
-    def issue(
-        self,
-        program: Program,
-        plan: StepContext,
-        values: Mapping[Port, Any],
-        ends: Mapping[str, list[Task]],
-        *,
-        keep: bool,
-    ) -> dict[str, Future[Any]]:
-        """Send one call per action and keep its RRef until the step is over; return the replies of ``ends``.
-
-        ``keep``: workers keep the tasks; no other step is under way.
-        """
+    def issue(self, step: Issue) -> dict[str, Future[Any]]:
+        """Send one call per action and keep its RRef until the step is over; return the replies of ``step.ends``."""
         self._held = []
-        given = program.values_for(values)
-        begin: dict[str, list[Sent]] = {worker: [Task(BeginStep(plan))] for worker in self.next}
+        number, given = step.plan.step, step.program.values_for(step.values)
+        begin: dict[str, list[Sent]] = {worker: [Task(BeginStep(step.plan))] for worker in self.next}
         start = dict.fromkeys(self.next, 0)
-        for worker, tasks in program.calls:
-            own = [(port, values[port]) for task in tasks for port in task.awaits if port in values]
-            own = own if worker in given else []
-            part = self._part(program, tasks, start[worker]) if keep else tasks
-            sent = [*(first := begin.pop(worker, [])), *part]
+        for worker, tasks in step.program.calls:
+            awaits = [port for task in tasks for port in task.awaits if port in step.values] if worker in given else []
+            first = begin.pop(worker, [])
+            sent = [*first, *self._part(step, tasks, start[worker])]
             start[worker] += len(tasks)
-            self._held.append(self.hold(worker, plan.step, sent, own))
+            own = [(port, step.values[port]) for port in awaits]
+            self._held.append(self.hold(worker, number, sent, own))
             # By a lane one message more, once the first action can begin; else each call carries its own.
             if first and worker in given and self._transport.is_near(worker):
-                sent_ports = {port for port, _ in own}
-                rest = [pair for pair in given.pop(worker) if pair[0] not in sent_ports]
-                self._supply(worker, plan.step, rest)
-        return {worker: self.post(worker, plan.step, [*begin.get(worker, []), *ends[worker]]) for worker in self.next}
+                self._supply(worker, number, [pair for pair in given.pop(worker) if pair[0] not in awaits])
+        return {worker: self.post(worker, number, [*begin.get(worker, []), *step.ends[worker]]) for worker in self.next}
 
-    def issue_batched(
-        self,
-        program: Program,
-        plan: StepContext,
-        values: Mapping[Port, Any],
-        ends: Mapping[str, list[Task]],
-        *,
-        keep: bool,
-    ) -> dict[str, Future[Any]]:
+    def issue_batched(self, step: Issue) -> dict[str, Future[Any]]:
         """Send the same tasks as ``issue``, in one message per worker; return the same replies."""
-        given, replies = program.values_for(values), {}
+        given, replies = step.program.values_for(step.values), {}
         for worker in self.next:
-            tasks = program.tasks.get(worker, [])
-            part = self._part(program, tasks, 0) if keep and tasks else tasks
-            sent = [Task(BeginStep(plan)), *part, *ends[worker]]
-            replies[worker] = self.post(worker, plan.step, sent, given.get(worker, ()))
+            part = self._part(step, step.program.tasks.get(worker, []), 0)
+            sent = [Task(BeginStep(step.plan)), *part, *step.ends[worker]]
+            replies[worker] = self.post(worker, step.plan.step, sent, given.get(worker, ()))
         return replies
 
     def confirm(self, program: Program) -> None:
         """Refer to the tasks of ``program`` from now on: a step of it has succeeded, so all workers have them."""
         self._numbers[program] = self._numbers[program][0], True
 
-    def forget(self, program: Program | None = None) -> None:
-        """Let the RRefs of the last step go; send the tasks of ``program`` anew: some worker may not have them."""
-        self._held.clear()
-        if program is not None:
-            self._numbers.pop(program, None)
+    def forget(self, program: Program) -> None:
+        """Send the tasks of ``program`` anew: some worker may not have them."""
+        self._numbers.pop(program, None)
 
-    def _part(self, program: Program, tasks: Sequence[Task], start: int) -> list[Sent]:
-        """Return what stands for ``tasks``, which are those of ``program`` on their worker from ``start`` on."""
+    def release(self) -> None:
+        """Let the RRefs of the last step go."""
+        self._held.clear()
+
+    def _part(self, step: Issue, tasks: Sequence[Task], start: int) -> Sequence[Sent]:
+        """Return what stands for ``tasks``, which are those of the program on their worker from ``start`` on."""
+        if not step.keep or not tasks:
+            return tasks
+        program = step.program
         number, known = self._numbers.get(program, (-KEPT_PROGRAMS, False))
         if number <= self._newest - KEPT_PROGRAMS:
             self._newest += 1

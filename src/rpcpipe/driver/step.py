@@ -136,11 +136,11 @@ class Step:
         sound = verdict.sound and not self._progress.spoiled
         if not sound:
             self._leave_out(done)
-        self._record(done, applied=plan.updates and sound)
         factor = 1.0 / plan.scale / (verdict.count or 1.0)
         input_grads = runtime.input_gradients(batch, inputs, done.reports, factor)
-        self._result = dataclasses.replace(self.result(), input_grads=input_grads)
-        if done.ending.updates or not self._result.applied:
+        applied = plan.updates and sound
+        self._record(done, input_grads, applied=applied)
+        if done.ending.updates or not applied:
             return {}
         return driver.publish_gradients(self._message, self.context_id, verdict.gate.factor)
 
@@ -151,7 +151,7 @@ class Step:
         ending = self._ending(plan)
         reports = driver.run(runtime.program.train(batch.counts, updates=plan.updates), plan, values, ending)
         max_norm = runtime.settings.clip_grad_norm
-        verdict = judge(driver, plan, self._progress, reports, shares, max_norm, divided=ending.divides)
+        verdict = judge(driver, plan, self._progress, reports, shares, max_norm, divided=ending.updates)
         runtime.loss_is_mean = verdict.count is None
         if ending.alone and not runtime.loss_is_mean:
             # The updates took the loss for a mean, as it was in the step before. Now the workers agree.
@@ -163,7 +163,7 @@ class Step:
             return self._execute(batch, values)
         return _Done(plan, ending, reports, verdict)
 
-    def _record(self, done: _Done, *, applied: bool) -> None:
+    def _record(self, done: _Done, input_grads: Nest, *, applied: bool) -> None:
         """Note what the batch has given: its place in an accumulation, its updates and its figures."""
         runtime, plan, reports, verdict = self._runtime, done.plan, done.reports, done.verdict
         if runtime.tracer is not None:
@@ -187,6 +187,7 @@ class Step:
             loss_scale=plan.scale,
             metrics=mean_metrics(reports),
             outputs=merged_outputs(reports),
+            input_grads=input_grads,
         )
         runtime.note(self._result.timeline)
 
