@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import pytest
@@ -25,9 +24,9 @@ from rpcpipe.driver.recovery import (
     Updating,
     transition,
 )
-from rpcpipe.worker.operations import Task
 from support.local_cluster import LocalCluster
 from support.models import batches, cross_entropy, mlp, sgd
+from support.sent import Sent
 
 FIRST, LATER = {"worker0": 3}, {"worker0": 9}
 RUNNING, UPDATING, SETTLED = Running(5, FIRST), Updating(5, FIRST), Settled(5, FIRST)
@@ -122,19 +121,7 @@ def give_up(pipe: rp.Pipeline, x: torch.Tensor, y: torch.Tensor) -> None:
 def test_a_failed_step_is_cancelled_and_undone_once_on_every_worker(where: str, dispatch: str) -> None:
     BoomSGD.updates = 0
     cluster: Any = LocalCluster(3, 1)
-    sent: Counter[str] = Counter()
-    tell, post = cluster.transport.send, cluster.transport.call
-
-    def telling(to: str, verb: str, *args: Any) -> None:
-        sent[verb] += 1
-        tell(to, verb, *args)
-
-    def posting(to: str, verb: str, *args: Any) -> Any:
-        if verb == "submit":
-            sent.update(type(item.operation).__name__ for item in args[3] if isinstance(item, Task))
-        return post(to, verb, *args)
-
-    cluster.transport.send, cluster.transport.call = telling, posting
+    sent = Sent(cluster)
     model = [*mlp()[:-1], Boom(), mlp()[-1]]
     factory = (lambda params: BoomSGD(params, lr=0.1)) if where == "optimizer" else sgd
     pipe = rp.Pipeline(model, cluster, loss=cross_entropy, optimizer=factory, chunks=2, dispatch=dispatch)
@@ -146,6 +133,6 @@ def test_a_failed_step_is_cancelled_and_undone_once_on_every_worker(where: str, 
     with pytest.raises((rp.StageError, KeyError), match="boom"):
         give_up(pipe, x, y) if where == "with-block" else pipe.train_step(x * 1e9 if where == "forward" else x, y)
     assert all(torch.equal(before[name], value) for name, value in pipe.state_dict().items())
-    assert (sent["cancel"], sent["RollBackStep"]) == (3, 3)
+    assert (sent.verbs["cancel"], sent.operations["RollBackStep"]) == (3, 3)
     assert pipe.train_step(x, y).applied
-    assert (sent["cancel"], sent["RollBackStep"]) == (3, 3)
+    assert (sent.verbs["cancel"], sent.operations["RollBackStep"]) == (3, 3)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import time
-from collections import Counter
 from typing import Any
 
 import pytest
@@ -16,27 +15,11 @@ from rpcpipe.driver.program import StepProgram
 from rpcpipe.driver.sender import Issue, Sender
 from rpcpipe.stage.context import StepContext
 from rpcpipe.transport.message_pickling import MessagePickler
-from rpcpipe.worker.operations import KEPT_PROGRAMS, Keep, Kept, ReportStep, Sent, Task, places
+from rpcpipe.worker.operations import KEPT_PROGRAMS, Keep, Kept, ReportStep, Task, places
 from support.local_cluster import LocalCluster
 from support.models import batches, cross_entropy, mlp, sgd
 from support.oracle import Oracle
-
-
-class Messages:
-    """What the driver sends, by kind."""
-
-    def __init__(self, cluster: Any) -> None:
-        self.kinds: Counter[type] = Counter()
-        for name in ("call", "remote"):
-            setattr(cluster.transport, name, self._counting(getattr(cluster.transport, name)))
-
-    def _counting(self, send: Any) -> Any:
-        def counting(to: str, verb: str, *args: Any, **options: Any) -> Any:
-            if verb in ("submit", "accept"):
-                self.kinds.update(type(item) for item in args[3])
-            return send(to, verb, *args, **options)
-
-        return counting
+from support.sent import Sent
 
 
 def pipeline(cluster: Any, dispatch: str) -> rp.Pipeline:
@@ -46,7 +29,7 @@ def pipeline(cluster: Any, dispatch: str) -> rp.Pipeline:
 @pytest.mark.parametrize("dispatch", ["rref", "batched"])
 def test_a_step_refers_to_what_workers_keep(dispatch: str) -> None:
     cluster: Any = LocalCluster(2, 5)
-    messages, pipe = Messages(cluster), pipeline(cluster, dispatch)
+    messages, pipe = Sent(cluster), pipeline(cluster, dispatch)
     (x, y), *_ = batches(1)
     parts = 2 if dispatch == "batched" else 2 * 2 * 4
     pipe.train_step(x, y)
@@ -59,7 +42,7 @@ def test_a_step_refers_to_what_workers_keep(dispatch: str) -> None:
 @pytest.mark.parametrize("dispatch", ["rref", "batched"])
 def test_a_failed_step_is_sent_anew(dispatch: str) -> None:
     cluster: Any = LocalCluster(2, 5)
-    messages, pipe = Messages(cluster), pipeline(cluster, dispatch)
+    messages, pipe = Sent(cluster), pipeline(cluster, dispatch)
     (x, y), *_ = batches(1)
     pipe.train_step(x, y)
     kept = messages.kinds[Keep]
@@ -100,7 +83,7 @@ def test_more_kinds_of_batches_than_workers_keep(dispatch: str) -> None:
 
 
 def test_places() -> None:
-    task: Sent = Task(None)  # type: ignore[arg-type]
+    task = Task(None)  # type: ignore[arg-type]
     assert places([task, Keep(1, 0, (task, task)), Kept(1, 2, 7), task]) == 9
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from typing import Any
 
 import pytest
@@ -11,9 +10,9 @@ import torch
 from torch import nn
 
 import rpcpipe as rp
-from rpcpipe.worker.operations import Task
 from support.local_cluster import LocalCluster
 from support.models import adamw, batches, cross_entropy, mlp, sgd, summed
+from support.sent import Sent
 
 WRONG = 1e6  # a value in the inputs that makes a micro-batch go wrong
 
@@ -119,19 +118,6 @@ def test_figures_and_weights_are_those_of_updates_after_the_gate(name: str) -> N
         assert torch.equal(state[key], value), key
 
 
-class Sent:
-    """What a cluster's driver sends, by the name of the operation."""
-
-    def __init__(self, cluster: Any) -> None:
-        self.names: Counter[str] = Counter()
-        self._call, cluster.transport.call = cluster.transport.call, self._counting
-
-    def _counting(self, to: str, verb: str, *args: Any) -> Any:
-        if verb == "submit":
-            self.names.update(type(item.operation).__name__ for item in args[3] if isinstance(item, Task))
-        return self._call(to, verb, *args)
-
-
 def pipeline(cluster: Any, **changed: Any) -> rp.Pipeline:
     given: dict[str, Any] = {"loss": cross_entropy, "optimizer": sgd, "chunks": 4, "schedule": "1f1b"} | changed
     return rp.Pipeline(given.pop("model", None) or model(), cluster, **given)
@@ -144,11 +130,11 @@ def test_a_step_is_one_answer_of_each_worker() -> None:
     (x, y), *_ = batches(1)
     for number in range(3):
         assert pipe.train_step(x, y).applied
-        assert sent.names["CommitStep"] == 3 * (number + 1)
-        assert sent.names["TellNorms"] == 3  # whether the loss is a mean is not known in the first step
-    assert sent.names["UpdateWeights"] == sent.names["UndoUpdate"] == 0
+        assert sent.operations["CommitStep"] == 3 * (number + 1)
+        assert sent.operations["TellNorms"] == 3  # whether the loss is a mean is not known in the first step
+    assert sent.operations["UpdateWeights"] == sent.operations["UndoUpdate"] == 0
     assert not pipe.train_step(marked(x), y).applied
-    assert (sent.names["CommitStep"], sent.names["UndoUpdate"]) == (12, 3)
+    assert (sent.operations["CommitStep"], sent.operations["UndoUpdate"]) == (12, 3)
 
 
 @pytest.mark.parametrize("name", ["clipped", "float16", "sum-count", "replicas", "sharded"])
@@ -159,8 +145,8 @@ def test_workers_agree_without_the_driver(name: str) -> None:
     for x, y in batches(3, 24):
         assert pipe.train_step(x, y).applied
     assert not pipe.train_step(marked(x), y).applied
-    assert sent.names["TellNorms"] == sent.names["CommitStep"] == 4 * len(cluster.workers)
-    assert not sent.names.keys() & {"UpdateWeights", "NormalizeGradients", "PublishGradients", "UndoUpdate"}
+    assert sent.operations["TellNorms"] == sent.operations["CommitStep"] == 4 * len(cluster.workers)
+    assert not sent.operations.keys() & {"UpdateWeights", "NormalizeGradients", "PublishGradients", "UndoUpdate"}
 
 
 def test_a_failure_after_others_have_updated_changes_no_weight() -> None:

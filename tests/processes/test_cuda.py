@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -47,16 +48,13 @@ def convolutions() -> nn.Sequential:
 
 @pytest.mark.parametrize("schedule", SYNCHRONOUS)
 def test_a_pipeline_on_a_gpu_computes_what_one_process_computes_there(gpus: rp.Cluster, schedule: str) -> None:
-    pipe = pipeline(gpus, schedule=schedule)
-    try:
+    with closing(pipeline(gpus, schedule=schedule)) as pipe:
         assert {worker.device for worker in gpus.workers} == {"cuda:0"} or torch.cuda.device_count() > 1
         assert pipe.stages[0].call(lambda module: next(module.parameters()).device.type) == "cuda"
         found = rp.verify(pipe, *batch())
         assert found.ok, str(found)
         # The norm of all gradients is added up on the CPU; all else has the GPU's bits.
         assert {difference.quantity for difference in found.differences} <= {"the gradient's norm"}
-    finally:
-        pipe.close()
 
 
 @pytest.mark.parametrize(
@@ -75,19 +73,15 @@ def test_a_pipeline_on_a_gpu_computes_what_one_process_computes_there(gpus: rp.C
     ids=["recompute", "clip", "sum-count", "bfloat16", "float16", "accumulate", "batched", "conv", "conv-zb-v"],
 )
 def test_options_on_a_gpu(gpus: rp.Cluster, options: dict[str, Any]) -> None:
-    pipe = pipeline(gpus, **options)
-    try:
+    with closing(pipeline(gpus, **options)) as pipe:
         found = rp.verify(pipe, *batch())
         assert found.ok, str(found)
-    finally:
-        pipe.close()
 
 
 def test_weights_after_steps_are_the_plain_loops(gpus: rp.Cluster) -> None:
     model = mlp(width=64, dropout=0.0).cuda()
     optimizer = adamw(list(model.parameters()))
-    pipe = pipeline(gpus, model=mlp(width=64, dropout=0.0))
-    try:
+    with closing(pipeline(gpus, model=mlp(width=64, dropout=0.0))) as pipe:
         for x, y in batches(3, 16, 64):
             for a, b in zip(x.chunk(4), y.chunk(4), strict=True):
                 (cross_entropy(model(a.cuda()), b.cuda()) / 4).backward()  # type: ignore[no-untyped-call]
@@ -97,13 +91,10 @@ def test_weights_after_steps_are_the_plain_loops(gpus: rp.Cluster) -> None:
             assert pipe.train_step(x.cuda(), y.cuda()).applied
         for name, value in pipe.state_dict().items():
             assert torch.equal(value.cpu(), model.state_dict()[name].cpu()), name
-    finally:
-        pipe.close()
 
 
 def test_inference_and_checkpoints_on_a_gpu(gpus: rp.Cluster, tmp_path: Path) -> None:
-    pipe, other = pipeline(gpus), pipeline(gpus, schedule="zb-v")
-    try:
+    with closing(pipeline(gpus)) as pipe, closing(pipeline(gpus, schedule="zb-v")) as other:
         x, y = batch()
         pipe.train_step(x, y)
         pipe.save(tmp_path / "saved")
@@ -111,53 +102,38 @@ def test_inference_and_checkpoints_on_a_gpu(gpus: rp.Cluster, tmp_path: Path) ->
         assert torch.equal(pipe(x).cpu(), other(x).cpu())
         assert pipe.evaluate([(x, y)]) == other.evaluate([(x, y)])
         assert pipe.train_step(x, y).loss == other.train_step(x, y).loss
-    finally:
-        pipe.close()
-        other.close()
 
 
 @pytest.mark.parametrize("policy", ["stash", "2bw"])
 def test_streams_on_a_gpu(gpus: rp.Cluster, policy: str) -> None:
     chunks = 4 if policy == "2bw" else 1
-    pipe = stream_pipeline(2, policy, gpus, model=mlp(dropout=0.0))
     oracle = Versioned(mlp(dropout=0.0).cuda(), sgd, cross_entropy, SIZES[2])
-    try:
+    with closing(stream_pipeline(2, policy, gpus, model=mlp(dropout=0.0))) as pipe:
         on_gpu = [(x.cuda(), y.cuda()) for x, y in batches(5)]
         losses = [result.loss for result in pipe.train(batches(5))]
         assert losses == pytest.approx(serial(oracle, on_gpu, policy, 2, chunks), rel=1e-6)
         assert_same_weights(pipe, oracle.model.cpu())
-    finally:
-        pipe.close()
 
 
 def test_replicas_on_a_gpu(gpus: rp.Cluster) -> None:
-    pipe = pipeline(gpus, replicas=2, shard_optimizer=True)
-    try:
+    with closing(pipeline(gpus, replicas=2, shard_optimizer=True)) as pipe:
         found = rp.verify(pipe, *batch())
         assert found.ok, str(found)
-    finally:
-        pipe.close()
 
 
 def test_the_caller_s_batch_may_be_on_the_gpu(gpus: rp.Cluster) -> None:
-    pipe = pipeline(gpus)
-    try:
+    with closing(pipeline(gpus)) as pipe:
         x, _ = batch()
         assert torch.equal(pipe(x).cpu(), pipe(x.cuda()).cpu())
         values = [values.cpu() for values in pipe.predict([x.cuda()])]
         assert torch.equal(values[0], pipe(x).cpu())
-    finally:
-        pipe.close()
 
 
 def test_an_error_on_a_gpu_is_named_and_changes_no_weight(gpus: rp.Cluster) -> None:
-    pipe = pipeline(gpus)
-    try:
+    with closing(pipeline(gpus)) as pipe:
         before = {name: value.cpu().clone() for name, value in pipe.state_dict().items()}
         x, y = batch()
         with pytest.raises(rp.StageError, match="stage 0"):
             pipe.train_step(x[:, :5].contiguous(), y)
         assert all(torch.equal(before[name], value.cpu()) for name, value in pipe.state_dict().items())
         assert pipe.train_step(x, y).applied
-    finally:
-        pipe.close()
