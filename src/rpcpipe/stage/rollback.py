@@ -10,8 +10,8 @@ are held twice.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -19,36 +19,61 @@ from torch import nn
 from rpcpipe.stage.hyperparameters import Groups, copied, entries, replace
 
 
+class Watch(Protocol):
+    """Is told of an ``Undo``'s copies."""
+
+    def complete(self) -> None:
+        """All copies equal the live values: an update may begin once this returns."""
+        ...
+
+    def stale(self) -> None:
+        """The live values have changed for good; the copies are overwritten once this returns."""
+        ...
+
+
+# By parameter: its value and the optimizer's state.
+Copies = dict[nn.Parameter, tuple[torch.Tensor, dict[str, Any]]]
+
+
 class Undo:
     """A copy of ``parameters``, of ``optimizer.state``, kept up to date by ``refresh_one``, and of its ``entries``.
 
     Invariant: the copies of parameters that are not in ``_stale`` equal the live values, until an update. Groups are
-    copied last, by ``refresh``.
+    copied last, by ``refresh``. ``moved``: since it was last unset, copies were put elsewhere, or are no tensors.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
         self._parameters = list(parameters)
         self._optimizer = optimizer
-        self._copies: dict[nn.Parameter, tuple[torch.Tensor, dict[str, Any]]] = {}
         self._stale = list(self._parameters)
-        self._groups: Groups | None = None
+        self.copies: Copies = {}
+        self.groups: Groups | None = None
+        self.moved = False
+        self.watch: Watch | None = None
 
     def invalidate(self) -> None:
         """Mark all copies as stale, because the live values have changed."""
+        if self.watch is not None:
+            self.watch.stale()
         self._stale = list(self._parameters)
-        self._groups = None
+        self.groups = None
+
+    def take_over(self, copies: Copies, groups: Groups | None) -> None:
+        """Go on with ``copies`` and ``groups``, which are not stale; an update of the live values has begun."""
+        self.copies, self.groups, self._stale = copies, groups, []
 
     def refresh_one(self) -> bool:
         """Copy one stale parameter and its state; return False if no copy is stale."""
         if not self._stale:
             return False
         parameter = self._stale[-1]
-        old_value, old_state = self._copies.get(parameter, (None, {}))
-        state = self._optimizer.state.get(parameter, {})
-        self._copies[parameter] = (
-            _copy(parameter.detach(), old_value),
-            {key: _copy(value, old_state.get(key)) for key, value in state.items()},
-        )
+        old_value, old_state = self.copies.get(parameter, (None, {}))
+        live = self._optimizer.state.get(parameter, {})
+        value = _copy(parameter.detach(), old_value)
+        state = {key: _copy(entry, old_state.get(key)) for key, entry in live.items()}
+        self.copies[parameter] = value, state
+        if value is not old_value or not _same_tensors(state, old_state):
+            self.moved = True
         self._stale.pop()
         return True
 
@@ -56,8 +81,10 @@ class Undo:
         """Copy all stale parameters and their state, and the groups' entries."""
         while self.refresh_one():
             pass
-        if self._groups is None:
-            self._groups = copied(entries(self._optimizer))
+        if self.groups is None:
+            self.groups = copied(entries(self._optimizer))
+        if self.watch is not None:
+            self.watch.complete()
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -66,11 +93,11 @@ class Undo:
         Stale copies are skipped: every update is preceded by ``refresh``, so a copy is stale only if no
         update has run since ``invalidate``, and then the live values are correct.
         """
-        if self._groups is not None:
-            replace(self._optimizer, self._groups)
-        fresh = [parameter for parameter in self._copies if parameter not in set(self._stale)]
+        if self.groups is not None:
+            replace(self._optimizer, self.groups)
+        fresh = [parameter for parameter in self.copies if parameter not in set(self._stale)]
         for parameter in fresh:
-            value, state = self._copies[parameter]
+            value, state = self.copies[parameter]
             parameter.copy_(value)
             if state:
                 self._optimizer.state[parameter] = {key: _copy(entry, None) for key, entry in state.items()}
@@ -85,7 +112,8 @@ class Buffers:
     """
 
     def __init__(self) -> None:
-        self._copies: dict[tuple[nn.Module, str], tuple[torch.Tensor, torch.Tensor]] = {}
+        # By module and name: the tensor, and the copy of its value.
+        self.copies: dict[tuple[nn.Module, str], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def take(self, modules: Iterable[nn.Module]) -> None:
         """Copy the buffers of ``modules``, reusing the memory of the previous copies."""
@@ -96,16 +124,21 @@ class Buffers:
             for name, buffer in owner._buffers.items()
             if buffer is not None
         }
-        previous = self._copies
-        self._copies = {
-            key: (buffer, _copy(buffer, previous.get(key, (None, None))[1])) for key, buffer in live.items()
-        }
+        previous = self.copies
+        self.copies = {key: (buffer, _copy(buffer, previous.get(key, (None, None))[1])) for key, buffer in live.items()}
 
     def restore(self) -> None:
         """Set every buffer back to its tensor and value at the beginning of the step."""
-        for (owner, name), (buffer, value) in self._copies.items():
+        for (owner, name), (buffer, value) in self.copies.items():
             owner._buffers[name] = buffer
             buffer.data.copy_(value)
+
+
+def _same_tensors(state: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
+    """Return whether ``state`` holds nothing but the tensors of ``before``."""
+    return state.keys() == before.keys() and all(
+        isinstance(entry, torch.Tensor) and entry is before[key] for key, entry in state.items()
+    )
 
 
 def _copy(value: Any, buffer: Any) -> Any:

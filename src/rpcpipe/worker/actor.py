@@ -28,6 +28,7 @@ from rpcpipe.stage.stream import StreamBackward
 from rpcpipe.stage.stream_rollback import Snapshots
 from rpcpipe.stage.weight_stash import Versions
 from rpcpipe.worker.gradient_exchange import Tensors, group_of, statistics_from
+from rpcpipe.worker.kept_state import CHANGING, KeptState, Restored
 from rpcpipe.worker.messages import Bucket, Port, Report, Route, StageInfo, Update, Updated
 from rpcpipe.worker.operations import (
     AddStatistics,
@@ -45,12 +46,13 @@ from rpcpipe.worker.operations import (
     Reduce,
     ReduceScatter,
     ReportStep,
+    ReviveActor,
     RollBackStep,
     RunAction,
     TakeBuffers,
     UpdateOperation,
 )
-from rpcpipe.worker.stage_set import ActorSpec, StageSet
+from rpcpipe.worker.stage_set import StageSet
 from rpcpipe.worker.stage_state import StageState
 from rpcpipe.worker.update import Ledger, Updater
 
@@ -61,18 +63,26 @@ SendValue = Callable[[str, int, Port, Any], None]
 class Actor:
     """Executes operations on the stages ``held`` of one pipeline on worker ``name``."""
 
-    def __init__(self, name: str, spec: ActorSpec, *, device: torch.device, send: SendValue, ledger: Ledger) -> None:
-        self.held = StageSet(spec, device)
-        self._state = StageState(self.held)
+    def __init__(
+        self, name: str, held: StageSet, *, send: SendValue, ledger: Ledger, restored: Restored | None = None
+    ) -> None:
+        self.held = held
+        self._state = StageState(self.held, None if restored is None else restored.fresh_loss)
         self.name = name
         self._send = send
         self._updater = Updater(name, self.held, ledger, self._push)
         self._snapshots: Snapshots | None = None
         self._stream_backwards: dict[int, StreamBackward] = {}
-        self._buffers = Buffers()
-        self._plan = StepContext(-1, 0, False, ())
+        self._buffers = Buffers() if restored is None else restored.buffers
+        self._plan = StepContext(-1, 0, False, ()) if restored is None else restored.plan
         self._report = Report(worker=name)
         self._arrivals: deque[tuple[int, Port, int]] = deque()  # handlers append
+        self._kept = self._keep() if restored is None else restored.kept
+
+    def _keep(self) -> KeptState | None:
+        if not self.held.spec.keep or any(stage.device.type != "cpu" for stage in self.held.stages.values()):
+            return None
+        return KeptState.of(self.held, self._buffers, self._state.fresh_loss)
 
     def idle_work(self, action: Action | None = None) -> bool:
         """Do one piece of work while ``action`` waits for its input; return False if there is none.
@@ -101,6 +111,12 @@ class Actor:
     def execute(self, operation: Operation, inputs: Mapping[str, Any]) -> Any:
         """Execute ``operation`` and return its result. ``inputs``: the values that the task awaited, by slot."""
         self.held.spec.settings.resume()
+        if self._kept is None or not isinstance(operation, CHANGING):
+            return self._execute(operation, inputs)
+        with self._kept.around(operation):
+            return self._execute(operation, inputs)
+
+    def _execute(self, operation: Operation, inputs: Mapping[str, Any]) -> Any:
         match operation:
             case RunAction(route, context):
                 return self._run_action(route, context, inputs)
@@ -126,7 +142,7 @@ class Actor:
                 self._roll_back(step, updating)
             case EndStream(updates):
                 self._end_stream(updates)
-            case CreateActor() | CallFunction() | ForwardByHand() | ForgetStep() | DropActor():
+            case CreateActor() | ReviveActor() | CallFunction() | ForwardByHand() | ForgetStep() | DropActor():
                 raise AssertionError("the executor runs this operation")
             case _:
                 if isinstance(operation, UpdateOperation):
@@ -150,6 +166,8 @@ class Actor:
             # While gradients accumulate no weight changes, so the rollback copy stays valid.
             if plan.accumulates_on is None and self.held.optimizer is not None:
                 self.held.optimizer.undo.invalidate()
+        if self._kept is not None:
+            self._kept.begin(plan)
 
     def _run_action(self, route: Route, context: MicroBatch | Update | None, values: Mapping[str, Any]) -> Any:
         """Execute one action of the schedule and send its results to other stages; an update returns a Report.

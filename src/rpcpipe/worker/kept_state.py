@@ -1,0 +1,399 @@
+"""What a worker keeps of a pipeline in memory that outlives it, and how a successor goes on from there.
+
+Weights, buffers, the optimizer's state and all copies for rollbacks lie in the memory, where they change in place. What
+is no tensor is in pickled records that refer to them, written where something of it has changed, before the driver is
+told of what has changed it. A successor makes of them the objects that the dead worker had, so that a ``RollBackStep``
+does there what it does on the workers that live on. What makes that so at any instant:
+
+- Buffers at the begin of a step: the copies are complete before the word ``BEGUN`` names the step.
+- The copies for an update: complete, with their records, before ``UPDATING`` names the step, and then only does the
+  update begin. They are overwritten only after ``UPDATING`` is unset, which a next step does. Copies half way are not
+  needed: no update has begun then, and the live values count.
+- Values that an update has half written: the driver has not been told that it is done, and takes it back.
+- Several records that belong together change by one word.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
+
+import torch
+from torch import nn
+
+from rpcpipe.errors import ModelError
+from rpcpipe.model.microbatch import Nest
+from rpcpipe.stage.attributes import Attributes
+from rpcpipe.stage.context import StepContext
+from rpcpipe.stage.hyperparameters import entries, replace
+from rpcpipe.stage.kept_memory import Condition, KeptMemory, Record, Word
+from rpcpipe.stage.metrics import Metric
+from rpcpipe.stage.rollback import Buffers, Undo
+from rpcpipe.worker.messages import KeptAt
+from rpcpipe.worker.operations import (
+    ApplyCheckpoint,
+    CallModule,
+    CommitStep,
+    EndStream,
+    LoadState,
+    Operation,
+    Repartition,
+    ReportStep,
+    RestoreState,
+    RollBackStep,
+    SetMetrics,
+    SetSelection,
+    UndoUpdate,
+    UpdateWeights,
+)
+from rpcpipe.worker.stage_set import ActorSpec, StageSet
+
+log = logging.getLogger("rpcpipe.worker")
+
+
+# Operations that change values in place and are not taken back: a death leaves them half done.
+_IN_PLACE = CallModule, LoadState, ApplyCheckpoint, RestoreState
+# Others after which anything may be different.
+_OTHERS = Repartition, SetMetrics, SetSelection, EndStream
+# Those that end a step or a part of it that the driver is told of.
+_OF_STEPS = ReportStep, CommitStep, UpdateWeights, UndoUpdate, RollBackStep
+CHANGING = (*_IN_PLACE, *_OTHERS, *_OF_STEPS)
+
+
+class Part(IntEnum):
+    """The records."""
+
+    MODEL = 0
+    GROUPS = 1  # the optimizer's groups and what it has of its own
+    STATE = 2  # the optimizer's state by parameter
+    UNDO = 3
+    UNDO_GROUPS = 4
+    BEGIN = 5  # the buffers at the begin of the step, and copies of their values
+    SUMS = 6  # accumulated gradients
+
+
+@dataclass(kw_only=True)
+class Model:
+    """The stages as an ActorSpec that builds them anew around the same modules, and what else no tensor says.
+
+    ``fresh_loss``: the state of the loss when the pipeline was made. ``frozen``: parameters that the optimizer has and
+    that a call has frozen since.
+    """
+
+    spec: ActorSpec
+    fresh_loss: dict[str, Any]
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
+    select: Callable[[Nest, Nest], Nest] | None = None
+    frozen: list[nn.Parameter]
+
+
+class KeptState:
+    """Keeps ``held`` and ``buffers`` in ``memory``. It is the ``Watch`` of the optimizer's ``Undo``.
+
+    ``settle`` follows whatever may have changed something, before its result is sent.
+    """
+
+    def __init__(self, memory: KeptMemory, held: StageSet, buffers: Buffers, fresh_loss: dict[str, Any]) -> None:
+        held.kept_at = KeptAt(os.getpid(), memory.descriptor)
+        self._memory, self._held, self._buffers, self._fresh_loss = memory, held, buffers, fresh_loss
+        self._owners: list[nn.Module] = []
+        self._attributes = Attributes([])
+        self._signs: dict[Part, Any] = {}  # of what the records say, to see whether that has changed
+
+    @classmethod
+    def of(cls, held: StageSet, buffers: Buffers, fresh_loss: dict[str, Any]) -> KeptState | None:
+        """Return the kept state of new stages; None, with a line in the log, where there is no memory for it."""
+        try:
+            memory = KeptMemory.create()
+        except (AttributeError, OSError) as error:
+            log.warning("this worker cannot be replaced if it dies: no memory outlives it (%s)", error)
+            return None
+        kept = cls(memory, held, buffers, fresh_loss)
+        kept.rewrite()
+        return kept
+
+    @contextmanager
+    def _or_lost(self) -> Iterator[None]:
+        """Go on without the memory where the block cannot keep it right; a later ``rewrite`` may mend that."""
+        try:
+            yield
+        except Exception as error:
+            self._memory[Word.CONDITION] = Condition.LOST
+            log.warning("this worker cannot be replaced if it dies: %s: %s", type(error).__name__, error)
+            log.debug("what could not be kept", exc_info=True)
+
+    @property
+    def _is_kept(self) -> bool:
+        return self._memory[Word.CONDITION] in (Condition.KEPT, Condition.CHANGING)
+
+    @contextmanager
+    def around(self, operation: Operation) -> Iterator[None]:
+        """Keep what ``operation``, which the block executes, makes or changes."""
+        if isinstance(operation, _IN_PLACE) and self._is_kept:
+            self._memory[Word.CONDITION] = Condition.CHANGING
+        try:
+            yield
+        finally:
+            if isinstance(operation, (*_IN_PLACE, *_OTHERS)):
+                self.rewrite()
+            elif isinstance(operation, _OF_STEPS):
+                self.settle()
+
+    # --- in the order of a step ---
+
+    def begin(self, plan: StepContext) -> None:
+        """``plan``'s step begins: the buffers are copied, and no update has begun."""
+        if plan.policy is not None:
+            self._memory[Word.CONDITION] = Condition.STREAM
+        if plan.training and self._is_kept:
+            with self._or_lost():
+                records = dict[Part, Record]()
+                self._begin(records)
+                self._sums(records)
+                self._commit(records)
+        self._memory[Word.BEGUN] = plan.step << 1 | plan.training
+
+    def complete(self) -> None:
+        """The copies are complete: write their records, so that an update may begin."""
+        if not self._is_kept or (optimizer := self._held.optimizer) is None:
+            return
+        with self._or_lost():
+            records, undo = dict[Part, Record](), optimizer.undo
+            if undo.moved:
+                self._memory.take_in(_tensors_in([list(undo.copies[parameter]) for parameter in optimizer.parameters]))
+                copies = [self._placed(list(undo.copies[parameter])) for parameter in optimizer.parameters]
+                records[Part.UNDO] = self._memory.dumps(copies)
+                undo.moved = False
+            self._write_if_new(records, Part.UNDO_GROUPS, undo.groups)
+            self._commit(records)
+            self._memory[Word.UPDATING] = self._memory[Word.BEGUN] >> 1
+
+    def stale(self) -> None:
+        """The copies are about to be overwritten."""
+        self._memory[Word.UPDATING] = -1
+
+    def settle(self) -> None:
+        """Bring in what a step has made or changed."""
+        if self._is_kept:
+            with self._or_lost():
+                records = dict[Part, Record]()
+                self._model(records)
+                self._optimizer(records)
+                self._sums(records)
+                self._commit(records)
+
+    # --- between steps ---
+
+    def rewrite(self) -> None:
+        """Write everything anew: anything may have changed, and the last step is settled."""
+        with self._or_lost():
+            self._memory[Word.UPDATING] = -1
+            self._write_all({Part.BEGIN: self._memory.dumps([])})
+
+    def resume(self) -> None:
+        """Go on in a dead worker's memory, with what has been restored from it."""
+        self._write_all({})
+
+    def _write_all(self, records: dict[Part, Record]) -> None:
+        self._owners = [owner for module in self._held.buffered for owner in module.modules()]
+        self._signs.clear()
+        self._model(records)
+        self._optimizer(records)
+        self._sums(records)
+        self._commit(records)
+        if (optimizer := self._held.optimizer) is not None:
+            # Copies of before that have been taken over are the current record's.
+            optimizer.undo.watch, optimizer.undo.moved = self, self._memory[Word.UPDATING] < 0
+        self._memory[Word.CONDITION] = Condition.KEPT
+
+    # --- the records ---
+
+    def _commit(self, records: Mapping[Part, Record]) -> None:
+        if records:
+            self._memory.commit(records)
+
+    def _write_if_new(self, records: dict[Part, Record], part: Part, value: Any) -> None:
+        """Write ``part`` unless its bytes are those that were written last."""
+        record = self._memory.dumps(value)
+        if record.data != self._signs.get(part):
+            records[part], self._signs[part] = record, record.data
+
+    def _placed(self, value: Any) -> Any:
+        """Return a nest with the places of its tensors, which pickle fast."""
+        if isinstance(value, torch.Tensor):
+            return self._memory.place(value)
+        if type(value) is dict:
+            return {key: self._placed(item) for key, item in value.items()}
+        return list(map(self._placed, value)) if type(value) is list else value
+
+    def _model(self, records: dict[Part, Record]) -> None:
+        live = [tensor for owner in self._owners for tensor in _tensors_of(owner)]
+        attributes, sign = Attributes(self._parts()), [_sign(tensor) for tensor in live]
+        if self._signs.get(Part.MODEL) == sign and attributes.same(self._attributes):
+            return
+        # Views of them in attributes go along.
+        storages = {tensor.untyped_storage().data_ptr() for tensor in live if self._memory.can_hold(tensor)}
+        aliases = [
+            tensor
+            for tensor in attributes.tensors
+            if self._memory.can_hold(tensor) and tensor.untyped_storage().data_ptr() in storages
+        ]
+        self._memory.take_in([*live, *aliases])
+        for tensor in live:
+            if isinstance(tensor, nn.Parameter) and not self._memory.holds(tensor):
+                raise ModelError(f"a parameter is no plain tensor of the CPU: {tuple(tensor.shape)}, {tensor.layout}")
+        records[Part.MODEL] = self._memory.dumps(self._skeleton())
+        self._signs[Part.MODEL], self._attributes = [_sign(tensor) for tensor in live], Attributes(self._parts())
+
+    def _parts(self) -> list[Any]:
+        loss = self._held.loss
+        return [*self._owners, *([] if loss is None or isinstance(loss, nn.Module) else [loss])]
+
+    def _skeleton(self) -> Model:
+        held = self._held
+        held.switch_to_own_modes()
+        last, optimizer = held.stages.get(held.last_stage), held.optimizer
+        return Model(
+            spec=held.current_spec(),
+            fresh_loss=self._fresh_loss,
+            metrics={} if last is None else last.metrics,
+            select=None if last is None else last.select,
+            frozen=[] if optimizer is None else [p for p in optimizer.parameters if not p.requires_grad],
+        )
+
+    def _optimizer(self, records: dict[Part, Record]) -> None:
+        if (optimizer := self._held.optimizer) is None:
+            return
+        state = [optimizer.optimizer.state.get(parameter) for parameter in optimizer.parameters]
+        sign = _signs(state)
+        if sign != self._signs.get(Part.STATE):
+            self._memory.take_in(_tensors_in(state))
+            records[Part.STATE] = self._memory.dumps(self._placed(state))
+            self._signs[Part.STATE] = _signs(state)
+        self._write_if_new(records, Part.GROUPS, entries(optimizer.optimizer))
+
+    def _sums(self, records: dict[Part, Record]) -> None:
+        place = {parameter: index for index, parameter in enumerate(self._held.parameters)}
+        sums = {
+            step: {place[parameter]: gradient for parameter, gradient in own.items()}
+            for step, own in self._held.accumulated.sums.items()
+        }
+        sign = _signs(sums)
+        if sign != self._signs.get(Part.SUMS, _signs({})):
+            self._memory.take_in(_tensors_in(sums))
+            records[Part.SUMS] = self._memory.dumps(self._placed(sums))
+            self._signs[Part.SUMS] = _signs(sums)
+
+    def _begin(self, records: dict[Part, Record]) -> None:
+        copies = self._buffers.copies
+        self._memory.take_in(tensor for pair in copies.values() for tensor in pair)
+        sign = [(*key, *map(_sign, pair)) for key, pair in copies.items()]
+        if sign != self._signs.get(Part.BEGIN, []):
+            index = {owner: number for number, owner in enumerate(self._owners)}
+            begin = [(index[owner], name, *map(self._memory.place, pair)) for (owner, name), pair in copies.items()]
+            records[Part.BEGIN] = self._memory.dumps(begin)
+            self._signs[Part.BEGIN] = sign
+
+
+def _tensors_of(owner: nn.Module) -> Iterable[torch.Tensor]:
+    for tensor in (*owner._parameters.values(), *owner._buffers.values()):
+        if tensor is not None:
+            yield tensor
+
+
+def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors in a nest of state."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors_in(item)
+
+
+def _sign(tensor: torch.Tensor) -> Any:
+    """Return what tells whether ``tensor`` lies elsewhere; nothing equals it if that cannot be told."""
+    return tensor.data_ptr() if tensor.layout is torch.strided else object()
+
+
+def _signs(value: Any) -> Any:
+    """Return what tells whether a nest of state has changed but for the values of its tensors."""
+    if isinstance(value, torch.Tensor):
+        return _sign(value), value.shape
+    if isinstance(value, dict):
+        return [(key, _signs(item)) for key, item in value.items()]
+    if isinstance(value, list):
+        return list(map(_signs, value))
+    return value if value is None or type(value) in (bool, int, float, str) else object()
+
+
+# --- the successor ---
+
+
+@dataclass(kw_only=True)
+class Restored:
+    """What a successor goes on with."""
+
+    held: StageSet
+    buffers: Buffers
+    fresh_loss: dict[str, Any]
+    plan: StepContext
+    kept: KeptState
+
+
+def restore(memory: KeptMemory, device: torch.device) -> Restored:
+    """Return what the worker had whose ``memory`` it is; raises ModelError if it kept nothing that could go on."""
+    condition = Condition(memory[Word.CONDITION])
+    if condition not in (Condition.KEPT, Condition.CHANGING):
+        raise ModelError(
+            "the worker's state cannot be taken over: "
+            + ("a stream was open" if condition is Condition.STREAM else "something in it could not be kept")
+        )
+    records = memory.load()
+    model: Model = records[Part.MODEL]
+    for parameter in model.frozen:
+        parameter.requires_grad_(True)  # the optimizer has it
+    held = StageSet(model.spec, device)
+    for parameter in model.frozen:
+        parameter.requires_grad_(False)
+    if (last := held.stages.get(held.last_stage)) is not None:
+        last.metrics, last.select = model.metrics, model.select
+    step, training = memory[Word.BEGUN] >> 1, bool(memory[Word.BEGUN] & 1)
+    if held.optimizer is not None:
+        replace(held.optimizer.optimizer, records[Part.GROUPS])
+        for parameter, state in zip(held.optimizer.parameters, records[Part.STATE], strict=True):
+            if state is not None:
+                held.optimizer.optimizer.state[parameter] = state
+        if memory[Word.UPDATING] == step >= 0:
+            _take_over(held.optimizer.undo, held.optimizer.parameters, records)
+    parameters = held.parameters
+    held.accumulated.sums = {
+        number: {parameters[index]: gradient for index, gradient in own.items()}
+        for number, own in records.get(Part.SUMS, {}).items()
+    }
+    buffers = Buffers()
+    _put_copies(buffers, held, records.get(Part.BEGIN, []))
+    kept = KeptState(memory, held, buffers, model.fresh_loss)
+    kept.resume()
+    plan = StepContext(step, 0, training, ())
+    return Restored(held=held, buffers=buffers, fresh_loss=model.fresh_loss, plan=plan, kept=kept)
+
+
+def _take_over(undo: Undo, parameters: Iterable[nn.Parameter], records: Mapping[int, Any]) -> None:
+    copies = {
+        parameter: (value, state) for parameter, (value, state) in zip(parameters, records[Part.UNDO], strict=True)
+    }
+    undo.take_over(copies, records[Part.UNDO_GROUPS])
+
+
+def _put_copies(buffers: Buffers, held: StageSet, begin: Iterable[tuple[int, str, torch.Tensor, torch.Tensor]]) -> None:
+    owners = [owner for module in held.buffered for owner in module.modules()]
+    for index, name, buffer, copy in begin:
+        live = owners[index]._buffers.get(name)
+        # The same object, if it is still there: an attribute may be that object, too.
+        same = live is not None and _signs(live) == _signs(buffer)
+        buffers.copies[owners[index], name] = live if live is not None and same else buffer, copy
