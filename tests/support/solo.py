@@ -8,14 +8,12 @@ import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import nn
 
-import rpcpipe
 from rpcpipe.model.wiring import Wiring
 from rpcpipe.schedules import Action
 from rpcpipe.stage.autograd import StageInput
@@ -78,8 +76,8 @@ class Solo:
     def roll_back(self, step: int) -> None:
         self.execute(RollBackStep(step, updating=True))
 
-    def state(self) -> bytes:
-        """Everything that training goes on from, as bytes that compare."""
+    def state(self, *, attributes: bool = True) -> bytes:
+        """Everything that training goes on from, as bytes that compare; a rollback leaves ``attributes``."""
         held, optimizer = self.actor.held, self.actor.held.optimizer
         assert optimizer is not None
         held.switch_to_own_modes()
@@ -92,7 +90,7 @@ class Solo:
         sums = [
             (step, [own.get(parameter) for parameter in held.parameters]) for step, own in held.accumulated.sums.items()
         ]
-        modes = [(module.training, vars(module).get("calls")) for module in modules]
+        modes = [(module.training, attributes and vars(module).get("calls")) for module in modules]
         return pickle.dumps(_plain([tensors, state, sums, modes, optimizer.groups()]))
 
 
@@ -158,12 +156,9 @@ def forget(path: str) -> None:
     os.close(int(path.rpartition("/")[2]))
 
 
-_TRACED = str(Path(rpcpipe.__file__).parent)
-
-
 @contextmanager
 def every_line(visit: Callable[[], None], only: Callable[[str], bool]) -> Iterator[None]:
-    """Call ``visit`` before each line of our files for which ``only`` holds, as the block executes them."""
+    """Call ``visit`` before each line that the block executes of the files for whose name ``only`` holds."""
 
     def line(frame: FrameType, event: str, _: Any) -> Any:
         if event == "line":
@@ -175,8 +170,7 @@ def every_line(visit: Callable[[], None], only: Callable[[str], bool]) -> Iterat
         return line
 
     def enter(frame: FrameType, event: str, _: Any) -> Any:
-        name = frame.f_code.co_filename
-        return line if name.startswith(_TRACED) and only(name) else None
+        return line if only(frame.f_code.co_filename) else None
 
     sys.settrace(enter)
     try:

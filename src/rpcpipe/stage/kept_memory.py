@@ -131,7 +131,7 @@ class KeptMemory:
         self.descriptor = descriptor
         weakref.finalize(self, os.close, descriptor).atexit = False
         # Addresses are for free; the file may grow below them, and whoever else has mapped it sees that.
-        self._reach = 2 * psutil.virtual_memory().total // _PAGE * _PAGE
+        self._reach = _rounded(psutil.virtual_memory().total + psutil.swap_memory().total, _PAGE)
         self._base, self._unmap = map_file(descriptor, self._reach, _MAP_NORESERVE)
         weakref.finalize(self, self._unmap).atexit = False
         self._size = os.fstat(descriptor).st_size
@@ -145,13 +145,8 @@ class KeptMemory:
     @classmethod
     def create(cls) -> KeptMemory:
         """Return new memory; raises OSError where the system gives none."""
-        descriptor = os.memfd_create("rpcpipe", os.MFD_CLOEXEC)
-        try:
-            os.ftruncate(descriptor, _GROWTH)
-            memory = cls(descriptor)
-        except BaseException:
-            os.close(descriptor)
-            raise
+        memory = cls(os.memfd_create("rpcpipe", os.MFD_CLOEXEC))
+        memory.grow(_GROWTH)
         memory[Word.CURRENT] = memory[Word.BEGUN] = memory[Word.UPDATING] = -1
         memory[Word.CONDITION] = Condition.LOST
         memory[Word.MAGIC] = _MAGIC
@@ -221,13 +216,17 @@ class KeptMemory:
 
     def _take(self, size: int) -> tuple[int, int]:
         offset = self._extents.take(_rounded(size, _ALIGNMENT))
-        if (end := self._extents.end) > self._size:
-            grown = _rounded(end, _GROWTH)
-            if grown > self._reach:
-                raise OSError(f"a worker's memory cannot grow to {grown >> 20} MiB, twice what the host has")
-            os.ftruncate(self.descriptor, grown)
-            self._size = grown
+        self.grow(self._extents.end)
         return offset, size
+
+    def grow(self, size: int) -> None:
+        """Make the file ``size`` bytes long at least; raises OSError where it cannot be."""
+        if size > self._size:
+            size = _rounded(size, _GROWTH)
+            if size > self._reach:
+                raise OSError(f"a worker's memory cannot grow to {size >> 20} MiB, more than the host has")
+            os.ftruncate(self.descriptor, size)
+            self._size = size
 
     def _storage(self, extent: tuple[int, int]) -> torch.UntypedStorage:
         """Return a storage on an extent that is taken; the extent is free again some time after the storage is gone."""

@@ -62,6 +62,7 @@ _IN_PLACE = CallModule, LoadState, ApplyCheckpoint, RestoreState
 _OTHERS = Repartition, SetMetrics, SetSelection, EndStream
 # Those that end a step or a part of it that the driver is told of.
 _OF_STEPS = ReportStep, CommitStep, UpdateWeights, UndoUpdate, RollBackStep
+_UPDATES = CommitStep, UpdateWeights
 CHANGING = (*_IN_PLACE, *_OTHERS, *_OF_STEPS)
 
 
@@ -142,7 +143,7 @@ class KeptState:
             if isinstance(operation, (*_IN_PLACE, *_OTHERS)):
                 self.rewrite()
             elif isinstance(operation, _OF_STEPS):
-                self.settle()
+                self._settle(operation)
 
     # --- in the order of a step ---
 
@@ -177,13 +178,15 @@ class KeptState:
         """The copies are about to be overwritten."""
         self._memory[Word.UPDATING] = -1
 
-    def settle(self) -> None:
+    def _settle(self, operation: Operation) -> None:
         """Bring in what a step has made or changed."""
         if self._is_kept:
             with self._or_lost():
                 records = dict[Part, Record]()
-                self._model(records)
-                self._optimizer(records)
+                # An update changes no layer but its weights, and the end of the backwards nothing of the optimizer.
+                self._model(records, whole=not isinstance(operation, _UPDATES))
+                if not isinstance(operation, ReportStep):
+                    self._optimizer(records)
                 self._sums(records)
                 self._commit(records)
 
@@ -201,7 +204,7 @@ class KeptState:
 
     def _write_all(self, records: dict[Part, Record]) -> None:
         self._owners = [owner for module in self._held.buffered for owner in module.modules()]
-        self._signs.clear()
+        self._signs = {Part.SUMS: object()}  # unlike any, so that all is written
         self._model(records)
         self._optimizer(records)
         self._sums(records)
@@ -231,10 +234,12 @@ class KeptState:
             return {key: self._placed(item) for key, item in value.items()}
         return list(map(self._placed, value)) if type(value) is list else value
 
-    def _model(self, records: dict[Part, Record]) -> None:
+    def _model(self, records: dict[Part, Record], *, whole: bool = True) -> None:
+        """Write the model anew if its tensors lie elsewhere, or, with ``whole``, if it has changed its attributes."""
         live = [tensor for owner in self._owners for tensor in _tensors_of(owner)]
-        attributes, sign = Attributes(self._parts()), [_sign(tensor) for tensor in live]
-        if self._signs.get(Part.MODEL) == sign and attributes.same(self._attributes):
+        if self._signs.get(Part.MODEL) != list(map(_sign, live)):
+            attributes = Attributes(self._parts())
+        elif not whole or (attributes := Attributes(self._parts())).same(self._attributes):
             return
         # Views of them in attributes go along.
         storages = {tensor.untyped_storage().data_ptr() for tensor in live if self._memory.can_hold(tensor)}
@@ -248,7 +253,7 @@ class KeptState:
             if isinstance(tensor, nn.Parameter) and not self._memory.holds(tensor):
                 raise ModelError(f"a parameter is no plain tensor of the CPU: {tuple(tensor.shape)}, {tensor.layout}")
         records[Part.MODEL] = self._memory.dumps(self._skeleton())
-        self._signs[Part.MODEL], self._attributes = [_sign(tensor) for tensor in live], Attributes(self._parts())
+        self._signs[Part.MODEL], self._attributes = list(map(_sign, live)), attributes
 
     def _parts(self) -> list[Any]:
         loss = self._held.loss
@@ -278,13 +283,15 @@ class KeptState:
         self._write_if_new(records, Part.GROUPS, entries(optimizer.optimizer))
 
     def _sums(self, records: dict[Part, Record]) -> None:
+        if not self._held.accumulated.sums and Part.SUMS not in self._signs:
+            return
         place = {parameter: index for index, parameter in enumerate(self._held.parameters)}
         sums = {
             step: {place[parameter]: gradient for parameter, gradient in own.items()}
             for step, own in self._held.accumulated.sums.items()
         }
         sign = _signs(sums)
-        if sign != self._signs.get(Part.SUMS, _signs({})):
+        if sign != self._signs.get(Part.SUMS):
             self._memory.take_in(_tensors_in(sums))
             records[Part.SUMS] = self._memory.dumps(self._placed(sums))
             self._signs[Part.SUMS] = _signs(sums)
@@ -300,10 +307,8 @@ class KeptState:
             self._signs[Part.BEGIN] = sign
 
 
-def _tensors_of(owner: nn.Module) -> Iterable[torch.Tensor]:
-    for tensor in (*owner._parameters.values(), *owner._buffers.values()):
-        if tensor is not None:
-            yield tensor
+def _tensors_of(owner: nn.Module) -> list[torch.Tensor]:
+    return [t for t in (*owner._parameters.values(), *owner._buffers.values()) if t is not None]
 
 
 def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
