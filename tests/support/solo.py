@@ -21,9 +21,9 @@ from rpcpipe.stage.context import StepContext
 from rpcpipe.stage.kept_memory import KeptMemory
 from rpcpipe.transport.local import LocalTransport
 from rpcpipe.worker.actor import Actor
-from rpcpipe.worker.kept_state import restore
 from rpcpipe.worker.messages import Route
 from rpcpipe.worker.operations import BeginStep, CommitStep, Operation, ReportStep, RollBackStep, RunAction
+from rpcpipe.worker.revival import restore
 from rpcpipe.worker.stage_set import ActorSpec, StageSet
 
 CHUNKS = 2

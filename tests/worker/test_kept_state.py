@@ -92,11 +92,11 @@ def test_a_death_at_any_line_of_a_step_is_rolled_back_to_the_bit(worker: Solo, s
     assert worker.state(attributes=False) == before
 
 
-def test_the_smallest_step_at_every_line() -> None:
+def test_an_update_of_one_parameter_after_the_other_at_a_third_of_all_lines() -> None:
     worker = solo("adamw parameter by parameter")
     worker.step(0)
     before = worker.state(attributes=False)
-    instants = Instants(worker.path, same_rolled_back(1, before))
+    instants = Instants(worker.path, same_rolled_back(1, before), stride=3)
     with every_line(instants, ours):
         worker.step(1)
     assert instants.seen > 800

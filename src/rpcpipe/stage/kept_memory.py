@@ -55,7 +55,7 @@ class Condition(IntEnum):
 
     KEPT = 0  # all, up to the begin or the end of the step that was begun last
     CHANGING = 1  # all, but a call between steps is changing values in place, and may be half done
-    STREAM = 2  # nothing: a stream is open, whose versions and snapshots are not kept
+    STREAM = 2  # the snapshots of a stream, from one of which it goes on
     LOST = 3  # nothing: something cannot be pickled, or memory could not grow; the worker's log says what
 
 

@@ -28,7 +28,7 @@ from rpcpipe.stage.stream import StreamBackward
 from rpcpipe.stage.stream_rollback import Snapshots
 from rpcpipe.stage.weight_stash import Versions
 from rpcpipe.worker.gradient_exchange import Tensors, group_of, statistics_from
-from rpcpipe.worker.kept_state import CHANGING, KeptState, Restored
+from rpcpipe.worker.kept_state import CHANGING, KeptState
 from rpcpipe.worker.messages import Bucket, Port, Report, Route, StageInfo, Update, Updated
 from rpcpipe.worker.operations import (
     AddStatistics,
@@ -52,6 +52,7 @@ from rpcpipe.worker.operations import (
     TakeBuffers,
     UpdateOperation,
 )
+from rpcpipe.worker.revival import Restored
 from rpcpipe.worker.stage_set import StageSet
 from rpcpipe.worker.stage_state import StageState
 from rpcpipe.worker.update import Ledger, Updater
@@ -71,7 +72,7 @@ class Actor:
         self.name = name
         self._send = send
         self._updater = Updater(name, self.held, ledger, self._push)
-        self._snapshots: Snapshots | None = None
+        self._snapshots = None if restored is None else restored.snapshots
         self._stream_backwards: dict[int, StreamBackward] = {}
         self._buffers = Buffers() if restored is None else restored.buffers
         self._plan = StepContext(-1, 0, False, ()) if restored is None else restored.plan
@@ -286,6 +287,8 @@ class Actor:
             stage.versions = Versions(policy, index, self.held.last_stage + 1, stage.module)
             self._stream_backwards[index] = StreamBackward(stage)
         self._snapshots = Snapshots(self.held.optimizer) if self.held.optimizer is not None else None
+        if self._kept is not None:
+            self._kept.snapshots({} if self._snapshots is None else self._snapshots.slots)
 
     def _update(self, stage: Stage, chunk: int, update: Update, start: int) -> Report:
         """Apply the gradients of ``update.group`` through a new distributed-autograd context; return the report.
@@ -317,6 +320,8 @@ class Actor:
         versions.after_update(update.group)
         if self._snapshots is not None:
             self._snapshots.updated(versions.newest, update.committed)
+            if self._kept is not None:
+                self._kept.snapshots(self._snapshots.slots)
         report.losses, report.peak_in_flight[stage.index] = stage.take_losses(), stage.peak_in_flight
         done = report.losses.keys()
         report.metrics = {chunk: stage.measured.pop(chunk) for chunk in done & stage.measured.keys()}

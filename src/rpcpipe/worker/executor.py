@@ -26,7 +26,6 @@ from rpcpipe.transport import user_pickling
 from rpcpipe.transport.base import Transport
 from rpcpipe.transport.message_pickling import in_bounds
 from rpcpipe.worker.actor import Actor
-from rpcpipe.worker.kept_state import Restored, restore
 from rpcpipe.worker.mailbox import Entry, Mailbox
 from rpcpipe.worker.messages import Port, as_tensors, from_tensors
 from rpcpipe.worker.operations import (
@@ -42,6 +41,7 @@ from rpcpipe.worker.operations import (
     Task,
     title,
 )
+from rpcpipe.worker.revival import Restored, restore
 from rpcpipe.worker.stage_set import ActorSpec, StageSet
 
 _SWITCH_SECONDS = 2e-4

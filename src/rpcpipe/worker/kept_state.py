@@ -10,6 +10,7 @@ does there what it does on the workers that live on. What makes that so at any i
   update begin. They are overwritten only after ``UPDATING`` is unset, which a next step does. Copies half way are not
   needed: no update has begun then, and the live values count.
 - Values that an update has half written: the driver has not been told that it is done, and takes it back.
+- A stream goes on from a snapshot on all workers; a dead worker's are recorded before it tells of the update.
 - Several records that belong together change by one word.
 """
 
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -30,7 +31,7 @@ from rpcpipe.errors import ModelError
 from rpcpipe.model.microbatch import Nest
 from rpcpipe.stage.attributes import Attributes
 from rpcpipe.stage.context import StepContext
-from rpcpipe.stage.hyperparameters import entries, replace
+from rpcpipe.stage.hyperparameters import entries
 from rpcpipe.stage.kept_memory import Condition, KeptMemory, Record, Word
 from rpcpipe.stage.metrics import Metric
 from rpcpipe.stage.rollback import Buffers, Undo
@@ -76,6 +77,7 @@ class Part(IntEnum):
     UNDO_GROUPS = 4
     BEGIN = 5  # the buffers at the begin of the step, and copies of their values
     SUMS = 6  # accumulated gradients
+    SNAPSHOTS = 7  # of a stream, by the number of updates that they contain
 
 
 @dataclass(kw_only=True)
@@ -149,15 +151,31 @@ class KeptState:
 
     def begin(self, plan: StepContext) -> None:
         """``plan``'s step begins: the buffers are copied, and no update has begun."""
-        if plan.policy is not None:
-            self._memory[Word.CONDITION] = Condition.STREAM
-        if plan.training and self._is_kept:
+        if plan.training and plan.policy is None and self._is_kept:
             with self._or_lost():
                 records = dict[Part, Record]()
                 self._begin(records)
                 self._sums(records)
                 self._commit(records)
         self._memory[Word.BEGUN] = plan.step << 1 | plan.training
+
+    def snapshots(self, slots: Mapping[int, Undo]) -> None:
+        """A stream has ``slots``, from one of which it goes on if a worker dies: the live values do not count."""
+        numbers = list(slots)
+        if self._memory[Word.CONDITION] == Condition.LOST or numbers == self._signs.get(Part.SNAPSHOTS):
+            return
+        with self._or_lost():
+            taken = {number: (self._copies(undo), undo.groups) for number, undo in slots.items()}
+            self._commit({Part.SNAPSHOTS: self._memory.dumps(taken)})
+            self._signs[Part.SNAPSHOTS] = numbers
+            self._memory[Word.CONDITION] = Condition.STREAM
+
+    def _copies(self, undo: Undo) -> list[Any]:
+        """Return the copies of ``undo``, taken in, in the parameters' order."""
+        assert self._held.optimizer is not None
+        copies = [list(undo.copies[parameter]) for parameter in self._held.optimizer.parameters]
+        self._memory.take_in(_tensors_in(copies))
+        return list(map(self._placed, copies))
 
     def complete(self) -> None:
         """The copies are complete: write their records, so that an update may begin."""
@@ -166,9 +184,7 @@ class KeptState:
         with self._or_lost():
             records, undo = dict[Part, Record](), optimizer.undo
             if undo.moved:
-                self._memory.take_in(_tensors_in([list(undo.copies[parameter]) for parameter in optimizer.parameters]))
-                copies = [self._placed(list(undo.copies[parameter])) for parameter in optimizer.parameters]
-                records[Part.UNDO] = self._memory.dumps(copies)
+                records[Part.UNDO] = self._memory.dumps(self._copies(undo))
                 undo.moved = False
             self._write_if_new(records, Part.UNDO_GROUPS, undo.groups)
             self._commit(records)
@@ -196,11 +212,14 @@ class KeptState:
         """Write everything anew: anything may have changed, and the last step is settled."""
         with self._or_lost():
             self._memory[Word.UPDATING] = -1
-            self._write_all({Part.BEGIN: self._memory.dumps([])})
+            self._write_all({Part.BEGIN: self._memory.dumps([]), Part.SNAPSHOTS: self._memory.dumps({})})
+            self._memory[Word.CONDITION] = Condition.KEPT
 
     def resume(self) -> None:
         """Go on in a dead worker's memory, with what has been restored from it."""
         self._write_all({})
+        if self._memory[Word.CONDITION] == Condition.CHANGING:
+            self._memory[Word.CONDITION] = Condition.KEPT
 
     def _write_all(self, records: dict[Part, Record]) -> None:
         self._owners = [owner for module in self._held.buffered for owner in module.modules()]
@@ -212,7 +231,6 @@ class KeptState:
         if (optimizer := self._held.optimizer) is not None:
             # Copies of before that have been taken over are the current record's.
             optimizer.undo.watch, optimizer.undo.moved = self, self._memory[Word.UPDATING] < 0
-        self._memory[Word.CONDITION] = Condition.KEPT
 
     # --- the records ---
 
@@ -334,71 +352,3 @@ def _signs(value: Any) -> Any:
     if isinstance(value, list):
         return list(map(_signs, value))
     return value if value is None or type(value) in (bool, int, float, str) else object()
-
-
-# --- the successor ---
-
-
-@dataclass(kw_only=True)
-class Restored:
-    """What a successor goes on with."""
-
-    held: StageSet
-    buffers: Buffers
-    fresh_loss: dict[str, Any]
-    plan: StepContext
-    kept: KeptState
-
-
-def restore(memory: KeptMemory, device: torch.device) -> Restored:
-    """Return what the worker had whose ``memory`` it is; raises ModelError if it kept nothing that could go on."""
-    condition = Condition(memory[Word.CONDITION])
-    if condition not in (Condition.KEPT, Condition.CHANGING):
-        raise ModelError(
-            "the worker's state cannot be taken over: "
-            + ("a stream was open" if condition is Condition.STREAM else "something in it could not be kept")
-        )
-    records = memory.load()
-    model: Model = records[Part.MODEL]
-    for parameter in model.frozen:
-        parameter.requires_grad_(True)  # the optimizer has it
-    held = StageSet(model.spec, device)
-    for parameter in model.frozen:
-        parameter.requires_grad_(False)
-    if (last := held.stages.get(held.last_stage)) is not None:
-        last.metrics, last.select = model.metrics, model.select
-    step, training = memory[Word.BEGUN] >> 1, bool(memory[Word.BEGUN] & 1)
-    if held.optimizer is not None:
-        replace(held.optimizer.optimizer, records[Part.GROUPS])
-        for parameter, state in zip(held.optimizer.parameters, records[Part.STATE], strict=True):
-            if state is not None:
-                held.optimizer.optimizer.state[parameter] = state
-        if memory[Word.UPDATING] == step >= 0:
-            _take_over(held.optimizer.undo, held.optimizer.parameters, records)
-    parameters = held.parameters
-    held.accumulated.sums = {
-        number: {parameters[index]: gradient for index, gradient in own.items()}
-        for number, own in records.get(Part.SUMS, {}).items()
-    }
-    buffers = Buffers()
-    _put_copies(buffers, held, records.get(Part.BEGIN, []))
-    kept = KeptState(memory, held, buffers, model.fresh_loss)
-    kept.resume()
-    plan = StepContext(step, 0, training, ())
-    return Restored(held=held, buffers=buffers, fresh_loss=model.fresh_loss, plan=plan, kept=kept)
-
-
-def _take_over(undo: Undo, parameters: Iterable[nn.Parameter], records: Mapping[int, Any]) -> None:
-    copies = {
-        parameter: (value, state) for parameter, (value, state) in zip(parameters, records[Part.UNDO], strict=True)
-    }
-    undo.take_over(copies, records[Part.UNDO_GROUPS])
-
-
-def _put_copies(buffers: Buffers, held: StageSet, begin: Iterable[tuple[int, str, torch.Tensor, torch.Tensor]]) -> None:
-    owners = [owner for module in held.buffered for owner in module.modules()]
-    for index, name, buffer, copy in begin:
-        live = owners[index]._buffers.get(name)
-        # The same object, if it is still there: an attribute may be that object, too.
-        same = live is not None and _signs(live) == _signs(buffer)
-        buffers.copies[owners[index], name] = live if live is not None and same else buffer, copy
