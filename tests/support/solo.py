@@ -19,10 +19,11 @@ from rpcpipe.schedules import Action
 from rpcpipe.stage.autograd import StageInput
 from rpcpipe.stage.context import StepContext
 from rpcpipe.stage.kept_memory import KeptMemory
+from rpcpipe.stage.progress import Progress
 from rpcpipe.transport.local import LocalTransport
 from rpcpipe.worker.actor import Actor
-from rpcpipe.worker.messages import Route
-from rpcpipe.worker.operations import BeginStep, CommitStep, Operation, ReportStep, RollBackStep, RunAction
+from rpcpipe.worker.messages import Orders, Route
+from rpcpipe.worker.operations import BeginStep, CommitStep, Operation, ReportStep, RollBackStep, RunAction, TakeOrders
 from rpcpipe.worker.revival import restore
 from rpcpipe.worker.stage_set import ActorSpec, StageSet
 
@@ -69,9 +70,8 @@ class Solo:
 
     def step(self, step: int, *, accumulates_on: int | None = None, updates: bool = True, lr: float = 0.1) -> None:
         """Run the whole of ``step``, on its own batch."""
-        with self.ledger.context() as context:
-            for operation, values in calls(step, context, accumulates_on, updates, lr):
-                self.execute(operation, values)
+        for operation, values in calls(step, accumulates_on, updates, lr):
+            self.execute(operation, values)
 
     def roll_back(self, step: int) -> None:
         self.execute(RollBackStep(step, updating=True))
@@ -95,12 +95,12 @@ class Solo:
 
 
 def calls(
-    step: int, context: int, accumulates_on: int | None = None, updates: bool = True, lr: float = 0.1
+    step: int, accumulates_on: int | None = None, updates: bool = True, lr: float = 0.1, *, ahead: bool = False
 ) -> Iterator[Call]:
     """Yield the operations of a training step."""
     generator = torch.Generator().manual_seed(step)
     plan = StepContext(
-        step, step, True, (0.5,) * CHUNKS, accumulates_on=accumulates_on, updates=updates
+        step, step, True, (0.5,) * CHUNKS, accumulates_on=accumulates_on, updates=updates, ahead=ahead
     )  # fmt: skip
     yield BeginStep(plan), {}
     for kind in "FB":
@@ -112,7 +112,8 @@ def calls(
             yield RunAction(Route(Action(kind, 0, chunk), (), ())), values
     yield ReportStep(), {}
     if updates:
-        yield CommitStep(context, [{"lr": lr}]), {}
+        yield TakeOrders(Orders([{"lr": lr}], Progress(1))), {}
+        yield CommitStep(), {}
 
 
 def _send(*_: Any) -> None:

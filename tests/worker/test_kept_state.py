@@ -30,7 +30,7 @@ from rpcpipe.worker.operations import (
 )
 from support.kinds import KINDS, Stateful, solo, tied
 from support.models import adamw
-from support.solo import Solo, calls, copy_of, every_line, forget, spec_of
+from support.solo import Call, Solo, calls, copy_of, every_line, forget, spec_of
 
 
 @pytest.fixture(params=KINDS)
@@ -163,7 +163,7 @@ def test_an_evaluation_leaves_what_the_step_before_has_made() -> None:
     worker = solo("adamw")
     worker.step(0)
     after = worker.state()
-    plan = next(calls(1, 0))[0]
+    plan = next(calls(1))[0]
     assert isinstance(plan, BeginStep)
     worker.execute(BeginStep(plan.plan._replace(training=False)))
     worker.execute(ReportStep())
@@ -190,6 +190,64 @@ def test_an_optimizer_that_fails_leaves_what_was(monkeypatch: pytest.MonkeyPatch
     successor = revived(worker)
     successor.roll_back(1)
     assert successor.state() == before
+
+
+# --- a step that runs ahead ---
+
+
+def run_ahead(worker: Solo, step: int) -> list[Call]:
+    """Run ``step`` while the one before is not settled, up to where it awaits its orders; return the rest."""
+    *begun, orders, commit = calls(step, ahead=True)
+    for operation, values in begun:
+        worker.execute(operation, values)
+    return [orders, commit]
+
+
+def take_back_both(before: bytes, settled: bytes) -> Callable[[Solo], None]:
+    """Whether the step before is settled or not, the one ahead leaves no trace."""
+
+    def check(successor: Solo) -> None:
+        successor.execute(RollBackStep(2, updating=False, ahead=True))
+        assert successor.state() == settled
+        successor.roll_back(1)
+        assert successor.state(attributes=False) == before
+
+    return check
+
+
+def test_a_death_while_a_step_runs_ahead_takes_back_one_or_both(worker: Solo) -> None:
+    worker.step(0)
+    before = worker.state(attributes=False)
+    worker.step(1)
+    settled, settled_weights = worker.state(), worker.state(attributes=False)
+    instants = Instants(worker.path, take_back_both(before, settled), stride=13)
+    with every_line(instants, ours):
+        rest = run_ahead(worker, 2)
+    assert instants.seen > 200
+    take_back_both(before, settled)(revived(worker))
+    worker.actor.ordered(2)
+    instants = Instants(worker.path, same_rolled_back(2, settled_weights), stride=7)
+    with every_line(instants, ours):
+        while worker.actor.idle_work():
+            pass
+        for operation, values in rest:
+            worker.execute(operation, values)
+    assert revived(worker).state() == worker.state()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_that_ran_ahead_in_vain_runs_again_on_the_successor(kind: str) -> None:
+    worker, straight = solo(kind), solo(kind)
+    for one in worker, straight:
+        one.step(0)
+        one.step(1)
+    run_ahead(worker, 2)
+    successor = revived(worker)
+    successor.execute(RollBackStep(2, updating=False, ahead=True))
+    assert successor.state() == straight.state()
+    for one in successor, straight:
+        one.step(3)
+    assert successor.state() == straight.state()
 
 
 # --- between steps ---
@@ -309,7 +367,7 @@ def test_a_keeper_sees_what_comes_after_it_and_outlives_the_worker() -> None:
     keeper = KeptDescriptor(*kept_at)
     for step in range(2):
         worker.step(step)
-    assert keeper.look() == (1, True, True, Condition.KEPT)
+    assert keeper.look() == (1, True, 1, Condition.KEPT)
     state = worker.state()
     del worker
     gc.collect()

@@ -24,7 +24,10 @@ _TORCHS = frozenset(vars(nn.Module()))
 _PLAIN = frozenset((type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device))
 _CONTAINERS = (dict, list, set, collections.deque)
 _OPAQUE = (type, FunctionType, MethodType, ModuleType)
-_LIVE = object()  # stands for a tensor with a graph, which no later forward may use
+
+
+class _Live:
+    """Stands for a tensor with a graph, which no later forward may use."""
 
 
 class Attributes:
@@ -145,14 +148,14 @@ def _own(value: Any) -> dict[str, Any]:
 
 
 def _kept(item: Any) -> Any:
-    return _LIVE if isinstance(item, torch.Tensor) and item.grad_fn is not None else item
+    return _Live if isinstance(item, torch.Tensor) and item.grad_fn is not None else item
 
 
 def _set_own(value: Any, state: dict[str, Any]) -> None:
     own = vars(value)
     for name in own.keys() - state.keys() - _TORCHS:
         del own[name]
-    own.update((name, item) for name, item in state.items() if item is not _LIVE)
+    own.update((name, item) for name, item in state.items() if item is not _Live)
 
 
 def _generator_state(value: Any) -> Any:

@@ -35,7 +35,7 @@ _ALIGNMENT = 64  # bytes, as torch's own: kernels choose by alignment, and bits 
 _PAGE = 4096
 _MAGIC = 0x31_54_50_45_4B_50_52_31
 _GROWTH = 64 << 20  # bytes of the file, which take no memory before they are written
-_RECORDS = 8
+_RECORDS = 16
 _RECORD_WORDS = 3  # offset, length, checksum
 _MAP_NORESERVE = 0x4000
 
@@ -48,6 +48,8 @@ class Word(IntEnum):
     BEGUN = 2  # twice the number of the step that was begun last, plus 1 if it trains
     UPDATING = 3  # the step whose update may have begun, for which the records have a copy of what was before; or -1
     CONDITION = 4
+    START = 5  # a step whose begin is in a record, or -1
+    OTHER_START = 6  # another: one may run ahead
 
 
 class Condition(IntEnum):
@@ -60,11 +62,14 @@ class Condition(IntEnum):
 
 
 class Head(NamedTuple):
-    """What the memory says of its state at once, for whoever keeps the descriptor."""
+    """What the memory says of its state at once, for whoever keeps the descriptor.
+
+    ``step``: the one that was begun last. ``updating``: the one whose update may have begun. -1: none.
+    """
 
     step: int
     training: bool
-    updating: bool
+    updating: int
     condition: Condition
 
 
@@ -72,7 +77,7 @@ def look(descriptor: int) -> Head:
     """Return the head of the memory of ``descriptor``, which another process may be writing."""
     words = struct.unpack(f"{len(Word)}q", os.pread(descriptor, 8 * len(Word), 0))
     begun = words[Word.BEGUN]
-    return Head(begun >> 1, bool(begun & 1), words[Word.UPDATING] == begun >> 1, Condition(words[Word.CONDITION]))
+    return Head(begun >> 1, bool(begun & 1), words[Word.UPDATING], Condition(words[Word.CONDITION]))
 
 
 class Extents:
@@ -147,7 +152,8 @@ class KeptMemory:
         """Return new memory; raises OSError where the system gives none."""
         memory = cls(os.memfd_create("rpcpipe", os.MFD_CLOEXEC))
         memory.grow(_GROWTH)
-        memory[Word.CURRENT] = memory[Word.BEGUN] = memory[Word.UPDATING] = -1
+        for word in Word:
+            memory[word] = -1
         memory[Word.CONDITION] = Condition.LOST
         memory[Word.MAGIC] = _MAGIC
         return memory

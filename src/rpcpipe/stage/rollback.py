@@ -16,6 +16,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from rpcpipe.model import rng
+from rpcpipe.stage.attributes import Attributes
 from rpcpipe.stage.hyperparameters import Groups, copied, entries, replace
 
 
@@ -27,7 +29,7 @@ class Watch(Protocol):
         ...
 
     def stale(self) -> None:
-        """The live values have changed for good; the copies are overwritten once this returns."""
+        """The copies are overwritten once this returns: nothing is taken back to them any more."""
         ...
 
 
@@ -38,18 +40,30 @@ Copies = dict[nn.Parameter, tuple[torch.Tensor, dict[str, Any]]]
 class Undo:
     """A copy of ``parameters``, of ``optimizer.state``, kept up to date by ``refresh_one``, and of its ``entries``.
 
-    Invariant: the copies of parameters that are not in ``_stale`` equal the live values, until an update. Groups are
-    copied last, by ``refresh``. ``moved``: since it was last unset, copies were put elsewhere, or are no tensors.
+    Invariants: the copies of parameters that are not in ``_stale`` equal the live values, until an update. Groups are
+    copied last, by ``refresh``; from then on, ``complete``, the update of ``step`` is taken back to the copies.
+    ``moved``: since it was last unset, copies were put elsewhere, or are no tensors.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
         self._parameters = list(parameters)
         self._optimizer = optimizer
         self._stale = list(self._parameters)
+        self._outdated = False
         self.copies: Copies = {}
         self.groups: Groups | None = None
-        self.moved = False
+        self.step: int | None = None
+        self.complete = self.moved = False
         self.watch: Watch | None = None
+
+    def begin(self, step: int, *, keep: bool = False) -> None:
+        """Make new copies from now on, to take back the update of ``step``; the step before is settled.
+
+        ``keep``: the step before has updated nothing, so its copies are still right.
+        """
+        if self._outdated or not (keep or step == self.step):
+            self.invalidate()
+        self.step = step
 
     def invalidate(self) -> None:
         """Mark all copies as stale, because the live values have changed."""
@@ -57,10 +71,19 @@ class Undo:
             self.watch.stale()
         self._stale = list(self._parameters)
         self.groups = None
+        self.complete = self._outdated = False
 
-    def take_over(self, copies: Copies, groups: Groups | None) -> None:
-        """Go on with ``copies`` and ``groups``, which are not stale; an update of the live values has begun."""
-        self.copies, self.groups, self._stale = copies, groups, []
+    def take_over(self, step: int | None, copies: Copies, groups: Groups | None) -> None:
+        """Go on with complete copies, which another has made before an update of ``step``."""
+        self.step, self.copies, self.groups, self._stale = step, copies, groups, []
+        self.complete = self._outdated = True
+
+    def note_change(self) -> None:
+        """Note that the live values have changed, other than by an update."""
+        if self.complete:
+            self._outdated = True  # the update before may still be taken back, and the change with it
+        else:
+            self.invalidate()
 
     def refresh_one(self) -> bool:
         """Copy one stale parameter and its state; return False if no copy is stale."""
@@ -83,8 +106,14 @@ class Undo:
             pass
         if self.groups is None:
             self.groups = copied(entries(self._optimizer))
+        self.complete = True
         if self.watch is not None:
             self.watch.complete()
+
+    def take_back(self, step: int) -> None:
+        """Restore what was before the update of ``step``; do nothing if the copies are another step's."""
+        if step == self.step:
+            self.restore()
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -132,6 +161,52 @@ class Buffers:
         for (owner, name), (buffer, value) in self.copies.items():
             owner._buffers[name] = buffer
             buffer.data.copy_(value)
+
+
+class StepStarts:
+    """What forwards change, as it was when the newest steps began: one step, or two while one runs ahead.
+
+    A step that runs ahead is taken back without a failure, so it must leave no trace in attributes and generators of
+    Python's either, which a failed step leaves as they are. ``buffers``: by step; ``others``: of the step ahead.
+    """
+
+    def __init__(self) -> None:
+        self.buffers: dict[int, Buffers] = {}
+        self.others: tuple[int, Attributes, rng.PythonState] | None = None
+
+    def take(self, step: int, modules: Sequence[nn.Module]) -> None:
+        """Copy the buffers of ``modules`` at the beginning of ``step``; drop what is known of others."""
+        self._take(step, modules, kept=0)
+        self.others = None
+
+    def take_ahead(self, step: int, modules: Sequence[nn.Module], parts: Sequence[Any]) -> None:
+        """Copy what ``step`` may change, which runs ahead; keep the copies of the step before.
+
+        ``parts``: modules and other objects of the user's that forwards may change.
+        """
+        self._take(step, modules, kept=1)
+        self.others = step, Attributes(parts), rng.python_state()
+
+    def _take(self, step: int, modules: Sequence[nn.Module], kept: int) -> None:
+        unused = None
+        while len(self.buffers) > kept:
+            unused = self.buffers.pop(min(self.buffers))
+        self.buffers[step] = unused or Buffers()
+        self.buffers[step].take(modules)
+
+    def restore(self, step: int, *, ahead: bool) -> bool:
+        """Restore what ``step`` has changed; return False if the step has not begun.
+
+        ``ahead``: what its forwards have changed beside buffers, too.
+        """
+        if step not in self.buffers:
+            return False
+        self.buffers[step].restore()
+        if ahead and self.others is not None and self.others[0] == step:
+            _, attributes, random = self.others
+            attributes.put()
+            rng.set_python_state(random)
+        return True
 
 
 def _same_tensors(state: Mapping[str, Any], before: Mapping[str, Any]) -> bool:

@@ -33,7 +33,7 @@ class Snapshots:
         else:
             self.slots = {number: Undo(optimizer.parameters, optimizer.optimizer) for number in slots}
             for number, taken in slots.items():
-                self.slots[number].take_over(*taken)
+                self.slots[number].take_over(None, *taken)
 
     def updated(self, count: int, committed: int) -> None:
         """Take and drop snapshots after update ``count`` of this worker; all stages have applied ``committed``."""

@@ -5,7 +5,7 @@ is no tensor is in pickled records that refer to them, written where something o
 told of what has changed it. A successor makes of them the objects that the dead worker had, so that a ``RollBackStep``
 does there what it does on the workers that live on. What makes that so at any instant:
 
-- Buffers at the begin of a step: the copies are complete before the word ``BEGUN`` names the step.
+- Buffers at the begin of a step: the copies are complete before a word, ``START`` or ``OTHER_START``, names the step.
 - The copies for an update: complete, with their records, before ``UPDATING`` names the step, and then only does the
   update begin. They are overwritten only after ``UPDATING`` is unset, which a next step does. Copies half way are not
   needed: no update has begun then, and the live values count.
@@ -28,13 +28,14 @@ import torch
 from torch import nn
 
 from rpcpipe.errors import ModelError
+from rpcpipe.model import rng
 from rpcpipe.model.microbatch import Nest
 from rpcpipe.stage.attributes import Attributes
 from rpcpipe.stage.context import StepContext
 from rpcpipe.stage.hyperparameters import entries
 from rpcpipe.stage.kept_memory import Condition, KeptMemory, Record, Word
 from rpcpipe.stage.metrics import Metric
-from rpcpipe.stage.rollback import Buffers, Undo
+from rpcpipe.stage.rollback import Buffers, StepStarts, Undo
 from rpcpipe.worker.messages import KeptAt
 from rpcpipe.worker.operations import (
     ApplyCheckpoint,
@@ -75,9 +76,10 @@ class Part(IntEnum):
     STATE = 2  # the optimizer's state by parameter
     UNDO = 3
     UNDO_GROUPS = 4
-    BEGIN = 5  # the buffers at the begin of the step, and copies of their values
-    SUMS = 6  # accumulated gradients
-    SNAPSHOTS = 7  # of a stream, by the number of updates that they contain
+    START = 5  # the buffers at the begin of a step, and copies of their values
+    OTHER_START = 6
+    SUMS = 7  # accumulated gradients
+    SNAPSHOTS = 8  # of a stream, by the number of updates that they contain
 
 
 @dataclass(kw_only=True)
@@ -85,7 +87,7 @@ class Model:
     """The stages as an ActorSpec that builds them anew around the same modules, and what else no tensor says.
 
     ``fresh_loss``: the state of the loss when the pipeline was made. ``frozen``: parameters that the optimizer has and
-    that a call has frozen since.
+    that a call has frozen since. ``others``: what a step that runs ahead has changed beside buffers.
     """
 
     spec: ActorSpec
@@ -93,30 +95,33 @@ class Model:
     metrics: Mapping[str, Metric] = field(default_factory=dict)
     select: Callable[[Nest, Nest], Nest] | None = None
     frozen: list[nn.Parameter]
+    others: tuple[int, Attributes, rng.PythonState] | None
 
 
 class KeptState:
-    """Keeps ``held`` and ``buffers`` in ``memory``. It is the ``Watch`` of the optimizer's ``Undo``.
+    """Keeps ``held`` and ``starts`` in ``memory``. It is the ``Watch`` of the optimizer's ``Undo``.
 
     ``settle`` follows whatever may have changed something, before its result is sent.
     """
 
-    def __init__(self, memory: KeptMemory, held: StageSet, buffers: Buffers, fresh_loss: dict[str, Any]) -> None:
+    def __init__(self, memory: KeptMemory, held: StageSet, starts: StepStarts, fresh_loss: dict[str, Any]) -> None:
         held.kept_at = KeptAt(os.getpid(), memory.descriptor)
-        self._memory, self._held, self._buffers, self._fresh_loss = memory, held, buffers, fresh_loss
+        self._memory, self._held, self._starts, self._fresh_loss = memory, held, starts, fresh_loss
         self._owners: list[nn.Module] = []
+        self._parts: list[Any] = []
+        self._slots: list[Buffers | None] = [None, None]
         self._attributes = Attributes([])
         self._signs: dict[Part, Any] = {}  # of what the records say, to see whether that has changed
 
     @classmethod
-    def of(cls, held: StageSet, buffers: Buffers, fresh_loss: dict[str, Any]) -> KeptState | None:
+    def of(cls, held: StageSet, starts: StepStarts, fresh_loss: dict[str, Any]) -> KeptState | None:
         """Return the kept state of new stages; None, with a line in the log, where there is no memory for it."""
         try:
             memory = KeptMemory.create()
         except (AttributeError, OSError) as error:
             log.warning("this worker cannot be replaced if it dies: no memory outlives it (%s)", error)
             return None
-        kept = cls(memory, held, buffers, fresh_loss)
+        kept = cls(memory, held, starts, fresh_loss)
         kept.rewrite()
         return kept
 
@@ -154,9 +159,10 @@ class KeptState:
         if plan.training and plan.policy is None and self._is_kept:
             with self._or_lost():
                 records = dict[Part, Record]()
-                self._begin(records)
+                self._copied_starts(records)
                 self._sums(records)
                 self._commit(records)
+                self._name_starts()
         self._memory[Word.BEGUN] = plan.step << 1 | plan.training
 
     def snapshots(self, slots: Mapping[int, Undo]) -> None:
@@ -188,7 +194,7 @@ class KeptState:
                 undo.moved = False
             self._write_if_new(records, Part.UNDO_GROUPS, undo.groups)
             self._commit(records)
-            self._memory[Word.UPDATING] = self._memory[Word.BEGUN] >> 1
+            self._memory[Word.UPDATING] = -1 if undo.step is None else undo.step
 
     def stale(self) -> None:
         """The copies are about to be overwritten."""
@@ -211,8 +217,7 @@ class KeptState:
     def rewrite(self) -> None:
         """Write everything anew: anything may have changed, and the last step is settled."""
         with self._or_lost():
-            self._memory[Word.UPDATING] = -1
-            self._write_all({Part.BEGIN: self._memory.dumps([]), Part.SNAPSHOTS: self._memory.dumps({})})
+            self._write_all({Part.SNAPSHOTS: self._memory.dumps({})})
             self._memory[Word.CONDITION] = Condition.KEPT
 
     def resume(self) -> None:
@@ -223,14 +228,19 @@ class KeptState:
 
     def _write_all(self, records: dict[Part, Record]) -> None:
         self._owners = [owner for module in self._held.buffered for owner in module.modules()]
+        self._parts = self._held.parts
         self._signs = {Part.SUMS: object()}  # unlike any, so that all is written
+        undo = None if self._held.optimizer is None else self._held.optimizer.undo
+        if undo is None or not undo.complete:
+            self._memory[Word.UPDATING] = -1
         self._model(records)
         self._optimizer(records)
+        self._copied_starts(records)
         self._sums(records)
         self._commit(records)
-        if (optimizer := self._held.optimizer) is not None:
-            # Copies of before that have been taken over are the current record's.
-            optimizer.undo.watch, optimizer.undo.moved = self, self._memory[Word.UPDATING] < 0
+        self._name_starts()
+        if undo is not None:
+            undo.watch, undo.moved = self, undo.moved or not undo.complete
 
     # --- the records ---
 
@@ -256,8 +266,8 @@ class KeptState:
         """Write the model anew if its tensors lie elsewhere, or, with ``whole``, if it has changed its attributes."""
         live = [tensor for owner in self._owners for tensor in _tensors_of(owner)]
         if self._signs.get(Part.MODEL) != list(map(_sign, live)):
-            attributes = Attributes(self._parts())
-        elif not whole or (attributes := Attributes(self._parts())).same(self._attributes):
+            attributes = Attributes(self._parts)
+        elif not whole or (attributes := Attributes(self._parts)).same(self._attributes):
             return
         # Views of them in attributes go along.
         storages = {tensor.untyped_storage().data_ptr() for tensor in live if self._memory.can_hold(tensor)}
@@ -273,10 +283,6 @@ class KeptState:
         records[Part.MODEL] = self._memory.dumps(self._skeleton())
         self._signs[Part.MODEL], self._attributes = list(map(_sign, live)), attributes
 
-    def _parts(self) -> list[Any]:
-        loss = self._held.loss
-        return [*self._owners, *([] if loss is None or isinstance(loss, nn.Module) else [loss])]
-
     def _skeleton(self) -> Model:
         held = self._held
         held.switch_to_own_modes()
@@ -287,6 +293,7 @@ class KeptState:
             metrics={} if last is None else last.metrics,
             select=None if last is None else last.select,
             frozen=[] if optimizer is None else [p for p in optimizer.parameters if not p.requires_grad],
+            others=self._starts.others,
         )
 
     def _optimizer(self, records: dict[Part, Record]) -> None:
@@ -304,25 +311,44 @@ class KeptState:
         if not self._held.accumulated.sums and Part.SUMS not in self._signs:
             return
         place = {parameter: index for index, parameter in enumerate(self._held.parameters)}
+        accumulated = self._held.accumulated
         sums = {
             step: {place[parameter]: gradient for parameter, gradient in own.items()}
-            for step, own in self._held.accumulated.sums.items()
+            for step, own in accumulated.sums.items()
         }
-        sign = _signs(sums)
+        sign = _signs([accumulated.resumed, sums])
         if sign != self._signs.get(Part.SUMS):
             self._memory.take_in(_tensors_in(sums))
-            records[Part.SUMS] = self._memory.dumps(self._placed(sums))
-            self._signs[Part.SUMS] = _signs(sums)
+            records[Part.SUMS] = self._memory.dumps((accumulated.resumed, self._placed(sums)))
+            self._signs[Part.SUMS] = _signs([accumulated.resumed, sums])
 
-    def _begin(self, records: dict[Part, Record]) -> None:
-        copies = self._buffers.copies
-        self._memory.take_in(tensor for pair in copies.values() for tensor in pair)
-        sign = [(*key, *map(_sign, pair)) for key, pair in copies.items()]
-        if sign != self._signs.get(Part.BEGIN, []):
+    def _copied_starts(self, records: dict[Part, Record]) -> None:
+        """Write where the copies of buffers are, of one step or two, each in a slot of its own."""
+        live = list(self._starts.buffers.values())
+        self._slots = [slot if any(slot is own for own in live) else None for slot in self._slots]
+        for own in live:
+            if not any(slot is own for slot in self._slots):
+                self._slots[self._slots.index(None)] = own
+        for part, slot in zip((Part.START, Part.OTHER_START), self._slots, strict=True):
+            if slot is not None:
+                self._start(records, part, slot)
+
+    def _start(self, records: dict[Part, Record], part: Part, buffers: Buffers) -> None:
+        self._memory.take_in(tensor for pair in buffers.copies.values() for tensor in pair)
+        sign = [(*key, *map(_sign, pair)) for key, pair in buffers.copies.items()]
+        if sign != self._signs.get(part):
             index = {owner: number for number, owner in enumerate(self._owners)}
-            begin = [(index[owner], name, *map(self._memory.place, pair)) for (owner, name), pair in copies.items()]
-            records[Part.BEGIN] = self._memory.dumps(begin)
-            self._signs[Part.BEGIN] = sign
+            copies = [
+                (index[owner], name, *map(self._memory.place, pair))
+                for (owner, name), pair in buffers.copies.items()
+                if owner in index  # a call may have taken it out
+            ]
+            records[part], self._signs[part] = self._memory.dumps(copies), sign
+
+    def _name_starts(self) -> None:
+        for word, slot in zip((Word.START, Word.OTHER_START), self._slots, strict=True):
+            steps = [step for step, buffers in self._starts.buffers.items() if buffers is slot]
+            self._memory[word] = steps[0] if steps else -1
 
 
 def _tensors_of(owner: nn.Module) -> list[torch.Tensor]:
