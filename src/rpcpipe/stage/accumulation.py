@@ -20,31 +20,31 @@ class AccumulatedGradients:
     """
 
     def __init__(self) -> None:
-        self._sums: dict[int, dict[nn.Parameter, torch.Tensor]] = {}
-        self._resumed: int | None = None
+        self.sums: dict[int, dict[nn.Parameter, torch.Tensor]] = {}
+        self.resumed: int | None = None
 
     def resume(self, after: int | None, parameters: Iterable[nn.Parameter], *, ahead: bool = False) -> None:
         """Set ``.grad`` to the gradients stored after step ``after`` (None: leave it) and drop all others.
 
         ``ahead``: the step before is not settled, so what it has resumed from is kept, too.
         """
-        kept = {} if after is None else self._sums[after]
+        kept = {} if after is None else self.sums[after]
         kept = {parameter: kept[parameter] for parameter in parameters if parameter in kept}
-        before = {step: sums for step, sums in self._sums.items() if ahead and step == self._resumed}
-        self._sums = before if after is None else before | {after: kept}
-        self._resumed = after
+        before = {step: sums for step, sums in self.sums.items() if ahead and step == self.resumed}
+        self.sums = before if after is None else before | {after: kept}
+        self.resumed = after
         for parameter, gradient in kept.items():
             parameter.grad = gradient.clone()
 
     def keep(self, step: int, parameters: Iterable[nn.Parameter]) -> None:
         """Move the gradients from ``.grad`` to the store, under ``step``."""
-        self._sums[step] = {parameter: parameter.grad for parameter in parameters if parameter.grad is not None}
-        for parameter in self._sums[step]:
+        self.sums[step] = {parameter: parameter.grad for parameter in parameters if parameter.grad is not None}
+        for parameter in self.sums[step]:
             parameter.grad = None
 
     def forget(self, parameters: Iterable[nn.Parameter]) -> None:
         """Drop the stored gradients of ``parameters``, which another worker keeps."""
-        for sums in self._sums.values():
+        for sums in self.sums.values():
             for parameter in parameters:
                 sums.pop(parameter, None)
 
@@ -53,11 +53,11 @@ class AccumulatedGradients:
         named = dict(module.named_parameters())
         return {
             step: {name: sums[parameter] for name, parameter in named.items() if parameter in sums}
-            for step, sums in self._sums.items()
+            for step, sums in self.sums.items()
         }
 
     def take(self, module: nn.Module, received: dict[int, dict[str, torch.Tensor]]) -> None:
         """Store the gradients ``received`` for ``module``, which ``of`` has returned on another worker."""
         for step, sums in received.items():
-            kept = self._sums.setdefault(step, {})
+            kept = self.sums.setdefault(step, {})
             kept |= {module.get_parameter(name): gradient for name, gradient in sums.items()}

@@ -24,7 +24,10 @@ _TORCHS = frozenset(vars(nn.Module()))
 _PLAIN = frozenset((type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device))
 _CONTAINERS = (dict, list, set, collections.deque)
 _OPAQUE = (type, FunctionType, MethodType, ModuleType)
-_LIVE = object()  # stands for a tensor with a graph, which no later forward may use
+
+
+class _Live:
+    """Stands for a tensor with a graph, which no later forward may use."""
 
 
 class Attributes:
@@ -67,6 +70,23 @@ class Attributes:
             if type(item) not in _PLAIN:
                 self._walk(f"{type(value).__name__}.{name}", item, seen)
 
+    def same(self, other: Attributes) -> bool:
+        """Return whether nothing has changed between the times when the two were made."""
+        return (
+            len(self._kept) == len(other._kept)
+            and len(self._tensors) == len(other._tensors)
+            and all(a is b and _alike(x, y) for (a, x), (b, y) in zip(self._kept, other._kept, strict=True))
+            and all(
+                a is b and version == other_version
+                for (_, a, version), (_, b, other_version) in zip(self._tensors, other._tensors, strict=True)
+            )
+        )
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """The tensors in attributes, without parameters."""
+        return [tensor for _, tensor, _ in self._tensors]
+
     def check(self, why: str, instead: str) -> None:
         """Raise ModelError if a tensor was changed in place since; the message says ``why`` and what to do instead."""
         for where, tensor, version in self._tensors:
@@ -105,20 +125,37 @@ class Attributes:
                 _set_own(owner, state)
 
 
+def _alike(state: Any, other: Any) -> bool:
+    """Return whether two states, of an owner or a generator, hold the same objects or equal plain values."""
+    if state is other:
+        return True
+    if type(state) is not type(other):
+        return False
+    if isinstance(state, dict):
+        return state.keys() == other.keys() and all(_alike(item, other[key]) for key, item in state.items())
+    if isinstance(state, (list, tuple, collections.deque)):
+        return len(state) == len(other) and all(map(_alike, state, other))
+    if isinstance(state, torch.Tensor):  # of a generator: tensors in attributes are compared by their versions
+        return state.dtype is torch.uint8 and torch.equal(state, other)
+    if isinstance(state, set):
+        return len(state) == len(other) and all(any(item is one for one in other) for item in state)
+    return type(state) in _PLAIN and bool(state == other)
+
+
 def _own(value: Any) -> dict[str, Any]:
     own = vars(value)
     return {name: _kept(own[name]) for name in own.keys() - _TORCHS}
 
 
 def _kept(item: Any) -> Any:
-    return _LIVE if isinstance(item, torch.Tensor) and item.grad_fn is not None else item
+    return _Live if isinstance(item, torch.Tensor) and item.grad_fn is not None else item
 
 
 def _set_own(value: Any, state: dict[str, Any]) -> None:
     own = vars(value)
     for name in own.keys() - state.keys() - _TORCHS:
         del own[name]
-    own.update((name, item) for name, item in state.items() if item is not _LIVE)
+    own.update((name, item) for name, item in state.items() if item is not _Live)
 
 
 def _generator_state(value: Any) -> Any:

@@ -10,8 +10,8 @@ are held twice.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -21,40 +21,66 @@ from rpcpipe.stage.attributes import Attributes
 from rpcpipe.stage.hyperparameters import Groups, copied, entries, replace
 
 
+class Watch(Protocol):
+    """Is told of an ``Undo``'s copies."""
+
+    def complete(self) -> None:
+        """All copies equal the live values: an update may begin once this returns."""
+        ...
+
+    def stale(self) -> None:
+        """The copies are overwritten once this returns: nothing is taken back to them any more."""
+        ...
+
+
+# By parameter: its value and the optimizer's state.
+Copies = dict[nn.Parameter, tuple[torch.Tensor, dict[str, Any]]]
+
+
 class Undo:
     """A copy of ``parameters``, of ``optimizer.state``, kept up to date by ``refresh_one``, and of its ``entries``.
 
     Invariants: the copies of parameters that are not in ``_stale`` equal the live values, until an update. Groups are
-    copied last, by ``refresh``; from then on, ``_complete``, the copies are what an update is taken back to.
+    copied last, by ``refresh``; from then on, ``complete``, the update of ``step`` is taken back to the copies.
+    ``moved``: since it was last unset, copies were put elsewhere, or are no tensors.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
         self._parameters = list(parameters)
         self._optimizer = optimizer
-        self._copies: dict[nn.Parameter, tuple[torch.Tensor, dict[str, Any]]] = {}
         self._stale = list(self._parameters)
-        self._groups: Groups | None = None
-        self._step: int | None = None
-        self._complete = self._outdated = False
+        self._outdated = False
+        self.copies: Copies = {}
+        self.groups: Groups | None = None
+        self.step: int | None = None
+        self.complete = self.moved = False
+        self.watch: Watch | None = None
 
     def begin(self, step: int, *, keep: bool = False) -> None:
         """Make new copies from now on, to take back the update of ``step``; the step before is settled.
 
         ``keep``: the step before has updated nothing, so its copies are still right.
         """
-        if self._outdated or not (keep or step == self._step):
+        if self._outdated or not (keep or step == self.step):
             self.invalidate()
-        self._step = step
+        self.step = step
 
     def invalidate(self) -> None:
         """Mark all copies as stale, because the live values have changed."""
+        if self.watch is not None:
+            self.watch.stale()
         self._stale = list(self._parameters)
-        self._groups = None
-        self._complete = self._outdated = False
+        self.groups = None
+        self.complete = self._outdated = False
+
+    def take_over(self, step: int | None, copies: Copies, groups: Groups | None) -> None:
+        """Go on with complete copies, which another has made before an update of ``step``."""
+        self.step, self.copies, self.groups, self._stale = step, copies, groups, []
+        self.complete = self._outdated = True
 
     def note_change(self) -> None:
         """Note that the live values have changed, other than by an update."""
-        if self._complete:
+        if self.complete:
             self._outdated = True  # the update before may still be taken back, and the change with it
         else:
             self.invalidate()
@@ -64,12 +90,13 @@ class Undo:
         if not self._stale:
             return False
         parameter = self._stale[-1]
-        old_value, old_state = self._copies.get(parameter, (None, {}))
-        state = self._optimizer.state.get(parameter, {})
-        self._copies[parameter] = (
-            _copy(parameter.detach(), old_value),
-            {key: _copy(value, old_state.get(key)) for key, value in state.items()},
-        )
+        old_value, old_state = self.copies.get(parameter, (None, {}))
+        live = self._optimizer.state.get(parameter, {})
+        value = _copy(parameter.detach(), old_value)
+        state = {key: _copy(entry, old_state.get(key)) for key, entry in live.items()}
+        self.copies[parameter] = value, state
+        if value is not old_value or not _same_tensors(state, old_state):
+            self.moved = True
         self._stale.pop()
         return True
 
@@ -77,13 +104,15 @@ class Undo:
         """Copy all stale parameters and their state, and the groups' entries."""
         while self.refresh_one():
             pass
-        if self._groups is None:
-            self._groups = copied(entries(self._optimizer))
-        self._complete = True
+        if self.groups is None:
+            self.groups = copied(entries(self._optimizer))
+        self.complete = True
+        if self.watch is not None:
+            self.watch.complete()
 
     def take_back(self, step: int) -> None:
         """Restore what was before the update of ``step``; do nothing if the copies are another step's."""
-        if step == self._step:
+        if step == self.step:
             self.restore()
 
     @torch.no_grad()
@@ -93,11 +122,11 @@ class Undo:
         Stale copies are skipped: every update is preceded by ``refresh``, so a copy is stale only if no
         update has run since ``invalidate``, and then the live values are correct.
         """
-        if self._groups is not None:
-            replace(self._optimizer, self._groups)
-        fresh = [parameter for parameter in self._copies if parameter not in set(self._stale)]
+        if self.groups is not None:
+            replace(self._optimizer, self.groups)
+        fresh = [parameter for parameter in self.copies if parameter not in set(self._stale)]
         for parameter in fresh:
-            value, state = self._copies[parameter]
+            value, state = self.copies[parameter]
             parameter.copy_(value)
             if state:
                 self._optimizer.state[parameter] = {key: _copy(entry, None) for key, entry in state.items()}
@@ -112,7 +141,8 @@ class Buffers:
     """
 
     def __init__(self) -> None:
-        self._copies: dict[tuple[nn.Module, str], tuple[torch.Tensor, torch.Tensor]] = {}
+        # By module and name: the tensor, and the copy of its value.
+        self.copies: dict[tuple[nn.Module, str], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def take(self, modules: Iterable[nn.Module]) -> None:
         """Copy the buffers of ``modules``, reusing the memory of the previous copies."""
@@ -123,14 +153,12 @@ class Buffers:
             for name, buffer in owner._buffers.items()
             if buffer is not None
         }
-        previous = self._copies
-        self._copies = {
-            key: (buffer, _copy(buffer, previous.get(key, (None, None))[1])) for key, buffer in live.items()
-        }
+        previous = self.copies
+        self.copies = {key: (buffer, _copy(buffer, previous.get(key, (None, None))[1])) for key, buffer in live.items()}
 
     def restore(self) -> None:
         """Set every buffer back to its tensor and value at the beginning of the step."""
-        for (owner, name), (buffer, value) in self._copies.items():
+        for (owner, name), (buffer, value) in self.copies.items():
             owner._buffers[name] = buffer
             buffer.data.copy_(value)
 
@@ -139,17 +167,17 @@ class StepStarts:
     """What forwards change, as it was when the newest steps began: one step, or two while one runs ahead.
 
     A step that runs ahead is taken back without a failure, so it must leave no trace in attributes and generators of
-    Python's either, which a failed step leaves as they are.
+    Python's either, which a failed step leaves as they are. ``buffers``: by step; ``others``: of the step ahead.
     """
 
     def __init__(self) -> None:
-        self._buffers: dict[int, Buffers] = {}
-        self._others: tuple[int, Attributes, rng.PythonState] | None = None
+        self.buffers: dict[int, Buffers] = {}
+        self.others: tuple[int, Attributes, rng.PythonState] | None = None
 
     def take(self, step: int, modules: Sequence[nn.Module]) -> None:
         """Copy the buffers of ``modules`` at the beginning of ``step``; drop what is known of others."""
         self._take(step, modules, kept=0)
-        self._others = None
+        self.others = None
 
     def take_ahead(self, step: int, modules: Sequence[nn.Module], parts: Sequence[Any]) -> None:
         """Copy what ``step`` may change, which runs ahead; keep the copies of the step before.
@@ -157,14 +185,14 @@ class StepStarts:
         ``parts``: modules and other objects of the user's that forwards may change.
         """
         self._take(step, modules, kept=1)
-        self._others = step, Attributes(parts), rng.python_state()
+        self.others = step, Attributes(parts), rng.python_state()
 
     def _take(self, step: int, modules: Sequence[nn.Module], kept: int) -> None:
         unused = None
-        while len(self._buffers) > kept:
-            unused = self._buffers.pop(min(self._buffers))
-        self._buffers[step] = unused or Buffers()
-        self._buffers[step].take(modules)
+        while len(self.buffers) > kept:
+            unused = self.buffers.pop(min(self.buffers))
+        self.buffers[step] = unused or Buffers()
+        self.buffers[step].take(modules)
 
     def check(self, step: int) -> None:
         """Raise ModelError if ``step`` runs ahead and has changed what cannot be put back."""
@@ -176,14 +204,21 @@ class StepStarts:
 
         ``ahead``: what its forwards have changed beside buffers, too.
         """
-        if step not in self._buffers:
+        if step not in self.buffers:
             return False
-        self._buffers[step].restore()
-        if ahead and self._others is not None and self._others[0] == step:
-            _, attributes, random = self._others
+        self.buffers[step].restore()
+        if ahead and self.others is not None and self.others[0] == step:
+            _, attributes, random = self.others
             attributes.put()
             rng.set_python_state(random)
         return True
+
+
+def _same_tensors(state: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
+    """Return whether ``state`` holds nothing but the tensors of ``before``."""
+    return state.keys() == before.keys() and all(
+        isinstance(entry, torch.Tensor) and entry is before[key] for key, entry in state.items()
+    )
 
 
 def _copy(value: Any, buffer: Any) -> Any:

@@ -7,8 +7,11 @@ updates as all other stages. An older snapshot is dropped once all stages have t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from rpcpipe.stage.hyperparameters import Groups
 from rpcpipe.stage.optimizer import LocalOptimizer
-from rpcpipe.stage.rollback import Undo
+from rpcpipe.stage.rollback import Copies, Undo
 
 EVERY = 32
 
@@ -19,27 +22,32 @@ def newest(committed: int) -> int:
 
 
 class Snapshots:
-    """One worker's snapshots, by the number of updates that they contain."""
+    """One worker's snapshots: ``slots``, by the number of updates that they contain."""
 
-    def __init__(self, optimizer: LocalOptimizer) -> None:
+    def __init__(self, optimizer: LocalOptimizer, slots: Mapping[int, tuple[Copies, Groups]] | None = None) -> None:
         self._optimizer = optimizer
-        self._slots = {0: optimizer.undo}
-        optimizer.undo.invalidate()  # an update of a synchronous step may have come after its copies
-        optimizer.undo.refresh()
+        self.slots = {0: optimizer.undo}
+        if slots is None:
+            optimizer.undo.invalidate()  # an update of a synchronous step may have come after its copies
+            optimizer.undo.refresh()
+        else:
+            self.slots = {number: Undo(optimizer.parameters, optimizer.optimizer) for number in slots}
+            for number, taken in slots.items():
+                self.slots[number].take_over(None, *taken)
 
     def updated(self, count: int, committed: int) -> None:
         """Take and drop snapshots after update ``count`` of this worker; all stages have applied ``committed``."""
         oldest_kept = newest(committed)
-        self._slots = {number: slot for number, slot in self._slots.items() if number >= oldest_kept}
+        self.slots = {number: slot for number, slot in self.slots.items() if number >= oldest_kept}
         if count % EVERY == 0:
-            self._slots[count] = Undo(self._optimizer.parameters, self._optimizer.optimizer)
-            self._slots[count].refresh()
+            self.slots[count] = Undo(self._optimizer.parameters, self._optimizer.optimizer)
+            self.slots[count].refresh()
 
     def restore(self, count: int) -> None:
         """Restore the weights and the optimizer's state after ``count`` updates."""
-        self._slots[count].restore()
+        self.slots[count].restore()
 
     def close(self) -> None:
         """End the stream; the newest snapshot's memory becomes the rollback copy of synchronous steps."""
-        self._optimizer.undo = self._slots[max(self._slots)]
+        self._optimizer.undo = self.slots[max(self.slots)]
         self._optimizer.undo.invalidate()

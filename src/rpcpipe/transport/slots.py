@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import io
 import math
 import mmap
 import pickle
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,13 +27,20 @@ _LIBC.mmap.argtypes = [
 _FAILED = ctypes.c_void_p(-1).value
 
 
-def mapped(descriptor: int, size: int) -> memoryview:
-    """Return the memory of a file, mapped as long as something refers to it; unlike ``mmap`` without a descriptor."""
-    address = _LIBC.mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, descriptor, 0)
+def map_file(descriptor: int, size: int, flags: int = 0) -> tuple[int, Callable[[], Any]]:
+    """Map a file, which may be shorter for now; return the address, and what unmaps it. Adds ``flags`` to mmap's."""
+    protection, shared = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | flags
+    address = _LIBC.mmap(None, size, protection, shared, descriptor, 0)
     if address == _FAILED:
         raise OSError(ctypes.get_errno(), "mmap")
+    return address, functools.partial(_LIBC.munmap, ctypes.c_void_p(address), ctypes.c_size_t(size))
+
+
+def mapped(descriptor: int, size: int) -> memoryview:
+    """Return the memory of a file, mapped as long as something refers to it; unlike ``mmap`` without a descriptor."""
+    address, unmap = map_file(descriptor, size)
     array = (ctypes.c_ubyte * size).from_address(address)
-    weakref.finalize(array, _LIBC.munmap, ctypes.c_void_p(address), ctypes.c_size_t(size)).atexit = False
+    weakref.finalize(array, unmap).atexit = False
     return memoryview(array).cast("B")
 
 

@@ -28,6 +28,7 @@ from rpcpipe.stage.stream import StreamBackward
 from rpcpipe.stage.stream_rollback import Snapshots
 from rpcpipe.stage.weight_stash import Versions
 from rpcpipe.worker.gradient_exchange import Tensors, group_of, statistics_from
+from rpcpipe.worker.kept_state import CHANGING, KeptState
 from rpcpipe.worker.messages import Bucket, Port, Report, Route, StageInfo, Update, Updated
 from rpcpipe.worker.operations import (
     AddStatistics,
@@ -45,12 +46,14 @@ from rpcpipe.worker.operations import (
     Reduce,
     ReduceScatter,
     ReportStep,
+    ReviveActor,
     RollBackStep,
     RunAction,
     TakeBuffers,
     UpdateOperation,
 )
-from rpcpipe.worker.stage_set import ActorSpec, StageSet
+from rpcpipe.worker.revival import Restored
+from rpcpipe.worker.stage_set import StageSet
 from rpcpipe.worker.stage_state import StageState
 from rpcpipe.worker.update import Ledger, Updater
 
@@ -61,20 +64,28 @@ SendValue = Callable[[str, int, Port, Any], None]
 class Actor:
     """Executes operations on the stages ``held`` of one pipeline on worker ``name``."""
 
-    def __init__(self, name: str, spec: ActorSpec, *, device: torch.device, send: SendValue, ledger: Ledger) -> None:
-        self.held = StageSet(spec, device)
-        self._state = StageState(self.held)
+    def __init__(
+        self, name: str, held: StageSet, *, send: SendValue, ledger: Ledger, restored: Restored | None = None
+    ) -> None:
+        self.held = held
+        self._state = StageState(self.held, None if restored is None else restored.fresh_loss)
         self.name = name
         self._send = send
         self._updater = Updater(name, self.held, ledger, self._push)
-        self._snapshots: Snapshots | None = None
+        self._snapshots = None if restored is None else restored.snapshots
         self._stream_backwards: dict[int, StreamBackward] = {}
-        self._starts = StepStarts()
+        self._starts = StepStarts() if restored is None else restored.starts
         self._refusal: ModelError | None = None  # of what could not be rolled back, for the next step
         self._ordered = -1  # the newest step for which orders have come; a handler sets it
-        self._plan = StepContext(-1, 0, False, ())
+        self._plan = StepContext(-1, 0, False, ()) if restored is None else restored.plan
         self._report = Report(worker=name)
         self._arrivals: deque[tuple[int, Port, int]] = deque()  # handlers append
+        self._kept = self._keep() if restored is None else restored.kept
+
+    def _keep(self) -> KeptState | None:
+        if not self.held.spec.keep or any(stage.device.type != "cpu" for stage in self.held.stages.values()):
+            return None
+        return KeptState.of(self.held, self._starts, self._state.fresh_loss)
 
     def idle_work(self, action: Action | None = None) -> bool:
         """Do one piece of work while ``action`` waits for its input; return False if there is none.
@@ -111,6 +122,12 @@ class Actor:
     def execute(self, operation: Operation, inputs: Mapping[str, Any]) -> Any:
         """Execute ``operation`` and return its result. ``inputs``: the values that the task awaited, by slot."""
         self.held.spec.settings.resume()
+        if self._kept is None or not isinstance(operation, CHANGING):
+            return self._execute(operation, inputs)
+        with self._kept.around(operation):
+            return self._execute(operation, inputs)
+
+    def _execute(self, operation: Operation, inputs: Mapping[str, Any]) -> Any:
         match operation:
             case RunAction(route, context):
                 return self._run_action(route, context, inputs)
@@ -136,7 +153,7 @@ class Actor:
                 self._roll_back(operation)
             case EndStream(updates):
                 self._end_stream(updates)
-            case CreateActor() | CallFunction() | ForwardByHand() | ForgetStep() | DropActor():
+            case CreateActor() | ReviveActor() | CallFunction() | ForwardByHand() | ForgetStep() | DropActor():
                 raise AssertionError("the executor runs this operation")
             case _:
                 if isinstance(operation, UpdateOperation):
@@ -166,6 +183,8 @@ class Actor:
             # The update before a step that runs ahead may have to be taken back until orders come.
             if self.held.optimizer is not None and not plan.ahead:
                 self.held.optimizer.undo.begin(plan.step, keep=plan.accumulates_on is not None)
+        if self._kept is not None:
+            self._kept.begin(plan)
 
     def _run_action(self, route: Route, context: MicroBatch | Update | None, values: Mapping[str, Any]) -> Any:
         """Execute one action of the schedule and send its results to other stages; an update returns a Report.
@@ -292,6 +311,8 @@ class Actor:
             stage.versions = Versions(policy, index, self.held.last_stage + 1, stage.module)
             self._stream_backwards[index] = StreamBackward(stage)
         self._snapshots = Snapshots(self.held.optimizer) if self.held.optimizer is not None else None
+        if self._kept is not None:
+            self._kept.snapshots({} if self._snapshots is None else self._snapshots.slots)
 
     def _update(self, stage: Stage, chunk: int, update: Update, start: int) -> Report:
         """Apply the gradients of ``update.group`` through a new distributed-autograd context; return the report.
@@ -323,6 +344,8 @@ class Actor:
         versions.after_update(update.group)
         if self._snapshots is not None:
             self._snapshots.updated(versions.newest, update.committed)
+            if self._kept is not None:
+                self._kept.snapshots(self._snapshots.slots)
         report.losses, report.peak_in_flight[stage.index] = stage.take_losses(), stage.peak_in_flight
         done = report.losses.keys()
         report.metrics = {chunk: stage.measured.pop(chunk) for chunk in done & stage.measured.keys()}

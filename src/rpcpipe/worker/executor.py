@@ -21,6 +21,7 @@ from rpcpipe.errors import Failure
 from rpcpipe.model import torch_settings
 from rpcpipe.model.microbatch import map_tensors
 from rpcpipe.schedules.action import Action, Kind
+from rpcpipe.stage.kept_memory import KeptMemory
 from rpcpipe.transport import user_pickling
 from rpcpipe.transport.base import Transport
 from rpcpipe.transport.message_pickling import in_bounds
@@ -34,12 +35,14 @@ from rpcpipe.worker.operations import (
     ForgetStep,
     ForwardByHand,
     Operation,
+    ReviveActor,
     RunAction,
     Task,
     title,
 )
 from rpcpipe.worker.programs import Sent
-from rpcpipe.worker.stage_set import ActorSpec
+from rpcpipe.worker.revival import Restored, restore
+from rpcpipe.worker.stage_set import ActorSpec, StageSet
 
 _SWITCH_SECONDS = 2e-4
 
@@ -72,6 +75,15 @@ class Executor:
         with self._changed:
             self._mailboxes[pipeline] = Mailbox()
             return self._enqueue(CreateActor(pipeline, spec))
+
+    def revive(self, pipeline: str, path: str, place: int) -> Future[Any]:
+        """Build an actor from the memory file ``path`` of a worker that has died; reply as ``create`` does.
+
+        ``place``: that of the first task for this worker.
+        """
+        with self._changed:
+            self._mailboxes[pipeline] = Mailbox(place)
+            return self._enqueue(ReviveActor(pipeline, path))
 
     def run(self, call: bytes) -> Future[Any]:
         """Run a pickled ``(function, args)`` on the compute thread, outside of any pipeline; reply its result."""
@@ -314,7 +326,11 @@ class Executor:
         """Execute an operation of the worker as a whole."""
         match operation:
             case CreateActor(pipeline, spec):
-                return self._create(pipeline, spec)
+                loaded: ActorSpec = user_pickling.loads(spec)
+                return self._serve(pipeline, StageSet(loaded, self._device))
+            case ReviveActor(pipeline, path):
+                restored = restore(KeptMemory.open(path), self._device)
+                return self._serve(pipeline, restored.held, restored)
             case CallFunction(call):
                 function, args = user_pickling.loads(call)
                 try:
@@ -332,7 +348,7 @@ class Executor:
                 raise AssertionError(f"{title(operation)} needs a pipeline")
         return None
 
-    def _create(self, pipeline: str, spec: bytes) -> Any:
+    def _serve(self, pipeline: str, held: StageSet, restored: Restored | None = None) -> Any:
         def send(worker: str, step: int, port: Port, value: Any) -> None:
             if worker == self.name:
                 self.supply(pipeline, step, [(port, value)])
@@ -342,8 +358,7 @@ class Executor:
             else:
                 self._transport.send(worker, "deliver", pipeline, step, port, value)
 
-        loaded: ActorSpec = user_pickling.loads(spec)
-        actor = Actor(self.name, loaded, device=self._device, send=send, ledger=self._transport)
+        actor = Actor(self.name, held, send=send, ledger=self._transport, restored=restored)
         self.actors[pipeline] = actor
         return actor.describe()
 

@@ -34,10 +34,10 @@ class Entry:
 
 
 class Mailbox:
-    """One pipeline's tasks and values on one worker."""
+    """One pipeline's tasks and values on one worker. ``expected``: the place of the next task."""
 
-    def __init__(self) -> None:
-        self.expected = 0
+    def __init__(self, expected: int = 0) -> None:
+        self.expected = expected
         self.floor = 0
         self._queue: dict[int, Entry] = {}
         self._skips: dict[int, int] = {}  # cancelled places: the first one, and the first after them

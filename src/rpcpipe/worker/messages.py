@@ -185,6 +185,13 @@ class Report:
         return joined
 
 
+class KeptAt(NamedTuple):
+    """Where a worker's state is that outlives it: the memory of its ``descriptor``, while process ``pid`` lives."""
+
+    pid: int
+    descriptor: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class StageInfo:
     """A worker's description of a stage that it holds.
@@ -193,7 +200,8 @@ class StageInfo:
     gradients. ``bytes``: the size of all parameters. ``buffered``: whether the stage has buffers. ``groups``: the
     optimizer's hyperparameters by parameter group. ``wired``: whether layers of the stage take or give named values.
     ``sharded``: whether the replicas' optimizers are sharded. ``buckets``: by bucket of gradients, the index of the
-    replica that sums it. ``tied``: by tied weight, the index of its parameter group.
+    replica that sums it. ``tied``: by tied weight, the index of its parameter group. ``kept_at``: the memory of all of
+    the worker's stages, if they are kept.
     """
 
     layers: list[str]
@@ -208,3 +216,4 @@ class StageInfo:
     sharded: bool
     buckets: list[int]
     tied: dict[str, int]
+    kept_at: KeptAt | None = None

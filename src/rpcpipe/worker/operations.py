@@ -306,6 +306,13 @@ class CreateActor(NamedTuple):
     spec: bytes
 
 
+class ReviveActor(NamedTuple):
+    """Build a pipeline's stages from the memory file ``path`` of a worker that has died; reply as CreateActor does."""
+
+    pipeline: str
+    path: str
+
+
 class CallFunction(NamedTuple):
     """Run a pickled ``(function, args)``; reply with the pickled result."""
 
@@ -333,7 +340,7 @@ class DropActor(NamedTuple):
     pipeline: str
 
 
-WorkerOperation = CreateActor | CallFunction | ForwardByHand | ForgetStep | DropActor
+WorkerOperation = CreateActor | ReviveActor | CallFunction | ForwardByHand | ForgetStep | DropActor
 
 Operation = StepOperation | HoldingOperation | WorkerOperation
 

@@ -26,7 +26,7 @@ from rpcpipe.stage.stage import Stage, StageOptions
 from rpcpipe.stage.trainable import refuse_thawed
 from rpcpipe.transport import user_pickling
 from rpcpipe.worker.gradient_exchange import GradientExchange, ReplicaGroup, group_of
-from rpcpipe.worker.messages import StageInfo
+from rpcpipe.worker.messages import KeptAt, StageInfo
 from rpcpipe.worker.operations import (
     CallModule,
     GetModule,
@@ -64,10 +64,11 @@ class ActorSpec:
     # By layer, buffers whose memory other layers have too.
     shared_buffers: Mapping[str, Sequence[str]] = field(default_factory=dict)
     settings: TorchSettings = field(default_factory=TorchSettings.current)
+    keep: bool = False  # in memory that outlives the worker, on the CPU
 
 
 class StageSet:
-    """Stages of one pipeline, and an optimizer over all their parameters."""
+    """Stages of one pipeline, and an optimizer over all their parameters. ``kept_at``: where they are kept."""
 
     def __init__(self, spec: ActorSpec, device: torch.device) -> None:
         self.stages: dict[int, Stage] = {}
@@ -77,13 +78,14 @@ class StageSet:
         self.spec.settings.apply()
         self.optimizer: LocalOptimizer | None = None
         self.accumulated = AccumulatedGradients()
+        self.kept_at: KeptAt | None = None
         self._tied: Mapping[str, nn.Parameter] = {}
         self._received: list[Any] = []
         self._build(spec.stages, spec.last_stage, spec.stage_links)
 
     def _build(self, parts: Parts, last_stage: int, stage_links: StageLinks) -> None:
         """Build the stages ``parts``, and an optimizer over all their parameters."""
-        self.last_stage = last_stage
+        self.last_stage, self._stage_links = last_stage, stage_links
         built = {
             index: OrderedDict((key, self._layer(key, layer, i)) for i, (key, layer) in enumerate(named.items(), first))
             for index, (named, first) in sorted(parts.items())
@@ -217,6 +219,20 @@ class StageSet:
             sharded=self.spec.peers.shard,
             buckets=[] if exchange is None else exchange.owners,
             tied={group: indices[weight] for group, weight in self._tied.items() if weight in indices},
+            kept_at=self.kept_at,
+        )
+
+    def current_spec(self) -> ActorSpec:
+        """Return a spec that builds these stages anew, around the same modules."""
+        return replace(
+            self.spec,
+            stages={
+                index: (OrderedDict(stage.module.named_children()), stage.first_layer)
+                for index, stage in self.stages.items()
+            },
+            last_stage=self.last_stage,
+            stage_links=self._stage_links,
+            loss=self.spec.loss if self.loss is None else self.loss,
         )
 
     def switch_to_own_modes(self) -> None:

@@ -28,13 +28,13 @@ from rpcpipe.worker.stage_set import StageSet
 
 
 class StageState:
-    """The state of all stages of ``held``, whose loss is as the pipeline was made with it."""
+    """The state of all stages of ``held``. ``fresh_loss``: the loss's when the pipeline was made, if not as it is."""
 
-    def __init__(self, held: StageSet) -> None:
+    def __init__(self, held: StageSet, fresh_loss: dict[str, Any] | None = None) -> None:
         self._held = held
         self._loaded: shard.Loaded | None = None
         self._kept: tuple[Buffers, Undo | None, Attributes, rng.PythonState] | None = None
-        self._fresh_loss = losses.state(held.spec.loss)
+        self.fresh_loss = losses.state(held.spec.loss) if fresh_loss is None else fresh_loss
         self._loss_is_checked = len(held.spec.peers.workers) < 2
 
     def execute(self, operation: HoldingOperation) -> Any:
@@ -99,7 +99,7 @@ class StageState:
         assert self._loaded is not None
         self._loaded.apply()
         if self._held.loss is not None and (self._loaded.loss or self._changed_loss()):
-            self._held.loss.load_state_dict({**self._fresh_loss, **self._loaded.loss})  # type: ignore[attr-defined]
+            self._held.loss.load_state_dict({**self.fresh_loss, **self._loaded.loss})  # type: ignore[attr-defined]
         self._loaded = None
         self._held.reseed(seed)
         self._held.weights_changed()
@@ -120,7 +120,7 @@ class StageState:
         return {
             key: value
             for key, value in losses.state(self._held.loss).items()
-            if key not in self._fresh_loss or not same(value, self._fresh_loss[key])
+            if key not in self.fresh_loss or not same(value, self.fresh_loss[key])
         }
 
     def _keep(self) -> int:

@@ -1,0 +1,380 @@
+"""What a worker keeps of a pipeline in memory that outlives it, and how a successor goes on from there.
+
+Weights, buffers, the optimizer's state and all copies for rollbacks lie in the memory, where they change in place. What
+is no tensor is in pickled records that refer to them, written where something of it has changed, before the driver is
+told of what has changed it. A successor makes of them the objects that the dead worker had, so that a ``RollBackStep``
+does there what it does on the workers that live on. What makes that so at any instant:
+
+- Buffers at the begin of a step: the copies are complete before a word, ``START`` or ``OTHER_START``, names the step.
+- The copies for an update: complete, with their records, before ``UPDATING`` names the step, and then only does the
+  update begin. They are overwritten only after ``UPDATING`` is unset, which a next step does. Copies half way are not
+  needed: no update has begun then, and the live values count.
+- Values that an update has half written: the driver has not been told that it is done, and takes it back.
+- A stream goes on from a snapshot on all workers; a dead worker's are recorded before it tells of the update.
+- Several records that belong together change by one word.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
+
+import torch
+from torch import nn
+
+from rpcpipe.errors import ModelError
+from rpcpipe.model import rng
+from rpcpipe.model.microbatch import Nest
+from rpcpipe.stage.attributes import Attributes
+from rpcpipe.stage.context import StepContext
+from rpcpipe.stage.hyperparameters import entries
+from rpcpipe.stage.kept_memory import Condition, KeptMemory, Record, Word
+from rpcpipe.stage.metrics import Metric
+from rpcpipe.stage.rollback import Buffers, StepStarts, Undo
+from rpcpipe.worker.messages import KeptAt
+from rpcpipe.worker.operations import (
+    ApplyCheckpoint,
+    CallModule,
+    CommitStep,
+    EndStream,
+    LoadState,
+    Operation,
+    Repartition,
+    ReportStep,
+    RestoreState,
+    RollBackStep,
+    SetMetrics,
+    SetSelection,
+    UndoUpdate,
+    UpdateWeights,
+)
+from rpcpipe.worker.stage_set import ActorSpec, StageSet
+
+log = logging.getLogger("rpcpipe.worker")
+
+
+# Operations that change values in place and are not taken back: a death leaves them half done.
+_IN_PLACE = CallModule, LoadState, ApplyCheckpoint, RestoreState
+# Others after which anything may be different.
+_OTHERS = Repartition, SetMetrics, SetSelection, EndStream
+# Those that end a step or a part of it that the driver is told of.
+_OF_STEPS = ReportStep, CommitStep, UpdateWeights, UndoUpdate, RollBackStep
+_UPDATES = CommitStep, UpdateWeights
+CHANGING = (*_IN_PLACE, *_OTHERS, *_OF_STEPS)
+
+
+class Part(IntEnum):
+    """The records."""
+
+    MODEL = 0
+    GROUPS = 1  # the optimizer's groups and what it has of its own
+    STATE = 2  # the optimizer's state by parameter
+    UNDO = 3
+    UNDO_GROUPS = 4
+    START = 5  # the buffers at the begin of a step, and copies of their values
+    OTHER_START = 6
+    SUMS = 7  # accumulated gradients
+    SNAPSHOTS = 8  # of a stream, by the number of updates that they contain
+
+
+@dataclass(kw_only=True)
+class Model:
+    """The stages as an ActorSpec that builds them anew around the same modules, and what else no tensor says.
+
+    ``fresh_loss``: the state of the loss when the pipeline was made. ``frozen``: parameters that the optimizer has and
+    that a call has frozen since. ``others``: what a step that runs ahead has changed beside buffers.
+    """
+
+    spec: ActorSpec
+    fresh_loss: dict[str, Any]
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
+    select: Callable[[Nest, Nest], Nest] | None = None
+    frozen: list[nn.Parameter]
+    others: tuple[int, Attributes, rng.PythonState] | None
+
+
+class KeptState:
+    """Keeps ``held`` and ``starts`` in ``memory``. It is the ``Watch`` of the optimizer's ``Undo``.
+
+    ``settle`` follows whatever may have changed something, before its result is sent.
+    """
+
+    def __init__(self, memory: KeptMemory, held: StageSet, starts: StepStarts, fresh_loss: dict[str, Any]) -> None:
+        held.kept_at = KeptAt(os.getpid(), memory.descriptor)
+        self._memory, self._held, self._starts, self._fresh_loss = memory, held, starts, fresh_loss
+        self._owners: list[nn.Module] = []
+        self._parts: list[Any] = []
+        self._slots: list[Buffers | None] = [None, None]
+        self._attributes = Attributes([])
+        self._signs: dict[Part, Any] = {}  # of what the records say, to see whether that has changed
+
+    @classmethod
+    def of(cls, held: StageSet, starts: StepStarts, fresh_loss: dict[str, Any]) -> KeptState | None:
+        """Return the kept state of new stages; None, with a line in the log, where there is no memory for it."""
+        try:
+            memory = KeptMemory.create()
+        except (AttributeError, OSError) as error:
+            log.warning("this worker cannot be replaced if it dies: no memory outlives it (%s)", error)
+            return None
+        kept = cls(memory, held, starts, fresh_loss)
+        kept.rewrite()
+        return kept
+
+    @contextmanager
+    def _or_lost(self) -> Iterator[None]:
+        """Go on without the memory where the block cannot keep it right; a later ``rewrite`` may mend that."""
+        try:
+            yield
+        except Exception as error:
+            self._memory[Word.CONDITION] = Condition.LOST
+            log.warning("this worker cannot be replaced if it dies: %s: %s", type(error).__name__, error)
+            log.debug("what could not be kept", exc_info=True)
+
+    @property
+    def _is_kept(self) -> bool:
+        return self._memory[Word.CONDITION] in (Condition.KEPT, Condition.CHANGING)
+
+    @contextmanager
+    def around(self, operation: Operation) -> Iterator[None]:
+        """Keep what ``operation``, which the block executes, makes or changes."""
+        if isinstance(operation, _IN_PLACE) and self._is_kept:
+            self._memory[Word.CONDITION] = Condition.CHANGING
+        try:
+            yield
+        finally:
+            if isinstance(operation, (*_IN_PLACE, *_OTHERS)):
+                self.rewrite()
+            elif isinstance(operation, _OF_STEPS):
+                self._settle(operation)
+
+    # --- in the order of a step ---
+
+    def begin(self, plan: StepContext) -> None:
+        """``plan``'s step begins: the buffers are copied, and no update has begun."""
+        if plan.training and plan.policy is None and self._is_kept:
+            with self._or_lost():
+                records = dict[Part, Record]()
+                self._copied_starts(records)
+                self._sums(records)
+                self._commit(records)
+                self._name_starts()
+        self._memory[Word.BEGUN] = plan.step << 1 | plan.training
+
+    def snapshots(self, slots: Mapping[int, Undo]) -> None:
+        """A stream has ``slots``, from one of which it goes on if a worker dies: the live values do not count."""
+        numbers = list(slots)
+        if self._memory[Word.CONDITION] == Condition.LOST or numbers == self._signs.get(Part.SNAPSHOTS):
+            return
+        with self._or_lost():
+            taken = {number: (self._copies(undo), undo.groups) for number, undo in slots.items()}
+            self._commit({Part.SNAPSHOTS: self._memory.dumps(taken)})
+            self._signs[Part.SNAPSHOTS] = numbers
+            self._memory[Word.CONDITION] = Condition.STREAM
+
+    def _copies(self, undo: Undo) -> list[Any]:
+        """Return the copies of ``undo``, taken in, in the parameters' order."""
+        assert self._held.optimizer is not None
+        copies = [list(undo.copies[parameter]) for parameter in self._held.optimizer.parameters]
+        self._memory.take_in(_tensors_in(copies))
+        return list(map(self._placed, copies))
+
+    def complete(self) -> None:
+        """The copies are complete: write their records, so that an update may begin."""
+        if not self._is_kept or (optimizer := self._held.optimizer) is None:
+            return
+        with self._or_lost():
+            records, undo = dict[Part, Record](), optimizer.undo
+            if undo.moved:
+                records[Part.UNDO] = self._memory.dumps(self._copies(undo))
+                undo.moved = False
+            self._write_if_new(records, Part.UNDO_GROUPS, undo.groups)
+            self._commit(records)
+            self._memory[Word.UPDATING] = -1 if undo.step is None else undo.step
+
+    def stale(self) -> None:
+        """The copies are about to be overwritten."""
+        self._memory[Word.UPDATING] = -1
+
+    def _settle(self, operation: Operation) -> None:
+        """Bring in what a step has made or changed."""
+        if self._is_kept:
+            with self._or_lost():
+                records = dict[Part, Record]()
+                # An update changes no layer but its weights, and the end of the backwards nothing of the optimizer.
+                self._model(records, whole=not isinstance(operation, _UPDATES))
+                if not isinstance(operation, ReportStep):
+                    self._optimizer(records)
+                self._sums(records)
+                self._commit(records)
+
+    # --- between steps ---
+
+    def rewrite(self) -> None:
+        """Write everything anew: anything may have changed, and the last step is settled."""
+        with self._or_lost():
+            self._write_all({Part.SNAPSHOTS: self._memory.dumps({})})
+            self._memory[Word.CONDITION] = Condition.KEPT
+
+    def resume(self) -> None:
+        """Go on in a dead worker's memory, with what has been restored from it."""
+        self._write_all({})
+        if self._memory[Word.CONDITION] == Condition.CHANGING:
+            self._memory[Word.CONDITION] = Condition.KEPT
+
+    def _write_all(self, records: dict[Part, Record]) -> None:
+        self._owners = [owner for module in self._held.buffered for owner in module.modules()]
+        self._parts = self._held.parts
+        self._signs = {Part.SUMS: object()}  # unlike any, so that all is written
+        undo = None if self._held.optimizer is None else self._held.optimizer.undo
+        if undo is None or not undo.complete:
+            self._memory[Word.UPDATING] = -1
+        self._model(records)
+        self._optimizer(records)
+        self._copied_starts(records)
+        self._sums(records)
+        self._commit(records)
+        self._name_starts()
+        if undo is not None:
+            undo.watch, undo.moved = self, undo.moved or not undo.complete
+
+    # --- the records ---
+
+    def _commit(self, records: Mapping[Part, Record]) -> None:
+        if records:
+            self._memory.commit(records)
+
+    def _write_if_new(self, records: dict[Part, Record], part: Part, value: Any) -> None:
+        """Write ``part`` unless its bytes are those that were written last."""
+        record = self._memory.dumps(value)
+        if record.data != self._signs.get(part):
+            records[part], self._signs[part] = record, record.data
+
+    def _placed(self, value: Any) -> Any:
+        """Return a nest with the places of its tensors, which pickle fast."""
+        if isinstance(value, torch.Tensor):
+            return self._memory.place(value)
+        if type(value) is dict:
+            return {key: self._placed(item) for key, item in value.items()}
+        return list(map(self._placed, value)) if type(value) is list else value
+
+    def _model(self, records: dict[Part, Record], *, whole: bool = True) -> None:
+        """Write the model anew if its tensors lie elsewhere, or, with ``whole``, if it has changed its attributes."""
+        live = [tensor for owner in self._owners for tensor in _tensors_of(owner)]
+        if self._signs.get(Part.MODEL) != list(map(_sign, live)):
+            attributes = Attributes(self._parts)
+        elif not whole or (attributes := Attributes(self._parts)).same(self._attributes):
+            return
+        # Views of them in attributes go along.
+        storages = {tensor.untyped_storage().data_ptr() for tensor in live if self._memory.can_hold(tensor)}
+        aliases = [
+            tensor
+            for tensor in attributes.tensors
+            if self._memory.can_hold(tensor) and tensor.untyped_storage().data_ptr() in storages
+        ]
+        self._memory.take_in([*live, *aliases])
+        for tensor in live:
+            if isinstance(tensor, nn.Parameter) and not self._memory.holds(tensor):
+                raise ModelError(f"a parameter is no plain tensor of the CPU: {tuple(tensor.shape)}, {tensor.layout}")
+        records[Part.MODEL] = self._memory.dumps(self._skeleton())
+        self._signs[Part.MODEL], self._attributes = list(map(_sign, live)), attributes
+
+    def _skeleton(self) -> Model:
+        held = self._held
+        held.switch_to_own_modes()
+        last, optimizer = held.stages.get(held.last_stage), held.optimizer
+        return Model(
+            spec=held.current_spec(),
+            fresh_loss=self._fresh_loss,
+            metrics={} if last is None else last.metrics,
+            select=None if last is None else last.select,
+            frozen=[] if optimizer is None else [p for p in optimizer.parameters if not p.requires_grad],
+            others=self._starts.others,
+        )
+
+    def _optimizer(self, records: dict[Part, Record]) -> None:
+        if (optimizer := self._held.optimizer) is None:
+            return
+        state = [optimizer.optimizer.state.get(parameter) for parameter in optimizer.parameters]
+        sign = _signs(state)
+        if sign != self._signs.get(Part.STATE):
+            self._memory.take_in(_tensors_in(state))
+            records[Part.STATE] = self._memory.dumps(self._placed(state))
+            self._signs[Part.STATE] = _signs(state)
+        self._write_if_new(records, Part.GROUPS, entries(optimizer.optimizer))
+
+    def _sums(self, records: dict[Part, Record]) -> None:
+        if not self._held.accumulated.sums and Part.SUMS not in self._signs:
+            return
+        place = {parameter: index for index, parameter in enumerate(self._held.parameters)}
+        accumulated = self._held.accumulated
+        sums = {
+            step: {place[parameter]: gradient for parameter, gradient in own.items()}
+            for step, own in accumulated.sums.items()
+        }
+        sign = _signs([accumulated.resumed, sums])
+        if sign != self._signs.get(Part.SUMS):
+            self._memory.take_in(_tensors_in(sums))
+            records[Part.SUMS] = self._memory.dumps((accumulated.resumed, self._placed(sums)))
+            self._signs[Part.SUMS] = _signs([accumulated.resumed, sums])
+
+    def _copied_starts(self, records: dict[Part, Record]) -> None:
+        """Write where the copies of buffers are, of one step or two, each in a slot of its own."""
+        live = list(self._starts.buffers.values())
+        self._slots = [slot if any(slot is own for own in live) else None for slot in self._slots]
+        for own in live:
+            if not any(slot is own for slot in self._slots):
+                self._slots[self._slots.index(None)] = own
+        for part, slot in zip((Part.START, Part.OTHER_START), self._slots, strict=True):
+            if slot is not None:
+                self._start(records, part, slot)
+
+    def _start(self, records: dict[Part, Record], part: Part, buffers: Buffers) -> None:
+        self._memory.take_in(tensor for pair in buffers.copies.values() for tensor in pair)
+        sign = [(*key, *map(_sign, pair)) for key, pair in buffers.copies.items()]
+        if sign != self._signs.get(part):
+            index = {owner: number for number, owner in enumerate(self._owners)}
+            copies = [
+                (index[owner], name, *map(self._memory.place, pair))
+                for (owner, name), pair in buffers.copies.items()
+                if owner in index  # a call may have taken it out
+            ]
+            records[part], self._signs[part] = self._memory.dumps(copies), sign
+
+    def _name_starts(self) -> None:
+        for word, slot in zip((Word.START, Word.OTHER_START), self._slots, strict=True):
+            steps = [step for step, buffers in self._starts.buffers.items() if buffers is slot]
+            self._memory[word] = steps[0] if steps else -1
+
+
+def _tensors_of(owner: nn.Module) -> list[torch.Tensor]:
+    return [t for t in (*owner._parameters.values(), *owner._buffers.values()) if t is not None]
+
+
+def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors in a nest of state."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors_in(item)
+
+
+def _sign(tensor: torch.Tensor) -> Any:
+    """Return what tells whether ``tensor`` lies elsewhere; nothing equals it if that cannot be told."""
+    return tensor.data_ptr() if tensor.layout is torch.strided else object()
+
+
+def _signs(value: Any) -> Any:
+    """Return what tells whether a nest of state has changed but for the values of its tensors."""
+    if isinstance(value, torch.Tensor):
+        return _sign(value), value.shape
+    if isinstance(value, dict):
+        return [(key, _signs(item)) for key, item in value.items()]
+    if isinstance(value, list):
+        return list(map(_signs, value))
+    return value if value is None or type(value) in (bool, int, float, str) else object()

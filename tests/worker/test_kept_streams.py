@@ -1,0 +1,74 @@
+"""What is left of a stream, whatever update the worker dies in."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+
+from rpcpipe.pipeline import deploy
+from rpcpipe.stage import stream_rollback
+from rpcpipe.stage.kept_memory import Condition, look
+from rpcpipe.stage.optimizer import LocalOptimizer
+from rpcpipe.worker.operations import EndStream
+from rpcpipe.worker.stage_set import ActorSpec
+from support.models import batches
+from support.solo import Solo, copy_of, forget
+from support.stream import POLICIES, pipeline
+
+UPDATES = 7
+WORKER = "worker0"
+
+
+@pytest.mark.parametrize("policy", [*POLICIES, "latest"])
+def test_a_successor_goes_on_from_each_snapshot_that_others_may_go_back_to(
+    policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream_rollback, "EVERY", 2)
+    monkeypatch.setattr(deploy, "ActorSpec", functools.partial(ActorSpec, keep=True))
+    pipe = pipeline(2, policy)
+    pipe.train_step(*next(batches(1)))
+    [actor] = pipe_actor(pipe)
+    mine, copies, states = actor.held.optimizer, list[tuple[int, list[int], str]](), list[bytes]()
+    worker = Solo(actor, None)  # type: ignore[arg-type]
+    apply = LocalOptimizer.apply
+
+    def watched(self: LocalOptimizer, *arguments: Any) -> None:
+        if self is mine:
+            states.append(state_of(self))
+            copies.append((len(states) - 1, list(actor._snapshots.slots), copy_of(worker.path)))
+        apply(self, *arguments)
+        if self is mine:
+            copies.append((len(states) - 1, list(actor._snapshots.slots), copy_of(worker.path)))
+
+    monkeypatch.setattr(LocalOptimizer, "apply", watched)
+    list(pipe.train(batches(UPDATES)))
+    monkeypatch.undo()
+    assert {tuple(slots) for _, slots, _ in copies} > {(0,), (0, 2)}
+    for _, slots, copy in copies:
+        for number in slots:
+            again = copy_of(copy)
+            successor = Solo.revived(again)
+            forget(again)
+            successor.execute(EndStream(number))
+            optimizer = successor.actor.held.optimizer
+            assert optimizer is not None
+            assert state_of(optimizer) == states[number]
+            kept_at = successor.actor.held.kept_at
+            assert kept_at is not None
+            assert look(kept_at.descriptor).condition is Condition.KEPT
+        forget(copy)
+
+
+def pipe_actor(pipe: Any) -> list[Any]:
+    """The pipeline's actor on the first worker."""
+    return list(pipe.cluster.transport.endpoints[WORKER].actors.values())
+
+
+def state_of(optimizer: LocalOptimizer) -> bytes:
+    """Weights and momenta."""
+    tensors = [p.detach() for p in optimizer.parameters]
+    state = [optimizer.optimizer.state.get(p, {}).get("momentum_buffer") for p in optimizer.parameters]
+    return b"".join(t.numpy().tobytes() for t in (*tensors, *(t for t in state if isinstance(t, torch.Tensor))))
