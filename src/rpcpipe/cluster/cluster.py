@@ -7,12 +7,15 @@ import os
 import threading
 import time
 import weakref
+from collections import Counter
 from collections.abc import Callable, MutableSet, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from rpcpipe import _tables
+from rpcpipe.cluster.liveness import ClusterEvent, Liveness
 from rpcpipe.cluster.rendezvous import Member, WorkerGroup, describe
+from rpcpipe.cluster.supervisor import REPORTS, Supervisor
 from rpcpipe.errors import ArgumentError, DeadlineExceeded, Failure, StageError, StateError, WorkerLost
 from rpcpipe.transport.base import Transport
 from rpcpipe.transport.user_pickling import loads, named_dumps
@@ -22,6 +25,7 @@ log = logging.getLogger("rpcpipe")
 _STOP_SECONDS = 1.0
 _KILL_SECONDS = 0.5
 _DRAIN_SECONDS = 0.3
+_TRIES = 3  # processes that may fail to take one worker's place, one after the other
 
 
 @dataclass(frozen=True)
@@ -94,21 +98,24 @@ class Cluster:
     """Live workers, made by ``rp.launch`` or ``rp.connect``. A context manager that closes them.
 
     ``workers`` hold the stages of pipelines; ``spares`` are idle. ``timeout``: seconds without any progress
-    after which a wait raises DeadlineExceeded.
+    after which a wait raises DeadlineExceeded. ``heal``: how often a step that has lost workers may be tried again.
+    ``events``: the deaths and replacements so far.
     """
 
-    def __init__(self, group: WorkerGroup, workers: Sequence[Worker], spares: Sequence[Worker] = ()) -> None:
+    def __init__(
+        self, group: WorkerGroup, workers: Sequence[Worker], spares: Sequence[Worker] = (), *, heal: int = 0
+    ) -> None:
         self.workers, self.spares = tuple(workers), tuple(spares)
-        self.timeout = group.timeout
+        self.timeout, self.heal = group.timeout, heal
+        self.events: list[ClusterEvent] = []
         self.transport = group.transport
         self.pipelines: weakref.WeakSet[Tenant] = weakref.WeakSet()
         self._group = group
         self._beats: dict[str, tuple[int, str, int]] = {}
-        self._dead: dict[str, WorkerLost] = {}
+        self._liveness = Liveness(group.members.values())
+        self._supervisor = Supervisor(group, self._liveness, self._lost)
         self._stages: dict[str, tuple[int, ...]] = {}
         self._replicas: dict[str, tuple[int, ...]] = {}
-        self._alive = set(group.members)
-        self._gone = threading.Condition()
         self._closed = self._ending = False
         self._owner = os.getpid()
         group.logs.label = self._label
@@ -133,6 +140,11 @@ class Cluster:
 
     def check(self) -> None:
         """Raise StateError if the cluster is closed, WorkerLost if a worker has died."""
+        self._check_open()
+        for lost in self._lost_workers().values():
+            raise lost.again()
+
+    def _check_open(self) -> None:
         if self._closed:
             raise StateError("the cluster is closed; call rp.launch again")
         if self._inherited:
@@ -140,11 +152,10 @@ class Cluster:
                 f"this process ({os.getpid()}) is a fork of the driver ({self._owner}), which alone may use the cluster"
                 "; start a process that needs workers of its own by multiprocessing's 'spawn'"
             )
-        for lost in self._lost_workers():
-            raise lost.again()
 
-    def _lost_workers(self) -> list[WorkerLost]:
-        return [self._dead[worker.name] for worker in self.workers if worker.name in self._dead]
+    def _lost_workers(self) -> dict[str, WorkerLost]:
+        lost = self._liveness.lost
+        return {worker.name: lost[worker.name] for worker in self.workers if worker.name in lost}
 
     def call(self, worker: str | int | Worker, function: Callable[..., Any], *args: Any) -> Any:
         """Return ``function(*args)``, run on a worker or spare (its name, rank from 1, or ``Worker``).
@@ -170,10 +181,77 @@ class Cluster:
                 return known.name
         raise ArgumentError(f"no worker {worker!r}; there are {', '.join(known.name for known in everybody)}")
 
+    # --- replacement; the main thread's ---
+
+    def replace(self, *workers: str | int | Worker) -> tuple[Worker, ...]:
+        """Put new processes in the place of ``workers`` and of all that are lost; return them as they are now, by rank.
+
+        They have the names of the old ones and none of their state: no pipeline's actors, no tasks, no values. The
+        other workers stay as they are. Raises WorkerLost where that cannot be done, with all that went wrong.
+        """
+        self._check_open()
+        for name in [self._name(worker) for worker in workers]:
+            self._lost(self._group.members[name], "is replaced on request")
+        replaced: set[str] = set()
+        tries: Counter[str] = Counter()
+        causes: list[str] = []
+        while lost := self._lost_workers():
+            causes += [str(error) for error in lost.values()]
+            if self._group.start is None or any(tries[name] >= _TRIES for name in lost):
+                raise self._not_replaced(lost, causes)
+            tries.update(lost.keys())
+            replaced |= self._replace(lost)
+        return tuple(worker for worker in self.workers if worker.name in replaced)
+
+    def _replace(self, lost: dict[str, WorkerLost]) -> set[str]:
+        """Do a round of replacement for the names ``lost``; return those that are not lost any more."""
+        begun = time.monotonic()
+        idle = [spare.name for spare in self.spares if spare.name in self._liveness.lost]
+        self._supervisor.bury([*lost, *idle])
+        self._supervisor.dismiss(idle)
+        self.spares = tuple(spare for spare in self.spares if spare.name not in idle)
+        devices = {worker.name: worker.device for worker in self.workers if worker.name in lost}
+        taken: dict[str, Worker] = {}
+        for name in devices:
+            if (spare := self._spare_for(devices[name])) is not None:
+                taken[name] = spare
+                self.spares = tuple(other for other in self.spares if other is not spare)
+        spares = {name: self._group.members[spare.name] for name, spare in taken.items()}
+        devices.update({name: spare.device for name, spare in taken.items()})
+        new = {name: device for name, device in devices.items() if name not in taken}
+        replaced = self._supervisor.replace(new, spares)
+        for name in replaced:
+            self._welcome(name, devices[name], lost[name], time.monotonic() - begun, name in taken)
+        return set(replaced)
+
+    def _spare_for(self, device: str) -> Worker | None:
+        kind = device.partition(":")[0]
+        return next((spare for spare in self.spares if spare.device.partition(":")[0] == kind), None)
+
+    def _welcome(self, name: str, device: str, lost: WorkerLost, seconds: float, was_spare: bool) -> None:
+        member = self._group.members[name]
+        self._beats.pop(name, None)
+        self.workers = tuple(
+            replace(worker, host=member.host, pid=member.pid, device=device) if worker.name == name else worker
+            for worker in self.workers
+        )
+        how = str(lost).splitlines()[0]
+        kind = "spare used" if was_spare else "replaced"
+        self.events.append(ClusterEvent(kind, name, member.host, member.pid, how, seconds))
+        who = "a spare" if was_spare else "another process"
+        log.warning("%s %s (%s:%d) took its place within %.2f s", how, who, member.host, member.pid, seconds)
+
+    def _not_replaced(self, lost: dict[str, WorkerLost], causes: list[str]) -> WorkerLost:
+        name, error = next(iter(lost.items()))
+        story = "\n".join(dict.fromkeys(causes))
+        return WorkerLost(
+            f"{name} could not be replaced: {story}", worker=name, stages=error.stages, host=error.host, pid=error.pid
+        )
+
     # --- what workers report; runs on the monitor's thread ---
 
     def _listen(self) -> None:
-        while self._alive or not self._ending:
+        while self._liveness.anybody or not self._ending:
             for source, kind, payload in self._group.monitor.poll():
                 if not self._group.handle(source, kind, payload):
                     self._handle(source, kind, payload)
@@ -184,14 +262,15 @@ class Cluster:
             self._beats[source.name] = tuple(payload)
         elif kind == "died":
             self._lost(source, payload)
-            with self._gone:
-                self._alive.discard(source.name)
-                self._gone.notify_all()
+            self._liveness.end(source)
         elif kind == "silent":
-            self._lost(source, f"has given no sign of life for {payload:.1f} s ({source.state()})")
+            self._lost(source, f"has given no sign of life for {payload:.1f} s ({source.state()})", kind)
+        if kind in REPORTS:
+            self._supervisor.handle(source, kind, payload)
 
-    def _lost(self, member: Member, how: str) -> None:
-        if self._ending or member.name in self._dead:
+    def _lost(self, member: Member, how: str, kind: str = "died") -> None:
+        """Note that a process has died or does not answer; the main thread calls this, too."""
+        if self._ending or self._liveness.is_lost(member):
             return
         stages, role = self.stages_on(member.name), self._role(member.name)
         who = f"{role} on {describe(member)}" if role else describe(member)
@@ -206,7 +285,8 @@ class Cluster:
             host=member.host,
             pid=member.pid,
         )
-        self._dead[member.name] = error
+        self._liveness.lose(member, error)
+        self.events.append(ClusterEvent(kind, member.name, member.host, member.pid, how))
         self.transport.lose(member.name, error)
 
     def relabel(self) -> None:
@@ -244,10 +324,10 @@ class Cluster:
     # --- tables ---
 
     def _rows(self) -> list[list[str]]:
-        rows = []
+        rows, lost = [], self._liveness.lost
         for worker in self.workers + self.spares:
             finished, doing, memory = self._beats.get(worker.name, (0, "", 0))
-            state = "lost" if worker.name in self._dead else doing or "not reported yet"
+            state = "lost" if worker.name in lost else doing or "not reported yet"
             stages = ", ".join(map(str, self.stages_on(worker.name))) or "-"
             place = f"{worker.host}:{worker.pid}"
             size = _tables.mebibytes(memory) if memory else "?"
@@ -257,7 +337,8 @@ class Cluster:
     _HEADER = ("worker", "host:pid", "device", "stages", "memory", "tasks done", "now")
 
     def _title(self) -> str:
-        state = "closed" if self._closed else f"{len(self._dead)} lost" if self._dead else "live"
+        lost = self._liveness.lost
+        state = "closed" if self._closed else f"{len(lost)} lost" if lost else "live"
         spares = f", {len(self.spares)} spare{'s' * (len(self.spares) > 1)}" if self.spares else ""
         return f"Cluster({len(self.workers)} workers{spares}, {state})"
 
@@ -296,22 +377,16 @@ class Cluster:
             closed = WorkerLost(f"{member.name}: the cluster was closed", worker=member.name)
             self.transport.lose(member.name, closed)
         try:
-            for member in members:
+            for member in filter(self._liveness.is_alive, members):
                 # A lost worker would not read "stop": it is dead, stopped or stuck.
-                member.kill() if member.name in self._dead else member.send("stop")
-            self._wait_for_deaths(_STOP_SECONDS)
+                member.kill() if self._liveness.is_lost(member) else member.send("stop")
+            self._liveness.wait_for_ends(members, _STOP_SECONDS)
         finally:  # a second Ctrl-C ends the waiting, not the ending
-            for member in members:
-                if member.name in self._alive:
-                    member.kill()
-            self._wait_for_deaths(_KILL_SECONDS)
+            for member in filter(self._liveness.is_alive, members):
+                member.kill()
+            self._liveness.wait_for_ends(members, _KILL_SECONDS)
             self.transport.leave()
-            with self._gone:
-                self._alive.clear()
+            self._liveness.end_all()
             self._group.monitor.wake()
             self._thread.join()  # ends once awake: nobody is alive; what it calls waits at most for our own output
             self._group.close()
-
-    def _wait_for_deaths(self, timeout: float) -> None:
-        with self._gone:
-            self._gone.wait_for(lambda: not self._alive, timeout)
