@@ -16,6 +16,7 @@ import torch
 
 from rpcpipe.transport import lanes
 from rpcpipe.transport.lanes import Lanes
+from rpcpipe.transport.roster import Roster, Seat
 from support.faults import wait_for
 
 
@@ -24,13 +25,16 @@ class Ends:
 
     def __init__(self) -> None:
         self.generation = uuid.uuid4().hex
-        self.here, self.there = Lanes(self.generation), Lanes(self.generation)
+        self.here, self.there = Lanes(self.roster("here")), Lanes(self.roster("there"))
         self.received: list[Any] = []
         self.arrived = threading.Condition()
-        self.there.serve("there", self._note)
+        self.there.serve(self._note)
         self._closed = False
         self._thread = threading.Thread(target=self._receive)
         self._thread.start()
+
+    def roster(self, name: str) -> Roster:
+        return Roster(self.generation, name, {"here": Seat("here-1", 1), "there": Seat("there-2", 2)})
 
     def _receive(self) -> None:
         while not self._closed:
@@ -190,7 +194,9 @@ def test_nobody_there_and_the_dead_take_nothing(ends: Ends) -> None:
 
 def test_a_message_that_fails_ends_no_lane(ends: Ends, caplog: pytest.LogCaptureFixture) -> None:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    connection.connect(f"\0rpcpipe-{ends.generation}-there")
+    own, there = ends.roster("here").lane("there") or ("", "")
+    connection.bind(f"{own}, another one")
+    connection.connect(there)
     connection.send(b"no message of ours at all")
     assert ends.pass_on(torch.ones(2))[0].sum() == 2
     wait_for(lambda: "a message by a lane failed" in caplog.text)
@@ -214,8 +220,8 @@ def left() -> tuple[int, int, int]:
 
 
 def test_waking_is_not_lost_and_time_ends_a_wait() -> None:
-    lanes = Lanes(uuid.uuid4().hex)
-    lanes.serve("here", lambda verb, args: None)
+    lanes = Lanes(Roster(uuid.uuid4().hex, "here", {"here": Seat("here-1", 1)}))
+    lanes.serve(lambda verb, args: None)
     assert not lanes.receive(0.0)
     lanes.wake()
     lanes.wake()

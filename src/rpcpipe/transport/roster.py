@@ -65,6 +65,7 @@ class Roster:
     def __init__(self, generation: str, name: str, seats: Mapping[str, Seat]) -> None:
         self.generation = generation
         self.own = seats[name]
+        self._ends = itertools.count()
         self.seats: Mapping[str, Seat] = {}
         self._stamps: Mapping[str, str] = {}
         self._accepted: frozenset[str] = frozenset()
@@ -104,8 +105,9 @@ class Roster:
         """Return the addresses of this process's end of a lane and of the end at ``to``; None for a stranger."""
         if (seat := self.seats.get(to)) is None:
             return None
-        wire = seat.wire
-        return _address(self.generation, self.own.wire + _TO + wire), _address(self.generation, wire)
+        # The end that sends has a number of its own: the kernel may still have the address of an earlier one.
+        sending = f"{self.own.wire}{_TO}{seat.wire}-{next(self._ends)}"
+        return _address(self.generation, sending), _address(self.generation, seat.wire)
 
     def knows(self, wire: str) -> bool:
         """Return whether the process ``wire`` has a seat."""
