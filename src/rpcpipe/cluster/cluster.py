@@ -235,11 +235,11 @@ class Cluster:
             replace(worker, host=member.host, pid=member.pid, device=device) if worker.name == name else worker
             for worker in self.workers
         )
-        how = str(lost).splitlines()[0]
+        how = str(lost).splitlines()[0].removesuffix(".")
         kind = "spare used" if was_spare else "replaced"
         self.events.append(ClusterEvent(kind, name, member.host, member.pid, how, seconds))
         who = "a spare" if was_spare else "another process"
-        log.warning("%s %s (%s:%d) took its place within %.2f s", how, who, member.host, member.pid, seconds)
+        log.warning("%s; %s (%s:%d) took its place within %.2f s", how, who, member.host, member.pid, seconds)
 
     def _not_replaced(self, lost: dict[str, WorkerLost], causes: list[str]) -> WorkerLost:
         name, error = next(iter(lost.items()))

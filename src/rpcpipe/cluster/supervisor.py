@@ -227,7 +227,7 @@ class _Round:
             self._unmet.discard((caller, called))
         elif (caller, called) in self._unmet and all(name == DRIVER or self._lives(name) for name in (caller, called)):
             # torch's listener closes for good when a process dies while it connects to it.
-            how = f"takes no connections any more ({error}): a process died while it connected"
+            how = f"takes no connections any more, since a process died while it connected ({error})"
             self._fail(called if called != DRIVER else caller, how)
 
     def _fail(self, name: str, how: str) -> None:
