@@ -18,7 +18,10 @@ import torch.distributed.autograd as dist_autograd
 
 import rpcpipe as rp
 from rpcpipe.cluster.process import WorkerProcess
-from rpcpipe.transport.rpc import this_process
+from rpcpipe.transport.base import DRIVER
+from rpcpipe.transport.roster import Roster
+from rpcpipe.transport.rpc import RpcTransport, this_process
+from rpcpipe.transport.user_pickling import named_dumps
 from support.faults import wait_for
 from support.models import batches, cross_entropy, mlp, sgd
 from support.oracle import Oracle, assert_same_weights
@@ -166,11 +169,11 @@ def test_a_pipeline_on_survivors_and_successor_trains_with_one_process_bits(trio
 
 
 def test_calls_under_way_to_the_dead_fail_and_later_ones_reach_the_successor(trio: rp.Cluster) -> None:
-    waiting = trio.transport.call("worker1", "watch", "no pipeline", 1)
-    del waiting
+    waiting = trio.transport.call("worker1", "run", named_dumps((time.sleep, (30,)), "sleep"))
     kill(trio, 1)
-    with pytest.raises(rp.WorkerLost):
-        trio.transport.call("worker1", "progress").result(5)
+    for reply in (waiting, trio.transport.call("worker1", "progress")):
+        with pytest.raises(rp.WorkerLost):
+            reply.result(5)
     trio.replace()
     assert trio.transport.call("worker1", "progress").result(5)[0] == 0
 
@@ -213,7 +216,7 @@ def test_a_successor_that_dies_or_is_stopped_as_it_joins_is_replaced(
     kill(trio, 0)
     struck.append(lambda successor: os.kill(successor.pid, sign))
     assert [worker.name for worker in trio.replace()] == ["worker0"]
-    assert [event.kind for event in trio.events] == ["died", "died", "replaced"]
+    assert [event.worker for event in trio.events] == ["worker0"] * 3
     assert len(set(pids(trio))) == 3
 
 
@@ -398,3 +401,69 @@ def test_how_often_a_step_is_tried_again(given: bool | int, kept: int) -> None:
 def test_a_heal_that_is_no_number_of_tries_is_refused(given: Any) -> None:
     with pytest.raises(rp.ArgumentError, match="heal"):
         rp.launch(workers=1, heal=given)
+
+
+def test_workers_are_added_and_removed(trio: rp.Cluster) -> None:
+    before = pids(trio)
+    added = trio.add_workers(2)
+    assert [(worker.name, worker.rank) for worker in added] == [("worker3", 4), ("worker4", 5)]
+    assert pids(trio) == [*before, *(worker.pid for worker in added)]
+    train_and_compare(trio)
+    trio.remove_workers("worker1", added[0])
+    with pytest.raises(rp.WorkerLost, match="was removed on request"):
+        trio.transport.call("worker1", "progress").result(5)
+    trio.transport.send("worker1", "cancel", "no pipeline", 1, 0, 0)  # as any to the dead: nothing happens
+    assert [worker.name for worker in trio.workers] == ["worker0", "worker2", "worker4"]
+    assert not psutil.pid_exists(before[1])
+    assert trio.healthy
+    train_and_compare(trio)
+    kill(trio, 1)
+    trio.replace()
+    assert [worker.name for worker in trio.add_workers()] == ["worker5"]
+    train_and_compare(trio)
+
+
+def test_a_pipeline_goes_on_over_its_workers_while_others_come_and_go(trio: rp.Cluster) -> None:
+    oracle = Oracle(mlp(), sgd, cross_entropy, 4)
+    with closing(rp.Pipeline(mlp(), trio, loss=cross_entropy, optimizer=sgd, chunks=4)) as pipe:
+        for number, (inputs, targets) in enumerate(batches(4)):
+            if number == 1:
+                trio.add_workers()
+            if number == 3:
+                trio.remove_workers("worker3")
+            assert pipe.train_step(inputs, targets).loss == oracle.train_step(inputs, targets)
+        assert_same_weights(pipe, oracle.model)
+        with pytest.raises(rp.StateError, match="worker1 holds stages 1"):
+            trio.remove_workers("worker1")
+    with pytest.raises(rp.StateError, match="at least one"):
+        trio.remove_workers("worker0", "worker1", "worker2")
+
+
+def test_workers_that_cannot_be_added_leave_the_cluster_as_it_was(trio: rp.Cluster, struck: list[Any]) -> None:
+    struck += [lambda one: os.kill(one.pid, signal.SIGKILL)] * 3
+    with pytest.raises(rp.WorkerLost, match="worker3 could not be added"):
+        trio.add_workers()
+    assert (len(trio.workers), trio.healthy) == (3, True)
+    train_and_compare(trio)
+    assert len(trio.add_workers()) == 1
+
+
+def test_a_cluster_that_has_been_resized_is_not_launched_alike(trio: rp.Cluster) -> None:
+    assert rp.launch(workers=3, threads=1, timeout=20.0) is trio
+    trio.remove_workers(trio.workers[0])
+    assert rp.launch(workers=3, threads=1, timeout=20.0) is not trio
+
+
+def test_what_survivors_and_the_dead_have_sent_late_reaches_nobody(trio: rp.Cluster) -> None:
+    before = trio.transport.roster
+    dead, (own, wires) = dict(before.seats), (before.generation, before.seats["worker2"])
+    kill(trio, 1)
+    trio.replace()
+    after = trio.transport.roster.seats
+    of_the_dead = Roster(own, "worker1", dead)  # this process sends what the dead one might have
+    assert after["worker2"] == wires
+    assert RpcTransport(of_the_dead).call("worker2", "clock").result(5) is None
+    meant_for_the_dead = Roster(own, DRIVER, dead)
+    meant_for_the_dead.seats = after
+    assert RpcTransport(meant_for_the_dead).call("worker1", "clock").result(5) is None
+    assert isinstance(trio.transport.call("worker1", "clock").result(5), int)

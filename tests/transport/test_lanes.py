@@ -192,6 +192,34 @@ def test_nobody_there_and_the_dead_take_nothing(ends: Ends) -> None:
     assert not ends.here.send("there", "note", (1,))
 
 
+def test_what_the_dead_have_sent_is_not_received_once_they_are_replaced() -> None:
+    generation, seats = uuid.uuid4().hex, {"here": Seat("here-1", 1), "there": Seat("there-2", 2)}
+    dead, receiving = Roster(generation, "here", seats), Roster(generation, "there", seats)
+    successor = Roster(generation, "here", {**seats, "here": Seat("here-3", 3)})
+    received: list[Any] = []
+    there, first, second = Lanes(receiving), Lanes(dead), Lanes(successor)
+    there.serve(lambda verb, args: received.append(args))
+    assert first.send("there", "note", (1,))
+    while not received:
+        there.receive(1.0)
+    assert first.send("there", "note", (2,))
+    receiving.seat({"here": Seat("here-3", 3)})
+    assert second.send("there", "note", (3,))
+    while there.receive(0.05):
+        pass
+    assert received == [(1,), (3,)]
+    for one in (there, first, second):
+        one.close()
+
+
+def test_a_name_forgotten_is_reached_again(ends: Ends) -> None:
+    assert ends.pass_on(1) == (1,)
+    ends.here.lose("there")
+    assert not ends.here.reach("there")
+    ends.here.forget("there")
+    assert ends.pass_on(2) == (2,)
+
+
 def test_a_message_that_fails_ends_no_lane(ends: Ends, caplog: pytest.LogCaptureFixture) -> None:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     own, there = ends.roster("here").lane("there") or ("", "")

@@ -60,7 +60,10 @@ def test_who_is_dismissed_has_no_seat() -> None:
     b = roster("b")
     assert b.seat({}, ["a"]) == [FIRST]
     assert not b.accepts(roster("a").stamp("b"))
-    assert b.lane("a") is None
+    assert not b.knows(FIRST.wire)
+    assert b.stamp("a") == roster("b").stamp("a")
+    assert b.seat({"a": SUCCESSOR}) == [FIRST]
+    assert b.accepts(roster("a", a=SUCCESSOR).stamp("b"))
 
 
 def test_the_end_of_a_lane_tells_who_sends() -> None:

@@ -7,16 +7,15 @@ import os
 import threading
 import time
 import weakref
-from collections import Counter
 from collections.abc import Callable, MutableSet, Sequence
-from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from rpcpipe import _tables
+from rpcpipe.cluster.admission import REPORTS
 from rpcpipe.cluster.liveness import ClusterEvent, Liveness
-from rpcpipe.cluster.rendezvous import Member, WorkerGroup, describe
-from rpcpipe.cluster.supervisor import REPORTS, Supervisor
-from rpcpipe.errors import ArgumentError, DeadlineExceeded, Failure, StageError, StateError, WorkerLost
+from rpcpipe.cluster.rendezvous import Member, Worker, WorkerGroup, describe
+from rpcpipe.cluster.supervisor import Supervisor
+from rpcpipe.errors import ArgumentError, DeadlineExceeded, Failure, StageError, StateError, WorkerLost, require_whole
 from rpcpipe.transport.base import Transport
 from rpcpipe.transport.user_pickling import loads, named_dumps
 
@@ -25,18 +24,6 @@ log = logging.getLogger("rpcpipe")
 _STOP_SECONDS = 1.0
 _KILL_SECONDS = 0.5
 _DRAIN_SECONDS = 0.3
-_TRIES = 3  # processes that may fail to take one worker's place, one after the other
-
-
-@dataclass(frozen=True)
-class Worker:
-    """A worker's name, rank (from 1) and place."""
-
-    name: str
-    rank: int
-    host: str
-    pid: int
-    device: str
 
 
 class Tenant(Protocol):
@@ -105,15 +92,13 @@ class Cluster:
     def __init__(
         self, group: WorkerGroup, workers: Sequence[Worker], spares: Sequence[Worker] = (), *, heal: int = 0
     ) -> None:
-        self.workers, self.spares = tuple(workers), tuple(spares)
         self.timeout, self.heal = group.timeout, heal
-        self.events: list[ClusterEvent] = []
         self.transport = group.transport
         self.pipelines: weakref.WeakSet[Tenant] = weakref.WeakSet()
         self._group = group
         self._beats: dict[str, tuple[int, str, int]] = {}
         self._liveness = Liveness(group.members.values())
-        self._supervisor = Supervisor(group, self._liveness, self._lost)
+        self._supervisor = Supervisor(group, self._liveness, workers, spares, self._lost)
         self._stages: dict[str, tuple[int, ...]] = {}
         self._replicas: dict[str, tuple[int, ...]] = {}
         self._closed = self._ending = False
@@ -129,9 +114,24 @@ class Cluster:
         self.close()
 
     @property
+    def workers(self) -> tuple[Worker, ...]:
+        """Return the workers by rank, whose processes may be others after a replacement."""
+        return self._supervisor.workers
+
+    @property
+    def spares(self) -> tuple[Worker, ...]:
+        """Return the workers that no pipeline uses: a lost worker's place is taken by one."""
+        return self._supervisor.spares
+
+    @property
+    def events(self) -> list[ClusterEvent]:
+        """Return the deaths and replacements so far."""
+        return self._supervisor.events
+
+    @property
     def healthy(self) -> bool:
         """Return whether the cluster is open, this process's own, and no worker has died; a spare may have."""
-        return not self._closed and not self._inherited and not self._lost_workers()
+        return not self._closed and not self._inherited and not self._supervisor.lost
 
     @property
     def _inherited(self) -> bool:
@@ -141,7 +141,7 @@ class Cluster:
     def check(self) -> None:
         """Raise StateError if the cluster is closed, WorkerLost if a worker has died."""
         self._check_open()
-        for lost in self._lost_workers().values():
+        for lost in self._supervisor.lost.values():
             raise lost.again()
 
     def _check_open(self) -> None:
@@ -152,10 +152,6 @@ class Cluster:
                 f"this process ({os.getpid()}) is a fork of the driver ({self._owner}), which alone may use the cluster"
                 "; start a process that needs workers of its own by multiprocessing's 'spawn'"
             )
-
-    def _lost_workers(self) -> dict[str, WorkerLost]:
-        lost = self._liveness.lost
-        return {worker.name: lost[worker.name] for worker in self.workers if worker.name in lost}
 
     def call(self, worker: str | int | Worker, function: Callable[..., Any], *args: Any) -> Any:
         """Return ``function(*args)``, run on a worker or spare (its name, rank from 1, or ``Worker``).
@@ -181,72 +177,36 @@ class Cluster:
                 return known.name
         raise ArgumentError(f"no worker {worker!r}; there are {', '.join(known.name for known in everybody)}")
 
-    # --- replacement; the main thread's ---
-
     def replace(self, *workers: str | int | Worker) -> tuple[Worker, ...]:
         """Put new processes in the place of ``workers`` and of all that are lost; return them as they are now, by rank.
 
         They have the names of the old ones and none of their state: no pipeline's actors, no tasks, no values. The
-        other workers stay as they are. Raises WorkerLost where that cannot be done, with all that went wrong.
+        other workers stay as they are. To be called on the main thread. Raises WorkerLost where it cannot be done, with
+        all that went wrong.
         """
         self._check_open()
         for name in [self._name(worker) for worker in workers]:
-            self._lost(self._group.members[name], "is replaced on request")
-        replaced: set[str] = set()
-        tries: Counter[str] = Counter()
-        causes: list[str] = []
-        while lost := self._lost_workers():
-            causes += [str(error) for error in lost.values()]
-            if self._group.start is None or any(tries[name] >= _TRIES for name in lost):
-                raise self._not_replaced(lost, causes)
-            tries.update(lost.keys())
-            replaced |= self._replace(lost)
-        return tuple(worker for worker in self.workers if worker.name in replaced)
+            self._lost(self._group.members[name], "was replaced on request", "removed")
+        return self._supervisor.replace()
 
-    def _replace(self, lost: dict[str, WorkerLost]) -> set[str]:
-        """Do a round of replacement for the names ``lost``; return those that are not lost any more."""
-        begun = time.monotonic()
-        idle = [spare.name for spare in self.spares if spare.name in self._liveness.lost]
-        self._supervisor.bury([*lost, *idle])
-        self._supervisor.dismiss(idle)
-        self.spares = tuple(spare for spare in self.spares if spare.name not in idle)
-        devices = {worker.name: worker.device for worker in self.workers if worker.name in lost}
-        taken: dict[str, Worker] = {}
-        for name in devices:
-            if (spare := self._spare_for(devices[name])) is not None:
-                taken[name] = spare
-                self.spares = tuple(other for other in self.spares if other is not spare)
-        spares = {name: self._group.members[spare.name] for name, spare in taken.items()}
-        devices.update({name: spare.device for name, spare in taken.items()})
-        new = {name: device for name, device in devices.items() if name not in taken}
-        replaced = self._supervisor.replace(new, spares)
-        for name in replaced:
-            self._welcome(name, devices[name], lost[name], time.monotonic() - begun, name in taken)
-        return set(replaced)
+    def add_workers(self, count: int = 1) -> tuple[Worker, ...]:
+        """Start ``count`` more workers on this host and return them. Pipelines that exist do not use them.
 
-    def _spare_for(self, device: str) -> Worker | None:
-        kind = device.partition(":")[0]
-        return next((spare for spare in self.spares if spare.device.partition(":")[0] == kind), None)
+        Raises StateError for a cluster of ranks, WorkerLost where they do not join.
+        """
+        self.check()
+        return self._supervisor.add(require_whole("count", count))
 
-    def _welcome(self, name: str, device: str, lost: WorkerLost, seconds: float, was_spare: bool) -> None:
-        member = self._group.members[name]
-        self._beats.pop(name, None)
-        self.workers = tuple(
-            replace(worker, host=member.host, pid=member.pid, device=device) if worker.name == name else worker
-            for worker in self.workers
-        )
-        how = str(lost).splitlines()[0].removesuffix(".")
-        kind = "spare used" if was_spare else "replaced"
-        self.events.append(ClusterEvent(kind, name, member.host, member.pid, how, seconds))
-        who = "a spare" if was_spare else "another process"
-        log.warning("%s; %s (%s:%d) took its place within %.2f s", how, who, member.host, member.pid, seconds)
-
-    def _not_replaced(self, lost: dict[str, WorkerLost], causes: list[str]) -> WorkerLost:
-        name, error = next(iter(lost.items()))
-        story = "\n".join(dict.fromkeys(causes))
-        return WorkerLost(
-            f"{name} could not be replaced: {story}", worker=name, stages=error.stages, host=error.host, pid=error.pid
-        )
+    def remove_workers(self, *workers: str | int | Worker) -> None:
+        """End ``workers``, which may be spares. Raises StateError for one that holds stages, or is the last."""
+        self._check_open()
+        names = [self._name(worker) for worker in workers]
+        for name in names:
+            if stages := self.stages_on(name):
+                raise StateError(f"{name} holds stages {', '.join(map(str, stages))}: close their pipeline first")
+        if not {worker.name for worker in self.workers} - {*names}:
+            raise StateError("a cluster keeps at least one worker; close it to end all")
+        self._supervisor.remove(names)
 
     # --- what workers report; runs on the monitor's thread ---
 
@@ -261,22 +221,22 @@ class Cluster:
         if kind == "beat":
             self._beats[source.name] = tuple(payload)
         elif kind == "died":
-            self._lost(source, payload)
+            self._lost(source, payload, kind)
             self._liveness.end(source)
         elif kind == "silent":
             self._lost(source, f"has given no sign of life for {payload:.1f} s ({source.state()})", kind)
         if kind in REPORTS:
             self._supervisor.handle(source, kind, payload)
 
-    def _lost(self, member: Member, how: str, kind: str = "died") -> None:
-        """Note that a process has died or does not answer; the main thread calls this, too."""
+    def _lost(self, member: Member, how: str, kind: str) -> None:
+        """Note that a process has died or does not answer, or is removed; the main thread calls this, too."""
         if self._ending or self._liveness.is_lost(member):
             return
         stages, role = self.stages_on(member.name), self._role(member.name)
         who = f"{role} on {describe(member)}" if role else describe(member)
         last = self._group.logs.tail(member.name)
         story = f"{who} {how}.\n" + (f"Its last lines:\n{last}\n" if last else "It has printed nothing.\n")
-        if member.name in (spare.name for spare in self.spares):
+        if kind != "removed" and member.name in (spare.name for spare in self.spares):
             log.warning("%sIt was idle: training goes on with a spare less", story)
         error = WorkerLost(
             story + "Its layers went with it: launch (or connect) again and make a new Pipeline",

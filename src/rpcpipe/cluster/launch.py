@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from rpcpipe.cluster.cluster import Cluster, Worker
+from rpcpipe.cluster.cluster import Cluster
 from rpcpipe.cluster.monitor import Monitor
 from rpcpipe.cluster.process import WorkerProcess, worker_environment
-from rpcpipe.cluster.rendezvous import WorkerGroup, form, worker_names
+from rpcpipe.cluster.rendezvous import Worker, WorkerGroup, form, worker_names
 from rpcpipe.cluster.template import PRELOADED, templates
 from rpcpipe.cluster.worker_logs import WorkerLogs
 from rpcpipe.errors import ArgumentError, StateError, require_positive, require_whole
@@ -36,10 +36,11 @@ class LiveCluster:
     def __init__(self) -> None:
         self._cluster: Cluster | None = None
         self._shape: Any = None
+        self._names: list[str] = []
         self.owner = 0
 
     def reuse(self, shape: Any) -> Cluster | None:
-        """Return the live cluster if it is healthy and was made as ``shape`` says; close any other.
+        """Return the live cluster if it is healthy and as ``shape`` says, also by now; close any other.
 
         Raises StateError in a fork of a process that has had one.
         """
@@ -49,20 +50,26 @@ class LiveCluster:
                 " not survive a fork; start it by multiprocessing's 'spawn' to give it workers of its own"
             )
         self.owner = os.getpid()
-        if self._cluster is not None and not (self._cluster.healthy and self._shape == shape):
+        if self._cluster is not None and not (
+            self._cluster.healthy and self._shape == shape and self._names == _names(self._cluster)
+        ):
             self._cluster.close()
             self._cluster = None
         return self._cluster
 
     def keep(self, cluster: Cluster, shape: Any) -> Cluster:
         """Make ``cluster`` the live one, and return it."""
-        self._cluster, self._shape = cluster, shape
+        self._cluster, self._shape, self._names = cluster, shape, _names(cluster)
         return cluster
 
     def close(self) -> None:
         """Close the live cluster."""
         if self._cluster is not None:
             self._cluster.close()
+
+
+def _names(cluster: Cluster) -> list[str]:
+    return [worker.name for worker in cluster.workers + cluster.spares]
 
 
 live = LiveCluster()
@@ -114,8 +121,7 @@ def launch(
         return cluster
     templates.prepare(worker_environment(count))
     preloading = _preload()
-    placed = dict(zip(names, devices, strict=True))
-    cluster = live.keep(_start(workers, placed, count, timeout, directory, tries), shape)
+    cluster = live.keep(_start(workers, names, device, count, timeout, directory, tries), shape)
     preloading.join()  # bounded by the imports; it takes no longer than the first workers do
     return cluster
 
@@ -155,9 +161,10 @@ def _devices(device: str, workers: int) -> list[str]:
 
 
 def _start(
-    workers: int, devices: dict[str, str], threads: int, timeout: float, directory: Path | None, heal: int
+    workers: int, names: list[str], device: str, threads: int, timeout: float, directory: Path | None, heal: int
 ) -> Cluster:
-    group = WorkerGroup(Monitor(), WorkerLogs(directory), timeout, list(devices))
+    devices = dict(zip(names, _devices(device, len(names)), strict=True))
+    group = WorkerGroup(Monitor(), WorkerLogs(directory), timeout, names)
     worker_imports.adopt(sys.path)
     local = {"threads": threads, "interface": _INTERFACE, "path": list(sys.path), "argv": list(sys.argv)}
 
@@ -165,9 +172,10 @@ def _start(
         return WorkerProcess({**config, **local})
 
     group.start = start
+    group.device_of = lambda index: _devices(device, index + 1)[index]
     try:
-        for name, device in devices.items():
-            group.members[name] = member = start(group.worker_config(name, device))
+        for name in names:
+            group.members[name] = member = start(group.worker_config(name, devices[name]))
             group.monitor.add(member)
     except BaseException as error:
         group.abandon(str(error))

@@ -15,8 +15,9 @@ from rpcpipe.errors import WorkerLost
 class ClusterEvent:
     """What happened to a worker's process, and when (seconds since the epoch).
 
-    ``kind``: "died"; "silent" (no sign of life, or no connection taken); "replaced" and "spare used", where host and
-    pid are the successor's, ``how`` says what became of its predecessor and ``seconds`` how long the replacement took.
+    ``kind``: "died"; "silent" (no sign of life, or no connection taken); "removed" (on request); "replaced" and "spare
+    used", where host and pid are the successor's, ``how`` says what became of its predecessor and ``seconds`` how long
+    the replacement took; "added".
     """
 
     kind: str

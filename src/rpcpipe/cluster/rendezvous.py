@@ -47,6 +47,17 @@ class Member(Protocol):
     def close(self) -> None: ...
 
 
+@dataclass(frozen=True)
+class Worker:
+    """A worker's name, rank (from 1) and place."""
+
+    name: str
+    rank: int
+    host: str
+    pid: int
+    device: str
+
+
 def describe(member: Member) -> str:
     """Return name, host and pid, for messages."""
     return f"{member.name} ({member.host}:{member.pid})"
@@ -67,7 +78,8 @@ class WorkerGroup:
     """The workers by name, alive or starting, and what hears them.
 
     ``timeout``: seconds for the group to form. ``values`` are what torch's agents have published, addresses.
-    ``start`` starts a worker with a ``worker_config``; None where this process cannot.
+    ``start`` starts a worker with a ``worker_config``, None where this process cannot; ``device_of`` tells the device
+    of the index-th worker.
     """
 
     monitor: Monitor
@@ -78,6 +90,7 @@ class WorkerGroup:
     listener: JoinListener | None = None
     values: dict[str, str] = field(default_factory=dict)
     start: Callable[[Mapping[str, Any]], Member] | None = None
+    device_of: Callable[[int], str] = lambda index: "cpu"
 
     def __post_init__(self) -> None:
         given = {DRIVER: DRIVERS_SEAT, **{name: seats.give(name) for name in self.names}}

@@ -70,20 +70,25 @@ class Roster:
         self._stamps: Mapping[str, str] = {}
         self._accepted: frozenset[str] = frozenset()
         self._wires: frozenset[str] = frozenset()
+        self._without: frozenset[str] = frozenset()
         self.seat(seats)
 
     def seat(self, changes: Mapping[str, Seat], without: Collection[str] = ()) -> list[Seat]:
-        """Let processes stand for names from now on; return the seats of those that stand for none any more."""
+        """Let processes stand for names from now on, none for those ``without``; return the seats of the dead.
+
+        A name without a process keeps its last one's seat: a message to it fails, as one to the dead does.
+        """
         taken = changes.values()
-        kept = {name: seat for name, seat in self.seats.items() if seat not in taken and name not in without}
+        kept = {name: seat for name, seat in self.seats.items() if seat not in taken}
         seats = {**kept, **changes}
-        gone = [seat for seat in self.seats.values() if seat not in seats.values()]
+        self._without = (self._without | {*without}) - changes.keys()
         wires = {name: seat.wire for name, seat in seats.items()}
-        self._accepted = frozenset(self._stamp(wire, self.own.wire) for wire in wires.values())
-        self._wires = frozenset(wires.values())
+        self._wires = frozenset(wire for name, wire in wires.items() if name not in self._without)
+        self._accepted = frozenset(self._stamp(wire, self.own.wire) for wire in self._wires)
         self._stamps = {name: self._stamp(self.own.wire, wire) for name, wire in wires.items()}
+        dead = [seat for seat in self.seats.values() if seat.wire not in self._wires]
         self.seats = seats
-        return gone
+        return dead
 
     def _stamp(self, sender: str, receiver: str) -> str:
         return f"{self.generation} {sender} {receiver}"

@@ -318,7 +318,7 @@ class RpcTransport:
         assert agent is not None, "a group is joined first"
         agent.admit(seats.values())
         gone = self.roster.seat(seats, without)
-        for name in (*seats, *without):
+        for name in seats:
             self._lanes.forget(name)
             self._replies.forget(name)
         agent.part(gone)
