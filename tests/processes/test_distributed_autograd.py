@@ -63,7 +63,7 @@ def test_hand_made_calls_are_differentiated_across_workers(cluster: rp.Cluster) 
         found = [grad for stage in pipe.stages for grad in stage.call(ContextGradients(context_id))]
     for mine, local in zip(found, grads_by_autograd(model, x, y), strict=True):
         assert torch.equal(mine, local)
-    assert pipe.stages[0].rref.owner_name().startswith("worker0-")  # and the generation
+    assert pipe.stages[0].rref.owner_name().startswith("worker0-")  # and a number
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         pipe.stages[0].forward(torch.randn(3, 5)).to_here()
     pipe.close()

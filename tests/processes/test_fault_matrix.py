@@ -14,6 +14,8 @@ import torch
 
 import rpcpipe as rp
 from rpcpipe.errors import WorkerLost
+from rpcpipe.transport.base import DRIVER
+from rpcpipe.transport.roster import Roster
 from rpcpipe.transport.rpc import RpcTransport
 from support import faults
 
@@ -113,7 +115,7 @@ def test_results_of_a_dead_generation_are_dropped(cluster: rp.Cluster) -> None:
     pipe = faults.make_pipe(cluster)
     x = torch.randn(8, 8)
     expected = pipe.train_step(x, x).loss
-    stranger = RpcTransport(cluster.transport.generation[:8] + ", a dead one")
+    stranger = RpcTransport(Roster("a dead generation", DRIVER, cluster.transport.roster.seats))
     identity = pipe.runtime.driver._pipeline
     from rpcpipe.schedules import Action
     from rpcpipe.worker.messages import Port

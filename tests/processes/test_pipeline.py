@@ -332,6 +332,7 @@ def test_a_pipeline_that_is_dropped_frees_its_stages(cluster: rp.Cluster) -> Non
 def _actors() -> int:
     from rpcpipe.transport.rpc import this_process
 
-    executor = this_process.endpoint
+    assert this_process.served is not None
+    executor = this_process.served[1]
     assert isinstance(executor, Executor)
     return len(executor.actors)

@@ -16,8 +16,12 @@ from torch.distributed.rpc import api, internal
 import rpcpipe as rp
 from rpcpipe.errors import Failure
 from rpcpipe.transport import rpc as transport
+from rpcpipe.transport.base import DRIVER
+from rpcpipe.transport.roster import DRIVERS_SEAT, Roster
 from rpcpipe.worker.operations import ReportStep, Task
 from support.network_namespaces import listeners
+
+ALONE = Roster("a generation", DRIVER, {DRIVER: DRIVERS_SEAT})
 
 
 def test_the_private_names_are_there() -> None:
@@ -50,7 +54,7 @@ def test_idle_workers_use_no_cpu(cluster: rp.Cluster) -> None:
 
 
 def test_messages_of_another_generation_are_dropped(cluster: rp.Cluster) -> None:
-    stranger = transport.RpcTransport(cluster.transport.generation[:8] + ", one that is no more")
+    stranger = transport.RpcTransport(Roster("one that is no more", DRIVER, cluster.transport.roster.seats))
     reply = stranger.call("worker0", "progress")
     assert reply.result(5) is None
     mine = cluster.transport.call("worker0", "progress")
@@ -66,7 +70,7 @@ def test_calls_of_a_closed_pipeline_are_answered(cluster: rp.Cluster) -> None:
 
 def test_a_second_group_in_one_process_is_refused(cluster: rp.Cluster) -> None:
     with pytest.raises(rp.StateError, match="already runs torch RPC"):
-        transport.this_process.join(None, "x", {"x": 0}, "generation", interface="lo")  # type: ignore[arg-type]
+        transport.this_process.join(None, ALONE, interface="lo")  # type: ignore[arg-type]
 
 
 GENERATIONS = """
@@ -119,4 +123,4 @@ def test_groups_that_follow_each_other(program: str) -> None:
 def test_a_network_cannot_be_changed(cluster: rp.Cluster) -> None:
     cluster.close()
     with pytest.raises(rp.StateError, match="listens on lo and cannot change to eth0"):
-        transport.this_process.join(None, "driver", {"driver": 0}, "generation", interface="eth0")  # type: ignore[arg-type]
+        transport.this_process.join(None, ALONE, interface="eth0")  # type: ignore[arg-type]

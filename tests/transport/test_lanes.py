@@ -16,6 +16,7 @@ import torch
 
 from rpcpipe.transport import lanes
 from rpcpipe.transport.lanes import Lanes
+from rpcpipe.transport.roster import Roster, Seat
 from support.faults import wait_for
 
 
@@ -24,13 +25,16 @@ class Ends:
 
     def __init__(self) -> None:
         self.generation = uuid.uuid4().hex
-        self.here, self.there = Lanes(self.generation), Lanes(self.generation)
+        self.here, self.there = Lanes(self.roster("here")), Lanes(self.roster("there"))
         self.received: list[Any] = []
         self.arrived = threading.Condition()
-        self.there.serve("there", self._note)
+        self.there.serve(self._note)
         self._closed = False
         self._thread = threading.Thread(target=self._receive)
         self._thread.start()
+
+    def roster(self, name: str) -> Roster:
+        return Roster(self.generation, name, {"here": Seat("here-1", 1), "there": Seat("there-2", 2)})
 
     def _receive(self) -> None:
         while not self._closed:
@@ -188,9 +192,39 @@ def test_nobody_there_and_the_dead_take_nothing(ends: Ends) -> None:
     assert not ends.here.send("there", "note", (1,))
 
 
+def test_what_the_dead_have_sent_is_not_received_once_they_are_replaced() -> None:
+    generation, seats = uuid.uuid4().hex, {"here": Seat("here-1", 1), "there": Seat("there-2", 2)}
+    dead, receiving = Roster(generation, "here", seats), Roster(generation, "there", seats)
+    successor = Roster(generation, "here", {**seats, "here": Seat("here-3", 3)})
+    received: list[Any] = []
+    there, first, second = Lanes(receiving), Lanes(dead), Lanes(successor)
+    there.serve(lambda verb, args: received.append(args))
+    assert first.send("there", "note", (1,))
+    while not received:
+        there.receive(1.0)
+    assert first.send("there", "note", (2,))
+    receiving.seat({"here": Seat("here-3", 3)})
+    assert second.send("there", "note", (3,))
+    while there.receive(0.05):
+        pass
+    assert received == [(1,), (3,)]
+    for one in (there, first, second):
+        one.close()
+
+
+def test_a_name_forgotten_is_reached_again(ends: Ends) -> None:
+    assert ends.pass_on(1) == (1,)
+    ends.here.lose("there")
+    assert not ends.here.reach("there")
+    ends.here.forget("there")
+    assert ends.pass_on(2) == (2,)
+
+
 def test_a_message_that_fails_ends_no_lane(ends: Ends, caplog: pytest.LogCaptureFixture) -> None:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    connection.connect(f"\0rpcpipe-{ends.generation}-there")
+    own, there = ends.roster("here").lane("there") or ("", "")
+    connection.bind(f"{own}, another one")
+    connection.connect(there)
     connection.send(b"no message of ours at all")
     assert ends.pass_on(torch.ones(2))[0].sum() == 2
     wait_for(lambda: "a message by a lane failed" in caplog.text)
@@ -214,8 +248,8 @@ def left() -> tuple[int, int, int]:
 
 
 def test_waking_is_not_lost_and_time_ends_a_wait() -> None:
-    lanes = Lanes(uuid.uuid4().hex)
-    lanes.serve("here", lambda verb, args: None)
+    lanes = Lanes(Roster(uuid.uuid4().hex, "here", {"here": Seat("here-1", 1)}))
+    lanes.serve(lambda verb, args: None)
     assert not lanes.receive(0.0)
     lanes.wake()
     lanes.wake()

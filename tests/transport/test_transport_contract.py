@@ -15,7 +15,9 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 import rpcpipe as rp
 from rpcpipe.errors import Failure, WorkerLost
 from rpcpipe.transport import Transport
+from rpcpipe.transport.base import DRIVER
 from rpcpipe.transport.local import LocalTransport
+from rpcpipe.transport.roster import Roster
 from rpcpipe.transport.rpc import RpcTransport, this_process
 from support.faults import wait_for
 
@@ -96,9 +98,10 @@ class Recorder:
         return False
 
 
-def serve_recorder(generation: str) -> None:
+def serve_recorder() -> None:
     """Runs on the worker: serve a Recorder instead of the executor."""
-    this_process.serve(Recorder(), generation)
+    assert this_process.served is not None
+    this_process.serve(Recorder(), this_process.served[0])
 
 
 @pytest.fixture(params=["rpc", "local"])
@@ -111,7 +114,7 @@ def transport(request: pytest.FixtureRequest) -> Iterator[Transport]:
         local.leave()
         return
     with rp.launch(workers=1, threads=1, timeout=20.0) as cluster:
-        cluster.call(1, serve_recorder, cluster.transport.generation)
+        cluster.call(1, serve_recorder)
         yield cluster.transport
 
 
@@ -302,7 +305,7 @@ def is_fetching() -> bool:
 def test_a_chained_message_may_arrive_before_the_one_whose_value_it_takes() -> None:
     with rp.launch(workers=1, threads=1, timeout=20.0) as cluster:
         transport = cluster.transport
-        cluster.call(1, serve_recorder, transport.generation)
+        cluster.call(1, serve_recorder)
         second: Any = transport.remote_chained(WORKER, "double", {"x": torch.ones(2), "late": ReadOnceFetching()})
         third: Any = transport.remote_chained(WORKER, "double", {"x": second})
         assert third.to_here(20.0).tolist() == [4, 4]
@@ -360,7 +363,7 @@ def test_leaving_ends_the_wait_of_who_receives() -> None:
 @pytest.mark.parametrize("transport", ["rpc"], indirect=True)  # in one process there is one generation
 def test_messages_of_another_generation_are_dropped(transport: Transport) -> None:
     assert isinstance(transport, RpcTransport)
-    stranger = RpcTransport(transport.generation[:8] + ", another one")  # it reaches the same worker
+    stranger = RpcTransport(Roster("another generation", DRIVER, transport.roster.seats))  # it reaches the same worker
     stranger.send(WORKER, "note", 1)
     assert stranger.call(WORKER, "note", 2).result(5) is None
     assert ask(transport, "noted") == []

@@ -4,8 +4,9 @@
 all workers with the driver. What runs on a worker is ``rpcpipe.worker``; this package does not know it.
 """
 
-from rpcpipe.cluster.cluster import Cluster, Worker
+from rpcpipe.cluster.cluster import Cluster
 from rpcpipe.cluster.connect import connect
 from rpcpipe.cluster.launch import launch
+from rpcpipe.cluster.rendezvous import Worker
 
 __all__ = ["Cluster", "Worker", "connect", "launch"]

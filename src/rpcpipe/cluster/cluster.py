@@ -8,12 +8,14 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, MutableSet, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from rpcpipe import _tables
-from rpcpipe.cluster.rendezvous import Member, WorkerGroup, describe
-from rpcpipe.errors import ArgumentError, DeadlineExceeded, Failure, StageError, StateError, WorkerLost
+from rpcpipe.cluster.admission import REPORTS
+from rpcpipe.cluster.liveness import ClusterEvent, Liveness
+from rpcpipe.cluster.rendezvous import Member, Worker, WorkerGroup, describe
+from rpcpipe.cluster.supervisor import Supervisor
+from rpcpipe.errors import ArgumentError, DeadlineExceeded, Failure, StageError, StateError, WorkerLost, require_whole
 from rpcpipe.transport.base import Transport
 from rpcpipe.transport.user_pickling import loads, named_dumps
 
@@ -22,17 +24,6 @@ log = logging.getLogger("rpcpipe")
 _STOP_SECONDS = 1.0
 _KILL_SECONDS = 0.5
 _DRAIN_SECONDS = 0.3
-
-
-@dataclass(frozen=True)
-class Worker:
-    """A worker's name, rank (from 1) and place."""
-
-    name: str
-    rank: int
-    host: str
-    pid: int
-    device: str
 
 
 class Tenant(Protocol):
@@ -94,21 +85,22 @@ class Cluster:
     """Live workers, made by ``rp.launch`` or ``rp.connect``. A context manager that closes them.
 
     ``workers`` hold the stages of pipelines; ``spares`` are idle. ``timeout``: seconds without any progress
-    after which a wait raises DeadlineExceeded.
+    after which a wait raises DeadlineExceeded. ``heal``: how often a step that has lost workers may be tried again.
+    ``events``: the deaths and replacements so far.
     """
 
-    def __init__(self, group: WorkerGroup, workers: Sequence[Worker], spares: Sequence[Worker] = ()) -> None:
-        self.workers, self.spares = tuple(workers), tuple(spares)
-        self.timeout = group.timeout
+    def __init__(
+        self, group: WorkerGroup, workers: Sequence[Worker], spares: Sequence[Worker] = (), *, heal: int = 0
+    ) -> None:
+        self.timeout, self.heal = group.timeout, heal
         self.transport = group.transport
         self.pipelines: weakref.WeakSet[Tenant] = weakref.WeakSet()
         self._group = group
         self._beats: dict[str, tuple[int, str, int]] = {}
-        self._dead: dict[str, WorkerLost] = {}
+        self._liveness = Liveness(group.members.values())
+        self._supervisor = Supervisor(group, self._liveness, workers, spares, self._lost)
         self._stages: dict[str, tuple[int, ...]] = {}
         self._replicas: dict[str, tuple[int, ...]] = {}
-        self._alive = set(group.members)
-        self._gone = threading.Condition()
         self._closed = self._ending = False
         self._owner = os.getpid()
         group.logs.label = self._label
@@ -122,9 +114,24 @@ class Cluster:
         self.close()
 
     @property
+    def workers(self) -> tuple[Worker, ...]:
+        """Return the workers by rank, whose processes may be others after a replacement."""
+        return self._supervisor.workers
+
+    @property
+    def spares(self) -> tuple[Worker, ...]:
+        """Return the workers that no pipeline uses: a lost worker's place is taken by one."""
+        return self._supervisor.spares
+
+    @property
+    def events(self) -> list[ClusterEvent]:
+        """Return the deaths and replacements so far."""
+        return self._supervisor.events
+
+    @property
     def healthy(self) -> bool:
         """Return whether the cluster is open, this process's own, and no worker has died; a spare may have."""
-        return not self._closed and not self._inherited and not self._lost_workers()
+        return not self._closed and not self._inherited and not self._supervisor.lost
 
     @property
     def _inherited(self) -> bool:
@@ -133,6 +140,11 @@ class Cluster:
 
     def check(self) -> None:
         """Raise StateError if the cluster is closed, WorkerLost if a worker has died."""
+        self._check_open()
+        for lost in self._supervisor.lost.values():
+            raise lost.again()
+
+    def _check_open(self) -> None:
         if self._closed:
             raise StateError("the cluster is closed; call rp.launch again")
         if self._inherited:
@@ -140,11 +152,6 @@ class Cluster:
                 f"this process ({os.getpid()}) is a fork of the driver ({self._owner}), which alone may use the cluster"
                 "; start a process that needs workers of its own by multiprocessing's 'spawn'"
             )
-        for lost in self._lost_workers():
-            raise lost.again()
-
-    def _lost_workers(self) -> list[WorkerLost]:
-        return [self._dead[worker.name] for worker in self.workers if worker.name in self._dead]
 
     def call(self, worker: str | int | Worker, function: Callable[..., Any], *args: Any) -> Any:
         """Return ``function(*args)``, run on a worker or spare (its name, rank from 1, or ``Worker``).
@@ -170,10 +177,41 @@ class Cluster:
                 return known.name
         raise ArgumentError(f"no worker {worker!r}; there are {', '.join(known.name for known in everybody)}")
 
+    def replace(self, *workers: str | int | Worker) -> tuple[Worker, ...]:
+        """Put new processes in the place of ``workers`` and of all that are lost; return them as they are now, by rank.
+
+        They have the names of the old ones and none of their state: no pipeline's actors, no tasks, no values. The
+        other workers stay as they are. To be called on the main thread. Raises WorkerLost where it cannot be done, with
+        all that went wrong.
+        """
+        self._check_open()
+        for name in [self._name(worker) for worker in workers]:
+            self._lost(self._group.members[name], "was replaced on request", "removed")
+        return self._supervisor.replace()
+
+    def add_workers(self, count: int = 1) -> tuple[Worker, ...]:
+        """Start ``count`` more workers on this host and return them. Pipelines that exist do not use them.
+
+        Raises StateError for a cluster of ranks, WorkerLost where they do not join.
+        """
+        self.check()
+        return self._supervisor.add(require_whole("count", count))
+
+    def remove_workers(self, *workers: str | int | Worker) -> None:
+        """End ``workers``, which may be spares. Raises StateError for one that holds stages, or is the last."""
+        self._check_open()
+        names = [self._name(worker) for worker in workers]
+        for name in names:
+            if stages := self.stages_on(name):
+                raise StateError(f"{name} holds stages {', '.join(map(str, stages))}: close their pipeline first")
+        if not {worker.name for worker in self.workers} - {*names}:
+            raise StateError("a cluster keeps at least one worker; close it to end all")
+        self._supervisor.remove(names)
+
     # --- what workers report; runs on the monitor's thread ---
 
     def _listen(self) -> None:
-        while self._alive or not self._ending:
+        while self._liveness.anybody or not self._ending:
             for source, kind, payload in self._group.monitor.poll():
                 if not self._group.handle(source, kind, payload):
                     self._handle(source, kind, payload)
@@ -183,21 +221,22 @@ class Cluster:
         if kind == "beat":
             self._beats[source.name] = tuple(payload)
         elif kind == "died":
-            self._lost(source, payload)
-            with self._gone:
-                self._alive.discard(source.name)
-                self._gone.notify_all()
+            self._lost(source, payload, kind)
+            self._liveness.end(source)
         elif kind == "silent":
-            self._lost(source, f"has given no sign of life for {payload:.1f} s ({source.state()})")
+            self._lost(source, f"has given no sign of life for {payload:.1f} s ({source.state()})", kind)
+        if kind in REPORTS:
+            self._supervisor.handle(source, kind, payload)
 
-    def _lost(self, member: Member, how: str) -> None:
-        if self._ending or member.name in self._dead:
+    def _lost(self, member: Member, how: str, kind: str) -> None:
+        """Note that a process has died or does not answer, or is removed; the main thread calls this, too."""
+        if self._ending or self._liveness.is_lost(member):
             return
         stages, role = self.stages_on(member.name), self._role(member.name)
         who = f"{role} on {describe(member)}" if role else describe(member)
         last = self._group.logs.tail(member.name)
         story = f"{who} {how}.\n" + (f"Its last lines:\n{last}\n" if last else "It has printed nothing.\n")
-        if member.name in (spare.name for spare in self.spares):
+        if kind != "removed" and member.name in (spare.name for spare in self.spares):
             log.warning("%sIt was idle: training goes on with a spare less", story)
         error = WorkerLost(
             story + "Its layers went with it: launch (or connect) again and make a new Pipeline",
@@ -206,7 +245,8 @@ class Cluster:
             host=member.host,
             pid=member.pid,
         )
-        self._dead[member.name] = error
+        self._liveness.lose(member, error)
+        self.events.append(ClusterEvent(kind, member.name, member.host, member.pid, how))
         self.transport.lose(member.name, error)
 
     def relabel(self) -> None:
@@ -244,10 +284,10 @@ class Cluster:
     # --- tables ---
 
     def _rows(self) -> list[list[str]]:
-        rows = []
+        rows, lost = [], self._liveness.lost
         for worker in self.workers + self.spares:
             finished, doing, memory = self._beats.get(worker.name, (0, "", 0))
-            state = "lost" if worker.name in self._dead else doing or "not reported yet"
+            state = "lost" if worker.name in lost else doing or "not reported yet"
             stages = ", ".join(map(str, self.stages_on(worker.name))) or "-"
             place = f"{worker.host}:{worker.pid}"
             size = _tables.mebibytes(memory) if memory else "?"
@@ -257,7 +297,8 @@ class Cluster:
     _HEADER = ("worker", "host:pid", "device", "stages", "memory", "tasks done", "now")
 
     def _title(self) -> str:
-        state = "closed" if self._closed else f"{len(self._dead)} lost" if self._dead else "live"
+        lost = self._liveness.lost
+        state = "closed" if self._closed else f"{len(lost)} lost" if lost else "live"
         spares = f", {len(self.spares)} spare{'s' * (len(self.spares) > 1)}" if self.spares else ""
         return f"Cluster({len(self.workers)} workers{spares}, {state})"
 
@@ -296,22 +337,16 @@ class Cluster:
             closed = WorkerLost(f"{member.name}: the cluster was closed", worker=member.name)
             self.transport.lose(member.name, closed)
         try:
-            for member in members:
+            for member in filter(self._liveness.is_alive, members):
                 # A lost worker would not read "stop": it is dead, stopped or stuck.
-                member.kill() if member.name in self._dead else member.send("stop")
-            self._wait_for_deaths(_STOP_SECONDS)
+                member.kill() if self._liveness.is_lost(member) else member.send("stop")
+            self._liveness.wait_for_ends(members, _STOP_SECONDS)
         finally:  # a second Ctrl-C ends the waiting, not the ending
-            for member in members:
-                if member.name in self._alive:
-                    member.kill()
-            self._wait_for_deaths(_KILL_SECONDS)
+            for member in filter(self._liveness.is_alive, members):
+                member.kill()
+            self._liveness.wait_for_ends(members, _KILL_SECONDS)
             self.transport.leave()
-            with self._gone:
-                self._alive.clear()
+            self._liveness.end_all()
             self._group.monitor.wake()
             self._thread.join()  # ends once awake: nobody is alive; what it calls waits at most for our own output
             self._group.close()
-
-    def _wait_for_deaths(self, timeout: float) -> None:
-        with self._gone:
-            self._gone.wait_for(lambda: not self._alive, timeout)

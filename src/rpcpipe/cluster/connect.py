@@ -9,14 +9,14 @@ from typing import Any
 
 from rpcpipe.cluster import host_agent
 from rpcpipe.cluster.authentication import read_secret, version_complaint
-from rpcpipe.cluster.cluster import Cluster, Worker
+from rpcpipe.cluster.cluster import Cluster
 from rpcpipe.cluster.environment import RankEnvironment, publish_driver
 from rpcpipe.cluster.join_listener import JoinListener
 from rpcpipe.cluster.launch import live
 from rpcpipe.cluster.monitor import Monitor
 from rpcpipe.cluster.network import Interface, addresses, choose_interface
 from rpcpipe.cluster.remote_worker import RemoteWorker
-from rpcpipe.cluster.rendezvous import WorkerGroup, form, worker_name, worker_names
+from rpcpipe.cluster.rendezvous import Worker, WorkerGroup, form, worker_name, worker_names
 from rpcpipe.cluster.worker_logs import WorkerLogs
 from rpcpipe.errors import RendezvousError
 

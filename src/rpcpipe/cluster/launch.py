@@ -7,15 +7,16 @@ import importlib
 import os
 import sys
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rpcpipe.cluster.cluster import Cluster, Worker
+from rpcpipe.cluster.cluster import Cluster
 from rpcpipe.cluster.monitor import Monitor
 from rpcpipe.cluster.process import WorkerProcess, worker_environment
-from rpcpipe.cluster.rendezvous import WorkerGroup, form, worker_names
+from rpcpipe.cluster.rendezvous import Worker, WorkerGroup, form, worker_names
 from rpcpipe.cluster.template import PRELOADED, templates
 from rpcpipe.cluster.worker_logs import WorkerLogs
 from rpcpipe.errors import ArgumentError, StateError, require_positive, require_whole
@@ -23,6 +24,7 @@ from rpcpipe.transport.rpc import this_process
 from rpcpipe.transport.user_pickling import worker_imports
 
 _INTERFACE = "lo"
+_HEAL_TRIES = 3
 
 
 class LiveCluster:
@@ -34,10 +36,11 @@ class LiveCluster:
     def __init__(self) -> None:
         self._cluster: Cluster | None = None
         self._shape: Any = None
+        self._names: list[str] = []
         self.owner = 0
 
     def reuse(self, shape: Any) -> Cluster | None:
-        """Return the live cluster if it is healthy and was made as ``shape`` says; close any other.
+        """Return the live cluster if it is healthy and as ``shape`` says, also by now; close any other.
 
         Raises StateError in a fork of a process that has had one.
         """
@@ -47,20 +50,26 @@ class LiveCluster:
                 " not survive a fork; start it by multiprocessing's 'spawn' to give it workers of its own"
             )
         self.owner = os.getpid()
-        if self._cluster is not None and not (self._cluster.healthy and self._shape == shape):
+        if self._cluster is not None and not (
+            self._cluster.healthy and self._shape == shape and self._names == _names(self._cluster)
+        ):
             self._cluster.close()
             self._cluster = None
         return self._cluster
 
     def keep(self, cluster: Cluster, shape: Any) -> Cluster:
         """Make ``cluster`` the live one, and return it."""
-        self._cluster, self._shape = cluster, shape
+        self._cluster, self._shape, self._names = cluster, shape, _names(cluster)
         return cluster
 
     def close(self) -> None:
         """Close the live cluster."""
         if self._cluster is not None:
             self._cluster.close()
+
+
+def _names(cluster: Cluster) -> list[str]:
+    return [worker.name for worker in cluster.workers + cluster.spares]
 
 
 live = LiveCluster()
@@ -86,6 +95,7 @@ def launch(
     timeout: float = 60.0,
     log_dir: str | os.PathLike[str] | None = None,
     spares: int = 0,
+    heal: bool | int = True,
 ) -> Cluster:
     """Start ``workers`` processes on this host and return their Cluster; this process is the driver.
 
@@ -93,7 +103,8 @@ def launch(
     ``threads``: torch's threads per worker, default cores // workers. ``timeout``: seconds without
     any progress after which a wait raises DeadlineExceeded. ``log_dir`` gets a file per worker with
     what it prints; all of it arrives on this process's stdout and stderr as well. ``spares``: further
-    workers, which stay idle (``cluster.spares``).
+    workers, which stay idle (``cluster.spares``) until one takes a dead worker's place. ``heal``: how often a step
+    that has lost workers is tried again with new ones in their place (True: 3 times; False or 0: not).
 
     A live cluster that was launched alike is returned again; another one is closed first. Raises
     ArgumentError for arguments that cannot work and RendezvousError when workers do not start.
@@ -104,13 +115,13 @@ def launch(
     devices = _devices(device, workers + spares)
     directory = None if log_dir is None else Path(log_dir).absolute()
     names = [*worker_names(workers), *(f"spare{index}" for index in range(spares))]
-    shape = (names, devices, count, timeout, directory)
+    tries = heal_tries(heal)
+    shape = (names, devices, count, timeout, directory, tries)
     if (cluster := live.reuse(shape)) is not None:
         return cluster
     templates.prepare(worker_environment(count))
     preloading = _preload()
-    placed = dict(zip(names, devices, strict=True))
-    cluster = live.keep(_start(workers, placed, count, timeout, directory), shape)
+    cluster = live.keep(_start(workers, names, device, count, timeout, directory, tries), shape)
     preloading.join()  # bounded by the imports; it takes no longer than the first workers do
     return cluster
 
@@ -130,6 +141,11 @@ def _preload() -> threading.Thread:
     return thread
 
 
+def heal_tries(heal: bool | int) -> int:
+    """Return how often a step may be tried again; raises ArgumentError for what is neither a bool nor a number >= 0."""
+    return _HEAL_TRIES * heal if isinstance(heal, bool) else require_whole("heal", heal, least=0)
+
+
 def _devices(device: str, workers: int) -> list[str]:
     """Return every worker's device; raises ArgumentError for one that is not there."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -144,13 +160,22 @@ def _devices(device: str, workers: int) -> list[str]:
     return [kind if wanted.index is not None else f"cuda:{index % gpus}" for index in range(workers)]
 
 
-def _start(workers: int, devices: dict[str, str], threads: int, timeout: float, directory: Path | None) -> Cluster:
-    group = WorkerGroup(Monitor(), WorkerLogs(directory), timeout, list(devices))
+def _start(
+    workers: int, names: list[str], device: str, threads: int, timeout: float, directory: Path | None, heal: int
+) -> Cluster:
+    devices = dict(zip(names, _devices(device, len(names)), strict=True))
+    group = WorkerGroup(Monitor(), WorkerLogs(directory), timeout, names)
     worker_imports.adopt(sys.path)
-    local = {"threads": threads, "interface": _INTERFACE, "path": sys.path, "argv": sys.argv}
+    local = {"threads": threads, "interface": _INTERFACE, "path": list(sys.path), "argv": list(sys.argv)}
+
+    def start(config: Mapping[str, Any]) -> WorkerProcess:
+        return WorkerProcess({**config, **local})
+
+    group.start = start
+    group.device_of = lambda index: _devices(device, index + 1)[index]
     try:
-        for name, device in devices.items():
-            group.members[name] = member = WorkerProcess({**group.worker_config(name, device), **local})
+        for name in names:
+            group.members[name] = member = start(group.worker_config(name, devices[name]))
             group.monitor.add(member)
     except BaseException as error:
         group.abandon(str(error))
@@ -160,4 +185,4 @@ def _start(workers: int, devices: dict[str, str], threads: int, timeout: float, 
         Worker(member.name, rank, member.host, member.pid, devices[member.name])
         for rank, member in enumerate(group.members.values(), 1)
     ]
-    return Cluster(group, started[:workers], started[workers:])
+    return Cluster(group, started[:workers], started[workers:], heal=heal)

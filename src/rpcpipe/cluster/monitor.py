@@ -6,9 +6,11 @@ of the cluster does.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import selectors
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -63,15 +65,18 @@ class Monitor:
         self._selector.register(wake, selectors.EVENT_READ, None)
         self._wake = wake
         self._beats: dict[Any, float] = {}
+        self._added: deque[Source] = deque()
 
     def add(self, source: Source) -> None:
-        """Watch ``source``, too. To be called by the polling thread, or before it starts."""
-        for fd, reader in source.readers().items():
-            self._selector.register(fd, selectors.EVENT_READ, (source, reader))
+        """Watch ``source``, too, from the next poll on. Any thread may call this."""
+        self._added.append(source)
+        self.wake()
 
     def remove(self, source: Any) -> None:
-        """Watch ``source`` no longer. To be called before its descriptors are closed."""
+        """Watch ``source`` no longer. To be called before its descriptors are closed, by the polling thread."""
         self._beats.pop(source, None)
+        with contextlib.suppress(ValueError):
+            self._added.remove(source)
         for key in list(self._selector.get_map().values()):
             if key.data is not None and key.data[0] is source:
                 self._selector.unregister(key.fd)
@@ -79,6 +84,10 @@ class Monitor:
     def poll(self, timeout: float = _TICK) -> list[Event]:
         """Return what has happened; waits for it up to ``timeout`` seconds, but one tick at most."""
         events: list[Event] = []
+        while self._added:
+            source = self._added.popleft()
+            for fd, reader in source.readers().items():
+                self._selector.register(fd, selectors.EVENT_READ, (source, reader))
         for key, _ in self._selector.select(max(0.0, min(timeout, _TICK))):
             if key.data is None:
                 os.read(key.fd, 1)

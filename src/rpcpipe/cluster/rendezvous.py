@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ from rpcpipe.cluster.process import Reader
 from rpcpipe.cluster.worker_logs import WorkerLogs
 from rpcpipe.errors import RendezvousError
 from rpcpipe.transport.base import DRIVER
+from rpcpipe.transport.roster import DRIVERS_SEAT, Roster, Seat, seats
 from rpcpipe.transport.rpc import RpcTransport, this_process
 from rpcpipe.transport.rpc_store import ExchangeStore
 
@@ -46,6 +47,17 @@ class Member(Protocol):
     def close(self) -> None: ...
 
 
+@dataclass(frozen=True)
+class Worker:
+    """A worker's name, rank (from 1) and place."""
+
+    name: str
+    rank: int
+    host: str
+    pid: int
+    device: str
+
+
 def describe(member: Member) -> str:
     """Return name, host and pid, for messages."""
     return f"{member.name} ({member.host}:{member.pid})"
@@ -65,8 +77,9 @@ def worker_names(workers: int) -> list[str]:
 class WorkerGroup:
     """The workers by name, alive or starting, and what hears them.
 
-    ``timeout``: seconds for the group to form. ``generation`` marks every message between the members;
-    ``numbers`` are torch RPC's numbers for them.
+    ``timeout``: seconds for the group to form. ``values`` are what torch's agents have published, addresses.
+    ``start`` starts a worker with a ``worker_config``, None where this process cannot; ``device_of`` tells the device
+    of the index-th worker.
     """
 
     monitor: Monitor
@@ -75,22 +88,35 @@ class WorkerGroup:
     names: Sequence[str]
     members: dict[str, Member] = field(default_factory=dict)
     listener: JoinListener | None = None
-    generation: str = field(default_factory=lambda: uuid.uuid4().hex)
+    values: dict[str, str] = field(default_factory=dict)
+    start: Callable[[Mapping[str, Any]], Member] | None = None
+    device_of: Callable[[int], str] = lambda index: "cpu"
 
     def __post_init__(self) -> None:
-        self.numbers = this_process.number_workers(self.names)
-        self.transport = RpcTransport(self.generation)
+        given = {DRIVER: DRIVERS_SEAT, **{name: seats.give(name) for name in self.names}}
+        self.roster = Roster(uuid.uuid4().hex, DRIVER, given)
+        self.transport = RpcTransport(self.roster)
 
-    def worker_config(self, name: str, device: str) -> dict[str, Any]:
-        """Return what every worker is told, on whatever host it is."""
+    def worker_config(self, name: str, device: str, seats: Mapping[str, Seat] | None = None) -> dict[str, Any]:
+        """Return what every worker is told, on whatever host it is. ``seats``: its own and of those that it joins."""
         return {
             "name": name,
-            "numbers": self.numbers,
+            "seats": self.roster.seats if seats is None else seats,
             "device": device,
             "timeout": self.timeout,
-            "generation": self.generation,
+            "generation": self.roster.generation,
             "log_level": logging.getLogger().getEffectiveLevel(),
         }
+
+    def published(self, seat: Seat) -> list[tuple[str, str]]:
+        """Return what the process of ``seat`` has published: keys and values."""
+        return [(key, value) for key, value in self.values.items() if key.rpartition("/")[2] == seat.wire]
+
+    def forget(self, gone: Iterable[Seat]) -> None:
+        """Forget what processes that are dead have published."""
+        for seat in gone:
+            for key, _ in self.published(seat):
+                del self.values[key]
 
     def handle(self, source: Any, kind: str, payload: Any) -> bool:
         """Handle an event that means the same at any time; return False for any other."""
@@ -147,6 +173,21 @@ def form(group: WorkerGroup, interface: str) -> None:
         raise
 
 
+class StoppedMembers:
+    """Finds workers that are stopped before their first heartbeat, whose end nothing else shows."""
+
+    def __init__(self) -> None:
+        self._since: dict[Member, float] = {}
+
+    def check(self, member: Member) -> bool:
+        """Return whether ``member`` has been stopped for longer than it may be."""
+        now = time.monotonic()
+        if not member.stopped():
+            self._since.pop(member, None)
+            return False
+        return now - self._since.setdefault(member, now) > _STOPPED_SECONDS
+
+
 class _DriverEndpoint:
     """What the driver serves: workers only call it to open their connections."""
 
@@ -161,9 +202,8 @@ class _Rendezvous:
         self._group = group
         self._members: list[Member] = list(group.members.values())
         self._deadline = time.monotonic() + group.timeout
-        self._values: dict[str, str] = {}
-        self._reported: dict[str, set[str]] = {"ready": set(), "joined": set()}
-        self._stopped_since: dict[str, float] = {}
+        self._reported: dict[str, set[str]] = {"ready": set(), "joined": set(), "met": set()}
+        self._stopped = StoppedMembers()
 
     def run(self, interface: str) -> None:
         group = self._group
@@ -173,18 +213,21 @@ class _Rendezvous:
         # Before a worker can call: its first call opens the connection and must be answered.
         group.transport.serve(DRIVER, _DriverEndpoint())
         store = ExchangeStore(self._publish, self._fetch)
-        this_process.join(store, DRIVER, group.numbers, group.generation, interface=interface)
+        this_process.join(store, group.roster, interface=interface)
         self._await_all("joined")
+        for member in self._members:
+            member.send("meet", [DRIVER])
+        self._await_all("met")
 
     def _publish(self, key: str, value: str) -> None:
-        self._values[key] = value
+        self._group.values[key] = value
         for member in self._members:
             member.send("key", [key, value])
 
     def _fetch(self, key: str) -> str:
-        while key not in self._values:
+        while key not in self._group.values:
             self._pump(f"publish {key!r}", self._members)
-        return self._values[key]
+        return self._group.values[key]
 
     def _await_all(self, report: str) -> None:
         while missing := [member for member in self._members if member.name not in self._reported[report]]:
@@ -202,12 +245,15 @@ class _Rendezvous:
             if not self._group.handle(source, kind, payload):
                 self._handle(source, kind, payload)
         for member in missing:
-            self._check_stopped(member, now)
+            if self._stopped.check(member):
+                raise RendezvousError(f"{describe(member)} does not start: {member.state()}")
         self._group.housekeeping()
 
     def _handle(self, source: Any, kind: str, payload: Any) -> None:
         if kind == "set":
             self._publish(*payload)
+        elif kind == "met" and payload[1] is not None:
+            raise RendezvousError(f"{describe(source)} cannot call the driver: {payload[1]}")
         elif kind in self._reported:
             self._reported[kind].add(source.name)
         elif kind in ("died", "silent"):
@@ -215,10 +261,3 @@ class _Rendezvous:
             last = self._group.logs.tail(source.name)
             said = f". Its last lines:\n{last}" if last else " without a word"
             raise RendezvousError(f"{describe(source)} {how} while starting{said}")
-
-    def _check_stopped(self, member: Member, now: float) -> None:
-        """Raise RendezvousError for a worker that is stopped before its first heartbeat, which nothing else sees."""
-        if not member.stopped():
-            self._stopped_since.pop(member.name, None)
-        elif now - self._stopped_since.setdefault(member.name, now) > _STOPPED_SECONDS:
-            raise RendezvousError(f"{describe(member)} does not start: {member.state()}")

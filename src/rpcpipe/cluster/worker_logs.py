@@ -90,6 +90,10 @@ class WorkerLogs:
         """Return the last lines of ``worker``, indented; '' if it has printed nothing."""
         return "\n".join(f"    {line}" for line in list(self._tails.get(worker, ()))[-_SHOWN:])
 
+    def begin(self, worker: str) -> None:
+        """Forget the last lines of ``worker``: another process prints under its name from now on."""
+        self._tails.pop(worker, None)
+
     def close(self) -> None:
         """Show all repetitions that are left, and close the files."""
         self.flush(float("inf"))

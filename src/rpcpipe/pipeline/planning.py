@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rpcpipe.cluster.cluster import Cluster, Worker
+from rpcpipe.cluster import Cluster, Worker
 from rpcpipe.errors import require, require_positive, require_whole
 from rpcpipe.model.layers import Layer, Model, named_layers, parameter_counts
 from rpcpipe.model.microbatch import Nest, batch_size, split, tensors

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from rpcpipe.transport.roster import Roster, sender_of
 from rpcpipe.transport.slots import (
     TensorPickler,
     address_of,
@@ -56,25 +57,20 @@ log = logging.getLogger("rpcpipe")
 Handle = Callable[[str, tuple[Any, ...]], object]
 
 
-def _address(generation: str, name: str) -> str:
-    """Return the abstract address of a worker; the generation is a random string, new with every launch."""
-    return f"\0rpcpipe-{generation}-{name}"
-
-
 class Lanes:
     """The lanes of one process: one per receiver that it sends to, and the end where its own messages come in."""
 
-    def __init__(self, generation: str) -> None:
-        self._generation = generation
+    def __init__(self, roster: Roster) -> None:
+        self._roster = roster
         self._senders: dict[str, Sender | None] = {}
         self._receiver: Receiver | None = None
         self._lock = threading.Lock()
 
-    def serve(self, name: str, handle: Handle) -> None:
-        """Let ``handle`` run the messages that other processes of this host send to ``name``, in ``receive``."""
-        receiver = Receiver(handle)
+    def serve(self, handle: Handle) -> None:
+        """Let ``handle`` run the messages that other processes of this host send to this one, in ``receive``."""
+        receiver = Receiver(handle, self._roster.knows)
         with contextlib.suppress(OSError):  # without, all comes by RPC
-            receiver.listen(_address(self._generation, name))
+            receiver.listen(self._roster.address)
         self._receiver = receiver
 
     def receive(self, timeout: float | None) -> bool:
@@ -100,11 +96,13 @@ class Lanes:
         return sender is not None and sender.send(verb, args)
 
     def _sender(self, to: str) -> Sender | None:
-        if to not in self._senders:
+        try:
+            return self._senders[to]
+        except KeyError:
             with self._lock:
                 if to not in self._senders:
-                    self._senders[to] = _connected(_address(self._generation, to))
-        return self._senders[to]
+                    self._senders[to] = _connected(*lane) if (lane := self._roster.lane(to)) else None
+                return self._senders[to]
 
     def lose(self, name: str) -> None:
         """Close the lane to ``name``, which is dead."""
@@ -112,6 +110,12 @@ class Lanes:
             sender, self._senders[name] = self._senders.get(name), None
         if sender is not None:
             sender.close()
+
+    def forget(self, name: str) -> None:
+        """Close the lane to ``name``, where another process is now: the next message takes a new one."""
+        self.lose(name)
+        with self._lock:
+            del self._senders[name]
 
     def close(self) -> None:
         """Close all lanes; tensors that came by them stay valid."""
@@ -121,10 +125,11 @@ class Lanes:
             self.lose(name)
 
 
-def _connected(address: str) -> Sender | None:
+def _connected(own: str, address: str) -> Sender | None:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     connection.setblocking(False)
     try:
+        connection.bind(own)  # tells who sends
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BYTES)
         connection.connect(address)
     except OSError:  # on another host, or not served
@@ -253,8 +258,9 @@ class Sender:
 class Receiver:
     """The receiving end of all lanes to this process. One thread receives: it runs each message's verb itself."""
 
-    def __init__(self, handle: Handle) -> None:
+    def __init__(self, handle: Handle, knows: Callable[[str], bool]) -> None:
         self._handle = handle
+        self._knows = knows  # whether a process is one of the group, by its wire name
         self._listener: socket.socket | None = None
         self._selector = selectors.DefaultSelector()
         self._waker = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -306,17 +312,18 @@ class Receiver:
 
     def _accept(self) -> None:
         assert self._listener is not None
-        connection, _ = self._listener.accept()
+        connection, address = self._listener.accept()
         credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         if _CREDENTIALS.unpack(credentials)[1] != os.getuid():
             connection.close()
             return
         connection.setblocking(False)
-        incoming = _Incoming(connection, self._handle)
+        incoming = _Incoming(connection, sender_of(address), self._handle)
         self._selector.register(connection, selectors.EVENT_READ, lambda: self._read(incoming))
 
     def _read(self, incoming: _Incoming) -> None:
-        if not incoming.read():
+        # What the dead have sent is not read once they are replaced.
+        if not (self._knows(incoming.sender) and incoming.read()):
             self._selector.unregister(incoming.connection)
             incoming.connection.close()
 
@@ -324,8 +331,9 @@ class Receiver:
 class _Incoming:
     """One lane's receiving end."""
 
-    def __init__(self, connection: socket.socket, handle: Handle) -> None:
+    def __init__(self, connection: socket.socket, sender: str, handle: Handle) -> None:
         self.connection = connection
+        self.sender = sender  # its wire name
         self._handle = handle
         self._slots: dict[int, memoryview] = {}
         # Kept until they are called: a reference that is gone calls nothing.

@@ -58,6 +58,11 @@ class Replies:
         for reply in pending:
             reply.set_exception(error)
 
+    def forget(self, worker: str) -> None:
+        """Take calls to ``worker`` again, where another process is now; those under way to the dead one have failed."""
+        with self._lock:
+            self._lost.pop(worker, None)
+
     def _take(self, worker: str, reply: Future[Any]) -> bool:
         with self._lock:
             if reply not in self._pending.get(worker, ()):

@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import contextlib
 import io
-import itertools
 import logging
 import os
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from typing import Any
@@ -33,6 +32,7 @@ from rpcpipe.transport.base import DRIVER, Endpoint
 from rpcpipe.transport.lanes import Lanes
 from rpcpipe.transport.message_pickling import TensorsAside, in_bounds
 from rpcpipe.transport.replies import Replies, wait
+from rpcpipe.transport.roster import Roster, Seat
 from rpcpipe.transport.rpc_store import ExchangeStore
 from rpcpipe.transport.torch_log import hush
 
@@ -44,7 +44,6 @@ _GRACE = 0.5  # seconds that the monitor has to report that a worker has died
 _BINDINGS: Any = torch._C._distributed_rpc  # rpc_async and remote end in its functions
 # Verbs whose messages only file values: they may wait in a lane until the compute thread wants one.
 _BY_LANE = ("deliver", "deliver_tensors", "supply")
-_MAX_NUMBER = (1 << 15) - 1  # torch numbers workers in 16 bits
 
 log = logging.getLogger("rpcpipe")
 
@@ -57,25 +56,27 @@ class _Agent:
     process enters itself under names and numbers never used again: torch's protocol for that survives no death.
     """
 
-    def __init__(self, store: ExchangeStore, name: str, number: int, interface: str) -> None:
+    def __init__(self, store: ExchangeStore, own: Seat, interface: str) -> None:
         self.store, self.interface = store, interface
-        self._agent = _start_agent(store, name, number, interface)
-        self._others: list[str] = []
+        self._own = own
+        self._agent = _start_agent(store, *own, interface)
+        self._others: set[str] = set()
 
-    def admit(self, others: Mapping[str, int]) -> None:
-        """Enter other processes, names with numbers; each has published its address in the store, or will."""
-        for name, number in others.items():
-            self._agent._update_group_membership(rpc.WorkerInfo(name, number), [], {}, True)  # type: ignore[attr-defined]
-            self._others.append(name)
+    def admit(self, others: Iterable[Seat]) -> None:
+        """Enter other processes; each has published its address in the store, or will."""
+        for seat in others:
+            if seat != self._own and seat.wire not in self._others:
+                self._agent._update_group_membership(rpc.WorkerInfo(*seat), [], {}, True)  # type: ignore[attr-defined]
+                self._others.add(seat.wire)
 
-    def part(self) -> None:
-        """Close the connections to the others, which are dead; torch keeps their entries, to which it refers."""
-        for name in self._others:
+    def part(self, others: Iterable[Seat] | None = None) -> None:
+        """Close the connections to others, all by default, which are dead; torch keeps their entries, as it needs."""
+        for wire in self._others.copy() if others is None else [seat.wire for seat in others]:
             # A message to the dead: the agent looks at a connection only when it is used, and would
             # keep its descriptors otherwise.
             with contextlib.suppress(RuntimeError):
-                _invoke(_BINDINGS._invoke_rpc_python_udf, name, _receive, ("", "", ()))
-        self._others = []
+                _invoke(_BINDINGS._invoke_rpc_python_udf, wire, _receive, ("", "", ()))
+            self._others.discard(wire)
 
     @property
     def alone(self) -> bool:
@@ -117,23 +118,10 @@ class RpcProcess:
 
     def __init__(self) -> None:
         self.agent: _Agent | None = None
-        self._served: tuple[str, Endpoint] | None = None  # generation, endpoint
-        self._numbers = itertools.count(1)
+        self._served: tuple[Roster, Endpoint] | None = None
 
-    def number_workers(self, names: Sequence[str]) -> dict[str, int]:
-        """Return torch's numbers by name: 0 for the driver, for workers such as were never given before.
-
-        Raises StateError once torch's 16 bits are used up.
-        """
-        numbers = {DRIVER: 0, **{name: next(self._numbers) for name in names}}
-        if max(numbers.values()) > _MAX_NUMBER:
-            raise StateError(f"this process has launched {_MAX_NUMBER} workers, all that torch numbers: use another")
-        return numbers
-
-    def join(
-        self, store: ExchangeStore, name: str, numbers: Mapping[str, int], generation: str, *, interface: str
-    ) -> None:
-        """Form the group of ``numbers``, as ``name``; return once all others' addresses are in ``store``.
+    def join(self, store: ExchangeStore, roster: Roster, *, interface: str) -> None:
+        """Form the group of ``roster``; return once all others' addresses are in ``store``.
 
         Raises StateError if this process is in a group already, and whatever ``store`` raises.
         """
@@ -149,7 +137,7 @@ class RpcProcess:
             self._stop_agent()
             agent = None
         if agent is None:
-            agent = self.agent = _Agent(store, _wire_name(name, generation), numbers[name], interface)
+            agent = self.agent = _Agent(store, roster.own, interface)
         elif agent.interface != interface:
             raise StateError(
                 f"this process's torch RPC listens on {agent.interface} and cannot change to {interface};"
@@ -157,23 +145,28 @@ class RpcProcess:
             )
         else:
             agent.store.adopt(store)
-        agent.admit({_wire_name(other, generation): number for other, number in numbers.items() if other != name})
+        agent.admit(roster.seats.values())
 
-    def serve(self, endpoint: Endpoint, generation: str) -> None:
-        """Run ``endpoint``'s verbs for the messages of ``generation`` from now on, and no others."""
-        self._served = generation, endpoint
+    def serve(self, endpoint: Endpoint, roster: Roster) -> None:
+        """Run ``endpoint``'s verbs for the messages that ``roster`` accepts from now on, and no others."""
+        self._served = roster, endpoint
 
     @property
-    def endpoint(self) -> Endpoint | None:
-        """Return the endpoint that is served."""
-        return None if self._served is None else self._served[1]
+    def served(self) -> tuple[Roster, Endpoint] | None:
+        """Return the endpoint that is served, and to whom."""
+        return self._served
 
-    def dispatch(self, generation: str, verb: str, args: tuple[Any, ...]) -> Any:
-        """Run a message's verb and return its result; None for a generation that is not served any more."""
+    def dispatch(self, stamp: str, verb: str, args: tuple[Any, ...]) -> Any:
+        """Run a message's verb and return its result; None where the message is of, or for, one who is no more."""
         served = self._served
-        if served is None or served[0] != generation:
+        if served is None or not served[0].accepts(stamp):
             return None
         return getattr(served[1], verb)(*args)
+
+    def run(self, roster: Roster, verb: str, args: tuple[Any, ...]) -> Any:
+        """Run the verb of a message from one of ``roster``; return its result, or None if another one is served."""
+        served = self._served
+        return None if served is None or served[0] is not roster else getattr(served[1], verb)(*args)
 
     def leave(self) -> None:
         """Leave the group, whose other members have ended; the agent stays for the next one."""
@@ -195,25 +188,17 @@ class RpcProcess:
 this_process = RpcProcess()
 
 
-def _wire_name(name: str, generation: str) -> str:
-    """Return torch's name for a worker, another one in every generation.
-
-    torch retries some messages by name; one to a worker that has died must not reach its successor.
-    """
-    return name if name == DRIVER else f"{name}-{generation[:8]}"
-
-
 # --- handlers: called by torch's threads, never block. Pickled by name: they stay functions of this module ---
 
 
-def _receive(generation: str, verb: str, args: tuple[Any, ...]) -> Any:
-    return this_process.dispatch(generation, verb, args)
+def _receive(stamp: str, verb: str, args: tuple[Any, ...]) -> Any:
+    return this_process.dispatch(stamp, verb, args)
 
 
 @rpc.functions.async_execution  # type: ignore[untyped-decorator]
-def _receive_later(generation: str, verb: str, args: tuple[Any, ...]) -> torch.futures.Future[Any]:
+def _receive_later(stamp: str, verb: str, args: tuple[Any, ...]) -> torch.futures.Future[Any]:
     answer: torch.futures.Future[Any] = torch.futures.Future()
-    result = _receive(generation, verb, args)
+    result = _receive(stamp, verb, args)
     if isinstance(result, Future):
         result.add_done_callback(lambda done: answer.set_result(done.result()))
     else:
@@ -222,7 +207,7 @@ def _receive_later(generation: str, verb: str, args: tuple[Any, ...]) -> torch.f
 
 
 @rpc.functions.async_execution  # type: ignore[untyped-decorator]
-def _receive_chained(generation: str, verb: str, args: tuple[Any, ...]) -> torch.futures.Future[Any]:
+def _receive_chained(stamp: str, verb: str, args: tuple[Any, ...]) -> torch.futures.Future[Any]:
     """Do as ``_receive_later`` once the RRefs among ``args`` have been fetched.
 
     The fetches are issued on this handler's thread, where the caller's distributed-autograd context is in force, so the
@@ -235,7 +220,7 @@ def _receive_chained(generation: str, verb: str, args: tuple[Any, ...]) -> torch
     def fetched(_: object) -> None:
         try:
             values = [leaf if fetch is None else _fetched(fetch) for leaf, fetch in zip(leaves, fetches, strict=True)]
-            result = _receive(generation, verb, pytree.tree_unflatten(values, spec))
+            result = _receive(stamp, verb, pytree.tree_unflatten(values, spec))
         except Exception as error:
             answer.set_result(_raised_by_to_here(f"{type(error).__name__}: {error}"))
         else:
@@ -313,17 +298,31 @@ def _invoke(send: Any, to: str, function: Any, args: tuple[Any, ...]) -> Any:
 
 
 class RpcTransport:
-    """Messages of one ``generation`` of workers, as seen from the driver or from a worker."""
+    """Messages between the processes of ``roster``, as seen from one of them."""
 
-    def __init__(self, generation: str) -> None:
-        # A random string. Messages that carry another one are dropped where they arrive.
-        self.generation = generation
+    def __init__(self, roster: Roster) -> None:
+        self.roster = roster
         self._replies = Replies()
-        self._lanes = Lanes(generation)
+        self._lanes = Lanes(roster)
 
     def serve(self, name: str, endpoint: Endpoint) -> None:
-        this_process.serve(endpoint, self.generation)
-        self._lanes.serve(name, lambda verb, args: this_process.dispatch(self.generation, verb, args))
+        this_process.serve(endpoint, self.roster)
+        self._lanes.serve(lambda verb, args: this_process.run(self.roster, verb, args))
+
+    def admit(self, seats: Mapping[str, Seat], without: Collection[str] = ()) -> list[Seat]:
+        """Let processes stand for names from now on, none for those ``without``; return the seats left, of the dead.
+
+        The addresses are in the store. Threads that send meanwhile reach the dead or the successor.
+        """
+        agent = this_process.agent
+        assert agent is not None, "a group is joined first"
+        agent.admit(seats.values())
+        gone = self.roster.seat(seats, without)
+        for name in seats:
+            self._lanes.forget(name)
+            self._replies.forget(name)
+        agent.part(gone)
+        return gone
 
     def leave(self) -> None:
         self._lanes.close()
@@ -354,8 +353,8 @@ class RpcTransport:
         return reply
 
     def _invoke_call(self, to: str, function: Any, verb: str, args: tuple[Any, ...]) -> Any:
-        message = (self.generation, verb, args)
-        return _invoke(_BINDINGS._invoke_rpc_python_udf, _wire_name(to, self.generation), function, message)
+        message = (self.roster.stamp(to), verb, args)
+        return _invoke(_BINDINGS._invoke_rpc_python_udf, self.roster.seats[to].wire, function, message)
 
     def _complete(self, to: str, reply: Future[Any], answer: torch.futures.Future[Any]) -> None:
         """Runs on a thread of the agent."""
@@ -374,17 +373,17 @@ class RpcTransport:
 
     def remote(self, to: str, verb: str, *args: Any, later: bool = False) -> object:
         function = _receive_later if later else _receive
-        message = (self.generation, verb, args)
+        message = (self.roster.stamp(to), verb, args)
         try:
-            return _invoke(_BINDINGS._invoke_remote_python_udf, _wire_name(to, self.generation), function, message)
+            return _invoke(_BINDINGS._invoke_remote_python_udf, self.roster.seats[to].wire, function, message)
         except RuntimeError as broken:
             # Unlike a call, `remote` raises at once where the connection is known to be broken. What a call
             # makes of it is the cause: the death, if it is one.
             raise self.call(to, "clock").exception() or broken from None
 
     def remote_chained(self, to: str, verb: str, *args: Any) -> object:
-        message = (self.generation, verb, pytree.tree_map(in_bounds, args))
-        return rpc.remote(_wire_name(to, self.generation), _receive_chained, args=message)
+        message = (self.roster.stamp(to), verb, pytree.tree_map(in_bounds, args))
+        return rpc.remote(self.roster.seats[to].wire, _receive_chained, args=message)
 
     def wait(self, replies: Collection[Future[Any]], timeout: float) -> tuple[set[Future[Any]], set[Future[Any]]]:
         return wait(replies, timeout)

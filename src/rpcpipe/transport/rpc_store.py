@@ -41,7 +41,8 @@ class ExchangeStore(Store):
         self.publish(key, base64.b64encode(value).decode())
 
     def get(self, key: str) -> bytes:
-        return base64.b64decode(self.fetch(key))
+        own = self._values.get(key)
+        return base64.b64decode(self.fetch(key)) if own is None else own
 
     def compare_set(self, key: str, expected: bytes, desired: bytes) -> bytes:  # type: ignore[override]
         # The agent asks whether the group's members are fixed and whether its number is free: it gets its wish.

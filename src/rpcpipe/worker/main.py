@@ -14,6 +14,9 @@ import queue
 import socket
 import sys
 import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from functools import partial
 from typing import Any, NoReturn
 
 import psutil
@@ -24,11 +27,14 @@ from rpcpipe.cluster.host_agent import serve_rank
 from rpcpipe.cluster.monitor import BEAT_SECONDS
 from rpcpipe.cluster.spawner import end_with_parent
 from rpcpipe.cluster.template import CONTROL_FD, TEMPLATE_FD
-from rpcpipe.transport.base import DRIVER, WorkerEndpoint
+from rpcpipe.transport.base import WorkerEndpoint
+from rpcpipe.transport.roster import Roster, Seat
 from rpcpipe.transport.rpc import RpcTransport, this_process
 from rpcpipe.transport.rpc_store import ExchangeStore
 from rpcpipe.worker import fork_server
 from rpcpipe.worker.executor import Executor
+
+log = logging.getLogger("rpcpipe.worker")
 
 
 def main() -> None:
@@ -71,6 +77,7 @@ class Control:
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
         self.executor: Executor | None = None
+        self.transport: RpcTransport | None = None
         self._values: dict[str, queue.SimpleQueue[str]] = {}
         self._messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._lock = threading.Lock()
@@ -104,17 +111,50 @@ class Control:
             except (EOFError, ValueError):
                 exit_now(1)  # the driver has ended
             for kind, payload in messages:
-                self._handle(kind, payload)
+                try:
+                    self._handle(kind, payload)
+                except Exception:
+                    # What a message changes is the same in all processes, or they could not go on together.
+                    log.exception("a %r message of the driver failed", kind)
+                    exit_now(1)
 
     def _handle(self, kind: str, payload: Any) -> None:
         if kind == "key":
             self._box(payload[0]).put(payload[1])
+        elif kind == "admit":
+            self._admit(*payload)
+        elif kind == "meet":
+            self._meet(payload)
         elif kind != "stop":
             self._messages.put((kind, payload))
         elif (executor := self.executor) is None:
             exit_now(0)
         else:
             executor.close()
+
+    def _admit(self, seats: Mapping[str, Any], without: Sequence[str]) -> None:
+        """Let processes stand for names, this one, too, and none for those ``without``."""
+        assert self.transport is not None
+        assert self.executor is not None
+        admitted = {name: Seat(*seat) for name, seat in seats.items()}
+        gone = self.transport.admit(admitted, without)
+        for name, seat in admitted.items():
+            if seat == self.transport.roster.own:
+                self.executor.name = name
+        with self._lock:
+            for key in [key for key in self._values if key.rpartition("/")[2] in {seat.wire for seat in gone}]:
+                del self._values[key]
+
+    def _meet(self, others: Sequence[str]) -> None:
+        """Call ``others``, which opens connections to them; report each that has answered, or why it has not."""
+        assert self.transport is not None
+        for name in others:
+            reply = self.transport.call(name, "clock")
+            reply.add_done_callback(partial(self._met, self.transport.roster.seats[name].wire))
+
+    def _met(self, wire: str, reply: Future[Any]) -> None:
+        error = reply.exception()
+        self.channel.send("met", [wire, None if error is None else str(error)])
 
     def beat(self) -> None:
         """Send a heartbeat every ``BEAT_SECONDS``: the executor's progress and this process's memory in bytes."""
@@ -137,10 +177,11 @@ def _set_up(config: dict[str, Any]) -> None:
 
 def _join(config: dict[str, Any], control: Control) -> Executor:
     """Join the group of ``config``; return the executor that serves the group's messages."""
-    name, generation, timeout = config["name"], config["generation"], config["timeout"]
-    transport = RpcTransport(generation)
+    name, timeout = config["name"], config["timeout"]
+    seats = {other: Seat(*seat) for other, seat in config["seats"].items()}
+    transport = RpcTransport(Roster(config["generation"], name, seats))
     executor = Executor(name, transport, device=torch.device(config["device"]), threads=config["threads"])
-    control.executor = executor
+    control.executor, control.transport = executor, transport
     endpoint: WorkerEndpoint = executor
     transport.serve(name, endpoint)
     control.channel.send("ready")
@@ -148,10 +189,9 @@ def _join(config: dict[str, Any], control: Control) -> Executor:
     store = ExchangeStore(
         lambda key, value: control.channel.send("set", [key, value]), lambda key: control.fetch(key, timeout)
     )
-    this_process.join(store, name, config["numbers"], generation, interface=config["interface"])
-    # torch's agent closes its listener for good if a peer ends while its first connection is being made.
-    # The driver's listener must serve later groups, too, so this call makes the connection before any work.
-    transport.call(DRIVER, "clock").result(timeout)
+    this_process.join(store, transport.roster, interface=config["interface"])
+    # torch's agent closes its listener for good if a peer ends while its first connection is being made. The driver's
+    # listener must serve later groups, too; so the driver, once it has heard this, asks for a call before any work.
     control.channel.send("joined")
     return executor
 
