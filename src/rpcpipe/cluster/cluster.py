@@ -24,12 +24,18 @@ log = logging.getLogger("rpcpipe")
 _STOP_SECONDS = 1.0
 _KILL_SECONDS = 0.5
 _DRAIN_SECONDS = 0.3
+# So often workers may die while the dead are being replaced.
+_HEALINGS = 5
 
 
 class Tenant(Protocol):
     """What a cluster knows of a pipeline that uses it."""
 
     def close(self) -> None: ...
+
+    def revive(self) -> None:
+        """Let successors of dead workers go on with what those have kept of it; raises WorkerLost if they cannot."""
+        ...
 
     def stages_on(self, worker: str) -> Sequence[int]:
         """Return the stages that ``worker`` holds."""
@@ -56,6 +62,11 @@ class PipelineCluster(Protocol):
     @property
     def transport(self) -> Transport:
         """Return what carries messages to the workers."""
+        ...
+
+    @property
+    def heal(self) -> int:
+        """Return how often a call in which workers have died is made again; with 0 a death ends the cluster."""
         ...
 
     @property
@@ -139,10 +150,24 @@ class Cluster:
         return os.getpid() != self._owner
 
     def check(self) -> None:
-        """Raise StateError if the cluster is closed, WorkerLost if a worker has died."""
+        """Replace workers that have died. Raises StateError if the cluster is closed, WorkerLost if one stays lost."""
         self._check_open()
+        if self.heal and self._supervisor.lost:
+            self._restore()
         for lost in self._supervisor.lost.values():
             raise lost.again()
+
+    def _restore(self) -> None:
+        """Replace all workers that are lost, and let all pipelines go on with their successors."""
+        for left in reversed(range(_HEALINGS)):
+            try:
+                self._supervisor.replace()
+                for pipeline in list(self.pipelines):
+                    pipeline.revive()
+                return
+            except WorkerLost:
+                if not left or not self._supervisor.lost:
+                    raise
 
     def _check_open(self) -> None:
         if self._closed:

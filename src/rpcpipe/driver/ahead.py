@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 
+from rpcpipe.driver.callbacks import tell
 from rpcpipe.driver.course import Course, Cut, Issued
 from rpcpipe.driver.result import StepResult
 from rpcpipe.driver.runtime import Runtime
@@ -59,8 +60,14 @@ class StepsAhead:
 
     def _step(self, batch: tuple[Nest, Nest], issued: Issued | None) -> StepResult:
         self._runtime.check()
-        step = Step(self._runtime, self._runtime.trained, updates_at_once=True)
-        return train_once(step, *batch, issued, self._prepare)
+        runtime = self._runtime
+
+        def step() -> StepResult:
+            return train_once(Step(runtime, runtime.trained, updates_at_once=True), *batch, issued, self._prepare)
+
+        result = runtime.healed(step)
+        tell(runtime.callbacks, result)
+        return result
 
     def _prepare(self, follower: Course | None) -> None:
         """Read the next batch; issue its step if it can take the course ``follower``."""

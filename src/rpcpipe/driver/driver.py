@@ -69,6 +69,8 @@ class Driver:
         self._sender = Sender(transport, pipeline, self.workers, before=lambda step: self._note(OtherCall(step)))
         # The state is recorded before a message is sent, so the next call can roll back a step however it ended.
         self._recovery: State = Idle()
+        # By worker, rollbacks that it may not have executed: its successor must.
+        self._rollbacks: dict[str, list[tuple[list[Task], Future[Any]]]] = {}
 
     def new_step(self) -> int:
         """Return a step number that no message has carried yet."""
@@ -273,9 +275,9 @@ class Driver:
         """Execute one operation of ``worker``'s actor between steps; return its result."""
         return self.collect({worker: self.call(worker, operation)})[worker]
 
-    def call(self, worker: str, operation: Operation) -> Future[Any]:
-        """Execute one operation like ``control``; return the future of its result."""
-        return self._sender.post(worker, -1, [Task(operation)])
+    def call(self, worker: str, operation: Operation, before: Operation | None = None) -> Future[Any]:
+        """Execute one operation like ``control``, after the one ``before``; return the future of its result."""
+        return self._sender.post(worker, -1, [Task(one) for one in (before, operation) if one is not None])
 
     def remote(self, worker: str, operation: Operation) -> Any:
         """Execute one operation like ``control``; keep its result on the worker and return an RRef to it."""
@@ -306,7 +308,25 @@ class Driver:
         self._sender.release(newest)
         self.cancel(newest, undone.first)
         for worker in self.workers:
-            self._sender.post(worker, -1, tasks)
+            self._roll_back_on(worker, tasks)
+
+    def _roll_back_on(self, worker: str, tasks: list[Task]) -> None:
+        left = [(own, reply) for own, reply in self._rollbacks.get(worker, []) if not _is_done(reply)]
+        self._rollbacks[worker] = [*left, (tasks, self._sender.post(worker, -1, tasks))]
+
+    def revive(self, worker: str, path: str) -> Future[Any]:
+        """Have ``worker``, a dead one's successor, take over what that kept at ``path``; return the reply."""
+        return self._transport.call(worker, "revive", self._pipeline, path, self._sender.next[worker])
+
+    def welcome(self, worker: str) -> None:
+        """Let ``worker``, which has been revived, follow on to the others: nothing of the driver's is under way."""
+        self._recovery = Idle()
+        self._sender.forget_all()
+        place = self._sender.next[worker]
+        self._transport.send(worker, "cancel", self._pipeline, self._step - 1, place, place)
+        missed = [tasks for tasks, reply in self._rollbacks.pop(worker, []) if not _is_done(reply)]
+        for tasks in missed:
+            self._roll_back_on(worker, tasks)
 
     def drop(self) -> list[Future[Any]]:
         """Free the stages on all workers; return their replies."""
@@ -348,13 +368,13 @@ class Driver:
         return {key: reply.result() for key, reply in replies.items()}
 
     def outcomes(self, replies: Mapping[K, Future[Any]]) -> dict[K, Any]:
-        """Wait for all ``replies``; return their results by key, with Failures among them.
+        """Wait for all ``replies``; return their results by key, Failures and the errors of lost workers among them.
 
         Raises DeadlineExceeded if no worker finishes anything for the timeout.
         """
-        for _ in self._arriving(replies):
+        for _ in self._arriving({key: _outcome(reply) for key, reply in replies.items()}):
             pass
-        return {key: reply.result() for key, reply in replies.items()}
+        return {key: _outcome(reply).result() for key, reply in replies.items()}
 
     def _arriving(self, replies: Mapping[K, Future[Any]], watches: Collection[Future[Any]] = ()) -> Iterator[Any]:
         """Yield the results of ``replies`` and ``watches`` as they arrive, until all replies have arrived."""
@@ -366,3 +386,15 @@ class Driver:
             yield from (reply.result() for reply in done)
             if not done:
                 patience.check()
+
+
+def _is_done(reply: Future[Any]) -> bool:
+    """Return whether the task has been executed; one whose worker was lost may not have been."""
+    return reply.done() and reply.exception() is None
+
+
+def _outcome(reply: Future[Any]) -> Future[Any]:
+    """Return a future of the result of ``reply``, or of its exception."""
+    outcome: Future[Any] = Future()
+    reply.add_done_callback(lambda done: outcome.set_result(done.exception() or done.result()))
+    return outcome

@@ -6,12 +6,14 @@ Batches follow each other without a gap: while the driver collects one batch, th
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeVar
 
 from rpcpipe.driver.result import mean_loss, merged_outputs
 from rpcpipe.driver.runtime import Runtime
+from rpcpipe.driver.succession import healed
 from rpcpipe.errors import ArgumentError, StateError, require
 from rpcpipe.model.microbatch import Nest, copied
 from rpcpipe.stage.context import StepContext
@@ -20,6 +22,8 @@ from rpcpipe.transport.interrupts import shield_interrupts
 from rpcpipe.transport.user_pickling import named_dumps
 from rpcpipe.worker.messages import Report
 from rpcpipe.worker.operations import SetMetrics, SetSelection
+
+T = TypeVar("T")
 
 
 class Wanted(NamedTuple):
@@ -55,36 +59,68 @@ class Passed(NamedTuple):
         return merged_outputs(self.reports)
 
 
+@dataclass
+class _Pass:
+    """A batch under way, and the workers' replies once it has been issued."""
+
+    inputs: Nest
+    targets: Nest | None
+    passed: Passed | None = None
+    replies: Mapping[str, Future[Any]] = field(default_factory=dict)
+
+
 class Passes:
     """Batches that pass through a pipeline, which takes no other step meanwhile.
 
     For the workers each batch is a separate step; ``ahead`` batches are fed beyond the one that is awaited. After
-    a failure, and where the caller stops early, the batches under way are dropped.
+    a failure, and where the caller stops early, the batches under way are dropped; if a worker has died and been
+    replaced they are fed again. ``keep_outputs``: the last stage keeps its outputs; targets may then be None.
     """
 
-    def __init__(self, runtime: Runtime) -> None:
-        self._runtime = runtime
+    def __init__(self, runtime: Runtime, *, keep_outputs: bool = False) -> None:
+        self._runtime, self._keep_outputs = runtime, keep_outputs
         # As many micro-batches as there are workers fill the pipeline, and two more hide the driver's time.
         self.ahead = -(-(runtime.layout.pipeline_size + 2) // runtime.chunks)
+        self._waiting: deque[_Pass] = deque()
+        self._first: Mapping[str, int] = {}
 
-    def run(self, batches: Iterable[tuple[Nest, Nest | None]], *, keep_outputs: bool = False) -> Iterator[Passed]:
-        """Run every (inputs, targets) and yield the results in order. Targets may be None with ``keep_outputs``."""
-        runtime, waiting = self._runtime, deque[tuple[Passed, dict[str, Future[Any]]]]()
-        runtime.enter(self)
-        first = runtime.driver.places()
+    def run(self, batches: Iterable[tuple[Nest, Nest | None]]) -> Iterator[Passed]:
+        """Run every (inputs, targets) and yield the results in order."""
+        self._runtime.enter(self)
+        self._first = self._runtime.driver.places()
         try:
             for inputs, targets in batches:
-                waiting.append(self._feed(inputs, targets, keep_outputs))
-                if len(waiting) > self.ahead:
-                    yield self._collect(*waiting.popleft())
-            while waiting:
-                yield self._collect(*waiting.popleft())
+                self._waiting.append(_Pass(copied(inputs), None if targets is None else copied(targets)))
+                self._healed(self._feed)
+                if len(self._waiting) > self.ahead:
+                    yield self._healed(self._collect)
+            while self._waiting:
+                yield self._healed(self._collect)
         except BaseException:
-            with shield_interrupts():
-                runtime.driver.cancel(runtime.driver.new_step(), first)
+            self._cancel()
             raise
         finally:
-            runtime.leave(self)
+            self._runtime.leave(self)
+
+    def _healed(self, call: Callable[[], T]) -> T:
+        """Return ``call()``; made again where a worker has died, once all that is under way has been fed again."""
+
+        def check() -> None:
+            self._runtime.check()
+            self._cancel()
+            self._first = self._runtime.driver.places()
+            for one in self._waiting:
+                one.replies = {}
+
+        def feed_and_call() -> T:
+            self._feed()
+            return call()
+
+        return healed(self._runtime.cluster, check, feed_and_call)
+
+    def _cancel(self) -> None:
+        with shield_interrupts():
+            self._runtime.driver.cancel(self._runtime.driver.new_step(), self._first)
 
     def apply(self) -> None:
         """Raise StateError: there is no update to apply."""
@@ -93,33 +129,47 @@ class Passes:
     def forget(self) -> None:
         """Do nothing: forward passes accumulate no gradients."""
 
-    def _feed(self, inputs: Nest, targets: Nest | None, keep_outputs: bool) -> tuple[Passed, dict[str, Future[Any]]]:
-        """Issue one batch; return it without reports, and the workers' replies."""
-        runtime = self._runtime
-        batch = runtime.program.cut(copied(inputs))
-        target_parts = None
-        if targets is not None:
-            targets = copied(targets)
-            target_parts = runtime.program.cut_targets(targets if keep_outputs else runtime.prepare(targets), batch)
-        plan = StepContext(runtime.driver.new_step(), runtime.trained, False, batch.weights, keep_outputs=keep_outputs)
-        program = runtime.program.forward(batch.counts, targets=targets is not None)
-        replies = runtime.driver.issue(program, plan, runtime.given(batch.parts, target_parts))
-        return Passed(batch.size, batch.weights, {}), replies
+    def lose(self) -> None:
+        """Do nothing: whoever waits for what was under way notices that it is gone."""
 
-    def _collect(self, passed: Passed, replies: Mapping[str, Future[Any]]) -> Passed:
-        return passed._replace(reports=self._runtime.driver.collect(replies))
+    def _feed(self) -> None:
+        """Issue the batches that are not under way."""
+        runtime = self._runtime
+        for one in self._waiting:
+            if one.replies:
+                continue
+            batch = runtime.program.cut(one.inputs)
+            target_parts = None
+            if (targets := one.targets) is not None:
+                prepared = targets if self._keep_outputs else runtime.prepare(targets)
+                target_parts = runtime.program.cut_targets(prepared, batch)
+            step = runtime.driver.new_step()
+            plan = StepContext(step, runtime.trained, False, batch.weights, keep_outputs=self._keep_outputs)
+            program = runtime.program.forward(batch.counts, targets=targets is not None)
+            one.passed = Passed(batch.size, batch.weights, {})
+            one.replies = runtime.driver.issue(program, plan, runtime.given(batch.parts, target_parts))
+
+    def _collect(self) -> Passed:
+        """Return the oldest batch's results."""
+        oldest = self._waiting[0]
+        assert oldest.passed is not None
+        reports = self._runtime.driver.collect(oldest.replies)
+        self._waiting.popleft()
+        return oldest.passed._replace(reports=reports)
 
 
 def outputs(runtime: Runtime, batches: Iterable[Nest]) -> Iterator[Nest]:
     """Yield the model's output for every batch of inputs."""
-    for passed in Passes(runtime).run(((inputs, None) for inputs in batches), keep_outputs=True):
+    for passed in Passes(runtime, keep_outputs=True).run((inputs, None) for inputs in batches):
         yield passed.output
 
 
 def tell_last_stage(runtime: Runtime, operation: SetMetrics | SetSelection) -> None:
     """Execute ``operation``, which holds for all later passes, on the last stage of every replica."""
     driver = runtime.driver
-    driver.collect({worker: driver.call(worker, operation) for worker in runtime.stages[-1].workers})
+    runtime.healed(
+        lambda: driver.collect({worker: driver.call(worker, operation) for worker in runtime.stages[-1].workers})
+    )
 
 
 def evaluate(

@@ -6,7 +6,7 @@ import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -19,8 +19,9 @@ from rpcpipe.driver.driver import Driver
 from rpcpipe.driver.layout import Layout
 from rpcpipe.driver.optimizer import PipelineOptimizer
 from rpcpipe.driver.stage_handle import StageHandle
+from rpcpipe.driver.succession import Succession, healed
 from rpcpipe.driver.tracing import Tracer
-from rpcpipe.errors import ScheduleError, StateError, require
+from rpcpipe.errors import Failure, ScheduleError, StageError, StateError, WorkerLost, require
 from rpcpipe.model.layers import check_inputs
 from rpcpipe.model.microbatch import Nest
 from rpcpipe.schedules import Schedule
@@ -28,6 +29,9 @@ from rpcpipe.schedules.timeline import Timeline
 from rpcpipe.schedules.weight_versions import Policy
 from rpcpipe.stage.progress import Progress
 from rpcpipe.worker.messages import Port, Report, StageInfo
+from rpcpipe.worker.operations import BeginCall, CallModule, RollBackStep
+
+T = TypeVar("T")
 
 
 class Active(Protocol):
@@ -39,6 +43,10 @@ class Active(Protocol):
 
     def forget(self) -> None:
         """Drop the gradients accumulated so far: no later call adds to them."""
+        ...
+
+    def lose(self) -> None:
+        """Note that workers are being replaced, with whose tasks what was under way is gone."""
         ...
 
 
@@ -132,6 +140,7 @@ class Runtime:
         self.names = deployment.layout.names
         # Processes of one host share their monotonic clock.
         self.offsets = dict.fromkeys(self.names, 0)
+        self.succession = Succession(cluster, driver)
         self.deployment = deployment
         self.stages: tuple[StageHandle, ...] = ()
         self.program = deployment.program(self.stages)
@@ -158,7 +167,10 @@ class Runtime:
         if infos is not None:
             self.stages = tuple(
                 StageHandle(
-                    self.driver, stage, {name: infos[name][stage] for name in deployment.layout.replicas_of(holder)}
+                    self.driver,
+                    stage,
+                    {name: infos[name][stage] for name in deployment.layout.replicas_of(holder)},
+                    self.execute,
                 )
                 for stage, holder in enumerate(deployment.schedule.placement)
             )
@@ -252,13 +264,59 @@ class Runtime:
     def check(self) -> None:
         """Prepare the pipeline for other work: drain an open stream.
 
-        Raises StateError if the pipeline or the cluster is closed, and WorkerLost if a worker has died.
+        Workers that have died are replaced. Raises StateError if the pipeline or the cluster is closed, and WorkerLost
+        if a worker has died and is not replaced.
         """
         if self.closed:
             raise StateError("the pipeline is closed; make a new one")
         self.cluster.check()
+        self.revive()
         if self.stream is not None:
             self.stream.flush()
+
+    def revive(self) -> None:
+        """Let the successors of dead workers go on with what those have kept."""
+        if self.active is not None and self.succession.is_broken:
+            self.active.lose()
+        self.succession.revive()
+
+    def healed(self, call: Callable[[], T]) -> T:
+        """Return ``call()``, made again if workers have died in it; raises WorkerLost if they do again and again."""
+        return healed(self.cluster, self.check, call)
+
+    def execute(self, workers: Sequence[str], operation: CallModule) -> dict[str, Any]:
+        """Execute ``operation`` on each of ``workers`` once, and return the results.
+
+        On a worker that dies in it what it has changed is undone, and it is executed again. Inside an open step it is
+        not: the step is lost, too.
+        """
+        number, done = self.driver.new_step(), dict[str, Any]()
+        keep = self.cluster.heal > 0 and self.active is None
+
+        def rest() -> dict[str, Any]:
+            replies = {
+                worker: self.driver.call(worker, operation, before=BeginCall(number) if keep else None)
+                for worker in workers
+                if worker not in done
+            }
+            outcomes = self.driver.outcomes(replies)
+            done.update(
+                {worker: outcome for worker, outcome in outcomes.items() if not isinstance(outcome, WorkerLost)}
+            )
+            for outcome in outcomes.values():
+                if isinstance(outcome, WorkerLost):
+                    raise outcome
+                if isinstance(outcome, Failure):
+                    raise StageError.of(outcome)
+            return done
+
+        def check() -> None:
+            self.check()
+            for worker in workers:
+                if worker not in done:
+                    self.driver.call(worker, RollBackStep(number, updating=True))
+
+        return healed(self.cluster, check, rest) if keep else rest()
 
     def check_trains(self) -> None:
         """Raise StateError if the pipeline was made without an optimizer."""
@@ -281,6 +339,7 @@ class Runtime:
         if self.stream is not None:
             self.stream.abandon()
         self.cluster.pipelines.discard(self)
+        self.succession.close()
         self.stages = ()
         self.cluster.relabel()
         release(self.cluster, self.driver)

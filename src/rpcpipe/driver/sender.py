@@ -101,6 +101,10 @@ class Sender:
         """Send the tasks of ``program`` anew: some worker may not have them."""
         self._numbers.pop(program, None)
 
+    def forget_all(self) -> None:
+        """Send the tasks of all programs anew: a worker has none."""
+        self._numbers.clear()
+
     def release(self, step: int) -> None:
         """Let the RRefs of the steps up to ``step`` go."""
         self._held = {later: held for later, held in self._held.items() if later > step}

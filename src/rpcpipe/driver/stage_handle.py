@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,10 +22,17 @@ HEADER = ("stage", "worker", "device", "layers", "parameters", "weights", "busy 
 class StageHandle:
     """Stage ``index`` on worker ``worker``, with replicas on all of ``workers``, the first of which is ``worker``.
 
-    ``infos``: by worker, the description of the stage.
+    ``infos``: by worker, the description of the stage. ``execute`` executes an operation on workers, whatever becomes
+    of them, and returns the results.
     """
 
-    def __init__(self, driver: Driver, index: int, infos: Mapping[str, StageInfo]) -> None:
+    def __init__(
+        self,
+        driver: Driver,
+        index: int,
+        infos: Mapping[str, StageInfo],
+        execute: Callable[[Sequence[str], CallModule], Mapping[str, Any]],
+    ) -> None:
         self.index = index
         self.workers = tuple(infos)
         self.worker = self.workers[0]
@@ -36,7 +43,7 @@ class StageHandle:
         self.buckets: list[int] = self._info.buckets
         self.trainable: list[str] = self._info.trainable
         self.buffered: bool = self._info.buffered
-        self._driver = driver
+        self._driver, self._execute = driver, execute
 
     def __repr__(self) -> str:
         _, _, device, names, parameters, size, _ = self.rows({})[0]
@@ -69,8 +76,7 @@ class StageHandle:
         """
         data = named_dumps(function, "the call's function")
         seed = None if len(self.workers) == 1 else int(torch.randint(1 << 62, ()))
-        replies = {worker: self._driver.call(worker, CallModule(self.index, data, seed)) for worker in self.workers}
-        return loads(self._driver.collect(replies)[self.worker])
+        return loads(self._execute(self.workers, CallModule(self.index, data, seed))[self.worker])
 
     def forward(self, inputs: Nest) -> Any:
         """Return an RRef to the module's output for ``inputs``: a nest of tensors, or another RRef.

@@ -6,13 +6,12 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, NamedTuple
 
-from rpcpipe.driver.callbacks import Callback, tell
 from rpcpipe.driver.course import Course, Cut, Issued
 from rpcpipe.driver.ending import Ending
 from rpcpipe.driver.gate import judge, refuse_nonfinite
@@ -20,7 +19,7 @@ from rpcpipe.driver.inference import NOTHING, Wanted
 from rpcpipe.driver.result import StepResult, by_stage, mean_metrics, merged_outputs
 from rpcpipe.driver.runtime import Runtime
 from rpcpipe.driver.tracing import spans
-from rpcpipe.errors import StateError
+from rpcpipe.errors import StateError, WorkerLost
 from rpcpipe.model.microbatch import Nest
 from rpcpipe.schedules import Timeline
 from rpcpipe.stage import precision
@@ -75,6 +74,7 @@ class Step:
         self._updated = self._has_updated = False
         self._overflowed = False
         self._context: AbstractContextManager[int] | None = None
+        self._lost = False
 
     def __enter__(self) -> Step:
         try:
@@ -117,11 +117,6 @@ class Step:
             precision.update_loss_scale(runtime.scaler, finite=not self._overflowed)
 
     @property
-    def callbacks(self) -> Sequence[Callback]:
-        """Return the functions that take the result."""
-        return self._runtime.callbacks
-
-    @property
     def done(self) -> bool:
         """Whether a batch has been run."""
         return self._result is not None
@@ -147,6 +142,7 @@ class Step:
         if self._began:
             what = "was called in this step already" if self.done else "has failed in this step"
             raise StateError(f"forward_backward {what}; open another step")
+        self._check_lost()
         runtime, driver = self._runtime, self._runtime.driver
         if issued is not None and issued.came_true(runtime, self._course):
             cut, self._message = issued.cut, issued.plan.step
@@ -257,6 +253,7 @@ class Step:
 
     def apply(self) -> None:
         """Update the weights. ``optimize`` leads here through the optimizer, whose calls schedulers count."""
+        self._check_lost()
         if not self.result().applied:
             return
         self._updated = True
@@ -266,6 +263,19 @@ class Step:
         self._has_updated = True
         if self._runtime.tracer is not None:
             self._runtime.tracer.update(times, self._course.number)
+
+    def lose(self) -> None:
+        """Note that a worker has been replaced: unless the weights are updated, nothing is left of the step."""
+        if not self._has_updated:
+            self._lost = True
+            self._runtime.driver.roll_back(self._message, updating=True)
+
+    def _check_lost(self) -> None:
+        if self._lost:
+            raise WorkerLost(
+                "a worker has died and been replaced since this step began, and its gradients are gone: leave the"
+                " with-block and open another step"
+            )
 
     def result(self) -> StepResult:
         """Return the figures so far. Raises StateError before ``forward_backward``."""
@@ -283,7 +293,7 @@ def train_once(
     issued: Issued | None = None,
     meanwhile: Callable[[Course | None], None] = _nothing,
 ) -> StepResult:
-    """Run ``step`` on a batch to its update, and return the result, which the callbacks get, too.
+    """Run ``step`` on a batch to its update, and return the result.
 
     ``issued`` and ``meanwhile`` are as for ``Step.run``.
     """
@@ -292,6 +302,4 @@ def train_once(
         step.run(inputs, targets, issued, meanwhile)
         step.optimize()
         shield_interrupts.check()  # before this line the step can be rolled back; after it the step is done
-        result = step.result()
-    tell(step.callbacks, result)
-    return result
+        return step.result()

@@ -166,6 +166,9 @@ class Stream:
     def forget(self) -> None:
         """Do nothing: a stream accumulates no gradients over calls."""
 
+    def lose(self) -> None:
+        """Do nothing: a stream is active only while it is fed, and collecting notices the loss."""
+
     def abandon(self) -> None:
         """Forget the stream without sending a message, because the pipeline is closed."""
         if self._state is not None:

@@ -79,7 +79,7 @@ def start(layers: OrderedDict[str, Layer], cluster: PipelineCluster, options: Op
         stages={}, last_stage=schedule.stages - 1, loss=options.loss or _no_loss, optimizer=options.optimizer,
         seed=seed, checkpoint=options.checkpoint, autocast=options.autocast, batch_norm=options.batch_norm,
         wirings=wirings, ties=ties, stage_links=deployment.stage_links, shared_buffers=buffers,
-        settings=TorchSettings.current(),
+        settings=TorchSettings.current(), keep=cluster.heal > 0,
     )  # fmt: skip
     try:
         _create(runtime, identity, layers, common)
@@ -139,6 +139,7 @@ def _create(runtime: Runtime, identity: str, layers: OrderedDict[str, Layer], co
         replies[name] = runtime.cluster.transport.call(name, "create", identity, spec)
     infos = runtime.driver.collect(replies)
     runtime.install(deployment, infos)
+    runtime.succession.begin(infos)
     if runtime.settings.trains:
         runtime.make_optimizer(check_groups({worker: list(stages.values()) for worker, stages in infos.items()}))
 

@@ -98,7 +98,7 @@ def generate(
     pipe.runtime.check()
     tell_last_stage(pipe.runtime, SetSelection(named_dumps(_LastLogits(logits), "what to select")))
     rows = [_row(prompt, new_tokens, rng.derive(seed, index)) for index, prompt in enumerate(prompts)]
-    passes, sampling = Passes(pipe.runtime), Sampling(temperature, top_k)
+    passes, sampling = Passes(pipe.runtime, keep_outputs=True), Sampling(temperature, top_k)
     groups = passes.ahead + 1
     waiting = deque(group for group in (rows[start::groups] for start in range(groups)) if group and new_tokens)
     under_way = deque[list[_Row]]()
@@ -110,7 +110,7 @@ def generate(
             yield inputs(ids), last
 
     while waiting:  # a run ends early if no group was waiting when it asked for the next one
-        for passed in passes.run(feed(), keep_outputs=True):
+        for passed in passes.run(feed()):
             if group := _grow(under_way.popleft(), passed.output, sampling, stop):
                 waiting.append(group)
     return [row.ids for row in rows]

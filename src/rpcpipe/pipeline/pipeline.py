@@ -17,7 +17,7 @@ from rpcpipe.checkpoint.plain_state import Holders
 from rpcpipe.cluster.cluster import PipelineCluster
 from rpcpipe.driver import inference
 from rpcpipe.driver.ahead import StepsAhead
-from rpcpipe.driver.callbacks import Callback, JsonLines
+from rpcpipe.driver.callbacks import Callback, JsonLines, tell
 from rpcpipe.driver.optimizer import PipelineOptimizer
 from rpcpipe.driver.result import StepResult
 from rpcpipe.driver.stage_handle import HEADER, StageHandle
@@ -249,7 +249,11 @@ class Pipeline:
             stream.feed(inputs, targets)
             stream.flush()
             return stream.take()
-        return train_once(self._step(metrics, outputs, updates_at_once=True), inputs, targets)
+        result = self.runtime.healed(
+            lambda: train_once(self._step(metrics, outputs, updates_at_once=True), inputs, targets)
+        )
+        tell(self.callbacks, result)
+        return result
 
     def train(
         self, batches: Iterable[tuple[Nest, Nest]], progress: bool = False, *, ahead: int = 0
@@ -362,7 +366,7 @@ class Pipeline:
     def state_dict(self) -> OrderedDict[str, Any]:
         """Return all parameters, buffers and extra state under the unsplit model's names, on the CPU."""
         self.runtime.check()
-        return state.state_dict(self.runtime)
+        return self.runtime.healed(lambda: state.state_dict(self.runtime))
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load what ``state_dict`` of this pipeline or of the unsplit model returned.
@@ -370,7 +374,7 @@ class Pipeline:
         Raises CheckpointError, before anything changes, unless names and shapes are the model's.
         """
         self.runtime.check()
-        state.load_state_dict(self.runtime, state_dict)
+        self.runtime.healed(lambda: state.load_state_dict(self.runtime, state_dict))
 
     def save(
         self,
@@ -389,7 +393,7 @@ class Pipeline:
         and path.
         """
         self.runtime.check()
-        return state.save(self.runtime, directory, stateful or {}, position, keep)
+        return self.runtime.healed(lambda: state.save(self.runtime, directory, stateful or {}, position, keep))
 
     def load(self, directory: str | Path, *, stateful: Holders | None = None) -> Any:
         """Go on from the newest checkpoint in ``directory``, or from that very checkpoint; return its ``position``.
@@ -398,4 +402,4 @@ class Pipeline:
         cut, schedule or number of workers. Raises CheckpointError with file and tensor, before anything changes.
         """
         self.runtime.check()
-        return state.load(self.runtime, directory, stateful or {})
+        return self.runtime.healed(lambda: state.load(self.runtime, directory, stateful or {}))

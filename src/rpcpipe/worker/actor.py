@@ -32,6 +32,7 @@ from rpcpipe.worker.kept_state import CHANGING, KeptState
 from rpcpipe.worker.messages import Bucket, Port, Report, Route, StageInfo, Update, Updated
 from rpcpipe.worker.operations import (
     AddStatistics,
+    BeginCall,
     BeginStep,
     CallFunction,
     CreateActor,
@@ -153,6 +154,8 @@ class Actor:
                 self._roll_back(operation)
             case EndStream(updates):
                 self._end_stream(updates)
+            case BeginCall(number):
+                self._begin_call(number)
             case CreateActor() | ReviveActor() | CallFunction() | ForwardByHand() | ForgetStep() | DropActor():
                 raise AssertionError("the executor runs this operation")
             case _:
@@ -303,6 +306,15 @@ class Actor:
         begun = self._starts.restore(order.step, ahead=order.ahead)
         if begun and order.updating and self.held.optimizer is not None:
             self.held.optimizer.undo.take_back(order.step)
+
+    def _begin_call(self, number: int) -> None:
+        """Copy what a call may change; no step is open."""
+        self._starts.take(number, self.held.buffered)
+        if self.held.optimizer is not None:
+            self.held.optimizer.undo.begin(number)
+            self.held.optimizer.undo.refresh()
+        if self._kept is not None:
+            self._kept.begin(StepContext(number, 0, True, ()))
 
     # --- operations of a stream ---
 

@@ -166,6 +166,12 @@ class EndStream(NamedTuple):
     updates: int | None = None
 
 
+class BeginCall(NamedTuple):
+    """Copy what a call may change of weights and buffers, so that RollBackStep(``number``) undoes it."""
+
+    number: int
+
+
 UpdateOperation = (
     NormalizeGradients | PublishGradients | UpdateWeights | LastUpdate | TakeOrders | TellLosses | TellNorms
     | CommitStep | LastReport | UndoUpdate
@@ -173,7 +179,7 @@ UpdateOperation = (
 
 StepOperation = (
     BeginStep | RunAction | ReduceScatter | Reduce | GatherSums | GatherWeights | GiveStatistics | AddStatistics
-    | TakeBuffers | ReportStep | UpdateOperation | RollBackStep | EndStream
+    | TakeBuffers | ReportStep | UpdateOperation | RollBackStep | EndStream | BeginCall
 )  # fmt: skip
 
 # --- operations between steps ---

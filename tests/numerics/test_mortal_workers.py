@@ -1,0 +1,41 @@
+"""Workers die at any moment, and what comes out is what came out without."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from numerics.test_steps_ahead import OPTIONS, model, pipeline, same
+from support.local_cluster import LocalCluster
+from support.models import batches
+from support.mortal_cluster import MortalCluster
+
+
+def train(cluster: Any, options: dict[str, Any], ahead: int) -> tuple[list[Any], dict[str, torch.Tensor]]:
+    pipe = pipeline(cluster, **options, model=model())
+    cluster.deadly = True
+    figures = []
+    scheduler = torch.optim.lr_scheduler.StepLR(pipe.optimizer, 2, 0.5)
+    for result in pipe.train(batches(8, 24), ahead=ahead):
+        figures.append((result.step, result.loss, result.grad_norm, result.applied, result.lr, result.accumulated))
+        scheduler.step()
+    cluster.deadly = False
+    state = dict(pipe.state_dict())
+    pipe.close()
+    return figures, state
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.timeout(120)
+def test_training_gives_the_bits_of_a_run_without_deaths(name: str, ahead: int) -> None:
+    workers = 2 * OPTIONS[name].get("replicas", 1)
+    expected, after = train(LocalCluster(workers, 1), OPTIONS[name], 0)
+    for seed in range(2):
+        cluster = MortalCluster(workers, seed, rarity=40)
+        figures, state = train(cluster, OPTIONS[name], ahead)
+        assert repr(figures) == repr(expected)
+        assert same(state, after)
+        assert cluster.deaths > 2
