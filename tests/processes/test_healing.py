@@ -1,0 +1,58 @@
+"""Workers are killed while they train, and training goes on to the same bits."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+import rpcpipe as rp
+from support.models import adamw, batches, cross_entropy, mlp
+from support.oracle import Oracle, assert_same_weights
+
+
+@contextmanager
+def killing(cluster: rp.Cluster, seed: int, every: float) -> Iterator[list[float]]:
+    """Kill a worker of ``cluster``, any, every so many seconds on average."""
+    source, ended, kills = random.Random(seed), threading.Event(), list[float]()
+
+    def strike() -> None:
+        while not ended.wait(source.uniform(0.2, 1.8) * every):
+            worker = source.choice(cluster.workers)
+            try:
+                os.kill(worker.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+            kills.append(time.monotonic())
+
+    thread = threading.Thread(target=strike, daemon=True)
+    thread.start()
+    try:
+        yield kills
+    finally:
+        ended.set()
+        thread.join()
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+@pytest.mark.parametrize("dispatch", ["rref", "batched"])
+@pytest.mark.timeout(120)
+def test_training_goes_on_through_kills(dispatch: str, ahead: int) -> None:
+    with rp.launch(2, threads=1) as cluster:
+        pipe = rp.Pipeline(mlp(), cluster, loss=cross_entropy, optimizer=adamw, chunks=4, dispatch=dispatch)
+        oracle = Oracle(mlp(), adamw, cross_entropy, 4)
+        data = list(batches(8)) * 12
+        losses = [oracle.train_step(*batch) for batch in data]
+        with killing(cluster, 1, 0.25) as kills:
+            found = [result.loss for result in pipe.train(data, ahead=ahead)]
+        assert found == losses
+        assert_same_weights(pipe, oracle.model)
+        assert len(kills) > 3
