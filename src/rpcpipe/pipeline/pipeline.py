@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, overload
@@ -16,14 +16,14 @@ from rpcpipe import _tables
 from rpcpipe.checkpoint.plain_state import Holders
 from rpcpipe.cluster.cluster import PipelineCluster
 from rpcpipe.driver import inference
-from rpcpipe.driver.ahead import StepsAhead
+from rpcpipe.driver.ahead import train
 from rpcpipe.driver.callbacks import Callback, JsonLines, tell
 from rpcpipe.driver.optimizer import PipelineOptimizer
 from rpcpipe.driver.result import StepResult
 from rpcpipe.driver.stage_handle import HEADER, StageHandle
 from rpcpipe.driver.step import Step, train_once
 from rpcpipe.driver.stream import Stream
-from rpcpipe.errors import ScheduleError, require, require_whole
+from rpcpipe.errors import ScheduleError, require_whole
 from rpcpipe.model.layers import Loss, Model, named_layers
 from rpcpipe.model.microbatch import Nest
 from rpcpipe.pipeline import deploy, state
@@ -267,15 +267,7 @@ class Pipeline:
         pipeline drains the stream first. Raises what ``train_step`` raises.
         """
         self.runtime.check_trains()
-        require(ahead in (0, 1), f"ahead must be 0 or 1, not {ahead!r}")
-        given = pairs(batches, "train")
-        results: Generator[StepResult, None, None]
-        if self.runtime.policy is not None:
-            results = Stream(self.runtime).run(given, self.runtime.settings.flush_every)
-        elif ahead:
-            results = StepsAhead(self.runtime, given, self.train_step).run()
-        else:
-            results = (self.train_step(inputs, targets) for inputs, targets in given)
+        results = train(self.runtime, pairs(batches, "train"), self.train_step, ahead)
         total = len(batches) if isinstance(batches, Sized) else None
         with closing(results), tqdm(results, total=total, disable=not progress, unit="step") as bar:
             for result in bar:
