@@ -104,7 +104,8 @@ def launch(
     any progress after which a wait raises DeadlineExceeded. ``log_dir`` gets a file per worker with
     what it prints; all of it arrives on this process's stdout and stderr as well. ``spares``: further
     workers, which stay idle (``cluster.spares``) until one takes a dead worker's place. ``heal``: how often a step
-    that has lost workers is tried again with new ones in their place (True: 3 times; False or 0: not).
+    that has lost workers may be tried again with new ones in their place (True: 3 times; False or 0: not), kept as
+    ``cluster.heal``.
 
     A live cluster that was launched alike is returned again; another one is closed first. Raises
     ArgumentError for arguments that cannot work and RendezvousError when workers do not start.
