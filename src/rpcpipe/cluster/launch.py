@@ -16,7 +16,7 @@ import torch
 from rpcpipe.cluster.cluster import Cluster
 from rpcpipe.cluster.monitor import Monitor
 from rpcpipe.cluster.process import WorkerProcess, worker_environment
-from rpcpipe.cluster.rendezvous import Worker, WorkerGroup, form, worker_names
+from rpcpipe.cluster.rendezvous import Starter, Worker, WorkerGroup, form, worker_names
 from rpcpipe.cluster.template import PRELOADED, templates
 from rpcpipe.cluster.worker_logs import WorkerLogs
 from rpcpipe.errors import ArgumentError, StateError, require_positive, require_whole
@@ -172,8 +172,7 @@ def _start(
     def start(config: Mapping[str, Any]) -> WorkerProcess:
         return WorkerProcess({**config, **local})
 
-    group.start = start
-    group.device_of = lambda index: _devices(device, index + 1)[index]
+    group.starter = Starter(start, lambda index: _devices(device, index + 1)[index])
     try:
         for name in names:
             group.members[name] = member = start(group.worker_config(name, devices[name]))

@@ -56,7 +56,7 @@ class Supervisor:
         causes: list[str] = []
         while lost := self.lost:
             causes += [str(error) for error in lost.values()]
-            if self._group.start is None or any(tries[name] >= _TRIES for name in lost):
+            if self._group.starter is None or any(tries[name] >= _TRIES for name in lost):
                 raise _not_replaced(lost, causes)
             tries.update(lost.keys())
             replaced |= self._replace_once(lost)
@@ -106,10 +106,10 @@ class Supervisor:
 
         Raises StateError where this process cannot start workers.
         """
-        if self._group.start is None:
+        if (starter := self._group.starter) is None:
             raise StateError("this cluster's processes were started from outside; start more ranks and connect again")
         first = max(worker.rank for worker in self.workers) + 1
-        places = {worker_name(rank): (rank, self._group.device_of(rank - 1)) for rank in range(first, first + count)}
+        places = {worker_name(rank): (rank, starter.device_of(rank - 1)) for rank in range(first, first + count)}
         waiting, causes = dict(places), list[str]()
         for _ in range(_TRIES):
             joined = self._join({name: device for name, (_, device) in waiting.items()}, {})
@@ -205,9 +205,9 @@ class Supervisor:
     def _start(self, admission: Admission, name: str, device: str) -> None:
         """Start a process for ``name``, which is to join those that are present."""
         group = self._group
-        assert group.start is not None
+        assert group.starter is not None
         seat = seats.give(name)
-        member = group.start(group.worker_config(name, device, {**admission.present, name: seat}))
+        member = group.starter.start(group.worker_config(name, device, {**admission.present, name: seat}))
         self._liveness.start(member)
         group.members[name] = admission.successors[name] = member
         admission.starting[name] = seat
