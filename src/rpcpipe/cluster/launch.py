@@ -16,7 +16,7 @@ import torch
 from rpcpipe.cluster.cluster import Cluster
 from rpcpipe.cluster.monitor import Monitor
 from rpcpipe.cluster.process import WorkerProcess, worker_environment
-from rpcpipe.cluster.rendezvous import Starter, Worker, WorkerGroup, form, worker_names
+from rpcpipe.cluster.rendezvous import Member, Starter, Worker, WorkerGroup, form, worker_names
 from rpcpipe.cluster.template import PRELOADED, templates
 from rpcpipe.cluster.worker_logs import WorkerLogs
 from rpcpipe.errors import ArgumentError, StateError, require_positive, require_whole
@@ -169,7 +169,9 @@ def _start(
     worker_imports.adopt(sys.path)
     local = {"threads": threads, "interface": _INTERFACE, "path": list(sys.path), "argv": list(sys.argv)}
 
-    def start(config: Mapping[str, Any]) -> WorkerProcess:
+    def start(config: Mapping[str, Any], predecessor: Member | None = None) -> WorkerProcess:
+        if predecessor is not None:
+            predecessor.close()
         return WorkerProcess({**config, **local})
 
     group.starter = Starter(start, lambda index: _devices(device, index + 1)[index])

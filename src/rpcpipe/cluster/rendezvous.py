@@ -74,10 +74,14 @@ def worker_names(workers: int) -> list[str]:
 
 
 class Starter(NamedTuple):
-    """Starts a worker, by its ``worker_config``; and tells the device of the index-th worker."""
+    """``start`` starts a worker, by its ``worker_config``, in the place of one that has ended, if any.
 
-    start: Callable[[Mapping[str, Any]], Member]
-    device_of: Callable[[int], str]
+    It releases what belongs to that one, or uses it again. ``device_of`` tells the device of the index-th worker; None
+    where there can be no further ones.
+    """
+
+    start: Callable[[Mapping[str, Any], Member | None], Member]
+    device_of: Callable[[int], str] | None = None
 
 
 @dataclass(eq=False)
