@@ -36,7 +36,7 @@ def test_workers_that_die_between_two_results(ahead: int) -> None:
     for result in pipe.train(batches(8, 24), ahead=ahead):
         losses.append(result.loss)
         scheduler.step()
-        for _ in range(20):  # let a step ahead begin
+        for _ in range(200):  # let a step ahead go on
             cluster.transport.wait([cluster.transport.call("worker0", "clock")], 1.0)
         cluster.kill(f"worker{result.step % 2}")
         if result.step % 3 == 0:
