@@ -46,12 +46,11 @@ REPORT = Reporting()
 
 @dataclass(frozen=True)
 class Committing:
-    """Workers update from the context ``context_id``, with the hyperparameters ``changes`` set on the driver.
+    """Workers update, with the hyperparameters ``changes`` set on the driver.
 
     ``agreement``: how they agree on it; None if each updates for itself. ``after``: by worker, tasks that follow.
     """
 
-    context_id: int
     changes: Changes
     agreement: Agreement | None
     after: Mapping[str, list[Task]]
@@ -73,5 +72,5 @@ class Committing:
             tasks += [Task(TellLosses(agreement))] if worker in agreement.tellers else []
             tasks += [Task(TellNorms(agreement), agreement.losses_for(worker))]
             norms = agreement.norms_for(worker)
-        tasks += [Task(CommitStep(self.context_id, self.changes, agreement), norms)]
+        tasks += [Task(CommitStep(self.changes, agreement), norms)]
         return [*tasks, *after, Task(LastReport())] if (after := self.after.get(worker)) else tasks

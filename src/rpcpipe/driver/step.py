@@ -43,7 +43,8 @@ class _Done(NamedTuple):
 class Step:
     """A training step. ``context_id`` names its distributed-autograd context inside the with-block.
 
-    ``updates_at_once``: the caller will update whatever the batch gives, so workers need not wait to be told.
+    ``updates_at_once``: the caller will update whatever the batch gives, so workers need not wait to be told. There is
+    no such context then, unless something on the driver may still change the update.
 
     It is a class and not a generator because Python delivers no Ctrl-C between the return of ``__enter__``
     and the with-block.
@@ -74,7 +75,8 @@ class Step:
         try:
             with shield_interrupts():
                 self._runtime.enter(self)
-                self._open_context()
+                if not self._updates_at_once:
+                    self._open_context()
         except BaseException as error:
             self.__exit__(type(error), error, None)
             raise
@@ -142,6 +144,8 @@ class Step:
         self._record(done, input_grads, applied=applied)
         if done.ending.updates or not applied:
             return {}
+        if self._context is None:  # workers update from contexts of their own, if they need not wait to be told
+            self._open_context()
         return driver.publish_gradients(self._message, self.context_id, verdict.gate.factor)
 
     def _execute(self, batch: Batch, values: Mapping[Port, Any]) -> _Done:
@@ -157,9 +161,6 @@ class Step:
             # The updates took the loss for a mean, as it was in the step before. Now the workers agree.
             driver.roll_back(self._message, updating=True)
             self._message = driver.new_step()
-            with shield_interrupts():  # the context has the first run's gradients
-                self._close_context()
-                self._open_context()
             return self._execute(batch, values)
         return _Done(plan, ending, reports, verdict)
 
@@ -214,7 +215,7 @@ class Step:
         if waits or not plan.updates:
             return REPORT
         changes, after = runtime.optimizer.changes(), runtime.program.after_update()
-        return Committing(self.context_id, changes, self._agreement(), after)
+        return Committing(changes, self._agreement(), after)
 
     def _agreement(self) -> Agreement | None:
         """Return how the workers agree, None if an update needs nothing of other workers.

@@ -30,9 +30,10 @@ from torch.utils import _pytree as pytree
 
 from rpcpipe.errors import Failure, RpcPipeError, StageError, StateError, WorkerLost
 from rpcpipe.transport.base import DRIVER, Endpoint
+from rpcpipe.transport.lane_calls import LaneCalls
 from rpcpipe.transport.lanes import Lanes
 from rpcpipe.transport.message_pickling import TensorsAside, in_bounds
-from rpcpipe.transport.replies import Replies, wait
+from rpcpipe.transport.replies import Replies, Waiting
 from rpcpipe.transport.rpc_store import ExchangeStore
 from rpcpipe.transport.torch_log import hush
 
@@ -42,8 +43,11 @@ _HANDLER_THREADS = 2  # handlers only queue what they get, so two serve any numb
 _GRACE = 0.5  # seconds that the monitor has to report that a worker has died
 
 _BINDINGS: Any = torch._C._distributed_rpc  # rpc_async and remote end in its functions
+_CONTEXTS: Any = torch._C._distributed_autograd
 # Verbs whose messages only file values: they may wait in a lane until the compute thread wants one.
 _BY_LANE = ("deliver", "deliver_tensors", "supply")
+# And of calls, whose tasks only the compute thread takes: nothing else need hear of them before.
+_CALLS_BY_LANE = ("submit",)
 _MAX_NUMBER = (1 << 15) - 1  # torch numbers workers in 16 bits
 
 log = logging.getLogger("rpcpipe")
@@ -118,6 +122,7 @@ class RpcProcess:
     def __init__(self) -> None:
         self.agent: _Agent | None = None
         self._served: tuple[str, Endpoint] | None = None  # generation, endpoint
+        self._calls: tuple[str, LaneCalls] | None = None  # generation, calls that went by lanes
         self._numbers = itertools.count(1)
 
     def number_workers(self, names: Sequence[str]) -> dict[str, int]:
@@ -159,9 +164,13 @@ class RpcProcess:
             agent.store.adopt(store)
         agent.admit({_wire_name(other, generation): number for other, number in numbers.items() if other != name})
 
-    def serve(self, endpoint: Endpoint, generation: str) -> None:
-        """Run ``endpoint``'s verbs for the messages of ``generation`` from now on, and no others."""
+    def serve(self, endpoint: Endpoint, generation: str, calls: LaneCalls | None = None) -> None:
+        """Run ``endpoint``'s verbs for the messages of ``generation`` from now on, and no others.
+
+        ``calls``: what answers complete that no lane could take.
+        """
         self._served = generation, endpoint
+        self._calls = (generation, calls) if calls is not None else self._calls
 
     @property
     def endpoint(self) -> Endpoint | None:
@@ -175,9 +184,14 @@ class RpcProcess:
             return None
         return getattr(served[1], verb)(*args)
 
+    def answer(self, generation: str, number: int, error: str, outcome: Any) -> None:
+        """Complete a call of ``generation``, if that is served still."""
+        if self._calls is not None and self._calls[0] == generation:
+            self._calls[1].complete(number, error, outcome)
+
     def leave(self) -> None:
         """Leave the group, whose other members have ended; the agent stays for the next one."""
-        self._served = None
+        self._served = self._calls = None
         if self.agent is not None:
             self.agent.part()
 
@@ -204,6 +218,10 @@ def _wire_name(name: str, generation: str) -> str:
 
 
 # --- handlers: called by torch's threads, never block. Pickled by name: they stay functions of this module ---
+
+
+def _receive_answer(generation: str, number: int, error: str, outcome: Any) -> None:
+    this_process.answer(generation, number, error, outcome)
 
 
 def _receive(generation: str, verb: str, args: tuple[Any, ...]) -> Any:
@@ -312,6 +330,17 @@ def _invoke(send: Any, to: str, function: Any, args: tuple[Any, ...]) -> Any:
     return send(api._to_worker_info(to), buffer.getvalue(), pickler.tensors, 0.0, later)  # type: ignore[no-untyped-call]
 
 
+def _in_context() -> bool:
+    """Return whether this thread is in a distributed-autograd context, which only a message by RPC makes known."""
+    if not int(_CONTEXTS._get_debug_info()["num_autograd_contexts"]):
+        return False
+    try:
+        _CONTEXTS._current_context()
+    except RuntimeError:
+        return False
+    return True
+
+
 class RpcTransport:
     """Messages of one ``generation`` of workers, as seen from the driver or from a worker."""
 
@@ -320,10 +349,21 @@ class RpcTransport:
         self.generation = generation
         self._replies = Replies()
         self._lanes = Lanes(generation)
+        self._calls = LaneCalls(self._lanes, self._replies, self._dispatch, self._answer)
+        self._waiting = Waiting(lambda seconds: self._lanes.receive(seconds, interruptible=True), self._lanes.wake)
 
     def serve(self, name: str, endpoint: Endpoint) -> None:
-        this_process.serve(endpoint, self.generation)
-        self._lanes.serve(name, lambda verb, args: this_process.dispatch(self.generation, verb, args))
+        this_process.serve(endpoint, self.generation, self._calls)
+        self._lanes.serve(name, lambda verb, args: self._calls.run(verb, args) or self._dispatch(verb, args))
+
+    def _dispatch(self, verb: str, args: tuple[Any, ...]) -> Any:
+        return this_process.dispatch(self.generation, verb, args)
+
+    def _answer(self, to: str, number: int, error: str, outcome: Any) -> None:
+        """Answer a call that came by a lane."""
+        message = self.generation, number, error, outcome
+        with contextlib.suppress(RuntimeError):  # who asked has ended
+            _invoke(_BINDINGS._invoke_rpc_python_udf, _wire_name(to, self.generation), _receive_answer, message)
 
     def leave(self) -> None:
         self._lanes.close()
@@ -332,6 +372,7 @@ class RpcTransport:
     def lose(self, worker: str, error: WorkerLost) -> None:
         self._replies.lose(worker, error)
         self._lanes.lose(worker)
+        self._calls.lose(worker)
 
     def is_near(self, to: str) -> bool:
         return self._lanes.reach(to)
@@ -348,7 +389,8 @@ class RpcTransport:
 
     def call(self, to: str, verb: str, *args: Any) -> Future[Any]:
         reply = self._replies.open(to)
-        if not reply.done():
+        by_lane = verb in _CALLS_BY_LANE and not _in_context() and self._calls.call(to, reply, verb, args)
+        if not (by_lane or reply.done()):
             answer = self._invoke_call(to, _receive_later, verb, args)
             answer.add_done_callback(lambda done: self._complete(to, reply, done))
         return reply
@@ -387,7 +429,7 @@ class RpcTransport:
         return rpc.remote(_wire_name(to, self.generation), _receive_chained, args=message)
 
     def wait(self, replies: Collection[Future[Any]], timeout: float) -> tuple[set[Future[Any]], set[Future[Any]]]:
-        return wait(replies, timeout)
+        return self._waiting.wait(replies, timeout)
 
     def context(self) -> AbstractContextManager[int]:
         return dist_autograd.context()

@@ -126,11 +126,11 @@ class TellNorms(NamedTuple):
 class CommitStep(NamedTuple):
     """Do as PublishGradients and UpdateWeights, or leave the update out; reply with the Report.
 
-    With ``agreement`` it awaits all others' norms, and all workers update or none. Without, this worker updates if its
-    own gradients are finite; another may fail, or its gradients not be: then the driver has the update taken back.
+    The distributed-autograd context is the worker's own. With ``agreement`` it awaits all others' norms, and all
+    workers update or none. Without, this worker updates if its own gradients are finite; another may fail, or its
+    gradients not be: then the driver has the update taken back.
     """
 
-    context_id: int
     changes: Sequence[Mapping[str, Any]]
     agreement: Agreement | None = None
 

@@ -75,8 +75,8 @@ class Updater:
                 self._push((other, losses_from(self._name), report.losses) for other in agreement.others(self._name))
             case TellNorms(agreement):
                 self._tell_norms(agreement, plan, report, inputs)
-            case CommitStep(context_id, changes, agreement):
-                self._commit(agreement, report, context_id, changes, list(inputs.values()))
+            case CommitStep(changes, agreement):
+                self._commit(agreement, report, changes, list(inputs.values()))
                 return report
             case LastReport():
                 return report
@@ -124,7 +124,6 @@ class Updater:
         self,
         agreement: Agreement | None,
         report: Report,
-        context_id: int,
         changes: Sequence[Mapping[str, Any]],
         others: Sequence[Norms],
     ) -> None:
@@ -136,8 +135,9 @@ class Updater:
             verdict = Verdict(*self._loss, GradientGate.of([own, *others], agreement.max_norm))
             factor, sound = verdict.gate.factor, verdict.sound
         if sound:
-            self.publish(context_id, factor)
-            self._update(report, context_id, changes)
+            with self.ledger.context() as context_id:  # nobody else has to know it
+                self.publish(context_id, factor)
+                self._update(report, context_id, changes)
             return
         if self._held.optimizer is not None:
             # Sharded: the owners' new weights still arrive here; a copy of the old ones takes them back.
