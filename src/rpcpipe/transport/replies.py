@@ -37,8 +37,7 @@ class Replies:
             reply.set_exception(lost)
         return reply
 
-    def is_pending(self, worker: str, reply: Future[Any]) -> bool:
-        """Return whether ``reply`` still waits for its answer."""
+    def _is_pending(self, worker: str, reply: Future[Any]) -> bool:
         with self._lock:
             return reply in self._pending.get(worker, ())
 
@@ -47,9 +46,13 @@ class Replies:
         if self._take(worker, reply):
             reply.set_result(result)
 
-    def fail(self, worker: str, reply: Future[Any], error: Exception) -> None:
-        """Set the exception, unless the loss of ``worker`` came first."""
-        if self._take(worker, reply):
+    def fail(self, worker: str, reply: Future[Any], error: Exception, *, after: float = 0.0) -> None:
+        """Set the exception, unless the loss of ``worker`` came first or comes within ``after`` seconds."""
+        if after and self._is_pending(worker, reply):
+            late = threading.Timer(after, self.fail, (worker, reply, error))
+            late.daemon = True
+            late.start()
+        elif self._take(worker, reply):
             reply.set_exception(error)
 
     def lose(self, worker: str, error: WorkerLost) -> None:

@@ -30,11 +30,12 @@ from torch.utils import _pytree as pytree
 
 from rpcpipe.errors import Failure, RpcPipeError, StageError, StateError, WorkerLost
 from rpcpipe.transport.base import DRIVER, Endpoint
-from rpcpipe.transport.lane_calls import LaneCalls
+from rpcpipe.transport.lane_calls import LaneCalls, in_context
 from rpcpipe.transport.lanes import Lanes
 from rpcpipe.transport.message_pickling import TensorsAside, in_bounds
 from rpcpipe.transport.replies import Replies, Waiting
 from rpcpipe.transport.rpc_store import ExchangeStore
+from rpcpipe.transport.served import Served
 from rpcpipe.transport.torch_log import hush
 
 # uv: the default shm transport keeps a core busy per process even when idle. basic: through the socket.
@@ -43,7 +44,6 @@ _HANDLER_THREADS = 2  # handlers only queue what they get, so two serve any numb
 _GRACE = 0.5  # seconds that the monitor has to report that a worker has died
 
 _BINDINGS: Any = torch._C._distributed_rpc  # rpc_async and remote end in its functions
-_CONTEXTS: Any = torch._C._distributed_autograd
 # Verbs whose messages only file values: they may wait in a lane until the compute thread wants one.
 _BY_LANE = ("deliver", "deliver_tensors", "supply")
 # And of calls, whose tasks only the compute thread takes: nothing else need hear of them before.
@@ -112,17 +112,15 @@ def _start_agent(store: ExchangeStore, name: str, number: int, interface: str) -
     return agent
 
 
-class RpcProcess:
-    """This process's part in torch RPC: its agent, the group it is in, the endpoint it serves.
+class RpcProcess(Served):
+    """This process's part in torch RPC: its agent, the group it is in, what it serves.
 
-    torch has one agent per process, so there is one instance, ``this_process``. The main thread joins and
-    leaves; handler threads read ``_served`` as a whole, so a message meets one endpoint or none.
+    torch has one agent per process, so there is one instance, ``this_process``. The main thread joins and leaves.
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.agent: _Agent | None = None
-        self._served: tuple[str, Endpoint] | None = None  # generation, endpoint
-        self._calls: tuple[str, LaneCalls] | None = None  # generation, calls that went by lanes
         self._numbers = itertools.count(1)
 
     def number_workers(self, names: Sequence[str]) -> dict[str, int]:
@@ -164,34 +162,9 @@ class RpcProcess:
             agent.store.adopt(store)
         agent.admit({_wire_name(other, generation): number for other, number in numbers.items() if other != name})
 
-    def serve(self, endpoint: Endpoint, generation: str, calls: LaneCalls | None = None) -> None:
-        """Run ``endpoint``'s verbs for the messages of ``generation`` from now on, and no others.
-
-        ``calls``: what answers complete that no lane could take.
-        """
-        self._served = generation, endpoint
-        self._calls = (generation, calls) if calls is not None else self._calls
-
-    @property
-    def endpoint(self) -> Endpoint | None:
-        """Return the endpoint that is served."""
-        return None if self._served is None else self._served[1]
-
-    def dispatch(self, generation: str, verb: str, args: tuple[Any, ...]) -> Any:
-        """Run a message's verb and return its result; None for a generation that is not served any more."""
-        served = self._served
-        if served is None or served[0] != generation:
-            return None
-        return getattr(served[1], verb)(*args)
-
-    def answer(self, generation: str, number: int, error: str, outcome: Any) -> None:
-        """Complete a call of ``generation``, if that is served still."""
-        if self._calls is not None and self._calls[0] == generation:
-            self._calls[1].complete(number, error, outcome)
-
     def leave(self) -> None:
         """Leave the group, whose other members have ended; the agent stays for the next one."""
-        self._served = self._calls = None
+        self.stop()
         if self.agent is not None:
             self.agent.part()
 
@@ -330,17 +303,6 @@ def _invoke(send: Any, to: str, function: Any, args: tuple[Any, ...]) -> Any:
     return send(api._to_worker_info(to), buffer.getvalue(), pickler.tensors, 0.0, later)  # type: ignore[no-untyped-call]
 
 
-def _in_context() -> bool:
-    """Return whether this thread is in a distributed-autograd context, which only a message by RPC makes known."""
-    if not int(_CONTEXTS._get_debug_info()["num_autograd_contexts"]):
-        return False
-    try:
-        _CONTEXTS._current_context()
-    except RuntimeError:
-        return False
-    return True
-
-
 class RpcTransport:
     """Messages of one ``generation`` of workers, as seen from the driver or from a worker."""
 
@@ -353,7 +315,8 @@ class RpcTransport:
         self._waiting = Waiting(lambda seconds: self._lanes.receive(seconds, interruptible=True), self._lanes.wake)
 
     def serve(self, name: str, endpoint: Endpoint) -> None:
-        this_process.serve(endpoint, self.generation, self._calls)
+        this_process.serve(endpoint, self.generation)
+        this_process.expect(self._calls, self.generation)
         self._lanes.serve(name, lambda verb, args: self._calls.run(verb, args) or self._dispatch(verb, args))
 
     def _dispatch(self, verb: str, args: tuple[Any, ...]) -> Any:
@@ -361,9 +324,8 @@ class RpcTransport:
 
     def _answer(self, to: str, number: int, error: str, outcome: Any) -> None:
         """Answer a call that came by a lane."""
-        message = self.generation, number, error, outcome
         with contextlib.suppress(RuntimeError):  # who asked has ended
-            _invoke(_BINDINGS._invoke_rpc_python_udf, _wire_name(to, self.generation), _receive_answer, message)
+            self._invoke_call(to, _receive_answer, number, error, outcome)
 
     def leave(self) -> None:
         self._lanes.close()
@@ -389,14 +351,14 @@ class RpcTransport:
 
     def call(self, to: str, verb: str, *args: Any) -> Future[Any]:
         reply = self._replies.open(to)
-        by_lane = verb in _CALLS_BY_LANE and not _in_context() and self._calls.call(to, reply, verb, args)
+        by_lane = verb in _CALLS_BY_LANE and not in_context() and self._calls.call(to, reply, verb, args)
         if not (by_lane or reply.done()):
             answer = self._invoke_call(to, _receive_later, verb, args)
             answer.add_done_callback(lambda done: self._complete(to, reply, done))
         return reply
 
-    def _invoke_call(self, to: str, function: Any, verb: str, args: tuple[Any, ...]) -> Any:
-        message = (self.generation, verb, args)
+    def _invoke_call(self, to: str, function: Any, *args: Any) -> Any:
+        message = (self.generation, *args)
         return _invoke(_BINDINGS._invoke_rpc_python_udf, _wire_name(to, self.generation), function, message)
 
     def _complete(self, to: str, reply: Future[Any], answer: torch.futures.Future[Any]) -> None:
@@ -404,13 +366,9 @@ class RpcTransport:
         try:
             outcome = answer.value()
         except Exception as raised:
-            if self._replies.is_pending(to, reply):
-                # A broken connection is usually a death, which the monitor reports in a moment with its
-                # cause; only what is no death is reported as it is.
-                error = RpcPipeError(f"the call to {to} failed: {raised}")
-                late = threading.Timer(_GRACE, self._replies.fail, (to, reply, error))
-                late.daemon = True
-                late.start()
+            # A broken connection is usually a death, which the monitor reports in a moment with its
+            # cause; only what is no death is reported as it is.
+            self._replies.fail(to, reply, RpcPipeError(f"the call to {to} failed: {raised}"), after=_GRACE)
         else:
             self._replies.complete(to, reply, outcome)
 
