@@ -74,7 +74,7 @@ class Sender:
 
     def issue(self, step: Issue) -> dict[str, Future[Any]]:
         """Send one call per action and keep its RRef until the step is over; return the replies of ``step.ends``."""
-        self._held = []
+        former, self._held = self._held, []
         number, given = step.plan.step, step.program.values_for(step.values)
         begin: dict[str, list[Sent]] = {worker: [Task(BeginStep(step.plan))] for worker in self.next}
         start = dict.fromkeys(self.next, 0)
@@ -88,7 +88,11 @@ class Sender:
             # By a lane one message more, once the first action can begin; else each call carries its own.
             if first and worker in given and self._transport.is_near(worker):
                 self._supply(worker, number, [pair for pair in given.pop(worker) if pair[0] not in awaits])
-        return {worker: self.post(worker, number, [*begin.get(worker, []), *step.ends[worker]]) for worker in self.next}
+        replies = {
+            worker: self.post(worker, number, [*begin.get(worker, []), *step.ends[worker]]) for worker in self.next
+        }
+        former.clear()  # each costs a message to its owner: not before the calls, for which the workers wait
+        return replies
 
     def issue_batched(self, step: Issue) -> dict[str, Future[Any]]:
         """Send the same tasks as ``issue``, in one message per worker; return the same replies."""
