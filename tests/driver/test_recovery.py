@@ -10,9 +10,12 @@ from torch import nn
 
 import rpcpipe as rp
 from rpcpipe.driver.recovery import (
+    Ahead,
     Begin,
+    BeginAhead,
     Event,
     Fail,
+    Follow,
     Idle,
     OtherCall,
     RollBack,
@@ -30,7 +33,11 @@ from support.sent import Sent
 
 FIRST, LATER = {"worker0": 3}, {"worker0": 9}
 RUNNING, UPDATING, SETTLED = Running(5, FIRST), Updating(5, FIRST), Settled(5, FIRST)
-BACK, UPDATE_BACK = RollBack(5, FIRST, updating=False), RollBack(5, FIRST, updating=True)
+BACK, UPDATE_BACK = RollBack(FIRST, 5), RollBack(FIRST, 5, updating=True)
+AHEAD = Ahead(6, LATER)
+RUNNING_2, UPDATING_2, SETTLED_2 = Running(5, FIRST, AHEAD), Updating(5, FIRST, AHEAD), Settled(5, FIRST, AHEAD)
+AHEAD_BACK, BOTH_BACK = RollBack(LATER, ahead=6), RollBack(FIRST, 5, ahead=6)
+UPDATE_AND_AHEAD_BACK = RollBack(FIRST, 5, updating=True, ahead=6)
 
 TABLE: list[tuple[State, Event, State, RollBack | None]] = [
     (Idle(), Begin(5, FIRST), RUNNING, None),
@@ -73,6 +80,44 @@ TABLE: list[tuple[State, Event, State, RollBack | None]] = [
     (SETTLED, OtherCall(5), SETTLED, None),
     (SETTLED, OtherCall(6), SETTLED, None),
     (SETTLED, OtherCall(-1), SETTLED, None),
+    (RUNNING, BeginAhead(6, LATER), RUNNING_2, None),
+    (RUNNING_2, Begin(5, LATER, updating=True), UPDATING_2, None),
+    (RUNNING_2, Succeed(), SETTLED_2, None),
+    (RUNNING_2, Fail(), Idle(), BOTH_BACK),
+    (RUNNING_2, TakeBack(5, updating=False), Idle(), BOTH_BACK),
+    (RUNNING_2, OtherCall(5), RUNNING_2, None),
+    (RUNNING_2, OtherCall(6), RUNNING_2, None),
+    (RUNNING_2, OtherCall(-1), Idle(), BOTH_BACK),
+    (UPDATING, BeginAhead(6, LATER), UPDATING_2, None),
+    (UPDATING_2, Succeed(), SETTLED_2, None),
+    (UPDATING_2, Fail(), Idle(), UPDATE_AND_AHEAD_BACK),
+    (UPDATING_2, TakeBack(5, updating=True), Idle(), UPDATE_AND_AHEAD_BACK),
+    (UPDATING_2, OtherCall(6), UPDATING_2, None),
+    (UPDATING_2, OtherCall(7), Idle(), UPDATE_AND_AHEAD_BACK),
+    (SETTLED, BeginAhead(6, LATER), SETTLED_2, None),
+    (SETTLED_2, Begin(5, LATER), RUNNING_2, None),
+    (SETTLED_2, Follow(updating=False), Running(6, LATER), None),
+    (SETTLED_2, Follow(updating=True), Updating(6, LATER), None),
+    (SETTLED_2, Succeed(), SETTLED_2, None),
+    (SETTLED_2, Fail(), SETTLED_2, None),
+    (SETTLED_2, TakeBack(4, updating=True), SETTLED_2, None),
+    (SETTLED_2, TakeBack(5, updating=True), Idle(), UPDATE_AND_AHEAD_BACK),
+    (SETTLED_2, TakeBack(6, updating=True), SETTLED, AHEAD_BACK),
+    (SETTLED_2, OtherCall(5), SETTLED_2, None),
+    (SETTLED_2, OtherCall(6), SETTLED_2, None),
+    (SETTLED_2, OtherCall(-1), SETTLED, AHEAD_BACK),
+]
+# (state, event, what the driver must never do)
+NEVER: list[tuple[State, Event, str]] = [
+    (RUNNING, Begin(6, LATER), "OtherCall comes first"),
+    (SETTLED_2, Begin(6, LATER), "OtherCall comes first"),
+    (Idle(), BeginAhead(6, LATER), "follows another"),
+    (SETTLED_2, BeginAhead(7, LATER), "one step runs ahead"),
+    (RUNNING_2, Follow(updating=True), "settled first"),
+    (Idle(), Follow(updating=True), "settled first"),
+    (SETTLED, Follow(updating=True), "ran ahead"),
+    (UPDATING_2, Follow(updating=True), "settled first"),
+    (UPDATING_2, TakeBack(6, updating=False), "those of the step before"),
 ]
 
 
@@ -81,14 +126,15 @@ def test_the_table(state: State, event: Event, after: State, undone: RollBack | 
     assert transition(state, event) == (after, undone)
 
 
-def test_the_table_has_every_state_and_event() -> None:
-    kinds = {(type(state), type(event)) for state, event, _, _ in TABLE}
-    assert len(kinds) == 4 * 5
+def test_the_tables_have_every_state_and_event() -> None:
+    kinds = {(type(state), type(event)) for state, event, *_ in [*TABLE, *NEVER]}
+    assert len(kinds) == 4 * 7
 
 
-def test_another_steps_calls_come_after_the_rolling_back() -> None:
-    with pytest.raises(AssertionError, match="OtherCall comes first"):
-        transition(RUNNING, Begin(6, LATER))
+@pytest.mark.parametrize(("state", "event", "why"), NEVER, ids=str)
+def test_what_never_happens(state: State, event: Event, why: str) -> None:
+    with pytest.raises(AssertionError, match=why):
+        transition(state, event)
 
 
 class Boom(nn.Module):

@@ -15,7 +15,8 @@ from rpcpipe.driver.program import StepProgram
 from rpcpipe.driver.sender import Issue, Sender
 from rpcpipe.stage.context import StepContext
 from rpcpipe.transport.message_pickling import MessagePickler
-from rpcpipe.worker.operations import KEPT_PROGRAMS, Keep, Kept, ReportStep, Task, places
+from rpcpipe.worker.operations import ReportStep, Task
+from rpcpipe.worker.programs import KEPT_PROGRAMS, Keep, Kept, places
 from support.local_cluster import LocalCluster
 from support.models import batches, cross_entropy, mlp, sgd
 from support.oracle import Oracle

@@ -7,22 +7,36 @@ their order by sequence numbers.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from rpcpipe.driver.ending import REPORT, Ending
 from rpcpipe.driver.optimizer import check_alike
+from rpcpipe.driver.patience import POLL, Patience
 from rpcpipe.driver.program import Program
-from rpcpipe.driver.recovery import Begin, Event, Fail, Idle, OtherCall, State, Succeed, TakeBack, transition
+from rpcpipe.driver.recovery import (
+    Begin,
+    BeginAhead,
+    Event,
+    Fail,
+    Follow,
+    Idle,
+    OtherCall,
+    RollBack,
+    State,
+    Succeed,
+    TakeBack,
+    transition,
+)
 from rpcpipe.driver.sender import Issue, Sender
-from rpcpipe.errors import DeadlineExceeded, Failure, StageError
+from rpcpipe.errors import Failure, StageError
 from rpcpipe.stage.context import StepContext
 from rpcpipe.transport.base import Transport
 from rpcpipe.transport.interrupts import shield_interrupts
 from rpcpipe.worker.agreement import divisor
-from rpcpipe.worker.messages import Port, Report, Updated
+from rpcpipe.worker.messages import ORDERS, Orders, Port, Report, Updated
 from rpcpipe.worker.operations import (
     LastUpdate,
     NormalizeGradients,
@@ -35,8 +49,6 @@ from rpcpipe.worker.operations import (
     UpdateWeights,
 )
 
-# Seconds without a reply after which a wait asks the workers for their progress.
-_POLL = 1.0
 _CLOCK_CALLS = 8
 
 K = TypeVar("K")
@@ -65,19 +77,64 @@ class Driver:
 
     # --- a step, in the order of docs/design/step.md ---
 
-    def run(self, program: Program, plan: StepContext, values: Mapping[Port, Any], ending: Ending) -> dict[str, Report]:
+    def run(
+        self,
+        program: Program,
+        plan: StepContext,
+        values: Mapping[Port, Any],
+        ending: Ending,
+        meanwhile: Callable[[], None],
+    ) -> dict[str, Report]:
         """Execute one step's actions; return every worker's report. After an error the step is rolled back.
 
-        Raises ModelError if the workers' optimizers have changed their hyperparameters in different ways.
+        ``meanwhile`` runs once all calls have been issued. Raises ModelError if the workers' optimizers have changed
+        their hyperparameters in different ways.
         """
         with self._cancelling(plan.step, updating=ending.updates):
-            try:
-                reports: dict[str, Report] = self.collect(self._issue(program, plan, values, ending, keep=True))
-            except BaseException:
-                self._sender.forget(program)
-                raise
-            self._sender.confirm(program)
-            check_alike({worker: report.updated.changed for worker, report in reports.items()})
+            replies = self._issue(program, plan, values, ending, keep=True)
+            meanwhile()
+            return self._reports(program, replies)
+
+    def run_ahead(
+        self, program: Program, plan: StepContext, values: Mapping[Port, Any], ending: Ending
+    ) -> dict[str, Future[Any]]:
+        """Issue the actions of the step after the one under way, for ``follow``; return the replies.
+
+        No weight changes before ``follow``. Whatever else is called on the workers takes the step back.
+        """
+        self._note(BeginAhead(plan.step, dict(self._sender.next)))
+        return self._issue(program, plan, values, ending, keep=True)
+
+    @property
+    def ahead(self) -> int | None:
+        """Return the number of the step that runs ahead, if one does."""
+        state = self._recovery
+        return None if isinstance(state, Idle) or state.ahead is None else state.ahead.step
+
+    def follow(
+        self, program: Program, replies: Mapping[str, Future[Any]], orders: Orders | None, meanwhile: Callable[[], None]
+    ) -> dict[str, Report]:
+        """Let the step ahead go on, now that the one before is settled; return and raise what ``run`` does.
+
+        ``orders``: what its update needs, if workers update by themselves.
+        """
+        step = self.ahead
+        assert step is not None
+        self._note(Follow(updating=orders is not None))
+        with self._settling():
+            for worker in self.workers if orders is not None else ():
+                self._transport.send(worker, "supply", self._pipeline, step, [(ORDERS, orders)])
+            meanwhile()
+            return self._reports(program, replies)
+
+    def _reports(self, program: Program, replies: Mapping[str, Future[Any]]) -> dict[str, Report]:
+        try:
+            reports: dict[str, Report] = self.collect(replies)
+        except BaseException:
+            self._sender.forget(program)
+            raise
+        self._sender.confirm(program)
+        check_alike({worker: report.updated.changed for worker, report in reports.items()})
         return reports
 
     def issue(self, program: Program, plan: StepContext, values: Mapping[Port, Any]) -> dict[str, Future[Any]]:
@@ -87,13 +144,20 @@ class Driver:
     def _issue(
         self, program: Program, plan: StepContext, values: Mapping[Port, Any], ending: Ending, *, keep: bool
     ) -> dict[str, Future[Any]]:
+        state = self._recovery
+        self._sender.release((plan.step if isinstance(state, Idle) or state.ahead is None else state.step) - 1)
         ends = {worker: ending.tasks(worker) for worker in self.workers}
         issue = self._sender.issue_batched if self._batched else self._sender.issue
         return issue(Issue(program, plan, values, ends, keep))
 
     def take_update_back(self, step: int) -> None:
         """Undo the updates of ``step``, which has succeeded; what its forwards have changed stays."""
+        self.take_ahead_back()
         self._post_all(step, Task(UndoUpdate(step)))
+
+    def take_ahead_back(self) -> None:
+        """Roll back the step ahead, if there is one; the one before must be settled."""
+        self._note(OtherCall(-1))
 
     def normalize_gradients(self, step: int, count: float, reports: Mapping[str, Report]) -> None:
         """Divide the gradients of a loss of (sum, count) by ``count``; put the new norms into ``reports``.
@@ -219,26 +283,34 @@ class Driver:
 
     def remote_chained(self, worker: str, number: int, inputs: Any) -> Any:
         """Return an RRef to stage ``number``'s output for ``inputs``, which may hold RRefs."""
+        self._note(OtherCall(-1))
         return self._transport.remote_chained(worker, "forward", self._pipeline, number, inputs)
 
     def _note(self, event: Event) -> None:
-        """Record ``event``; if the step under way must be rolled back, send the rollback to all workers.
+        """Record ``event``; if a step under way must be rolled back, send the rollback to all workers.
 
         The rollback is not awaited: later calls follow it in every worker's sequence, and values that workers still
         send for the step are discarded by its number.
         """
         with shield_interrupts():
             self._recovery, undone = transition(self._recovery, event)
-            if undone is None:
-                return
-            self._sender.release()
-            self.cancel(undone.step, undone.first)
-            for worker in self.workers:
-                self._sender.post(worker, -1, [Task(RollBackStep(undone.step, undone.updating))])
+            if undone is not None:
+                self._send(undone)
+
+    def _send(self, undone: RollBack) -> None:
+        """Have all workers drop the tasks of the steps that are ``undone``, and roll these back, the last one first."""
+        orders = [] if undone.step is None else [RollBackStep(undone.step, undone.updating)]
+        if undone.ahead is not None:
+            orders.insert(0, RollBackStep(undone.ahead, updating=False, ahead=True))
+        newest, tasks = orders[0].step, [Task(order) for order in orders]
+        self._sender.release(newest)
+        self.cancel(newest, undone.first)
+        for worker in self.workers:
+            self._sender.post(worker, -1, tasks)
 
     def drop(self) -> list[Future[Any]]:
         """Free the stages on all workers; return their replies."""
-        self._sender.release()
+        self._sender.release(self._step)
         return [self._transport.call(worker, "drop", self._pipeline) for worker in self.workers]
 
     def _post_all(self, step: int, task: Task) -> dict[str, Future[Any]]:
@@ -251,6 +323,12 @@ class Driver:
         """Record the begin and the outcome of the block's calls of ``step``; an exception rolls the step back."""
         self._note(OtherCall(step))
         self._note(Begin(step, dict(self._sender.next), updating))
+        with self._settling():
+            yield
+
+    @contextmanager
+    def _settling(self) -> Iterator[None]:
+        """Record the outcome of the block, which waits for calls of the step under way; an exception rolls it back."""
         try:
             yield
         except BaseException:
@@ -282,43 +360,9 @@ class Driver:
         """Yield the results of ``replies`` and ``watches`` as they arrive, until all replies have arrived."""
         wanted = set(replies.values())
         pending = wanted | set(watches)
-        patience = _Patience(self._transport, self.workers, self._timeout)
+        patience = Patience(self._transport, self.workers, self._timeout)
         while pending & wanted:
-            done, pending = self._transport.wait(pending, min(_POLL, self._timeout / 4))
+            done, pending = self._transport.wait(pending, min(POLL, self._timeout / 4))
             yield from (reply.result() for reply in done)
             if not done:
                 patience.check()
-
-
-class _Patience:
-    """Ends a wait during which no worker finishes any task for ``timeout`` seconds."""
-
-    def __init__(self, transport: Transport, workers: Sequence[str], timeout: float) -> None:
-        self._transport = transport
-        self._workers = workers
-        self._timeout = timeout
-        self._last: dict[str, int] = {}
-        self._moved = time.monotonic()
-
-    def check(self) -> None:
-        """Ask all workers for their progress; raise DeadlineExceeded if none has finished anything in time."""
-        replies = {worker: self._transport.call(worker, "progress") for worker in self._workers}
-        pending, until = set(replies.values()), time.monotonic() + min(_POLL, self._timeout / 4)
-        while pending and (left := until - time.monotonic()) > 0:
-            done, pending = self._transport.wait(pending, left)
-            if not done:
-                break
-        states = {worker: reply.result() for worker, reply in replies.items() if reply.done()}
-        finished = {worker: state[0] for worker, state in states.items()}
-        moved = any(self._last.get(worker, count) != count for worker, count in finished.items())
-        self._last.update(finished)
-        if moved:
-            self._moved = time.monotonic()
-        elif time.monotonic() - self._moved > self._timeout:
-            now = "; ".join(
-                f"{worker} {states[worker][1] if worker in states else 'does not answer'}" for worker in self._workers
-            )
-            raise DeadlineExceeded(
-                f"no worker has finished anything for {self._timeout:g} s: {now}."
-                " If an action may take that long, pass a larger timeout to rp.launch or rp.connect"
-            )

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
 
 from rpcpipe.worker.agreement import Agreement
-from rpcpipe.worker.messages import Port
-from rpcpipe.worker.operations import CommitStep, LastReport, ReportStep, Task, TellLosses, TellNorms
-
-Changes = Sequence[Mapping[str, Any]]
+from rpcpipe.worker.messages import ORDERS, Orders, Port
+from rpcpipe.worker.operations import CommitStep, LastReport, ReportStep, TakeOrders, Task, TellLosses, TellNorms
 
 
 class Ending(Protocol):
@@ -46,14 +44,15 @@ REPORT = Reporting()
 
 @dataclass(frozen=True)
 class Committing:
-    """Workers update, with the hyperparameters ``changes`` set on the driver.
+    """Workers update by themselves.
 
     ``agreement``: how they agree on it; None if each updates for itself. ``after``: by worker, tasks that follow.
+    ``orders``: what the update needs; None where the driver sends it later, because the step runs ahead.
     """
 
-    changes: Changes
     agreement: Agreement | None
     after: Mapping[str, list[Task]]
+    orders: Orders | None = field(default=None, compare=False)
 
     @property
     def updates(self) -> bool:
@@ -68,9 +67,10 @@ class Committing:
     def tasks(self, worker: str) -> list[Task]:
         """Return the tasks that end the step on ``worker``; the last one replies with its Report."""
         tasks, norms = [Task(ReportStep())], tuple[Port, ...]()
+        tasks += [Task(TakeOrders(self.orders), (ORDERS,) if self.orders is None else ())]
         if (agreement := self.agreement) is not None:
             tasks += [Task(TellLosses(agreement))] if worker in agreement.tellers else []
             tasks += [Task(TellNorms(agreement), agreement.losses_for(worker))]
             norms = agreement.norms_for(worker)
-        tasks += [Task(CommitStep(self.changes, agreement), norms)]
+        tasks += [Task(CommitStep(agreement), norms)]
         return [*tasks, *after, Task(LastReport())] if (after := self.after.get(worker)) else tasks

@@ -17,7 +17,8 @@ from rpcpipe.stage.context import StepContext
 from rpcpipe.transport.base import Transport
 from rpcpipe.transport.interrupts import shield_interrupts
 from rpcpipe.worker.messages import Port
-from rpcpipe.worker.operations import KEPT_PROGRAMS, BeginStep, Keep, Kept, Sent, Task, places
+from rpcpipe.worker.operations import BeginStep, Task
+from rpcpipe.worker.programs import KEPT_PROGRAMS, Keep, Kept, Sent, places
 
 Values = Sequence[tuple[Port, Any]]
 # What ``submit`` and ``accept`` take: pipeline, step, place, what is sent, values.
@@ -27,7 +28,7 @@ Arguments = tuple[str, int, int, Sequence[Sent], Values]
 class Issue(NamedTuple):
     """The calls of one step: its program, its driver's values by port, and by worker the tasks that end it.
 
-    ``keep``: workers keep the program's tasks; no other step is under way.
+    ``keep``: workers keep the program's tasks; of steps under way, only the one before may be another.
     """
 
     program: Program
@@ -44,7 +45,7 @@ class Sender:
         self, transport: Transport, pipeline: str, workers: Sequence[str], before: Callable[[int], None]
     ) -> None:
         self.next = dict.fromkeys(workers, 0)
-        self._held: list[object] = []
+        self._held: dict[int, list[object]] = {}  # by step
         self._transport, self._pipeline, self._before = transport, pipeline, before
         self._newest = 0
         # By program the number under which workers have been sent its tasks, and whether all have them for certain.
@@ -74,7 +75,7 @@ class Sender:
 
     def issue(self, step: Issue) -> dict[str, Future[Any]]:
         """Send one call per action and keep its RRef until the step is over; return the replies of ``step.ends``."""
-        former, self._held = self._held, []
+        held = self._held[step.plan.step] = []
         number, given = step.plan.step, step.program.values_for(step.values)
         begin: dict[str, list[Sent]] = {worker: [Task(BeginStep(step.plan))] for worker in self.next}
         start = dict.fromkeys(self.next, 0)
@@ -84,15 +85,11 @@ class Sender:
             sent = [*first, *self._part(step, tasks, start[worker])]
             start[worker] += len(tasks)
             own = [(port, step.values[port]) for port in awaits]
-            self._held.append(self.hold(worker, number, sent, own))
+            held.append(self.hold(worker, number, sent, own))
             # By a lane one message more, once the first action can begin; else each call carries its own.
             if first and worker in given and self._transport.is_near(worker):
                 self._supply(worker, number, [pair for pair in given.pop(worker) if pair[0] not in awaits])
-        replies = {
-            worker: self.post(worker, number, [*begin.get(worker, []), *step.ends[worker]]) for worker in self.next
-        }
-        former.clear()  # each costs a message to its owner: not before the calls, for which the workers wait
-        return replies
+        return {worker: self.post(worker, number, [*begin.get(worker, []), *step.ends[worker]]) for worker in self.next}
 
     def issue_batched(self, step: Issue) -> dict[str, Future[Any]]:
         """Send the same tasks as ``issue``, in one message per worker; return the same replies."""
@@ -111,9 +108,9 @@ class Sender:
         """Send the tasks of ``program`` anew: some worker may not have them."""
         self._numbers.pop(program, None)
 
-    def release(self) -> None:
-        """Let the RRefs of the last step go."""
-        self._held.clear()
+    def release(self, step: int) -> None:
+        """Let the RRefs of the steps up to ``step`` go."""
+        self._held = {later: held for later, held in self._held.items() if later > step}
 
     def _part(self, step: Issue, tasks: Sequence[Task], start: int) -> Sequence[Sent]:
         """Return what stands for ``tasks``, which are those of the program on their worker from ``start`` on."""
@@ -121,7 +118,8 @@ class Sender:
             return tasks
         program = step.program
         number, known = self._numbers.get(program, (-KEPT_PROGRAMS, False))
-        if number <= self._newest - KEPT_PROGRAMS:
+        # One more than workers drop: a message of the step ahead, with a new program, may overtake this one.
+        if number <= self._newest - KEPT_PROGRAMS + 1:
             self._newest += 1
             number, known = self._numbers[program] = self._newest, False
         return [Kept(number, start, start + len(tasks)) if known else Keep(number, start, tuple(tasks))]

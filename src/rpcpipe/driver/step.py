@@ -6,13 +6,15 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, NamedTuple
 
-from rpcpipe.driver.batch import Batch
-from rpcpipe.driver.ending import REPORT, Committing, Ending
+from rpcpipe.driver.callbacks import Callback, tell
+from rpcpipe.driver.course import Course, Cut, Issued
+from rpcpipe.driver.ending import Ending
 from rpcpipe.driver.gate import judge, refuse_nonfinite
 from rpcpipe.driver.inference import NOTHING, Wanted
 from rpcpipe.driver.result import StepResult, by_stage, mean_metrics, merged_outputs
@@ -25,8 +27,8 @@ from rpcpipe.stage import precision
 from rpcpipe.stage.context import StepContext
 from rpcpipe.stage.progress import Progress
 from rpcpipe.transport.interrupts import shield_interrupts
-from rpcpipe.worker.agreement import Agreement, Verdict
-from rpcpipe.worker.messages import Port, Report
+from rpcpipe.worker.agreement import Verdict
+from rpcpipe.worker.messages import Report
 
 log = logging.getLogger("rpcpipe")
 
@@ -40,11 +42,15 @@ class _Done(NamedTuple):
     verdict: Verdict
 
 
+def _nothing(follower: Course | None) -> None:
+    """Do nothing."""
+
+
 class Step:
     """A training step. ``context_id`` names its distributed-autograd context inside the with-block.
 
-    ``updates_at_once``: the caller will update whatever the batch gives, so workers need not wait to be told. There is
-    no such context then, unless something on the driver may still change the update.
+    ``updates_at_once``: the caller will update whatever the batch gives, so workers need not wait to be told; they use
+    contexts of their own.
 
     It is a class and not a generator because Python delivers no Ctrl-C between the return of ``__enter__``
     and the with-block.
@@ -56,15 +62,14 @@ class Step:
         self, runtime: Runtime, number: int, wanted: Wanted = NOTHING, *, updates_at_once: bool = False
     ) -> None:
         self._runtime = runtime
-        self._wanted = wanted
-        self._updates_at_once = updates_at_once
+        progress = runtime.progress if runtime.progress.done else Progress(runtime.settings.accumulate)
+        self._course = Course(number, progress, wanted, updates_at_once)
         # By worker, when an update that did not wait for the driver began and ended.
         self._updates: dict[str, tuple[int, int]] = {}
-        self._number = number
         self._message = runtime.driver.new_step()
         self._started = time.perf_counter()
         self._result: StepResult | None = None
-        self._progress = runtime.progress if runtime.progress.done else Progress(runtime.settings.accumulate)
+        self._progress = progress
         self._began = False
         # Set before the update, as rolling back an update that did not happen is harmless, and after it.
         self._updated = self._has_updated = False
@@ -75,7 +80,7 @@ class Step:
         try:
             with shield_interrupts():
                 self._runtime.enter(self)
-                if not self._updates_at_once:
+                if not self._course.updates_at_once:
                     self._open_context()
         except BaseException as error:
             self.__exit__(type(error), error, None)
@@ -87,9 +92,9 @@ class Step:
             self._runtime.leave(self)
             self._close_context()
             # A Ctrl-C may come after the last worker has updated and before the caller can know of the update.
-            unknown = isinstance(error, KeyboardInterrupt) or self._updates_at_once
+            unknown = isinstance(error, KeyboardInterrupt) or self._course.updates_at_once
             if kind is not None and (unknown or not self._updated):
-                updating = self._updated or self._updates_at_once
+                updating = self._updated or self._course.updates_at_once
                 self._runtime.driver.roll_back(self._message, updating=updating)
             elif self.done and self._updated == self._has_updated:  # not, if the update failed and was rolled back
                 self._advance()
@@ -112,6 +117,11 @@ class Step:
             precision.update_loss_scale(runtime.scaler, finite=not self._overflowed)
 
     @property
+    def callbacks(self) -> Sequence[Callback]:
+        """Return the functions that take the result."""
+        return self._runtime.callbacks
+
+    @property
     def done(self) -> bool:
         """Whether a batch has been run."""
         return self._result is not None
@@ -121,39 +131,62 @@ class Step:
         self._runtime.driver.settle(self._message, self.run(inputs, targets))
         return self.result().loss
 
-    def run(self, inputs: Nest, targets: Nest) -> dict[str, Future[Any]]:
+    def run(
+        self,
+        inputs: Nest,
+        targets: Nest,
+        issued: Issued | None = None,
+        meanwhile: Callable[[Course | None], None] = _nothing,
+    ) -> dict[str, Future[Any]]:
         """Run the batch like ``forward_backward``; return the replies that say when the gradients are in the context.
 
-        Raises StateError if a batch has been run in this step already.
+        ``issued``: a step of this batch that was issued ahead. ``meanwhile`` runs while the workers compute, with the
+        course of the next step if that may be issued now. Raises StateError if a batch has been run in this step
+        already.
         """
         if self._began:
             what = "was called in this step already" if self.done else "has failed in this step"
             raise StateError(f"forward_backward {what}; open another step")
         runtime, driver = self._runtime, self._runtime.driver
-        batch = runtime.program.cut(inputs)
-        values = runtime.given(batch.parts, runtime.program.cut_targets(runtime.prepare(targets), batch))
+        if issued is not None and issued.came_true(runtime, self._course):
+            cut, self._message = issued.cut, issued.plan.step
+        else:
+            cut, issued = Cut.of(runtime, inputs, targets), None
         self._began = True
-        done = self._execute(batch, values)
+        done = self._execute(cut, issued, meanwhile)
         plan, verdict = done.plan, done.verdict
         sound = verdict.sound and not self._progress.spoiled
         if not sound:
             self._leave_out(done)
         factor = 1.0 / plan.scale / (verdict.count or 1.0)
-        input_grads = runtime.input_gradients(batch, inputs, done.reports, factor)
+        input_grads = runtime.input_gradients(cut.batch, inputs, done.reports, factor)
         applied = plan.updates and sound
         self._record(done, input_grads, applied=applied)
         if done.ending.updates or not applied:
             return {}
-        if self._context is None:  # workers update from contexts of their own, if they need not wait to be told
+        if self._context is None:
             self._open_context()
         return driver.publish_gradients(self._message, self.context_id, verdict.gate.factor)
 
-    def _execute(self, batch: Batch, values: Mapping[Port, Any]) -> _Done:
+    def _execute(self, cut: Cut, issued: Issued | None, meanwhile: Callable[[Course | None], None]) -> _Done:
         """Execute the batch's actions and, unless that is left to the driver, its update; return what came out."""
-        runtime, driver, shares = self._runtime, self._runtime.driver, batch.weights
-        plan = self._plan(shares)
-        ending = self._ending(plan)
-        reports = driver.run(runtime.program.train(batch.counts, updates=plan.updates), plan, values, ending)
+        runtime, driver, course, shares = self._runtime, self._runtime.driver, self._course, cut.batch.weights
+        if issued is None:
+            plan = course.plan(runtime, self._message, shares)
+            ending, program = (
+                course.ending(runtime, plan),
+                runtime.program.train(cut.batch.counts, updates=plan.updates),
+            )
+        else:
+            plan, ending, program = issued.plan, issued.ending, issued.program
+        # The next step's forwards need weights that are updated, so not if the driver has yet to send the update.
+        follower = course.after(plan.step) if ending.updates or not plan.updates else None
+        then = partial(meanwhile, follower)
+        if issued is None:
+            reports = driver.run(program, plan, cut.values, ending, then)
+        else:
+            orders = course.orders(runtime) if ending.updates else None
+            reports = driver.follow(program, issued.replies, orders, then)
         max_norm = runtime.settings.clip_grad_norm
         verdict = judge(driver, plan, self._progress, reports, shares, max_norm, divided=ending.updates)
         runtime.loss_is_mean = verdict.count is None
@@ -161,21 +194,21 @@ class Step:
             # The updates took the loss for a mean, as it was in the step before. Now the workers agree.
             driver.roll_back(self._message, updating=True)
             self._message = driver.new_step()
-            return self._execute(batch, values)
+            return self._execute(cut, None, meanwhile)
         return _Done(plan, ending, reports, verdict)
 
     def _record(self, done: _Done, input_grads: Nest, *, applied: bool) -> None:
         """Note what the batch has given: its place in an accumulation, its updates and its figures."""
         runtime, plan, reports, verdict = self._runtime, done.plan, done.reports, done.verdict
         if runtime.tracer is not None:
-            runtime.tracer.step(reports, self._number)
+            runtime.tracer.step(reports, self._course.number)
         self._progress = self._progress.later(self._message, verdict.count, spoiled=verdict.spoiled)
         self._overflowed = any(report.overflowed for report in reports.values())
         if done.ending.updates:
             self._updates = {worker: (report.updated.start, report.updated.end) for worker, report in reports.items()}
-        measured = spans(reports, runtime.offsets, self._number)
+        measured = spans(reports, runtime.offsets, self._course.number)
         self._result = StepResult(
-            step=self._number,
+            step=self._course.number,
             loss=verdict.loss,
             grad_norm=verdict.gate.grad_norm,
             seconds=time.perf_counter() - self._started,
@@ -192,45 +225,6 @@ class Step:
         )
         runtime.note(self._result.timeline)
 
-    def _plan(self, weights: Sequence[float]) -> StepContext:
-        """Return the step's context; ``weights``: each micro-batch's share of the batch."""
-        runtime, progress = self._runtime, self._progress
-        return StepContext(
-            self._message,
-            self._number,
-            True,
-            tuple(weight / progress.calls for weight in weights),
-            trace=runtime.tracer is not None,
-            scale=1.0 if runtime.scaler is None else runtime.scaler.get_scale(),
-            accumulates_on=progress.after,
-            updates=progress.is_last,
-            measures=self._wanted.measures,
-            keep_outputs=self._wanted.outputs,
-        )
-
-    def _ending(self, plan: StepContext) -> Ending:
-        """Return how the step ends; workers update by themselves unless the user may still change the update."""
-        runtime = self._runtime
-        waits = not self._updates_at_once or self._progress.spoiled or runtime.optimizer.may_be_changed
-        if waits or not plan.updates:
-            return REPORT
-        changes, after = runtime.optimizer.changes(), runtime.program.after_update()
-        return Committing(changes, self._agreement(), after)
-
-    def _agreement(self) -> Agreement | None:
-        """Return how the workers agree, None if an update needs nothing of other workers.
-
-        That is: no norm, no scale that may overflow, no exchange of gradients, and no count; that the loss is a mean
-        is known from the step before.
-        """
-        runtime = self._runtime
-        max_norm, exchanging = runtime.settings.clip_grad_norm, runtime.program.exchanges
-        if runtime.loss_is_mean and max_norm is None and runtime.scaler is None and not exchanging:
-            return None
-        names, stages = runtime.names, runtime.schedule.placement
-        tellers = names if exchanging else runtime.layout.replicas_of(stages[-1])
-        return Agreement(tuple(names), tuple(tellers), max_norm, self._progress)
-
     def _leave_out(self, done: _Done) -> None:
         """Let no weight change, because a loss or a gradient is not finite, or was not earlier in an accumulation.
 
@@ -246,7 +240,9 @@ class Step:
         elif done.ending.alone:
             driver.take_update_back(self._message)
         norm = verdict.gate.grad_norm
-        log.warning("step %d: loss %s, norm of the gradient %s; no weight changes", self._number, verdict.loss, norm)
+        log.warning(
+            "step %d: loss %s, norm of the gradient %s; no weight changes", self._course.number, verdict.loss, norm
+        )
 
     def optimize(self) -> None:
         """Apply the gradients on all workers, or on none; do nothing while they accumulate further."""
@@ -268,7 +264,7 @@ class Step:
         )
         self._has_updated = True
         if self._runtime.tracer is not None:
-            self._runtime.tracer.update(times, self._number)
+            self._runtime.tracer.update(times, self._course.number)
 
     def result(self) -> StepResult:
         """Return the figures so far. Raises StateError before ``forward_backward``."""
@@ -277,3 +273,24 @@ class Step:
         return dataclasses.replace(
             self._result, seconds=time.perf_counter() - self._started, lr=self._runtime.optimizer.lr
         )
+
+
+def train_once(
+    step: Step,
+    inputs: Nest,
+    targets: Nest,
+    issued: Issued | None = None,
+    meanwhile: Callable[[Course | None], None] = _nothing,
+) -> StepResult:
+    """Run ``step`` on a batch to its update, and return the result, which the callbacks get, too.
+
+    ``issued`` and ``meanwhile`` are as for ``Step.run``.
+    """
+    with shield_interrupts(), step:
+        # Not forward_backward, which waits until the gradients are in the context: one more round trip.
+        step.run(inputs, targets, issued, meanwhile)
+        step.optimize()
+        shield_interrupts.check()  # before this line the step can be rolled back; after it the step is done
+        result = step.result()
+    tell(step.callbacks, result)
+    return result

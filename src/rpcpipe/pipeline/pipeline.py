@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, overload
@@ -16,13 +16,14 @@ from rpcpipe import _tables
 from rpcpipe.checkpoint.plain_state import Holders
 from rpcpipe.cluster.cluster import PipelineCluster
 from rpcpipe.driver import inference
-from rpcpipe.driver.callbacks import Callback, JsonLines, tell
+from rpcpipe.driver.ahead import StepsAhead
+from rpcpipe.driver.callbacks import Callback, JsonLines
 from rpcpipe.driver.optimizer import PipelineOptimizer
 from rpcpipe.driver.result import StepResult
 from rpcpipe.driver.stage_handle import HEADER, StageHandle
-from rpcpipe.driver.step import Step
+from rpcpipe.driver.step import Step, train_once
 from rpcpipe.driver.stream import Stream
-from rpcpipe.errors import ScheduleError, require_whole
+from rpcpipe.errors import ScheduleError, require, require_whole
 from rpcpipe.model.layers import Loss, Model, named_layers
 from rpcpipe.model.microbatch import Nest
 from rpcpipe.pipeline import deploy, state
@@ -34,7 +35,6 @@ from rpcpipe.schedules.timeline import Timeline
 from rpcpipe.stage.metrics import Metric
 from rpcpipe.stage.optimizer import Factory
 from rpcpipe.stage.recompute import Checkpoint
-from rpcpipe.transport.interrupts import shield_interrupts
 
 
 class Pipeline:
@@ -249,28 +249,29 @@ class Pipeline:
             stream.feed(inputs, targets)
             stream.flush()
             return stream.take()
-        with shield_interrupts(), self._step(metrics, outputs, updates_at_once=True) as step:
-            # Not forward_backward, which waits until the gradients are in the context: one more round trip.
-            step.run(inputs, targets)
-            step.optimize()
-            shield_interrupts.check()  # before this line the step can be rolled back; after it the step is done
-            result = step.result()
-        tell(self.callbacks, result)
-        return result
+        return train_once(self._step(metrics, outputs, updates_at_once=True), inputs, targets)
 
-    def train(self, batches: Iterable[tuple[Nest, Nest]], progress: bool = False) -> Iterator[StepResult]:
+    def train(
+        self, batches: Iterable[tuple[Nest, Nest]], progress: bool = False, *, ahead: int = 0
+    ) -> Iterator[StepResult]:
         """Train on each (inputs, targets) of ``batches`` as ``train_step`` does, and yield each result.
 
-        ``progress`` shows a bar with the loss. Asynchronous schedules stream: a result is yielded some batches after
-        its batch was fed (enough to keep all workers busy), so a learning rate set then holds for the batches fed from
-        then on. Any other call on the pipeline drains the stream first. Raises what ``train_step`` raises.
+        ``progress`` shows a bar with the loss. With ``ahead=1`` a batch more is read than results are yielded, and its
+        step is issued while the one before runs: the results are the same, and workers do not wait for this process.
+        Asynchronous schedules stream: a result is yielded some batches after its batch was fed (enough to keep all
+        workers busy), so a learning rate set then holds for the batches fed from then on. Any other call on the
+        pipeline drains the stream first. Raises what ``train_step`` raises.
         """
         self.runtime.check_trains()
-        results = (
-            (self.train_step(inputs, targets) for inputs, targets in pairs(batches, "train"))
-            if self.runtime.policy is None
-            else Stream(self.runtime).run(pairs(batches, "train"), self.runtime.settings.flush_every)
-        )
+        require(ahead in (0, 1), f"ahead must be 0 or 1, not {ahead!r}")
+        given = pairs(batches, "train")
+        results: Generator[StepResult, None, None]
+        if self.runtime.policy is not None:
+            results = Stream(self.runtime).run(given, self.runtime.settings.flush_every)
+        elif ahead:
+            results = StepsAhead(self.runtime, given, self.train_step).run()
+        else:
+            results = (self.train_step(inputs, targets) for inputs, targets in given)
         total = len(batches) if isinstance(batches, Sized) else None
         with closing(results), tqdm(results, total=total, disable=not progress, unit="step") as bar:
             for result in bar:

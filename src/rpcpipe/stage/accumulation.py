@@ -21,12 +21,18 @@ class AccumulatedGradients:
 
     def __init__(self) -> None:
         self._sums: dict[int, dict[nn.Parameter, torch.Tensor]] = {}
+        self._resumed: int | None = None
 
-    def resume(self, after: int | None, parameters: Iterable[nn.Parameter]) -> None:
-        """Set ``.grad`` to the gradients stored after step ``after`` (None: leave it) and drop all others."""
+    def resume(self, after: int | None, parameters: Iterable[nn.Parameter], *, ahead: bool = False) -> None:
+        """Set ``.grad`` to the gradients stored after step ``after`` (None: leave it) and drop all others.
+
+        ``ahead``: the step before is not settled, so what it has resumed from is kept, too.
+        """
         kept = {} if after is None else self._sums[after]
         kept = {parameter: kept[parameter] for parameter in parameters if parameter in kept}
-        self._sums = {} if after is None else {after: kept}
+        before = {step: sums for step, sums in self._sums.items() if ahead and step == self._resumed}
+        self._sums = before if after is None else before | {after: kept}
+        self._resumed = after
         for parameter, gradient in kept.items():
             parameter.grad = gradient.clone()
 

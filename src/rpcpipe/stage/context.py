@@ -35,7 +35,7 @@ class StepContext(NamedTuple):
     Gradients are added to those of step ``accumulates_on``, if any; ``updates`` is set if an update follows.
     In training the last stage computes metrics if ``measures`` is set, and keeps its outputs if ``keep_outputs`` is.
     The loss is multiplied by ``scale`` for the backward, and the gradients are divided by ``scale`` before
-    the update.
+    the update. With ``ahead`` the step before may not be settled on all workers.
     """
 
     step: int
@@ -50,6 +50,7 @@ class StepContext(NamedTuple):
     accumulates_on: int | None = None
     updates: bool = True
     measures: bool = False
+    ahead: bool = False
 
     def micro_batch(self, chunk: int) -> MicroBatch:
         """Return the parameters of micro-batch ``chunk`` in a synchronous step."""

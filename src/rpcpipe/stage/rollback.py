@@ -16,14 +16,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from rpcpipe.model import rng
+from rpcpipe.stage.attributes import Attributes
 from rpcpipe.stage.hyperparameters import Groups, copied, entries, replace
 
 
 class Undo:
     """A copy of ``parameters``, of ``optimizer.state``, kept up to date by ``refresh_one``, and of its ``entries``.
 
-    Invariant: the copies of parameters that are not in ``_stale`` equal the live values, until an update. Groups are
-    copied last, by ``refresh``.
+    Invariants: the copies of parameters that are not in ``_stale`` equal the live values, until an update. Groups are
+    copied last, by ``refresh``; from then on, ``_complete``, the copies are what an update is taken back to.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
@@ -32,11 +34,30 @@ class Undo:
         self._copies: dict[nn.Parameter, tuple[torch.Tensor, dict[str, Any]]] = {}
         self._stale = list(self._parameters)
         self._groups: Groups | None = None
+        self._step: int | None = None
+        self._complete = self._outdated = False
+
+    def begin(self, step: int, *, keep: bool = False) -> None:
+        """Make new copies from now on, to take back the update of ``step``; the step before is settled.
+
+        ``keep``: the step before has updated nothing, so its copies are still right.
+        """
+        if self._outdated or not (keep or step == self._step):
+            self.invalidate()
+        self._step = step
 
     def invalidate(self) -> None:
         """Mark all copies as stale, because the live values have changed."""
         self._stale = list(self._parameters)
         self._groups = None
+        self._complete = self._outdated = False
+
+    def note_change(self) -> None:
+        """Note that the live values have changed, other than by an update."""
+        if self._complete:
+            self._outdated = True  # the update before may still be taken back, and the change with it
+        else:
+            self.invalidate()
 
     def refresh_one(self) -> bool:
         """Copy one stale parameter and its state; return False if no copy is stale."""
@@ -58,6 +79,12 @@ class Undo:
             pass
         if self._groups is None:
             self._groups = copied(entries(self._optimizer))
+        self._complete = True
+
+    def take_back(self, step: int) -> None:
+        """Restore what was before the update of ``step``; do nothing if the copies are another step's."""
+        if step == self._step:
+            self.restore()
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -106,6 +133,52 @@ class Buffers:
         for (owner, name), (buffer, value) in self._copies.items():
             owner._buffers[name] = buffer
             buffer.data.copy_(value)
+
+
+class StepStarts:
+    """What forwards change, as it was when the newest steps began: one step, or two while one runs ahead.
+
+    A step that runs ahead is taken back without a failure, so it must leave no trace in attributes and generators of
+    Python's either, which a failed step leaves as they are.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[int, Buffers] = {}
+        self._others: tuple[int, Attributes, rng.PythonState] | None = None
+
+    def take(self, step: int, modules: Sequence[nn.Module]) -> None:
+        """Copy the buffers of ``modules`` at the beginning of ``step``; drop what is known of others."""
+        self._take(step, modules, kept=0)
+        self._others = None
+
+    def take_ahead(self, step: int, modules: Sequence[nn.Module], parts: Sequence[Any]) -> None:
+        """Copy what ``step`` may change, which runs ahead; keep the copies of the step before.
+
+        ``parts``: modules and other objects of the user's that forwards may change.
+        """
+        self._take(step, modules, kept=1)
+        self._others = step, Attributes(parts), rng.python_state()
+
+    def _take(self, step: int, modules: Sequence[nn.Module], kept: int) -> None:
+        unused = None
+        while len(self._buffers) > kept:
+            unused = self._buffers.pop(min(self._buffers))
+        self._buffers[step] = unused or Buffers()
+        self._buffers[step].take(modules)
+
+    def restore(self, step: int, *, ahead: bool) -> bool:
+        """Restore what ``step`` has changed; return False if the step has not begun.
+
+        ``ahead``: what its forwards have changed beside buffers, too.
+        """
+        if step not in self._buffers:
+            return False
+        self._buffers[step].restore()
+        if ahead and self._others is not None and self._others[0] == step:
+            _, attributes, random = self._others
+            attributes.put()
+            rng.set_python_state(random)
+        return True
 
 
 def _copy(value: Any, buffer: Any) -> Any:

@@ -22,7 +22,7 @@ from rpcpipe.schedules import Action
 from rpcpipe.schedules.weight_versions import Policy
 from rpcpipe.stage import gradients
 from rpcpipe.stage.context import MicroBatch, StepContext
-from rpcpipe.stage.rollback import Buffers
+from rpcpipe.stage.rollback import StepStarts
 from rpcpipe.stage.stage import Stage
 from rpcpipe.stage.stream import StreamBackward
 from rpcpipe.stage.stream_rollback import Snapshots
@@ -69,7 +69,8 @@ class Actor:
         self._updater = Updater(name, self.held, ledger, self._push)
         self._snapshots: Snapshots | None = None
         self._stream_backwards: dict[int, StreamBackward] = {}
-        self._buffers = Buffers()
+        self._starts = StepStarts()
+        self._ordered = -1  # the newest step for which orders have come; a handler sets it
         self._plan = StepContext(-1, 0, False, ())
         self._report = Report(worker=name)
         self._arrivals: deque[tuple[int, Port, int]] = deque()  # handlers append
@@ -83,7 +84,15 @@ class Actor:
         self.held.spec.settings.resume()
         if action is not None and action.kind in "BI" and self.held.stages[action.stage].prepare(action.chunk):
             return True
-        return self.held.optimizer is not None and self.held.optimizer.undo.refresh_one()
+        if self.held.optimizer is None:
+            return False
+        if self._ordered == self._plan.step:
+            self.held.optimizer.undo.begin(self._plan.step)
+        return self.held.optimizer.undo.refresh_one()
+
+    def ordered(self, step: int) -> None:
+        """Note that orders for ``step`` have come: the step before is settled. Called by a handler's thread."""
+        self._ordered = step
 
     def arrived(self, step: int, port: Port) -> None:
         """Record when a value for ``port`` arrived from another worker. Called by a handler's thread."""
@@ -122,8 +131,8 @@ class Actor:
                 self._take_buffers(stage, inputs["buffers"])
             case ReportStep():
                 return self._report_step()
-            case RollBackStep(step, updating):
-                self._roll_back(step, updating)
+            case RollBackStep():
+                self._roll_back(operation)
             case EndStream(updates):
                 self._end_stream(updates)
             case CreateActor() | CallFunction() | ForwardByHand() | ForgetStep() | DropActor():
@@ -137,7 +146,7 @@ class Actor:
     # --- operations of a step, in the order of their execution ---
 
     def _begin_step(self, plan: StepContext) -> None:
-        """Start ``plan.step``. The driver starts a step only once the step before is settled on all workers."""
+        """Start ``plan.step``. Unless it runs ahead, the step before is settled on all workers."""
         self._clear()
         self._plan = plan
         if plan.policy is not None:
@@ -145,11 +154,14 @@ class Actor:
         elif plan.training:
             for stage in self.held.stages.values():
                 stage.leaving.forget()
-            self._buffers.take(self.held.buffered)
-            self.held.accumulated.resume(plan.accumulates_on, self.held.parameters)
-            # While gradients accumulate no weight changes, so the rollback copy stays valid.
-            if plan.accumulates_on is None and self.held.optimizer is not None:
-                self.held.optimizer.undo.invalidate()
+            if plan.ahead:
+                self._starts.take_ahead(plan.step, self.held.buffered, self.held.parts)
+            else:
+                self._starts.take(plan.step, self.held.buffered)
+            self.held.accumulated.resume(plan.accumulates_on, self.held.parameters, ahead=plan.ahead)
+            # The update before a step that runs ahead may have to be taken back until orders come.
+            if self.held.optimizer is not None and not plan.ahead:
+                self.held.optimizer.undo.begin(plan.step, keep=plan.accumulates_on is not None)
 
     def _run_action(self, route: Route, context: MicroBatch | Update | None, values: Mapping[str, Any]) -> Any:
         """Execute one action of the schedule and send its results to other stages; an update returns a Report.
@@ -248,18 +260,20 @@ class Actor:
 
     def _add_arrivals(self, report: Report) -> None:
         """Move the arrivals of the step to ``report``; those of a stream, since its last update."""
-        while self._arrivals and self._arrivals[0][0] <= self._plan.step:
-            step, port, arrived = self._arrivals.popleft()
-            if self._plan.trace and step == self._plan.step:
+        later = []  # of a step that runs ahead on other workers
+        while self._arrivals:
+            step, port, arrived = arrival = self._arrivals.popleft()
+            if step > self._plan.step:
+                later.append(arrival)
+            elif self._plan.trace and step == self._plan.step:
                 report.arrivals.append((port, arrived))
+        self._arrivals.extendleft(reversed(later))
 
-    def _roll_back(self, step: int, updating: bool) -> None:
-        """Roll ``step`` back, unless it has not begun on this worker; ``updating``: roll back its update, too."""
-        if self._plan.step != step or not self._plan.training:
-            return
-        self._buffers.restore()
-        if updating and self.held.optimizer is not None:
-            self.held.optimizer.undo.restore()
+    def _roll_back(self, order: RollBackStep) -> None:
+        """Roll a step back, unless it has not begun on this worker."""
+        begun = self._starts.restore(order.step, ahead=order.ahead)
+        if begun and order.updating and self.held.optimizer is not None:
+            self.held.optimizer.undo.take_back(order.step)
 
     # --- operations of a stream ---
 

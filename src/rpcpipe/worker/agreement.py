@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from rpcpipe.stage import gradients
-from rpcpipe.stage.progress import Progress
 from rpcpipe.worker.messages import Norms, Port, StepEnd
 
 # (value, count) of the loss by micro-batch; count None for a mean.
@@ -25,15 +24,11 @@ Losses = Mapping[int, tuple[float, float | None]]
 
 
 class Agreement(NamedTuple):
-    """How ``workers`` agree on an update: whose losses all await, and what the verdict depends on.
-
-    ``max_norm``: clip to it. ``progress``: that of the accumulation before this step.
-    """
+    """How ``workers`` agree on an update: whose losses all await, and the norm to clip to."""
 
     workers: tuple[str, ...]
     tellers: tuple[str, ...]
     max_norm: float | None
-    progress: Progress
 
     def others(self, worker: str) -> list[str]:
         """Return the workers but ``worker``."""

@@ -26,7 +26,7 @@ from rpcpipe.transport.base import Transport
 from rpcpipe.transport.message_pickling import in_bounds
 from rpcpipe.worker.actor import Actor
 from rpcpipe.worker.mailbox import Entry, Mailbox
-from rpcpipe.worker.messages import Port, as_tensors, from_tensors
+from rpcpipe.worker.messages import ORDERS, Port, as_tensors, from_tensors
 from rpcpipe.worker.operations import (
     CallFunction,
     CreateActor,
@@ -35,10 +35,10 @@ from rpcpipe.worker.operations import (
     ForwardByHand,
     Operation,
     RunAction,
-    Sent,
     Task,
     title,
 )
+from rpcpipe.worker.programs import Sent
 from rpcpipe.worker.stage_set import ActorSpec
 
 _SWITCH_SECONDS = 2e-4
@@ -116,8 +116,7 @@ class Executor:
         with self._changed:
             mailbox = self._mailboxes.get(pipeline)
             if mailbox is not None:
-                for port, value in values:
-                    mailbox.put(step, port, value)
+                self._put(pipeline, mailbox, step, values)
                 entries = [Entry(step, task) for task in mailbox.tasks(sent)]
                 entries[-1].reply = reply
                 late = mailbox.submit(sequence, entries)
@@ -152,11 +151,19 @@ class Executor:
     def supply(self, pipeline: str, step: int, values: Sequence[tuple[Port, Any]]) -> None:
         """File ``values`` by port, for tasks that come, or have come, by another message."""
         with self._changed:
-            if (mailbox := self._mailboxes.get(pipeline)) is not None:
-                for port, value in values:
-                    mailbox.put(step, port, value)
-                if mailbox.is_ready():
-                    self._wake()
+            mailbox = self._mailboxes.get(pipeline)
+            if mailbox is not None and (self._put(pipeline, mailbox, step, values) or mailbox.is_ready()):
+                self._wake()
+
+    def _put(self, pipeline: str, mailbox: Mailbox, step: int, values: Sequence[tuple[Port, Any]]) -> bool:
+        """File ``values``; return whether there is something to be prepared."""
+        ordered = False
+        for port, value in values:
+            mailbox.put(step, port, value)
+            if port == ORDERS and (actor := self.actors.get(pipeline)) is not None:
+                actor.ordered(step)
+                ordered = self._idle_work_left = True  # copies to take the update back
+        return ordered
 
     def clock(self) -> int:
         """Return this process's monotonic clock in nanoseconds."""

@@ -18,7 +18,8 @@ from typing import Any
 from rpcpipe.errors import Failure
 from rpcpipe.schedules import Action
 from rpcpipe.worker.messages import Port
-from rpcpipe.worker.operations import KEPT_PROGRAMS, Keep, Kept, RunAction, Sent, Task, title
+from rpcpipe.worker.operations import RunAction, Task, title
+from rpcpipe.worker.programs import KEPT_PROGRAMS, Keep, Kept, Sent
 
 
 @dataclass(eq=False)

@@ -17,6 +17,7 @@ from rpcpipe.model.microbatch import Packed
 from rpcpipe.schedules import Action
 from rpcpipe.stage.autograd import StageInput
 from rpcpipe.stage.metrics import Sums
+from rpcpipe.stage.progress import Progress
 
 
 class Bucket(NamedTuple):
@@ -43,12 +44,25 @@ class Port(NamedTuple):
 
     ``slot`` of an action is "input", "target", "inputs" (named values from the driver) or "value of stage …";
     of a bucket "gradients from …", "sums", "weights", "statistics from …" or "buffers"; of the step's end "losses
-    from …" or "norms from …".
+    from …", "norms from …" or "orders".
     """
 
     action: Action | Bucket | StepEnd
     slot: str
 
+
+class Orders(NamedTuple):
+    """What an update needs from the driver.
+
+    ``changes``: per parameter group the hyperparameters set there. ``progress``: that of the accumulation before the
+    step.
+    """
+
+    changes: Sequence[Mapping[str, Any]]
+    progress: Progress
+
+
+ORDERS = Port(StepEnd(), "orders")
 
 # A value of tensors alone: whether gradients go back for them (None for gradients), and the tensors.
 TensorsAlone = tuple[list[bool] | None, list[torch.Tensor]]

@@ -16,13 +16,13 @@ from rpcpipe.model.wiring import StageLinks
 from rpcpipe.schedules.action import NAMES
 from rpcpipe.stage.context import MicroBatch, StepContext
 from rpcpipe.worker.agreement import Agreement
-from rpcpipe.worker.messages import Port, Route, Update
+from rpcpipe.worker.messages import Orders, Port, Route, Update
 
 # --- operations of a step, in the order of their execution ---
 
 
 class BeginStep(NamedTuple):
-    """Start a step. The driver sends it only once the step before is settled on all workers."""
+    """Start a step. Unless it runs ahead, the step before is settled on all workers."""
 
     plan: StepContext
 
@@ -123,15 +123,19 @@ class TellNorms(NamedTuple):
     agreement: Agreement
 
 
-class CommitStep(NamedTuple):
-    """Do as PublishGradients and UpdateWeights, or leave the update out; reply with the Report.
+class TakeOrders(NamedTuple):
+    """Take what the update needs from the driver. Without ``orders`` it awaits them: the step runs ahead."""
 
-    The distributed-autograd context is the worker's own. With ``agreement`` it awaits all others' norms, and all
-    workers update or none. Without, this worker updates if its own gradients are finite; another may fail, or its
-    gradients not be: then the driver has the update taken back.
+    orders: Orders | None = None
+
+
+class CommitStep(NamedTuple):
+    """Update as the orders say, through a distributed-autograd context of this worker's, or not; reply with the Report.
+
+    With ``agreement`` it awaits all others' norms, and all workers update or none. Without, this worker updates if its
+    own gradients are finite; another may fail, or its gradients not be: then the driver has the update taken back.
     """
 
-    changes: Sequence[Mapping[str, Any]]
     agreement: Agreement | None = None
 
 
@@ -146,10 +150,14 @@ class UndoUpdate(NamedTuple):
 
 
 class RollBackStep(NamedTuple):
-    """Roll ``step`` back, unless it has not begun on this worker; ``updating``: roll back its update, too."""
+    """Roll ``step`` back, unless it has not begun on this worker; ``updating``: roll back its update, too.
+
+    ``ahead``: nothing has failed; the step must leave no trace, because it ran too early.
+    """
 
     step: int
     updating: bool
+    ahead: bool = False
 
 
 class EndStream(NamedTuple):
@@ -159,8 +167,8 @@ class EndStream(NamedTuple):
 
 
 UpdateOperation = (
-    NormalizeGradients | PublishGradients | UpdateWeights | LastUpdate | TellLosses | TellNorms | CommitStep
-    | LastReport | UndoUpdate
+    NormalizeGradients | PublishGradients | UpdateWeights | LastUpdate | TakeOrders | TellLosses | TellNorms
+    | CommitStep | LastReport | UndoUpdate
 )  # fmt: skip
 
 StepOperation = (
@@ -343,43 +351,6 @@ class Task(NamedTuple):
 
 # A worker, and the tasks that one call sends to it.
 Call = tuple[str, list[Task]]
-
-# A worker keeps the tasks of so many programs, those with the greatest numbers.
-KEPT_PROGRAMS = 32
-
-
-class Keep(NamedTuple):
-    """Tasks in a message, to be kept as those of ``program`` on this worker from ``start`` on."""
-
-    program: int
-    start: int
-    tasks: tuple[Task, ...]
-
-
-class Kept(NamedTuple):
-    """Stands in a message for the kept tasks of ``program`` from ``start`` up to ``stop``."""
-
-    program: int
-    start: int
-    stop: int
-
-
-Sent = Task | Keep | Kept
-
-
-def places(sent: Sequence[Sent]) -> int:
-    """Return the number of tasks that ``sent`` stands for."""
-    count = 0
-    for item in sent:
-        match item:
-            case Keep():
-                count += len(item.tasks)
-            case Kept():
-                count += item.stop - item.start
-            case Task():
-                count += 1
-    return count
-
 
 _TITLES: Mapping[type, str] = {
     UpdateWeights: "optimizer", CreateActor: "building the stage", CallModule: "call", CallFunction: "run",

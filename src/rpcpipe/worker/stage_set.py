@@ -355,6 +355,12 @@ class StageSet:
         return [*self.stage_modules, *([self.loss] if isinstance(self.loss, nn.Module) else [])]
 
     @property
+    def parts(self) -> list[Any]:
+        """All modules and losses, whose attributes a forward may change."""
+        loss = list(self.loss.modules()) if isinstance(self.loss, nn.Module) else [self.loss]
+        return [*(part for module in self.stage_modules for part in module.modules()), *loss]
+
+    @property
     def seed(self) -> int:
         """The seed of random numbers."""
         return self.spec.seed
@@ -380,6 +386,6 @@ class StageSet:
         return {key: state[parameter] for key, parameter in module.named_parameters() if parameter in state}
 
     def weights_changed(self) -> None:
-        """Invalidate the rollback copy, which no longer equals the weights."""
+        """Note that the rollback copy does not equal the weights any more."""
         if self.optimizer is not None:
-            self.optimizer.undo.invalidate()
+            self.optimizer.undo.note_change()

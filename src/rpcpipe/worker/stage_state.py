@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from rpcpipe.checkpoint import shard
 from rpcpipe.checkpoint.manifest import Manifest
 from rpcpipe.errors import CheckpointError, ModelError
@@ -132,9 +130,7 @@ class StageState:
         undo = None if optimizer is None else Undo(optimizer.parameters, optimizer.optimizer)
         if undo is not None:
             undo.refresh()
-        stages = self._held.stages.values()
-        attributes = Attributes([part for stage in stages for part in (*stage.module.modules(), *_parts(stage.loss))])
-        self._kept = buffers, undo, attributes, rng.python_state()
+        self._kept = buffers, undo, Attributes(self._held.parts), rng.python_state()
         return self._held.seed
 
     def _restore(self) -> None:
@@ -147,7 +143,3 @@ class StageState:
         if undo is not None:
             undo.restore()
         self._held.weights_changed()
-
-
-def _parts(loss: Any) -> list[Any]:
-    return list(loss.modules()) if isinstance(loss, nn.Module) else [loss]

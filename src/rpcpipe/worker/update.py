@@ -12,6 +12,7 @@ import torch
 
 from rpcpipe.stage import gradients
 from rpcpipe.stage.context import StepContext
+from rpcpipe.stage.progress import Progress
 from rpcpipe.stage.stage import Stage
 from rpcpipe.worker.agreement import (
     Agreement,
@@ -23,13 +24,14 @@ from rpcpipe.worker.agreement import (
     norms_from,
 )
 from rpcpipe.worker.gradient_exchange import Push
-from rpcpipe.worker.messages import Norms, Port, Report, Updated
+from rpcpipe.worker.messages import ORDERS, Norms, Orders, Port, Report, Updated
 from rpcpipe.worker.operations import (
     CommitStep,
     LastReport,
     LastUpdate,
     NormalizeGradients,
     PublishGradients,
+    TakeOrders,
     TellLosses,
     TellNorms,
     UndoUpdate,
@@ -58,6 +60,7 @@ class Updater:
         self.ledger = ledger
         self._name, self._held, self._push = name, held, push
         self._loss: tuple[float, float | None] = 0.0, None
+        self._orders = Orders((), Progress(1))
 
     def execute(self, operation: UpdateOperation, plan: StepContext, report: Report, inputs: Mapping[str, Any]) -> Any:
         """Execute ``operation`` of the step of ``plan``, whose actions are done and are in ``report``."""
@@ -68,21 +71,23 @@ class Updater:
             case PublishGradients(context_id, factor):
                 self.publish(context_id, factor)
             case UpdateWeights(context_id, changes):
-                self._update(report, context_id, changes)
+                self._update(plan, report, context_id, changes)
             case LastUpdate():
                 return report.updated
+            case TakeOrders(orders):
+                self._orders = orders or inputs[ORDERS.slot]
             case TellLosses(agreement):
                 self._push((other, losses_from(self._name), report.losses) for other in agreement.others(self._name))
             case TellNorms(agreement):
                 self._tell_norms(agreement, plan, report, inputs)
-            case CommitStep(changes, agreement):
-                self._commit(agreement, report, changes, list(inputs.values()))
+            case CommitStep(agreement):
+                self._commit(agreement, plan, report, list(inputs.values()))
                 return report
             case LastReport():
                 return report
             case UndoUpdate(step):
-                if plan.step == step and self._held.optimizer is not None:
-                    self._held.optimizer.undo.restore()
+                if self._held.optimizer is not None:
+                    self._held.optimizer.undo.take_back(step)
             case _:
                 assert_never(operation)
         return None
@@ -114,19 +119,13 @@ class Updater:
         for others in told.values():
             losses |= others
         self._loss = mean_loss(losses, plan.weights)
-        total = agreement.progress.counted(self._loss[1])
+        total = self._orders.progress.counted(self._loss[1])
         if total is not None:
             self._normalize(report, divisor(total))
         norms = report.gradient_norms
         self._push((other, norms_from(self._name), norms) for other in agreement.others(self._name))
 
-    def _commit(
-        self,
-        agreement: Agreement | None,
-        report: Report,
-        changes: Sequence[Mapping[str, Any]],
-        others: Sequence[Norms],
-    ) -> None:
+    def _commit(self, agreement: Agreement | None, plan: StepContext, report: Report, others: Sequence[Norms]) -> None:
         """Update, unless a loss or a gradient is not finite: any, with ``agreement``, and else one of this worker."""
         own = report.gradient_norms
         if agreement is None:
@@ -135,12 +134,13 @@ class Updater:
             verdict = Verdict(*self._loss, GradientGate.of([own, *others], agreement.max_norm))
             factor, sound = verdict.gate.factor, verdict.sound
         if sound:
-            with self.ledger.context() as context_id:  # nobody else has to know it
+            with self.ledger.context() as context_id:
                 self.publish(context_id, factor)
-                self._update(report, context_id, changes)
+                self._update(plan, report, context_id, self._orders.changes)
             return
         if self._held.optimizer is not None:
             # Sharded: the owners' new weights still arrive here; a copy of the old ones takes them back.
+            self._held.optimizer.undo.begin(plan.step)
             self._held.optimizer.undo.refresh()
         self._push_weights()  # sharded: unchanged, but the others await them
 
@@ -154,10 +154,11 @@ class Updater:
             with gradients.hooks_lifted(parameters):
                 self.ledger.accumulate(context_id, root)
 
-    def _update(self, report: Report, context_id: int, changes: Sequence[Mapping[str, Any]]) -> None:
+    def _update(self, plan: StepContext, report: Report, context_id: int, changes: Sequence[Mapping[str, Any]]) -> None:
         """Apply the context's gradients; report when, and what the optimizer has changed of its groups."""
         start, optimizer = time.monotonic_ns(), self._held.optimizer
         if optimizer is not None:
+            optimizer.undo.begin(plan.step)
             optimizer.step(self.ledger.get_gradients(context_id), changes)
         report.updated = Updated(start, time.monotonic_ns(), () if optimizer is None else optimizer.changed)
         self._push_weights()

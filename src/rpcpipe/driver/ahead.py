@@ -1,0 +1,95 @@
+"""Train with the next step issued while one runs, so that workers never wait for the driver.
+
+    driver    issue t+1 │ result t ▶ caller ▶ orders t+1, issue t+2 │ result t+1 ▶ …
+    workers   … step t ─┼─▶ forwards and backwards of t+1 ─▶ update of t+1 ─▶ forwards of t+2 …
+
+Updates wait for the driver's orders, which it sends when the caller asks for the result: the caller's schedulers have
+run by then. A step that runs ahead was issued on the assumption that the one before succeeds and that nothing changes
+meanwhile. Otherwise, and before any other call, it is taken back and issued again, so the results are those of steps
+that follow each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from rpcpipe.driver.course import Course, Cut, Issued
+from rpcpipe.driver.result import StepResult
+from rpcpipe.driver.runtime import Runtime
+from rpcpipe.driver.step import Step, train_once
+from rpcpipe.model.microbatch import Nest, map_batch
+from rpcpipe.transport.interrupts import allow_interrupts
+
+
+@dataclass
+class _Coming:
+    """The next batch, or what reading it has raised (StopIteration at the end), and its step if that runs ahead."""
+
+    batch: tuple[Nest, Nest] | None = None
+    error: Exception | None = None
+    issued: Issued | None = None
+
+
+class StepsAhead:
+    """Trains on ``batches``, which it reads one ahead. ``train_step`` trains on one while the schedule streams."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        batches: Iterator[tuple[Nest, Nest]],
+        train_step: Callable[[Nest, Nest], StepResult],
+    ) -> None:
+        self._runtime, self._batches, self._train_step = runtime, batches, train_step
+        self._coming: _Coming | None = None
+
+    def run(self) -> Generator[StepResult, None, None]:
+        """Yield the results in order."""
+        try:
+            while (coming := self._coming or self._read()).batch is not None:
+                self._coming = None
+                streams = self._runtime.policy is not None
+                yield self._train_step(*coming.batch) if streams else self._step(coming.batch, coming.issued)
+            if not isinstance(coming.error, StopIteration):
+                assert coming.error is not None
+                raise coming.error
+        finally:
+            if not self._runtime.closed and self._runtime.cluster.healthy:
+                self._runtime.driver.take_ahead_back()
+
+    def _step(self, batch: tuple[Nest, Nest], issued: Issued | None) -> StepResult:
+        self._runtime.check()
+        step = Step(self._runtime, self._runtime.trained, updates_at_once=True)
+        return train_once(step, *batch, issued, self._prepare)
+
+    def _prepare(self, follower: Course | None) -> None:
+        """Read the next batch; issue its step if it can take the course ``follower``."""
+        if self._coming is None:
+            with allow_interrupts():
+                self._coming = self._read()
+        if follower is None or (batch := self._coming.batch) is None:
+            return
+        try:
+            cut = Cut.of(self._runtime, *batch)
+        except Exception:
+            return  # its own step will raise it
+        self._coming.issued = Issued.ahead(self._runtime, follower, cut)
+
+    def _read(self) -> _Coming:
+        try:
+            inputs, targets = next(self._batches)
+            # The caller may fill the same tensors with the batch after this one, before this one has been sent.
+            return _Coming((_copied(inputs), _copied(targets)))
+        except Exception as error:
+            return _Coming(error=error)
+
+
+def _copied(nest: Nest) -> Nest:
+    """Return a copy of inputs or targets whose tensors require gradients where they do."""
+
+    def copied(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+
+    return map_batch(copied, nest)
