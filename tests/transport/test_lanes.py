@@ -377,3 +377,25 @@ def test_ctrl_c_ends_a_wait_for_messages_and_loses_none(apart: Apart) -> None:
     interrupt.join()
     assert apart.here.send("there", "note", (1,))
     assert apart.receive(1) == [(1,)]
+
+
+def test_a_signals_handler_may_receive_or_close_while_the_thread_receives(apart: Apart) -> None:
+    def handle(*_: object) -> None:
+        if not apart.received:
+            assert apart.here.send("there", "note", (1,))
+            apart.receive(1)
+        else:
+            apart.there.close()
+
+    former = signal.signal(signal.SIGUSR1, handle)
+    try:
+        for outcome in ([(1,)], [(1,)]):
+            kill = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGUSR1))
+            kill.start()
+            with shield_interrupts():
+                assert not apart.there.receive(0.3, interruptible=True)
+            kill.join()
+            assert apart.received == outcome
+    finally:
+        signal.signal(signal.SIGUSR1, former)
+    assert apart.there.address is None

@@ -134,3 +134,23 @@ def test_ctrl_c_ends_a_wait_and_another_can_follow(line: Line, waiting: Waiting)
     assert receiver.outcome.get(timeout=5.0)
     line.messages.put(reply)
     assert waiting.wait([reply], 10.0) == ({reply}, set())
+
+
+def test_a_signals_handler_may_wait_in_the_thread_that_receives(line: Line, waiting: Waiting) -> None:
+    within: Future[Any] = Future()
+    outcomes = []
+
+    def handle(*_: object) -> None:
+        line.messages.put(within)
+        outcomes.append(waiting.wait([within], 5.0)[0] == {within})
+
+    former = signal.signal(signal.SIGUSR1, handle)
+    try:
+        kill = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGUSR1))
+        kill.start()
+        reply: Future[Any] = Future()
+        assert waiting.wait([reply], 0.3) == (set(), {reply})
+        kill.join()
+    finally:
+        signal.signal(signal.SIGUSR1, former)
+    assert outcomes == [True]

@@ -51,8 +51,9 @@ class Receiver:
         self._epoll.register(self._waker, select.EPOLLIN)
         # Not in close: who wakes a closed receiver must not write to a descriptor that is somebody else's by now.
         weakref.finalize(self, os.close, self._waker).atexit = False
-        self._lock = threading.Lock()  # held while a thread receives
-        self._closed = False
+        # Held while a thread receives; by which a signal's handler may receive as well, or close.
+        self._lock = threading.RLock()
+        self._closed = self._running = False
 
     def listen(self, address: str) -> None:
         """Take connections at ``address``; raises OSError if that cannot be."""
@@ -74,11 +75,15 @@ class Receiver:
         nothing else.
         """
         with self._lock:
-            if self._closed:
+            if self._closed or self._running:  # running: by this thread, whose message must not be written over
                 return False
             ready = self._wait(timeout, interruptible)
-            for descriptor, _ in ready:
-                self._run(descriptor)
+            self._running = True
+            try:
+                for descriptor, _ in ready:
+                    self._run(descriptor)
+            finally:
+                self._running = False
         return bool(ready)
 
     def _wait(self, timeout: float | None, interruptible: bool) -> list[tuple[int, int]]:
@@ -87,8 +92,13 @@ class Receiver:
             timeout = _RETRY if timeout is None else min(timeout, _RETRY)
         if not interruptible:
             return self._epoll.poll(timeout)
-        with allow_interrupts():
-            return self._epoll.poll(timeout)
+        try:
+            with allow_interrupts():
+                return self._epoll.poll(timeout)
+        except (OSError, ValueError):
+            if self._closed:  # by a signal's handler
+                return []
+            raise
 
     def wake(self) -> None:
         """Let the thread that receives, now or next, return."""
@@ -109,7 +119,7 @@ class Receiver:
 
     def _run(self, descriptor: int) -> None:
         if (incoming := self._incoming.get(descriptor)) is not None:
-            if not incoming.read():
+            if not incoming.read() and not self._closed:
                 del self._incoming[descriptor]
                 self._epoll.unregister(descriptor)
                 incoming.connection.close()

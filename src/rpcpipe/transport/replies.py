@@ -102,7 +102,7 @@ class Waiting:
 
     def __init__(self, receive: Callable[[float], bool], wake: Callable[[], None]) -> None:
         self._receive, self._wake = receive, wake
-        self._receiving = threading.Lock()
+        self._receiving = threading.RLock()  # a signal's handler may wait in the thread that receives
         self._others: dict[_Arrivals, None] = {}
 
     def wait(self, replies: Collection[Future[Any]], timeout: float) -> tuple[set[Future[Any]], set[Future[Any]]]:
@@ -142,7 +142,9 @@ class Waiting:
     def _wait_to_be_told(self, arrivals: _Arrivals, left: float) -> None:
         self._others[arrivals] = None
         try:
-            if self._receiving.locked():  # else the thread that received has seen nobody to let go on
+            if self._receiving.acquire(blocking=False):
+                self._receiving.release()  # the thread that received has stopped, and may have seen nobody to tell
+            else:
                 _sleep(arrivals, left)
         finally:
             del self._others[arrivals]
