@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from rpcpipe.transport import lanes
+from rpcpipe.transport import lane_receiver, lanes
 from rpcpipe.transport.interrupts import shield_interrupts
 from rpcpipe.transport.lanes import Lanes
 from support.faults import wait_for
@@ -364,7 +364,7 @@ def test_a_slot_whose_descriptor_is_lost_is_given_up(apart: Apart, caplog: pytes
         [received] = apart.receive(2 + number)[-1]
         assert (received == number).all()
     del received
-    held = 2 * 3 * (1 << 20)  # three slots, each mapped at both ends: what was lost is not among them
+    held = 2 * 3 * ((1 << 20) + lane_receiver.FLAG_BYTES)  # three slots, each mapped at both ends: what was lost is not among them
     assert lane_bytes() - before == held
 
 

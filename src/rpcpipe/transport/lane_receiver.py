@@ -6,6 +6,7 @@ import contextlib
 import errno
 import logging
 import marshal
+import mmap
 import os
 import pickle
 import select
@@ -13,7 +14,6 @@ import socket
 import struct
 import threading
 import weakref
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,8 +23,10 @@ from rpcpipe.transport.slots import dense_tensors, mapped, unpickled
 LONGEST_MESSAGE = 1 << 16  # beside tensors; longer ones go by RPC
 # The slot's number (NO_SLOT: none), the size of a slot that is new (else 0), and whether the rest is not pickled.
 HEADER = struct.Struct("<IQ?")
-# What the receiver tells of a slot: its number, and whether it never got the slot, so that it is no use any more.
-SLOT_FREE = struct.Struct("<I?")
+# Behind a slot's tensors is a page, in which one byte says whether the slot is free. The sender clears it, the receiver
+# sets it.
+FLAG_BYTES = mmap.PAGESIZE
+LOST_SLOT = struct.Struct("<I")  # what the receiver tells: the number of a slot that it never got
 NO_SLOT = (1 << 32) - 1
 _DESCRIPTOR = struct.Struct("i")
 _ANCILLARY = socket.CMSG_SPACE(_DESCRIPTOR.size)
@@ -163,7 +165,6 @@ class _Incoming:
         self._slots: dict[int, memoryview] = {}
         # Kept until they are called: a reference that is gone calls nothing.
         self._references: dict[int, weakref.ref[memoryview]] = {}
-        self._freed: deque[tuple[int, bool]] = deque()
         self._buffer = bytearray(HEADER.size + LONGEST_MESSAGE)
         self._view = memoryview(self._buffer)
 
@@ -200,11 +201,12 @@ class _Incoming:
                 raise OSError(errno.EMFILE, "the message's tensors are lost: no descriptor is free; raise ulimit -n")
             (descriptor,) = _DESCRIPTOR.unpack(ancillary[0][2])
             try:
-                self._slots[number] = mapped(descriptor, size)
+                self._slots[number] = mapped(descriptor, size + FLAG_BYTES)
             finally:
                 os.close(descriptor)
         except OSError:
-            self._tell(number, lost=True)
+            with contextlib.suppress(OSError):  # the sender's memory stays in use for nothing
+                self.connection.send(LOST_SLOT.pack(number))
             raise
 
     def _read(self, data: memoryview, number: int, dense: bool) -> Any:
@@ -214,25 +216,15 @@ class _Incoming:
             verb, args, _ = marshal.loads(data)
             return verb, (*args, [])
         # All tensors of the message refer to this view; when the last has gone, it goes.
-        memory = memoryview(self._slots[number])
-        self._references[number] = weakref.ref(memory, lambda _: self._tell(number, lost=False))
+        slot = self._slots[number]
+        memory = memoryview(slot)
+        self._references[number] = weakref.ref(memory, lambda _: _set_free(slot))
         if not dense:
             return unpickled(data, memory)
         verb, args, layout = marshal.loads(data)
         return verb, (*args, dense_tensors(layout, memory))
 
-    def _tell(self, number: int, *, lost: bool) -> None:
-        """Tell the sender that a slot is free, or lost; runs on whatever thread lets its last tensor go."""
-        self._freed.append((number, lost))
-        while self._freed:
-            try:
-                oldest = self._freed.popleft()
-            except IndexError:  # another thread was quicker
-                return
-            try:
-                self.connection.send(SLOT_FREE.pack(*oldest))
-            except BlockingIOError:  # the sender reads them when it sends; the next free one tells of this too
-                self._freed.append(oldest)
-                return
-            except OSError:
-                return
+
+def _set_free(slot: memoryview) -> None:
+    """Let the sender use a slot again; runs on whatever thread lets its last tensor go."""
+    slot[-FLAG_BYTES] = 1

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from rpcpipe.transport.lane_receiver import HEADER, LONGEST_MESSAGE, NO_SLOT, SLOT_FREE, Handle, Receiver
+from rpcpipe.transport.lane_receiver import FLAG_BYTES, HEADER, LONGEST_MESSAGE, LOST_SLOT, NO_SLOT, Handle, Receiver
 from rpcpipe.transport.slots import (
     TensorPickler,
     address_of,
@@ -120,9 +120,12 @@ def _connected(address: str) -> Sender | None:
 
 
 class _OwnSlot(NamedTuple):
+    """A slot as its sender has it: ``size`` bytes for tensors, and behind them a byte that says whether it is free."""
+
     number: int
     memory: memoryview
     address: int
+    size: int
 
 
 class _Message(NamedTuple):
@@ -168,7 +171,6 @@ class Sender:
         self._lock = threading.Lock()
         self._slots: dict[int, _OwnSlot] = {}
         self._numbers = itertools.count()
-        self._free: list[int] = []
 
     def send(self, verb: str, args: tuple[Any, ...]) -> bool:
         """Send a message; return False if it cannot go by a lane, or not now."""
@@ -187,24 +189,26 @@ class Sender:
         if not message.tensors:
             self._connection.send(HEADER.pack(NO_SLOT, 0, message.dense) + message.data)
             return
-        number = self._take(message.size)
-        if number is None:
+        slot = self._best(message.size)
+        if slot is None:
             self._post_in_new_slot(message)
             return
-        message.copy_into(self._slots[number])
+        message.copy_into(slot)
+        slot.memory[slot.size] = 0
         try:
-            self._connection.send(HEADER.pack(number, 0, message.dense) + message.data)
+            self._connection.send(HEADER.pack(slot.number, 0, message.dense) + message.data)
         except OSError:
-            self._free.append(number)
+            slot.memory[slot.size] = 1
             raise
 
     def _post_in_new_slot(self, message: _Message) -> None:
+        self._give_up_lost_slots()
         size = max(_SMALLEST_SLOT, 1 << (message.size - 1).bit_length())
         descriptor = os.memfd_create("rpcpipe-lane", os.MFD_CLOEXEC)
         try:
-            os.ftruncate(descriptor, size)
-            memory = mapped(descriptor, size)
-            slot = _OwnSlot(next(self._numbers), memory, address_of(memory))
+            os.ftruncate(descriptor, size + FLAG_BYTES)
+            memory = mapped(descriptor, size + FLAG_BYTES)
+            slot = _OwnSlot(next(self._numbers), memory, address_of(memory), size)
             message.copy_into(slot)
             header = HEADER.pack(slot.number, size, message.dense)
             socket.send_fds(self._connection, [header, message.data], [descriptor])
@@ -212,28 +216,18 @@ class Sender:
         finally:
             os.close(descriptor)
 
-    def _take(self, size: int) -> int | None:
+    def _best(self, size: int) -> _OwnSlot | None:
         """Return the smallest free slot that is large enough, and not much too large; None if there is none."""
-        best = self._best(size)
-        if best is None:
-            with contextlib.suppress(BlockingIOError):
-                while told := self._connection.recv(SLOT_FREE.size):
-                    number, lost = SLOT_FREE.unpack(told)
-                    if lost:
-                        del self._slots[number]
-                    else:
-                        self._free.append(number)
-            best = self._best(size)
-        if best is not None:
-            self._free.remove(best)
+        best, fits = None, 8 * size + _SMALLEST_SLOT + 1
+        for slot in self._slots.values():
+            if size <= slot.size < fits and slot.memory[slot.size]:
+                best, fits = slot, slot.size
         return best
 
-    def _best(self, size: int) -> int | None:
-        best, fits = None, 8 * size + _SMALLEST_SLOT + 1
-        for number in self._free:
-            if size <= (length := len(self._slots[number].memory)) < fits:
-                best, fits = number, length
-        return best
+    def _give_up_lost_slots(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while told := self._connection.recv(LOST_SLOT.size):
+                del self._slots[LOST_SLOT.unpack(told)[0]]
 
     def close(self) -> None:
         """Close the socket; the slots' memory goes when the receiver's tensors do."""
