@@ -342,9 +342,7 @@ def test_a_lane_that_finds_no_descriptor_waits_and_loses_nothing(
             apart.there.receive(0.01)
         assert not apart.received
         assert "ulimit -n" in caplog.text
-        said = len(caplog.records)
-        assert apart.there.receive(0.0) == apart.there.receive(0.0)
-    assert said <= 4  # it does not try again and again
+        assert len(caplog.records) <= 4  # it does not try again and again
     assert apart.receive(1) == [(1,)]
     assert apart.here.send("there", "note", (torch.ones(2),))
     assert apart.receive(2)[1][0].tolist() == [1.0, 1.0]
@@ -364,7 +362,7 @@ def test_a_slot_whose_descriptor_is_lost_is_given_up(apart: Apart, caplog: pytes
         [received] = apart.receive(2 + number)[-1]
         assert (received == number).all()
     del received
-    held = 2 * 3 * ((1 << 20) + lane_receiver.FLAG_BYTES)  # three slots, each mapped at both ends: what was lost is not among them
+    held = 2 * 3 * ((1 << 20) + lane_receiver.FLAG_BYTES)  # three slots, mapped at both ends, and not what was lost
     assert lane_bytes() - before == held
 
 

@@ -4,150 +4,19 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch.distributed import autograd as dist_autograd
-from torch.utils._pytree import tree_flatten, tree_leaves
 
 import rpcpipe as rp
 from rpcpipe.errors import Failure, WorkerLost
 from rpcpipe.transport import Transport
 from rpcpipe.transport.local import LocalTransport
-from rpcpipe.transport.rpc import RpcTransport, this_process
+from rpcpipe.transport.rpc import RpcTransport
 from support.faults import wait_for
-
-WORKER = "worker0"
-
-
-class Recorder:
-    """An endpoint that keeps what it gets."""
-
-    def __init__(self) -> None:
-        self.notes: list[Any] = []
-        self.in_main_thread: set[bool] = set()  # whether verbs that may come by a lane ran there
-        self.waiting: list[tuple[Future[Any], Any]] = []
-
-    def clock(self) -> int:
-        return 7
-
-    def note(self, value: Any) -> Any:
-        """Keep ``value`` and answer with it."""
-        self.notes.append(value)
-        return value
-
-    def noted(self) -> list[Any]:
-        return self.notes
-
-    # The verbs whose messages may come by a lane. In a worker the main thread receives those, as the executor's.
-
-    def deliver(self, *args: Any) -> None:
-        self.in_main_thread.add(threading.current_thread() is threading.main_thread())
-        self.notes.append(("deliver", *args))
-
-    def deliver_tensors(self, *args: Any) -> None:
-        self.in_main_thread.add(threading.current_thread() is threading.main_thread())
-        self.notes.append(("deliver_tensors", *args))
-
-    def supply(self, *args: Any) -> None:
-        self.in_main_thread.add(threading.current_thread() is threading.main_thread())
-        self.notes.append(("supply", *args))
-
-    def submit(self, what: str, value: Any) -> Any:
-        """Answer as the method ``what`` does. The calls that may come by a lane are of this verb."""
-        self.in_main_thread.add(threading.current_thread() is threading.main_thread())
-        return getattr(self, what)(value)
-
-    def ran_in_main_thread(self) -> set[bool]:
-        ran, self.in_main_thread = self.in_main_thread, set()
-        return ran
-
-    def spoil(self) -> None:
-        """Modify every tensor that was kept."""
-        for leaf in tree_leaves(self.notes):
-            if isinstance(leaf, torch.Tensor):
-                leaf.zero_()
-
-    def later(self, value: Any) -> Future[Any]:
-        """Answer with ``value`` once there is a ``release``."""
-        future: Future[Any] = Future()
-        self.waiting.append((future, value))
-        return future
-
-    def release(self) -> int:
-        released, self.waiting = self.waiting, []
-        for future, value in released:
-            future.set_result(value)
-        return len(released)
-
-    def double(self, nest: dict[str, torch.Tensor]) -> Future[Any]:
-        future: Future[Any] = Future()
-        future.set_result(2 * nest["x"])
-        return future
-
-    def knows(self, context_id: int) -> bool:
-        """Answer whether this process knows a distributed-autograd context."""
-        try:
-            dist_autograd._is_valid_context(context_id)
-        except RuntimeError:
-            return False
-        return True
-
-    def make(self, what: str) -> Any:
-        """Answer with something that is not easily sent."""
-        return {"unpicklable": lambda: 1, "opens nowhere": OpensNowhere(), "long": "x" * 70_000}[what]
-
-    def fail(self, nest: Any) -> Future[Any]:
-        """Answer as an executor does whose user's code raised."""
-        future: Future[Any] = Future()
-        future.set_result(Failure.of(ValueError("größer"), worker=WORKER, action="forward"))
-        return future
-
-    def progress(self) -> tuple[int, str]:  # asked for by Cluster.close
-        return 0, "idle"
-
-    def run_one(self) -> bool:
-        """There are no tasks here, which the in-process transport would run."""
-        return False
-
-
-class OpensNowhere:
-    """Can be pickled, and not unpickled."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return int, ("no number",)
-
-
-def serve_recorder(generation: str) -> None:
-    """Runs on the worker: serve a Recorder instead of the executor."""
-    this_process.serve(Recorder(), generation)
-
-
-@pytest.fixture(params=["rpc", "local"])
-def transport(request: pytest.FixtureRequest) -> Iterator[Transport]:
-    """A transport that reaches a Recorder, named ``WORKER``."""
-    if request.param == "local":
-        local = LocalTransport(seed=3)
-        local.serve(WORKER, Recorder())
-        yield local
-        local.leave()
-        return
-    with rp.launch(workers=1, threads=1, timeout=20.0) as cluster:
-        cluster.call(1, serve_recorder, cluster.transport.generation)
-        yield cluster.transport
-
-
-def result(transport: Transport, reply: Future[Any]) -> Any:
-    done, waiting = transport.wait([reply], 5.0)
-    assert (done, waiting) == ({reply}, set())
-    return reply.result()
-
-
-def ask(transport: Transport, verb: str, *args: Any) -> Any:
-    return result(transport, transport.call(WORKER, verb, *args))
+from support.recorder import WORKER, ask, equal, result, serve_recorder
 
 
 def test_what_is_sent_is_delivered_once(transport: Transport) -> None:
@@ -169,17 +38,6 @@ VALUES: dict[str, Callable[[], list[torch.Tensor]]] = {  # made anew: a clone wo
     "none": list,
 }
 BY_RPC = {"sparse", "empty"}
-
-
-def equal(one: Any, other: Any) -> bool:
-    """Whether two nests have equal leaves at the same places."""
-    ones, others = tree_flatten(one), tree_flatten(other)
-    return ones[1] == others[1] and all(
-        torch.equal(a.to_dense(), b.to_dense()) and (a.dtype, a.layout) == (b.dtype, b.layout)
-        if isinstance(a, torch.Tensor)
-        else type(a) is type(b) and a == b
-        for a, b in zip(ones[0], others[0], strict=True)
-    )
 
 
 def arrived(transport: Transport, number: int) -> list[Any]:
@@ -394,91 +252,3 @@ def test_messages_of_another_generation_are_dropped(transport: Transport) -> Non
 def test_what_cannot_be_pickled_is_refused_where_it_is_sent(transport: Transport) -> None:
     with pytest.raises(Exception, match="pickle"):
         transport.call(WORKER, "note", lambda: 1)
-
-
-# --- calls that may go by a lane ---
-
-ASKED: dict[str, Callable[[], Any]] = {
-    "small": lambda: {"a": [1, (2, "b")], "c": None},
-    "long": lambda: "x" * 70_000,
-    "tensors": lambda: [torch.arange(3.0), torch.eye(2).to_sparse()],
-}
-
-
-@pytest.mark.parametrize("made", ASKED.values(), ids=ASKED)
-def test_a_task_gives_its_result_now_or_later(transport: Transport, made: Callable[[], Any]) -> None:
-    assert equal(ask(transport, "submit", "note", made()), made())
-    later = transport.call(WORKER, "submit", "later", made())
-    assert equal(ask(transport, "submit", "note", 1), 1)
-    assert not later.done()
-    wait_for(lambda: ask(transport, "release") == 1)
-    assert equal(result(transport, later), made())
-
-
-@pytest.mark.parametrize("transport", ["rpc"], indirect=True)
-def test_tasks_go_by_a_lane_unless_they_have_tensors_or_are_long(transport: Transport) -> None:
-    for name, made in ASKED.items():
-        ask(transport, "submit", "note", made())
-        assert ask(transport, "ran_in_main_thread") == {name == "small"}
-
-
-@pytest.mark.parametrize("transport", ["rpc"], indirect=True)
-def test_tasks_sent_in_an_autograd_context_make_it_known(transport: Transport) -> None:
-    for within in (lambda: dist_autograd.context(), transport.context):  # the user's, and rpcpipe's
-        with within() as context_id:
-            assert ask(transport, "submit", "knows", context_id)
-        assert ask(transport, "ran_in_main_thread") == {False}
-        assert ask(transport, "submit", "note", 1)
-        assert ask(transport, "ran_in_main_thread") == {True}
-
-
-def test_an_answer_that_cannot_be_sent_is_an_error_where_it_is_awaited(transport: Transport) -> None:
-    for what, why in (("unpicklable", "pickle"), ("opens nowhere", "no number")):
-        with pytest.raises(Exception, match=why):
-            ask(transport, "submit", "make", what)
-    assert ask(transport, "submit", "make", "long") == "x" * 70_000
-    with pytest.raises(Exception, match="pickle"):
-        transport.call(WORKER, "submit", "note", lambda: 1)
-
-
-def test_a_task_whose_arguments_cannot_be_read_is_an_error_where_it_is_awaited(transport: Transport) -> None:
-    with pytest.raises(Exception, match="no number"):
-        ask(transport, "submit", "note", OpensNowhere())
-    assert ask(transport, "submit", "note", 1) == 1
-
-
-def test_a_lost_worker_fails_tasks_at_once_however_they_went(transport: Transport) -> None:
-    pending = [transport.call(WORKER, "submit", "later", made()) for made in ASKED.values()]
-    assert ask(transport, "clock") == 7
-    lose = threading.Timer(0.05, transport.lose, (WORKER, WorkerLost("gone", worker=WORKER)))
-    lose.start()
-    lose.join() if isinstance(transport, LocalTransport) else None  # where one thread does all
-    for reply in pending:
-        with pytest.raises(WorkerLost, match="gone"):
-            result(transport, reply)
-    lose.join()
-
-
-@pytest.mark.parametrize("transport", ["rpc"], indirect=True)  # the other runs all in one thread
-def test_threads_may_wait_at_once(transport: Transport) -> None:
-    outcomes: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
-
-    def ask_often(own: int) -> None:
-        for number in range(30):
-            verb, *args = ("submit", "note", (own, number)) if number % 2 else ("note", (own, number))
-            outcomes.put((own, ask(transport, verb, *args) == (own, number)))
-
-    threads = [threading.Thread(target=ask_often, args=(own,)) for own in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(20.0)
-    assert sorted(outcomes.get(timeout=0) for _ in range(120)) == [(own, True) for own in range(4) for _ in range(30)]
-
-
-@pytest.mark.parametrize("transport", ["rpc"], indirect=True)
-def test_tasks_of_another_generation_are_dropped(transport: Transport) -> None:
-    assert isinstance(transport, RpcTransport)
-    stranger = RpcTransport(transport.generation[:8] + ", another one")  # it reaches the same worker
-    assert result(stranger, stranger.call(WORKER, "submit", "note", 2)) is None
-    assert ask(transport, "noted") == []

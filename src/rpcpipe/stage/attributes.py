@@ -67,13 +67,13 @@ class Attributes:
             if type(item) not in _PLAIN:
                 self._walk(f"{type(value).__name__}.{name}", item, seen)
 
-    def check(self) -> None:
-        """Raise ModelError if a tensor was changed in place since."""
+    def check(self, why: str, instead: str) -> None:
+        """Raise ModelError if a tensor was changed in place since; the message says ``why`` and what to do instead."""
         for where, tensor, version in self._tensors:
             if tensor._version != version:
                 raise ModelError(
-                    f"the forward changes the tensor {where} in place, which a recomputation would do once more:"
-                    " register it as a buffer (persistent=False keeps it out of state_dict), or pass checkpoint='never'"
+                    f"the forward changes the tensor {where} in place, {why}:"
+                    f" register it as a buffer (persistent=False keeps it out of state_dict), or {instead}"
                 )
 
     @contextmanager

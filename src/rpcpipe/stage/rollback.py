@@ -166,6 +166,11 @@ class StepStarts:
         self._buffers[step] = unused or Buffers()
         self._buffers[step].take(modules)
 
+    def check(self, step: int) -> None:
+        """Raise ModelError if ``step`` runs ahead and has changed what cannot be put back."""
+        if self._others is not None and self._others[0] == step:
+            self._others[1].check("which cannot be undone for a step that runs ahead", "train with ahead=0")
+
     def restore(self, step: int, *, ahead: bool) -> bool:
         """Restore what ``step`` has changed; return False if the step has not begun.
 

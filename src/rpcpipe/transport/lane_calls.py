@@ -46,15 +46,13 @@ def _pickled(value: Any) -> bytes | None:
     return buffer.getvalue()
 
 
-_CONTEXTS: Any = torch._C._distributed_autograd
-
-
 def in_context() -> bool:
     """Return whether this thread is in a distributed-autograd context, which only a message by RPC makes known."""
-    if not int(_CONTEXTS._get_debug_info()["num_autograd_contexts"]):  # of any thread: the quicker question
+    contexts = torch._C._distributed_autograd._get_debug_info()["num_autograd_contexts"]
+    if not int(contexts):  # of any thread: the quicker question
         return False
     try:
-        _CONTEXTS._current_context()
+        torch._C._distributed_autograd._current_context()
     except RuntimeError:
         return False
     return True
