@@ -165,7 +165,7 @@ class Actor:
             self.held.accumulated.resume(plan.accumulates_on, self.held.parameters, ahead=plan.ahead)
             # The update before a step that runs ahead may have to be taken back until orders come.
             if self.held.optimizer is not None and not plan.ahead:
-                self.held.optimizer.undo.begin(plan.step, keep=plan.accumulates_on is not None)
+                self.held.optimizer.undo.begin(plan.step, after=plan.accumulates_on)
 
     def _run_action(self, route: Route, context: MicroBatch | Update | None, values: Mapping[str, Any]) -> Any:
         """Execute one action of the schedule and send its results to other stages; an update returns a Report.
