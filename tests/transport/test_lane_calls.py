@@ -37,7 +37,12 @@ class Process:
         )
         self.asked: list[tuple[Any, Future[Any]]] = []
         self.by_rpc: list[Any] = []
-        self.lanes.serve(self.calls.run)
+        self.received: list[str] = []
+        self.lanes.serve(self._run)
+
+    def _run(self, verb: str, args: tuple[Any, ...]) -> None:
+        self.received.append(verb)
+        self.calls.run(verb, args)
 
     def _serve(self, verb: str, args: tuple[Any, ...]) -> Future[Any]:
         answer: Future[Any] = Future()
@@ -183,6 +188,7 @@ def test_who_asked_and_was_replaced_is_not_answered(group: Group) -> None:
     for_the_dead.set_result("for the dead")
     group.successor.receive()
     assert not reply.done()
+    assert not group.successor.received
     assert not group.driver.by_rpc
     for_the_successor.set_result("done")
     group.successor.receive()
