@@ -22,10 +22,11 @@ from rpcpipe.stage.kept_memory import KeptMemory
 from rpcpipe.stage.progress import Progress
 from rpcpipe.transport.local import LocalTransport
 from rpcpipe.worker.actor import Actor
+from rpcpipe.worker.actor_spec import ActorSpec
 from rpcpipe.worker.messages import Orders, Route
 from rpcpipe.worker.operations import BeginStep, CommitStep, Operation, ReportStep, RollBackStep, RunAction, TakeOrders
 from rpcpipe.worker.revival import restore
-from rpcpipe.worker.stage_set import ActorSpec, StageSet
+from rpcpipe.worker.stage_set import StageSet
 
 CHUNKS = 2
 CPU = torch.device("cpu")

@@ -36,6 +36,7 @@ from rpcpipe.stage.hyperparameters import entries
 from rpcpipe.stage.kept_memory import Condition, KeptMemory, Record, Word
 from rpcpipe.stage.metrics import Metric
 from rpcpipe.stage.rollback import Buffers, StepStarts, Undo
+from rpcpipe.worker.actor_spec import ActorSpec
 from rpcpipe.worker.messages import KeptAt
 from rpcpipe.worker.operations import (
     ApplyCheckpoint,
@@ -53,7 +54,7 @@ from rpcpipe.worker.operations import (
     UndoUpdate,
     UpdateWeights,
 )
-from rpcpipe.worker.stage_set import ActorSpec, StageSet
+from rpcpipe.worker.stage_set import StageSet
 
 log = logging.getLogger("rpcpipe.worker")
 
