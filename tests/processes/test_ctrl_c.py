@@ -80,6 +80,33 @@ def test_steps_interrupted_at_random_are_done_or_not_done(cluster: rp.Cluster, d
     pipe.close()
 
 
+@pytest.mark.parametrize("dispatch", ["rref", "batched"])
+def test_steps_ahead_interrupted_at_random_are_done_or_not_done(cluster: rp.Cluster, dispatch: str) -> None:
+    source = random.Random(2)
+    pipe = rp.Pipeline(mlp(), cluster, loss=cross_entropy, optimizer=adamw, chunks=4, dispatch=dispatch)
+    oracle = Oracle(mlp(), adamw, cross_entropy, 4)
+    data = list(batches(4))
+    longest = 4 * seconds_of(lambda: pipe.train_step(*data[0]))
+    for _ in range(pipe.trained):
+        oracle.train_step(*data[0])
+    torn = 0
+    for attempt in range(60):
+        batch, before = data[attempt % 4], pipe.trained
+        try:
+            with interrupted_after(source.uniform(0.0, longest)):
+                for _ in pipe.train([batch] * 3, ahead=1):
+                    pass
+        except KeyboardInterrupt:
+            torn += pipe.trained < before + 3
+        assert 0 <= pipe.trained - before <= 3
+        for _ in range(pipe.trained - before):
+            oracle.train_step(*batch)
+    assert torn > 10
+    assert pipe.trained == oracle.step
+    assert_same_weights(pipe, oracle.model)
+    pipe.close()
+
+
 class Slow(torch.nn.Linear):
     def __init__(self) -> None:
         super().__init__(12, 12)

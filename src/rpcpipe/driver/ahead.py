@@ -14,13 +14,11 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 
-import torch
-
 from rpcpipe.driver.course import Course, Cut, Issued
 from rpcpipe.driver.result import StepResult
 from rpcpipe.driver.runtime import Runtime
 from rpcpipe.driver.step import Step, train_once
-from rpcpipe.model.microbatch import Nest, map_batch
+from rpcpipe.model.microbatch import Nest, copied
 from rpcpipe.transport.interrupts import allow_interrupts
 
 
@@ -81,15 +79,6 @@ class StepsAhead:
         try:
             inputs, targets = next(self._batches)
             # The caller may fill the same tensors with the batch after this one, before this one has been sent.
-            return _Coming((_copied(inputs), _copied(targets)))
+            return _Coming((copied(inputs, with_gradients=True), copied(targets)))
         except Exception as error:
             return _Coming(error=error)
-
-
-def _copied(nest: Nest) -> Nest:
-    """Return a copy of inputs or targets whose tensors require gradients where they do."""
-
-    def copied(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.detach().clone().requires_grad_(tensor.requires_grad)
-
-    return map_batch(copied, nest)

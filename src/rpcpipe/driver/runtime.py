@@ -103,7 +103,7 @@ class Runtime:
     targets to the nest that is cut into micro-batches. ``parts``: by name, further state that lasts from step to step
     and that save writes and load restores. ``busy``: by worker, its busy share of the last step. ``offsets``: by
     worker, the nanoseconds by which its clock is ahead. ``loss_is_mean``: whether the loss of the last step
-    was a mean, and no (sum, count).
+    was a mean, and no (sum, count); None before the first one.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class Runtime:
         self.policy, self.prepare, self.scaler = policy, prepare, scaler
         self.parts: dict[str, Stateful] = {} if scaler is None else {"scaler": scaler}
         self.trained = 0
-        self.loss_is_mean = False
+        self.loss_is_mean: bool | None = None
         self.progress = Progress(settings.accumulate)
         self.callbacks: list[Callback] = []
         self.active: Active | None = None

@@ -180,7 +180,8 @@ class Step:
         else:
             plan, ending, program = issued.plan, issued.ending, issued.program
         # The next step's forwards need weights that are updated, so not if the driver has yet to send the update.
-        follower = course.after(plan.step) if ending.updates or not plan.updates else None
+        may_follow = (ending.updates or not plan.updates) and runtime.loss_is_mean is not None
+        follower = course.after(plan.step) if may_follow else None
         then = partial(meanwhile, follower)
         if issued is None:
             reports = driver.run(program, plan, cut.values, ending, then)

@@ -289,7 +289,7 @@ class SegmentRunner:
         outputs = segment.forward(start, stop, nest, entry, True)
         autograd.check_hooks(received, entry)
         buffers = parts.buffers.after(seen, dropped=True)
-        attributes.check()
+        attributes.check("which a recomputation would do once more", "pass checkpoint='never'")
         mutated = [leaf._version for leaf in inputs] != versions
         if mutated and self._mutates.get(start) is False:
             raise ModelError(

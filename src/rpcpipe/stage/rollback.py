@@ -194,6 +194,11 @@ class StepStarts:
         self.buffers[step] = unused or Buffers()
         self.buffers[step].take(modules)
 
+    def check(self, step: int) -> None:
+        """Raise ModelError if ``step`` runs ahead and has changed what cannot be put back."""
+        if self.others is not None and self.others[0] == step:
+            self.others[1].check("which cannot be undone for a step that runs ahead", "train with ahead=0")
+
     def restore(self, step: int, *, ahead: bool) -> bool:
         """Restore what ``step`` has changed; return False if the step has not begun.
 

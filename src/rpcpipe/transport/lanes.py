@@ -152,7 +152,7 @@ class _Message(NamedTuple):
         if self.dense:
             copy_dense(self.tensors, self.layout, slot.address)
         else:
-            copy_into(self.tensors, self.layout, slot.memory)
+            copy_into(self.tensors, self.layout, slot.memory, slot.address)
 
 
 def _dense(verb: str, args: tuple[Any, ...]) -> _Message | None:

@@ -53,10 +53,14 @@ class Shape(NamedTuple):
     stride: tuple[int, ...]
 
 
-def copy_into(tensors: Sequence[torch.Tensor], shapes: Sequence[Shape], memory: memoryview) -> None:
-    """Copy ``tensors`` to their places in ``memory``."""
+def copy_into(tensors: Sequence[torch.Tensor], shapes: Sequence[Shape], memory: memoryview, address: int) -> None:
+    """Copy ``tensors`` to their places in ``memory``, which begins at ``address``."""
     for tensor, shape in zip(tensors, shapes, strict=True):
-        _view(memory, shape).copy_(tensor)
+        if tensor.is_contiguous():
+            # torch's own copy wakes a thread for every core, in a process that has not set their number.
+            ctypes.memmove(address + shape.offset, tensor.data_ptr(), tensor.nbytes)
+        else:
+            _view(memory, shape).copy_(tensor)
 
 
 def _view(memory: Any, shape: Shape) -> torch.Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rpcpipe.errors import NonFiniteError
+from rpcpipe.errors import ModelError, NonFiniteError
 from rpcpipe.model.microbatch import Nest, Packed, pack
 from rpcpipe.model.wiring import DRIVER
 from rpcpipe.model.wiring import link as link_to
@@ -75,6 +75,7 @@ class Actor:
         self._snapshots = None if restored is None else restored.snapshots
         self._stream_backwards: dict[int, StreamBackward] = {}
         self._starts = StepStarts() if restored is None else restored.starts
+        self._refusal: ModelError | None = None  # of what could not be rolled back, for the next step
         self._ordered = -1  # the newest step for which orders have come; a handler sets it
         self._plan = StepContext(-1, 0, False, ()) if restored is None else restored.plan
         self._report = Report(worker=name)
@@ -166,6 +167,9 @@ class Actor:
         """Start ``plan.step``. Unless it runs ahead, the step before is settled on all workers."""
         self._clear()
         self._plan = plan
+        if self._refusal is not None:
+            refusal, self._refusal = self._refusal, None
+            raise refusal
         if plan.policy is not None:
             self._open_stream(plan.policy)
         elif plan.training:
@@ -259,6 +263,7 @@ class Actor:
         report = self._report
         self._add_arrivals(report)
         self._state.check_loss()
+        self._starts.check(self._plan.step)
         for index, stage in self.held.stages.items():
             report.losses.update(stage.loss_values())
             report.outputs.update(_packed(stage.outputs))
@@ -290,6 +295,11 @@ class Actor:
 
     def _roll_back(self, order: RollBackStep) -> None:
         """Roll a step back, unless it has not begun on this worker."""
+        if order.ahead:
+            try:
+                self._starts.check(order.step)
+            except ModelError as error:
+                self._refusal = error
         begun = self._starts.restore(order.step, ahead=order.ahead)
         if begun and order.updating and self.held.optimizer is not None:
             self.held.optimizer.undo.take_back(order.step)
