@@ -158,6 +158,15 @@ def forget(path: str) -> None:
     os.close(int(path.rpartition("/")[2]))
 
 
+def revived(worker: Solo) -> Solo:
+    """The successor of a worker that dies now, between two calls."""
+    copy = copy_of(worker.path)
+    try:
+        return Solo.revived(copy)
+    finally:
+        forget(copy)
+
+
 @contextmanager
 def every_line(visit: Callable[[], None], only: Callable[[str], bool]) -> Iterator[None]:
     """Call ``visit`` before each line that the block executes of the files for whose name ``only`` holds."""
