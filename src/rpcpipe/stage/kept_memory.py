@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import psutil
 import torch
 
-from rpcpipe.errors import ArgumentError
+from rpcpipe.errors import ArgumentError, StateError
 from rpcpipe.transport.slots import map_file
 from rpcpipe.transport.user_pickling import Pickler
 
@@ -227,11 +227,11 @@ class KeptMemory:
         return offset, size
 
     def grow(self, size: int) -> None:
-        """Make the file ``size`` bytes long at least; raises OSError where it cannot be."""
+        """Make the file ``size`` bytes long at least; raises OSError or StateError where it cannot be."""
         if size > self._size:
             size = _rounded(size, _GROWTH)
             if size > self._reach:
-                raise OSError(f"a worker's memory cannot grow to {size >> 20} MiB, more than the host has")
+                raise StateError(f"a worker's memory cannot grow to {size >> 20} MiB, more than the host has")
             os.ftruncate(self.descriptor, size)
             self._size = size
 
