@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import gc
 import os
+import resource
+import signal
 import socket
 import threading
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 
-from rpcpipe.transport import lanes
+from rpcpipe.transport import lane_receiver, lanes
+from rpcpipe.transport.interrupts import shield_interrupts
 from rpcpipe.transport.lanes import Lanes
 from support.faults import wait_for
 
@@ -292,3 +296,104 @@ def test_a_slot_of_dense_tensors_is_used_again_once_the_last_is_gone(ends: Ends)
         addresses.add(again[0].data_ptr())
         del again
     assert address in addresses
+
+
+class Apart:
+    """Both ends in this process, which receives where the test says so."""
+
+    def __init__(self) -> None:
+        generation = uuid.uuid4().hex
+        self.here, self.there = Lanes(generation), Lanes(generation)
+        self.received: list[Any] = []
+        self.there.serve("there", lambda verb, args: self.received.append(args))
+
+    def receive(self, count: int) -> list[Any]:
+        """Receive until ``count`` messages have come."""
+        wait_for(lambda: (self.there.receive(0.1), len(self.received) >= count)[1])
+        return self.received
+
+
+@pytest.fixture
+def apart() -> Iterator[Apart]:
+    apart = Apart()
+    yield apart
+    apart.here.close()
+    apart.there.close()
+
+
+@contextmanager
+def no_descriptor_free() -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.dup(0)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_lane_that_finds_no_descriptor_waits_and_loses_nothing(
+    apart: Apart, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert apart.here.send("there", "note", (1,))
+    with no_descriptor_free():
+        for _ in range(3):
+            apart.there.receive(0.01)
+        assert not apart.received
+        assert "ulimit -n" in caplog.text
+        assert len(caplog.records) <= 4  # it does not try again and again
+    assert apart.receive(1) == [(1,)]
+    assert apart.here.send("there", "note", (torch.ones(2),))
+    assert apart.receive(2)[1][0].tolist() == [1.0, 1.0]
+
+
+def test_a_slot_whose_descriptor_is_lost_is_given_up(apart: Apart, caplog: pytest.LogCaptureFixture) -> None:
+    assert apart.here.send("there", "note", (0,))
+    apart.receive(1)
+    before = lane_bytes()
+    assert apart.here.send("there", "note", (torch.ones(1 << 18),))
+    with no_descriptor_free():
+        assert apart.there.receive(5.0)
+    assert "no descriptor is free" in caplog.text
+    assert len(apart.received) == 1
+    for number in range(3):
+        assert apart.here.send("there", "note", (torch.full((1 << 18,), float(number)),))
+        [received] = apart.receive(2 + number)[-1]
+        assert (received == number).all()
+    del received
+    held = 2 * 3 * ((1 << 20) + lane_receiver.FLAG_BYTES)  # three slots, mapped at both ends, and not what was lost
+    assert lane_bytes() - before == held
+
+
+def test_ctrl_c_ends_a_wait_for_messages_and_loses_none(apart: Apart) -> None:
+    assert not apart.there.receive(0.0, interruptible=True)
+    interrupt = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))
+    interrupt.start()
+    with pytest.raises(KeyboardInterrupt), shield_interrupts():
+        apart.there.receive(10.0, interruptible=True)
+    interrupt.join()
+    assert apart.here.send("there", "note", (1,))
+    assert apart.receive(1) == [(1,)]
+
+
+def test_a_signals_handler_may_receive_or_close_while_the_thread_receives(apart: Apart) -> None:
+    def handle(*_: object) -> None:
+        if not apart.received:
+            assert apart.here.send("there", "note", (1,))
+            apart.receive(1)
+        else:
+            apart.there.close()
+
+    former = signal.signal(signal.SIGUSR1, handle)
+    try:
+        for outcome in ([(1,)], [(1,)]):
+            kill = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGUSR1))
+            kill.start()
+            with shield_interrupts():
+                assert not apart.there.receive(0.3, interruptible=True)
+            kill.join()
+            assert apart.received == outcome
+    finally:
+        signal.signal(signal.SIGUSR1, former)
+    assert apart.there.address is None

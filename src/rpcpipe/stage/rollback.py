@@ -56,12 +56,12 @@ class Undo:
         self.complete = self.moved = False
         self.watch: Watch | None = None
 
-    def begin(self, step: int, *, keep: bool = False) -> None:
+    def begin(self, step: int, *, after: int | None = None) -> None:
         """Make new copies from now on, to take back the update of ``step``; the step before is settled.
 
-        ``keep``: the step before has updated nothing, so its copies are still right.
+        ``after``: a step that has updated nothing; if the copies are its own, they are still right.
         """
-        if self._outdated or not (keep or step == self.step):
+        if self._outdated or self.step not in (step, after):
             self.invalidate()
         self.step = step
 

@@ -30,10 +30,12 @@ from torch.utils import _pytree as pytree
 
 from rpcpipe.errors import Failure, RpcPipeError, StageError, StateError, WorkerLost
 from rpcpipe.transport.base import DRIVER, Endpoint
+from rpcpipe.transport.lane_calls import LaneCalls, in_context
 from rpcpipe.transport.lanes import Lanes
 from rpcpipe.transport.message_pickling import TensorsAside, in_bounds
-from rpcpipe.transport.replies import Replies, wait
+from rpcpipe.transport.replies import Replies, Waiting
 from rpcpipe.transport.rpc_store import ExchangeStore
+from rpcpipe.transport.served import Served
 from rpcpipe.transport.torch_log import hush
 
 # uv: the default shm transport keeps a core busy per process even when idle. basic: through the socket.
@@ -44,6 +46,8 @@ _GRACE = 0.5  # seconds that the monitor has to report that a worker has died
 _BINDINGS: Any = torch._C._distributed_rpc  # rpc_async and remote end in its functions
 # Verbs whose messages only file values: they may wait in a lane until the compute thread wants one.
 _BY_LANE = ("deliver", "deliver_tensors", "supply")
+# And of calls, whose tasks only the compute thread takes: nothing else need hear of them before.
+_CALLS_BY_LANE = ("submit",)
 _MAX_NUMBER = (1 << 15) - 1  # torch numbers workers in 16 bits
 
 log = logging.getLogger("rpcpipe")
@@ -108,16 +112,15 @@ def _start_agent(store: ExchangeStore, name: str, number: int, interface: str) -
     return agent
 
 
-class RpcProcess:
-    """This process's part in torch RPC: its agent, the group it is in, the endpoint it serves.
+class RpcProcess(Served):
+    """This process's part in torch RPC: its agent, the group it is in, what it serves.
 
-    torch has one agent per process, so there is one instance, ``this_process``. The main thread joins and
-    leaves; handler threads read ``_served`` as a whole, so a message meets one endpoint or none.
+    torch has one agent per process, so there is one instance, ``this_process``. The main thread joins and leaves.
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.agent: _Agent | None = None
-        self._served: tuple[str, Endpoint] | None = None  # generation, endpoint
         self._numbers = itertools.count(1)
 
     def number_workers(self, names: Sequence[str]) -> dict[str, int]:
@@ -159,25 +162,9 @@ class RpcProcess:
             agent.store.adopt(store)
         agent.admit({_wire_name(other, generation): number for other, number in numbers.items() if other != name})
 
-    def serve(self, endpoint: Endpoint, generation: str) -> None:
-        """Run ``endpoint``'s verbs for the messages of ``generation`` from now on, and no others."""
-        self._served = generation, endpoint
-
-    @property
-    def endpoint(self) -> Endpoint | None:
-        """Return the endpoint that is served."""
-        return None if self._served is None else self._served[1]
-
-    def dispatch(self, generation: str, verb: str, args: tuple[Any, ...]) -> Any:
-        """Run a message's verb and return its result; None for a generation that is not served any more."""
-        served = self._served
-        if served is None or served[0] != generation:
-            return None
-        return getattr(served[1], verb)(*args)
-
     def leave(self) -> None:
         """Leave the group, whose other members have ended; the agent stays for the next one."""
-        self._served = None
+        self.stop()
         if self.agent is not None:
             self.agent.part()
 
@@ -204,6 +191,10 @@ def _wire_name(name: str, generation: str) -> str:
 
 
 # --- handlers: called by torch's threads, never block. Pickled by name: they stay functions of this module ---
+
+
+def _receive_answer(generation: str, number: int, error: str, outcome: Any) -> None:
+    this_process.answer(generation, number, error, outcome)
 
 
 def _receive(generation: str, verb: str, args: tuple[Any, ...]) -> Any:
@@ -320,10 +311,21 @@ class RpcTransport:
         self.generation = generation
         self._replies = Replies()
         self._lanes = Lanes(generation)
+        self._calls = LaneCalls(self._lanes, self._replies, self._dispatch, self._answer)
+        self._waiting = Waiting(lambda seconds: self._lanes.receive(seconds, interruptible=True), self._lanes.wake)
 
     def serve(self, name: str, endpoint: Endpoint) -> None:
         this_process.serve(endpoint, self.generation)
-        self._lanes.serve(name, lambda verb, args: this_process.dispatch(self.generation, verb, args))
+        this_process.expect(self._calls, self.generation)
+        self._lanes.serve(name, lambda verb, args: self._calls.run(verb, args) or self._dispatch(verb, args))
+
+    def _dispatch(self, verb: str, args: tuple[Any, ...]) -> Any:
+        return this_process.dispatch(self.generation, verb, args)
+
+    def _answer(self, to: str, number: int, error: str, outcome: Any) -> None:
+        """Answer a call that came by a lane."""
+        with contextlib.suppress(RuntimeError):  # who asked has ended
+            self._invoke_call(to, _receive_answer, number, error, outcome)
 
     def leave(self) -> None:
         self._lanes.close()
@@ -332,6 +334,7 @@ class RpcTransport:
     def lose(self, worker: str, error: WorkerLost) -> None:
         self._replies.lose(worker, error)
         self._lanes.lose(worker)
+        self._calls.lose(worker)
 
     def is_near(self, to: str) -> bool:
         return self._lanes.reach(to)
@@ -348,13 +351,14 @@ class RpcTransport:
 
     def call(self, to: str, verb: str, *args: Any) -> Future[Any]:
         reply = self._replies.open(to)
-        if not reply.done():
+        by_lane = verb in _CALLS_BY_LANE and not in_context() and self._calls.call(to, reply, verb, args)
+        if not (by_lane or reply.done()):
             answer = self._invoke_call(to, _receive_later, verb, args)
             answer.add_done_callback(lambda done: self._complete(to, reply, done))
         return reply
 
-    def _invoke_call(self, to: str, function: Any, verb: str, args: tuple[Any, ...]) -> Any:
-        message = (self.generation, verb, args)
+    def _invoke_call(self, to: str, function: Any, *args: Any) -> Any:
+        message = (self.generation, *args)
         return _invoke(_BINDINGS._invoke_rpc_python_udf, _wire_name(to, self.generation), function, message)
 
     def _complete(self, to: str, reply: Future[Any], answer: torch.futures.Future[Any]) -> None:
@@ -362,13 +366,9 @@ class RpcTransport:
         try:
             outcome = answer.value()
         except Exception as raised:
-            if self._replies.is_pending(to, reply):
-                # A broken connection is usually a death, which the monitor reports in a moment with its
-                # cause; only what is no death is reported as it is.
-                error = RpcPipeError(f"the call to {to} failed: {raised}")
-                late = threading.Timer(_GRACE, self._replies.fail, (to, reply, error))
-                late.daemon = True
-                late.start()
+            # A broken connection is usually a death, which the monitor reports in a moment with its
+            # cause; only what is no death is reported as it is.
+            self._replies.fail(to, reply, RpcPipeError(f"the call to {to} failed: {raised}"), after=_GRACE)
         else:
             self._replies.complete(to, reply, outcome)
 
@@ -387,7 +387,7 @@ class RpcTransport:
         return rpc.remote(_wire_name(to, self.generation), _receive_chained, args=message)
 
     def wait(self, replies: Collection[Future[Any]], timeout: float) -> tuple[set[Future[Any]], set[Future[Any]]]:
-        return wait(replies, timeout)
+        return self._waiting.wait(replies, timeout)
 
     def context(self) -> AbstractContextManager[int]:
         return dist_autograd.context()

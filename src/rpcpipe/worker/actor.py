@@ -182,7 +182,7 @@ class Actor:
             self.held.accumulated.resume(plan.accumulates_on, self.held.parameters, ahead=plan.ahead)
             # The update before a step that runs ahead may have to be taken back until orders come.
             if self.held.optimizer is not None and not plan.ahead:
-                self.held.optimizer.undo.begin(plan.step, keep=plan.accumulates_on is not None)
+                self.held.optimizer.undo.begin(plan.step, after=plan.accumulates_on)
         if self._kept is not None:
             self._kept.begin(plan)
 

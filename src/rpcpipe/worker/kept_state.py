@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rpcpipe.errors import ModelError
+from rpcpipe.errors import ModelError, StateError
 from rpcpipe.model import rng
 from rpcpipe.model.microbatch import Nest
 from rpcpipe.stage.attributes import Attributes
@@ -119,7 +119,7 @@ class KeptState:
         """Return the kept state of new stages; None, with a line in the log, where there is no memory for it."""
         try:
             memory = KeptMemory.create()
-        except (AttributeError, OSError) as error:
+        except (AttributeError, OSError, StateError) as error:
             log.warning("this worker cannot be replaced if it dies: no memory outlives it (%s)", error)
             return None
         kept = cls(memory, held, starts, fresh_loss)
