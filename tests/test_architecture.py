@@ -105,9 +105,9 @@ FOREIGN = {
 }  # fmt: skip
 # Those that our classes have too: in these files they are a module's.
 OF_MODULES = {
-    "_buffers": {"stage/buffers.py", "stage/rollback.py"},
+    "_buffers": {"stage/buffers.py", "stage/rollback.py", "worker/kept_state.py", "worker/revival.py"},
     "_modules": {"model/hf/common.py", "model/layers.py", "stage/outputs.py", "stage/trainable.py"},
-    "_parameters": {"stage/trainable.py"},
+    "_parameters": {"stage/trainable.py", "worker/kept_state.py"},
 }
 MODULES = {"torch", "rpc", "api", "dist_autograd", "internal", "os", "sys", "_BINDINGS", "_tables", "parametrize"}
 

@@ -11,8 +11,8 @@ import torch
 import rpcpipe as rp
 from rpcpipe.cluster.kept_descriptor import KeptDescriptor
 from rpcpipe.pipeline import deploy
+from rpcpipe.worker.actor_spec import ActorSpec
 from rpcpipe.worker.executor import Executor
-from rpcpipe.worker.stage_set import ActorSpec
 from support.local_cluster import LocalCluster
 from support.models import adamw, batches, cross_entropy, mlp
 from support.oracle import Natural, assert_same_weights

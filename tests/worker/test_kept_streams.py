@@ -12,8 +12,8 @@ from rpcpipe.pipeline import deploy
 from rpcpipe.stage import stream_rollback
 from rpcpipe.stage.kept_memory import Condition, look
 from rpcpipe.stage.optimizer import LocalOptimizer
+from rpcpipe.worker.actor_spec import ActorSpec
 from rpcpipe.worker.operations import EndStream
-from rpcpipe.worker.stage_set import ActorSpec
 from support.models import batches
 from support.solo import Solo, copy_of, forget
 from support.stream import POLICIES, pipeline

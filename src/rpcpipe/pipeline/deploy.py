@@ -37,9 +37,9 @@ from rpcpipe.stage import precision
 from rpcpipe.stage.profiler import profile
 from rpcpipe.transport import user_pickling
 from rpcpipe.transport.user_pickling import named_dumps
+from rpcpipe.worker.actor_spec import ActorSpec
 from rpcpipe.worker.gradient_exchange import ReplicaGroup
 from rpcpipe.worker.operations import GetOptimizerState, ReceiveLayers, ReleaseLayers, Repartition
-from rpcpipe.worker.stage_set import ActorSpec
 
 
 def start(layers: OrderedDict[str, Layer], cluster: PipelineCluster, options: Options) -> Runtime:

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rpcpipe.errors import ModelError
+from rpcpipe.errors import ModelError, StateError
 from rpcpipe.model import rng
 from rpcpipe.model.microbatch import Nest
 from rpcpipe.stage.attributes import Attributes
@@ -36,6 +36,7 @@ from rpcpipe.stage.hyperparameters import entries
 from rpcpipe.stage.kept_memory import Condition, KeptMemory, Record, Word
 from rpcpipe.stage.metrics import Metric
 from rpcpipe.stage.rollback import Buffers, StepStarts, Undo
+from rpcpipe.worker.actor_spec import ActorSpec
 from rpcpipe.worker.messages import KeptAt
 from rpcpipe.worker.operations import (
     ApplyCheckpoint,
@@ -53,7 +54,7 @@ from rpcpipe.worker.operations import (
     UndoUpdate,
     UpdateWeights,
 )
-from rpcpipe.worker.stage_set import ActorSpec, StageSet
+from rpcpipe.worker.stage_set import StageSet
 
 log = logging.getLogger("rpcpipe.worker")
 
@@ -118,7 +119,7 @@ class KeptState:
         """Return the kept state of new stages; None, with a line in the log, where there is no memory for it."""
         try:
             memory = KeptMemory.create()
-        except (AttributeError, OSError) as error:
+        except (AttributeError, OSError, StateError) as error:
             log.warning("this worker cannot be replaced if it dies: no memory outlives it (%s)", error)
             return None
         kept = cls(memory, held, starts, fresh_loss)
