@@ -32,7 +32,7 @@ _HELD: list[int] = []
 @pytest.fixture
 def trio() -> Iterator[rp.Cluster]:
     """Three workers of the test's own."""
-    with rp.launch(workers=3, threads=1, timeout=20.0) as made:
+    with rp.launch(workers=3, threads=1, timeout=20.0, heal=False) as made:
         yield made
 
 
@@ -449,9 +449,9 @@ def test_workers_that_cannot_be_added_leave_the_cluster_as_it_was(trio: rp.Clust
 
 
 def test_a_cluster_that_has_been_resized_is_not_launched_alike(trio: rp.Cluster) -> None:
-    assert rp.launch(workers=3, threads=1, timeout=20.0) is trio
+    assert rp.launch(workers=3, threads=1, timeout=20.0, heal=False) is trio
     trio.remove_workers(trio.workers[0])
-    assert rp.launch(workers=3, threads=1, timeout=20.0) is not trio
+    assert rp.launch(workers=3, threads=1, timeout=20.0, heal=False) is not trio
 
 
 def test_what_survivors_and_the_dead_have_sent_late_reaches_nobody(trio: rp.Cluster) -> None:
