@@ -313,7 +313,7 @@ def test_a_step_by_hand_is_lost_if_another_pipeline_heals_meanwhile(
     twin, others_twin = (rp.Pipeline(mlp(), LocalCluster(4), loss=cross_entropy, optimizer=adamw) for _ in range(2))
     assert losses(pipe) == losses(twin)
     words = "been replaced since this step began.*open another step"
-    with pytest.raises(rp.WorkerLost, match=words), pipe.step() as s:
+    with pytest.raises(rp.WorkerLost, match=words), pipe.step() as s:  # noqa: PT012
         if when == "before the update":
             s.forward_backward(X, Y)
         os.kill(cluster.workers[2].pid, signal.SIGKILL)
