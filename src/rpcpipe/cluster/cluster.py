@@ -286,18 +286,12 @@ class Cluster:
         story = f"{who} {how}.\n" + (f"Its last lines:\n{last}\n" if last else "It has printed nothing.\n")
         if kind != "removed" and member.name in (spare.name for spare in self.spares):
             log.warning("%sIt was idle: training goes on with a spare less", story)
-        after = (
-            "Another process takes its place as soon as the cluster is used again"
-            if self.heal
-            else "Its layers went with it: launch (or connect) again and make a new Pipeline"
-        )
+        after = "Its layers went with it: launch (or connect) again and make a new Pipeline"
+        if self.heal:
+            after = "Another process takes its place as soon as the cluster is used again"
         error = WorkerLost(
-            story + after,
-            worker=member.name,
-            stages=stages,
-            host=member.host,
-            pid=member.pid,
-        )
+            story + after, worker=member.name, stages=stages, host=member.host, pid=member.pid
+        )  # fmt: skip
         self._liveness.lose(member, error)
         self.events.append(ClusterEvent(kind, member.name, member.host, member.pid, how))
         self.transport.lose(member.name, error)
