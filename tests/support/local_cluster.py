@@ -25,7 +25,7 @@ class LocalCluster:
         self.transport = LocalTransport(seed, drop=drop)
         self.workers = [Worker(f"worker{index}", index + 1, "elsewhere", 0, "cpu") for index in range(workers)]
         self.timeout = timeout
-        self.healthy, self.heal = True, 0
+        self.open, self.healthy, self.heal = True, True, 0
         self.pipelines: set[Any] = set()
         for worker in self.workers:
             executor = Executor(worker.name, self.transport, device=torch.device("cpu"), threads=1)

@@ -231,8 +231,7 @@ class Driver:
 
         Returns (RRefs to keep until the batch is done, each update's reply by worker and group).
         """
-        held: list[object] = []
-        replies: dict[tuple[str, int], Future[Any]] = {}
+        held, replies = list[object](), dict[tuple[str, int], Future[Any]]()
         waiting: dict[str, tuple[list[Task], list[tuple[Port, Any]]]] = {}
         for worker, task, values in calls:
             tasks, task_values = waiting.setdefault(worker, ([], []))
@@ -308,9 +307,10 @@ class Driver:
         self._sender.release(newest)
         self.cancel(newest, undone.first)
         for worker in self.workers:
-            self._roll_back_on(worker, tasks)
+            self.roll_back_on(worker, tasks)
 
-    def _roll_back_on(self, worker: str, tasks: list[Task]) -> None:
+    def roll_back_on(self, worker: str, tasks: list[Task]) -> None:
+        """Let ``worker`` execute ``tasks``, which roll something back, or its successor if it dies before."""
         left = [(own, reply) for own, reply in self._rollbacks.get(worker, []) if not _is_done(reply)]
         self._rollbacks[worker] = [*left, (tasks, self._sender.post(worker, -1, tasks))]
 
@@ -326,7 +326,7 @@ class Driver:
         self._transport.send(worker, "cancel", self._pipeline, self._step - 1, place, place)
         missed = [tasks for tasks, reply in self._rollbacks.pop(worker, []) if not _is_done(reply)]
         for tasks in missed:
-            self._roll_back_on(worker, tasks)
+            self.roll_back_on(worker, tasks)
 
     def drop(self) -> list[Future[Any]]:
         """Free the stages on all workers; return their replies."""
@@ -389,7 +389,7 @@ class Driver:
 
 
 def _is_done(reply: Future[Any]) -> bool:
-    """Return whether the tasks have been executed; a lost worker's may not have been, and its successor refuses them."""
+    """Return whether the tasks have been executed; a lost worker's may not have been, its successor refuses them."""
     return reply.done() and reply.exception() is None and not isinstance(reply.result(), Failure)
 
 

@@ -29,7 +29,7 @@ from rpcpipe.schedules.timeline import Timeline
 from rpcpipe.schedules.weight_versions import Policy
 from rpcpipe.stage.progress import Progress
 from rpcpipe.worker.messages import Port, Report, StageInfo
-from rpcpipe.worker.operations import BeginCall, CallModule, RollBackStep
+from rpcpipe.worker.operations import BeginCall, CallModule, RollBackStep, Task
 from rpcpipe.worker.stage_set import ActorSpec
 
 T = TypeVar("T")
@@ -282,9 +282,12 @@ class Runtime:
             self.active.lose()
         self.succession.revive()
 
-    def healed(self, call: Callable[[], T]) -> T:
-        """Return ``call()``, made again if workers have died in it; raises WorkerLost if they do again and again."""
-        return healed(self.cluster, self.check, call)
+    def healed(self, call: Callable[[], T], after: str = "The pipeline is as it was before the call") -> T:
+        """Return ``call()``, made again if workers have died in it; raises WorkerLost if they do again and again.
+
+        ``after``: what holds then.
+        """
+        return healed(self.cluster, self.check, call, after=after)
 
     def execute(self, workers: Sequence[str], operation: CallModule) -> dict[str, Any]:
         """Execute ``operation`` on each of ``workers`` once, and return the results.
@@ -318,7 +321,14 @@ class Runtime:
                 if worker not in done:
                     self.driver.call(worker, RollBackStep(number, updating=True))
 
-        return healed(self.cluster, check, rest) if keep else rest()
+        if not keep:
+            return rest()
+        try:
+            return healed(self.cluster, check, rest)
+        except WorkerLost:
+            for worker in workers:
+                self.driver.roll_back_on(worker, [Task(RollBackStep(number, updating=True))])
+            raise
 
     def check_trains(self) -> None:
         """Raise StateError if the pipeline was made without an optimizer."""
@@ -350,6 +360,6 @@ class Runtime:
 
 
 def release(cluster: PipelineCluster, driver: Driver) -> None:
-    """Free a pipeline's stages, if the cluster is healthy."""
-    if cluster.healthy:
+    """Free a pipeline's stages on the workers that live, if the cluster is open."""
+    if cluster.open:
         driver.drop()
