@@ -9,10 +9,8 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import pytest
-import torch
 
 import rpcpipe as rp
 from support.models import adamw, batches, cross_entropy, mlp

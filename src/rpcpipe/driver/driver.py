@@ -71,6 +71,8 @@ class Driver:
         self._recovery: State = Idle()
         # By worker, rollbacks that it may not have executed: its successor must.
         self._rollbacks: dict[str, list[tuple[list[Task], Future[Any]]]] = {}
+        # By worker that has taken a dead one's place, the place in its sequence after what it was told to do first.
+        self._welcomed: dict[str, int] = {}
 
     def new_step(self) -> int:
         """Return a step number that no message has carried yet."""
@@ -267,7 +269,13 @@ class Driver:
     def cancel(self, step: int, first: Mapping[str, int]) -> None:
         """Drop ``step``, whose tasks have the places from ``first`` on, and the values that still arrive for it."""
         for worker in self.workers:
-            self._transport.send(worker, "cancel", self._pipeline, step, first[worker], self._sender.next[worker])
+            place = max(first[worker], self._welcomed.get(worker, 0))  # what its successor was told to do stays
+            self._transport.send(worker, "cancel", self._pipeline, step, place, self._sender.next[worker])
+
+    def ensure(self, operation: Operation) -> None:
+        """Have all workers execute ``operation`` before later calls, also the successor of one that dies before."""
+        for worker in self.workers:
+            self._roll_back_on(worker, [Task(operation)])
 
     # --- calls ---
 
@@ -327,6 +335,7 @@ class Driver:
         missed = [tasks for tasks, reply in self._rollbacks.pop(worker, []) if not _is_done(reply)]
         for tasks in missed:
             self._roll_back_on(worker, tasks)
+        self._welcomed[worker] = self._sender.next[worker]
 
     def drop(self) -> list[Future[Any]]:
         """Free the stages on all workers; return their replies."""

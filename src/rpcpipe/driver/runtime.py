@@ -61,6 +61,10 @@ class OpenStream(Protocol):
         """Forget the batches under way, without sending a message."""
         ...
 
+    def lose(self) -> None:
+        """Note that workers are being replaced, with whose tasks the batches under way are gone."""
+        ...
+
 
 @dataclass(kw_only=True)
 class Settings:
@@ -267,17 +271,23 @@ class Runtime:
         Workers that have died are replaced. Raises StateError if the pipeline or the cluster is closed, and WorkerLost
         if a worker has died and is not replaced.
         """
+        self.mend()
+        if self.stream is not None:
+            self.stream.flush()
+
+    def mend(self) -> None:
+        """Have workers that have died replaced; raises as ``check`` does."""
         if self.closed:
             raise StateError("the pipeline is closed; make a new one")
         self.cluster.check()
         self.revive()
-        if self.stream is not None:
-            self.stream.flush()
 
     def revive(self) -> None:
         """Let the successors of dead workers go on with what those have kept."""
-        if self.active is not None and self.succession.is_broken:
-            self.active.lose()
+        if self.succession.is_broken:
+            for lost in (self.active, self.stream):
+                if lost is not None:
+                    lost.lose()
         self.succession.revive()
 
     def healed(self, call: Callable[[], T]) -> T:

@@ -78,8 +78,8 @@ class Succession:
         except StageError as error:
             name = error.failure.worker
             raise WorkerLost(
-                f"{name} died, and its successor cannot go on: {error}. Make a new Pipeline, from a checkpoint if there is"
-                " one",
+                f"{name} died, and its successor cannot go on: {error}. Make a new Pipeline, from a checkpoint if there"
+                " is one",
                 worker=name,
             ) from error
         for name in missing:
@@ -93,10 +93,14 @@ class Succession:
         self._kept.clear()
 
 
-def healed(cluster: PipelineCluster, check: Callable[[], None], call: Callable[[], T]) -> T:
+_AS_BEFORE = "The pipeline is as it was before the call"
+
+
+def healed(cluster: PipelineCluster, check: Callable[[], None], call: Callable[[], T], *, left: str = _AS_BEFORE) -> T:
     """Return ``call()``, made again where workers have died in it and ``check`` has had them replaced.
 
-    Raises WorkerLost, with all causes, where that has happened more often than ``cluster.heal``.
+    Raises WorkerLost, with all causes, where that has happened more often than ``cluster.heal``; ``left``: what it then
+    says of the pipeline.
     """
     causes: list[WorkerLost] = []
     while True:
@@ -107,15 +111,15 @@ def healed(cluster: PipelineCluster, check: Callable[[], None], call: Callable[[
             if not cluster.heal:
                 raise
             if len(causes) > cluster.heal:
-                raise _given_up(causes) from lost
+                raise _given_up(causes, left) from lost
         check()
 
 
-def _given_up(causes: list[WorkerLost]) -> WorkerLost:
+def _given_up(causes: list[WorkerLost], left: str) -> WorkerLost:
     last = causes[-1]
     story = "\n".join(f"{number}. {cause}" for number, cause in enumerate(causes, 1))
     return WorkerLost(
         f"workers died in each of {len(causes)} tries of one call, so it is not tried again (heal={len(causes) - 1}):\n"
-        f"{story}\nThe pipeline is as it was before the call",
+        f"{story}\n{left}",
         worker=last.worker, stages=last.stages, host=last.host, pid=last.pid,
     )  # fmt: skip
