@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-import rpcpipe as rp
 from rpcpipe.stage import stream_rollback
 from support.local_cluster import LocalCluster
-from support.models import adamw, batches, cross_entropy, mlp
+from support.models import adamw, batches, mlp
 from support.mortal_cluster import MortalCluster
 from support.stream import pipeline
 

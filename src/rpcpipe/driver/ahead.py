@@ -19,6 +19,8 @@ from rpcpipe.driver.course import Course, Cut, Issued
 from rpcpipe.driver.result import StepResult
 from rpcpipe.driver.runtime import Runtime
 from rpcpipe.driver.step import Step, train_once
+from rpcpipe.driver.stream import Stream
+from rpcpipe.errors import require
 from rpcpipe.model.microbatch import Nest, copied
 from rpcpipe.transport.interrupts import allow_interrupts
 
@@ -30,6 +32,21 @@ class _Coming:
     batch: tuple[Nest, Nest] | None = None
     error: Exception | None = None
     issued: Issued | None = None
+
+
+def train(
+    runtime: Runtime,
+    batches: Iterator[tuple[Nest, Nest]],
+    train_step: Callable[[Nest, Nest], StepResult],
+    ahead: int,
+) -> Generator[StepResult, None, None]:
+    """Return the results of training on ``batches``: streamed, ``ahead`` of the caller by one step, or one by one."""
+    require(ahead in (0, 1), f"ahead must be 0 or 1, not {ahead!r}")
+    if runtime.policy is not None:
+        return Stream(runtime).run(batches, runtime.settings.flush_every)
+    if ahead:
+        return StepsAhead(runtime, batches, train_step).run()
+    return (train_step(inputs, targets) for inputs, targets in batches)
 
 
 class StepsAhead:

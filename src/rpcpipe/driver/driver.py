@@ -30,6 +30,7 @@ from rpcpipe.driver.recovery import (
     TakeBack,
     transition,
 )
+from rpcpipe.driver.replies import is_done, outcome_of
 from rpcpipe.driver.sender import Issue, Sender
 from rpcpipe.errors import Failure, StageError
 from rpcpipe.stage.context import StepContext
@@ -319,7 +320,7 @@ class Driver:
             self._roll_back_on(worker, tasks)
 
     def _roll_back_on(self, worker: str, tasks: list[Task]) -> None:
-        left = [(own, reply) for own, reply in self._rollbacks.get(worker, []) if not _is_done(reply)]
+        left = [(own, reply) for own, reply in self._rollbacks.get(worker, []) if not is_done(reply)]
         self._rollbacks[worker] = [*left, (tasks, self._sender.post(worker, -1, tasks))]
 
     def revive(self, worker: str, path: str) -> Future[Any]:
@@ -332,7 +333,7 @@ class Driver:
         self._sender.forget_all()
         place = self._sender.next[worker]
         self._transport.send(worker, "cancel", self._pipeline, self._step - 1, place, place)
-        missed = [tasks for tasks, reply in self._rollbacks.pop(worker, []) if not _is_done(reply)]
+        missed = [tasks for tasks, reply in self._rollbacks.pop(worker, []) if not is_done(reply)]
         for tasks in missed:
             self._roll_back_on(worker, tasks)
         self._welcomed[worker] = self._sender.next[worker]
@@ -381,9 +382,9 @@ class Driver:
 
         Raises DeadlineExceeded if no worker finishes anything for the timeout.
         """
-        for _ in self._arriving({key: _outcome(reply) for key, reply in replies.items()}):
+        for _ in self._arriving({key: outcome_of(reply) for key, reply in replies.items()}):
             pass
-        return {key: _outcome(reply).result() for key, reply in replies.items()}
+        return {key: outcome_of(reply).result() for key, reply in replies.items()}
 
     def _arriving(self, replies: Mapping[K, Future[Any]], watches: Collection[Future[Any]] = ()) -> Iterator[Any]:
         """Yield the results of ``replies`` and ``watches`` as they arrive, until all replies have arrived."""
@@ -395,15 +396,3 @@ class Driver:
             yield from (reply.result() for reply in done)
             if not done:
                 patience.check()
-
-
-def _is_done(reply: Future[Any]) -> bool:
-    """Return whether the task has been executed; one whose worker was lost may not have been."""
-    return reply.done() and reply.exception() is None
-
-
-def _outcome(reply: Future[Any]) -> Future[Any]:
-    """Return a future of the result of ``reply``, or of its exception."""
-    outcome: Future[Any] = Future()
-    reply.add_done_callback(lambda done: outcome.set_result(done.exception() or done.result()))
-    return outcome

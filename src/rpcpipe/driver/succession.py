@@ -77,11 +77,8 @@ class Succession:
             self._driver.collect({name: self._driver.revive(name, self._kept[name].path) for name in missing})
         except StageError as error:
             name = error.failure.worker
-            raise WorkerLost(
-                f"{name} died, and its successor cannot go on: {error}. Make a new Pipeline, from a checkpoint if there"
-                " is one",
-                worker=name,
-            ) from error
+            story = f"{name} died, and its successor cannot go on: {error}"
+            raise WorkerLost(f"{story}. Make a new Pipeline, from a checkpoint if there is one", worker=name) from error
         for name in missing:
             self._driver.welcome(name)
             self._holders[name] = workers[name].pid
