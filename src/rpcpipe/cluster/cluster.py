@@ -154,6 +154,7 @@ class Cluster:
         self._check_open()
         if self.heal and self._supervisor.lost:
             self._restore()
+            return  # whoever has died since is found by the next call, which heals that
         for lost in self._supervisor.lost.values():
             raise lost.again()
 
