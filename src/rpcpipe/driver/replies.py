@@ -5,10 +5,12 @@ from __future__ import annotations
 from concurrent.futures import Future
 from typing import Any
 
+from rpcpipe.errors import Failure
+
 
 def is_done(reply: Future[Any]) -> bool:
-    """Return whether the task has been executed; one whose worker was lost may not have been."""
-    return reply.done() and reply.exception() is None
+    """Return whether the tasks have been executed; a lost worker's may not have been; its successor refuses them."""
+    return reply.done() and reply.exception() is None and not isinstance(reply.result(), Failure)
 
 
 def outcome_of(reply: Future[Any]) -> Future[Any]:
