@@ -308,7 +308,7 @@ class StageSet:
             last_stage,
             stage_links,
         )
-        self.accumulated.forget(self._tied_elsewhere)
+        self.accumulated.retain({*self.parameters} - self._tied_elsewhere)
         self._carry_over(groups)
         optimized = self.optimizer.group_of if self.optimizer is not None else {}
         for name in (name for names, _ in parts.values() for name in names):
