@@ -21,7 +21,7 @@ from rpcpipe.checkpoint.plain_state import Holders, Stateful, decode, encode
 from rpcpipe.checkpoint.shard import Written, some
 from rpcpipe.checkpoint.tensor_file import Reader
 from rpcpipe.driver.runtime import Runtime
-from rpcpipe.errors import CheckpointError, Failure, StageError, StateError, require, require_whole
+from rpcpipe.errors import CheckpointError, Failure, StageError, StateError, WorkerLost, require, require_whole
 from rpcpipe.model.extra_state import packed, unpacked
 from rpcpipe.model.layers import layer_of
 from rpcpipe.model.tied_weights import Tie, completed
@@ -174,10 +174,13 @@ def _outcomes(runtime: Runtime, calls: Mapping[str, Operation], after: str) -> d
     """Wait for all workers' results and return them by worker.
 
     If any failed, raises one CheckpointError, whose message ends with ``after``; StageError for an error of any other
-    type.
+    type, WorkerLost for a worker that has died.
     """
     driver = runtime.driver
     outcomes = driver.outcomes({name: driver.call(name, operation) for name, operation in calls.items()})
+    for outcome in outcomes.values():
+        if isinstance(outcome, WorkerLost):
+            raise outcome
     failed = {name: outcome for name, outcome in outcomes.items() if isinstance(outcome, Failure)}
     for name, failure in failed.items():
         error = StageError.of(failure)
