@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -38,4 +39,27 @@ def test_training_gives_the_bits_of_a_run_without_deaths(name: str, ahead: int) 
         figures, state = train(cluster, OPTIONS[name], ahead)
         assert repr(figures) == repr(expected)
         assert same(state, after)
+        assert cluster.deaths > 2
+
+
+def train_and_load(cluster: Any, folder: Path) -> dict[str, torch.Tensor]:
+    """Train, and go on from what was saved after each step; returns the weights."""
+    pipe = pipeline(cluster, **OPTIONS["adamw"], model=model())
+    for batch in batches(6, 24):
+        pipe.train_step(*batch)
+        cluster.deadly = True
+        pipe.save(folder, position=pipe.trained)
+        assert pipe.load(folder) == pipe.trained
+        cluster.deadly = False
+    state = dict(pipe.state_dict())
+    pipe.close()
+    return state
+
+
+@pytest.mark.timeout(60)
+def test_saves_and_loads_are_made_again_when_workers_die_in_them(tmp_path: Path) -> None:
+    expected = train_and_load(LocalCluster(2, 1), tmp_path / "undisturbed")
+    for seed in range(4):
+        cluster = MortalCluster(2, seed, rarity=12)
+        assert same(train_and_load(cluster, tmp_path / str(seed)), expected)
         assert cluster.deaths > 2

@@ -263,8 +263,13 @@ class Cluster:
         story = f"{who} {how}.\n" + (f"Its last lines:\n{last}\n" if last else "It has printed nothing.\n")
         if kind != "removed" and member.name in (spare.name for spare in self.spares):
             log.warning("%sIt was idle: training goes on with a spare less", story)
+        after = (
+            "Another process takes its place as soon as the cluster is used again"
+            if self.heal
+            else "Its layers went with it: launch (or connect) again and make a new Pipeline"
+        )
         error = WorkerLost(
-            story + "Its layers went with it: launch (or connect) again and make a new Pipeline",
+            story + after,
             worker=member.name,
             stages=stages,
             host=member.host,

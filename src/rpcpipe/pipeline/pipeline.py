@@ -394,4 +394,4 @@ class Pipeline:
         cut, schedule or number of workers. Raises CheckpointError with file and tensor, before anything changes.
         """
         self.runtime.check()
-        return self.runtime.healed(lambda: state.load(self.runtime, directory, stateful or {}))
+        return state.load(self.runtime, directory, stateful or {})

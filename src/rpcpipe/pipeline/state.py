@@ -114,9 +114,18 @@ def save(runtime: Runtime, directory: str | Path, stateful: Holders, position: A
 def load(runtime: Runtime, directory: str | Path, stateful: Holders) -> Any:
     """Load the newest checkpoint in ``directory``, or that very checkpoint; return its ``position``.
 
-    All workers and the driver read and check their parts before any of them changes. Raises StateError within a
-    step, DependencyError without safetensors, and CheckpointError.
+    All workers and the driver read and check their parts before any of them changes. Made again, as a whole, if a
+    worker dies in it. Raises StateError within a step, DependencyError without safetensors, CheckpointError, and
+    WorkerLost, which closes the pipeline.
     """
+    try:
+        return runtime.healed(lambda: _load(runtime, directory, stateful))
+    except WorkerLost as error:
+        _close(runtime, error)
+        raise
+
+
+def _load(runtime: Runtime, directory: str | Path, stateful: Holders) -> Any:
     require(runtime.active is None, "a step is open: load after its with-block", error=StateError)
     tensor_file.require()
     folder = newest(Path(directory).absolute())
@@ -292,12 +301,16 @@ def _set_state(holder: Stateful, state: Any) -> None:
 
 
 def _finish(runtime: Runtime, replies: Mapping[str, Any]) -> None:
-    """Wait until all workers have loaded their parts. An error other than Ctrl-C closes the pipeline."""
+    """Wait until all workers have loaded their parts. An error other than Ctrl-C or a death closes the pipeline."""
     try:
         runtime.driver.collect(replies)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, WorkerLost):
         raise
     except BaseException as error:
-        runtime.close()
-        error.add_note("Some workers have loaded the checkpoint and some have not, so the pipeline was closed.")
+        _close(runtime, error)
         raise
+
+
+def _close(runtime: Runtime, error: BaseException) -> None:
+    runtime.close()
+    error.add_note("Some workers may have loaded the checkpoint and some not, so the pipeline was closed.")
