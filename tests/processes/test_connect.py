@@ -216,6 +216,89 @@ def test_a_remote_death_is_named_with_its_signal(start: Start, script: Path) -> 
     assert ranks[0].wait(5) == 0
 
 
+REPLACED = textwrap.dedent("""
+    import ctypes, os, torch, rpcpipe as rp
+    from torch import nn
+    cluster = rp.connect(timeout=30.0)
+    def hang():
+        ctypes.PyDLL(None).sleep(30)  # keeps the GIL
+    def losses():
+        torch.manual_seed(0)
+        pipe = rp.Pipeline([nn.Linear(4, 4) for _ in cluster.workers], cluster, loss=nn.functional.mse_loss,
+                           optimizer=lambda params: torch.optim.SGD(params, lr=0.1), chunks=2)
+        found = [pipe.train_step(torch.ones(4, 4), torch.ones(4, 4)).loss for _ in range(3)]
+        pipe.close()
+        return found
+    first = losses()
+    for number, death in enumerate([(os._exit, 3), (hang,), (os.abort,), (os._exit, 0)]):
+        worker = cluster.workers[number % 2]
+        try:
+            cluster.call(worker, *death)
+        except rp.WorkerLost as error:
+            print("lost", str(error).splitlines()[0], flush=True)
+        [new] = cluster.replace()
+        assert cluster.call(new, os.getpid) == new.pid != worker.pid
+        assert losses() == first
+    print(len(cluster.events), "events", flush=True)
+    cluster.close()
+    print("closed", flush=True)
+""")
+
+
+def check_replaced(driver: subprocess.Popen[str], ranks: list[subprocess.Popen[str]]) -> None:
+    out, err = driver.communicate(timeout=60)
+    lines = out.splitlines()
+    assert lines[-2:] == ["8 events", "closed"], err
+    assert [line.split(") ")[1] for line in lines[:4]] == [
+        "exited with status 3.", lines[1].split(") ")[1], "was killed by SIGABRT.", "exited with status 0.",
+    ]  # fmt: skip
+    assert "no sign of life" in lines[1]
+    assert [rank.wait(5) for rank in ranks] == [0, 0]
+
+
+def test_a_ranks_worker_is_replaced_by_its_agent(start: Start, script: Path) -> None:
+    script.write_text(REPLACED)
+    ranks = [start(1), start(2)]
+    check_replaced(start(0, str(script)), ranks)
+
+
+def test_a_rank_that_has_ended_cannot_be_replaced(start: Start, script: Path) -> None:
+    script.write_text(
+        SCRIPT.replace("cluster.close()", "try_to_replace(cluster)").replace("cluster =", NOT_REPLACED, 1)
+    )
+    driver = start(0, str(script), "stay")
+    ranks = [start(1), start(2)]
+    assert driver.stdout is not None
+    assert driver.stdout.readline().startswith("loss")
+    ranks[1].kill()
+    out, err = driver.communicate(timeout=20)
+    assert "not replaced: worker1: rank 2 on " in out, err
+    assert ranks[0].wait(5) == 0
+
+
+NOT_REPLACED = textwrap.dedent("""
+    def try_to_replace(cluster):
+        try:
+            cluster.replace()
+        except rp.WorkerLost as error:
+            print("not replaced:", error, flush=True)
+        cluster.close()
+    cluster =""").lstrip()
+
+
+@pytest.mark.skipif(bool(networks.why_not()), reason=networks.why_not())
+def test_workers_of_three_hosts_are_replaced(script: Path) -> None:
+    script.write_text(REPLACED)
+    with networks.hosts(3) as hosts, ExitStack() as stack:
+        shared = {"WORLD_SIZE": "3", "MASTER_ADDR": hosts[0].address, "MASTER_PORT": "29500"}
+        found = []
+        for rank, host in enumerate(hosts):
+            environ = {**os.environ, **shared, "RANK": str(rank), "RPCPIPE_SECRET": SECRET, "RPCPIPE_BIND": "eth0"}
+            command = ["-m", "rpcpipe.worker"] if rank else [str(script)]
+            found.append(_popen(stack, ["ip", "netns", "exec", host.name, sys.executable, *command], environ))
+        check_replaced(found[0], found[1:])
+
+
 # --- hosts of their own ---
 
 _WHY_NOT = networks.why_not()

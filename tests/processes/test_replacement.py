@@ -8,8 +8,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Callable
 from typing import Any
 
 import psutil
@@ -24,16 +23,9 @@ from rpcpipe.transport.rpc import RpcTransport, this_process
 from rpcpipe.transport.user_pickling import named_dumps
 from support.faults import wait_for
 from support.models import batches, cross_entropy, mlp, sgd
-from support.oracle import Oracle, assert_same_weights
+from support.replacement import counts, kill, pids, train_and_compare
 
 _HELD: list[int] = []
-
-
-@pytest.fixture
-def trio() -> Iterator[rp.Cluster]:
-    """Three workers of the test's own."""
-    with rp.launch(workers=3, threads=1, timeout=20.0) as made:
-        yield made
 
 
 def hold(value: int) -> None:
@@ -43,25 +35,6 @@ def hold(value: int) -> None:
 
 def held() -> list[int]:
     return _HELD
-
-
-def counts() -> tuple[int, int]:
-    """Descriptors and threads of the process that runs this."""
-    return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
-
-
-def pids(cluster: rp.Cluster) -> list[int]:
-    """What the workers themselves say."""
-    return [cluster.call(worker, os.getpid) for worker in cluster.workers]
-
-
-def kill(cluster: rp.Cluster, *indices: int) -> None:
-    """Kill workers and wait until it has been noticed."""
-    for index in indices:
-        os.kill(cluster.workers[index].pid, signal.SIGKILL)
-    names = [cluster.workers[index].name for index in indices]
-    wait_for(lambda: {event.worker for event in cluster.events[-len(names) :]} == set(names))
-    wait_for(lambda: not cluster.healthy)
 
 
 def by_sigkill(cluster: rp.Cluster, index: int) -> None:
@@ -140,15 +113,6 @@ def test_the_template_goes_and_all_workers_with_it(trio: rp.Cluster) -> None:
     assert len(set(pids(trio))) == 3
 
 
-def train_and_compare(cluster: rp.Cluster, steps: int = 2) -> None:
-    """Train a new pipeline: the bits are one process's."""
-    oracle = Oracle(mlp(), sgd, cross_entropy, 4)
-    with closing(rp.Pipeline(mlp(), cluster, loss=cross_entropy, optimizer=sgd, chunks=4)) as pipe:
-        for inputs, targets in batches(steps):
-            assert pipe.train_step(inputs, targets).loss == oracle.train_step(inputs, targets)
-        assert_same_weights(pipe, oracle.model)
-
-
 def lanes() -> dict[str, bool]:
     """Runs on a worker: whether it has sent by a lane to those it has sent to."""
     assert this_process.served is not None
@@ -176,21 +140,6 @@ def test_calls_under_way_to_the_dead_fail_and_later_ones_reach_the_successor(tri
             reply.result(5)
     trio.replace()
     assert trio.transport.call("worker1", "progress").result(5)[0] == 0
-
-
-@pytest.fixture
-def struck(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[WorkerProcess], None]]:
-    """What is done, once each, when a process that is to join a live group is told to."""
-    strikes: list[Callable[[WorkerProcess], None]] = []
-    send = WorkerProcess.send
-
-    def sending(self: WorkerProcess, kind: str, payload: object = None) -> None:
-        send(self, kind, payload)
-        if kind == "join" and strikes:
-            strikes.pop(0)(self)
-
-    monkeypatch.setattr(WorkerProcess, "send", sending)
-    return strikes
 
 
 def test_another_worker_dies_while_one_is_replaced(trio: rp.Cluster, struck: list[Any]) -> None:
@@ -272,25 +221,6 @@ def test_an_interrupted_replacement_can_be_made_again(trio: rp.Cluster, struck: 
         trio.check()
     assert [worker.name for worker in trio.replace()] == ["worker1"]
     train_and_compare(trio)
-
-
-def test_a_spare_takes_a_dead_workers_place() -> None:
-    with rp.launch(workers=2, threads=1, timeout=20.0, spares=2) as cluster:
-        first, second = cluster.spares
-        kill(cluster, 1)
-        (successor,) = cluster.replace()
-        assert (successor.name, successor.rank, successor.pid) == ("worker1", 2, first.pid)
-        assert cluster.spares == (second,)
-        assert cluster.events[-1].kind == "spare used"
-        train_and_compare(cluster)
-        os.kill(second.pid, signal.SIGKILL)  # a dead spare is not taken
-        wait_for(lambda: cluster.events[-1].worker == second.name)
-        kill(cluster, 0)
-        (another,) = cluster.replace()
-        assert another.pid not in (first.pid, second.pid)
-        assert cluster.spares == ()
-        train_and_compare(cluster)
-        assert pids(cluster) == [another.pid, successor.pid]
 
 
 def test_fifty_replacements_leave_nothing_behind(trio: rp.Cluster) -> None:
@@ -389,69 +319,6 @@ def test_a_closed_cluster_replaces_nothing() -> None:
     cluster.close()
     with pytest.raises(rp.StateError, match="closed"):
         cluster.replace()
-
-
-@pytest.mark.parametrize(("given", "kept"), [(True, 3), (False, 0), (0, 0), (7, 7)])
-def test_how_often_a_step_is_tried_again(given: bool | int, kept: int) -> None:
-    with rp.launch(workers=1, threads=1, timeout=20.0, heal=given) as cluster:
-        assert cluster.heal == kept
-
-
-@pytest.mark.parametrize("given", [-1, 1.5, "yes"])
-def test_a_heal_that_is_no_number_of_tries_is_refused(given: Any) -> None:
-    with pytest.raises(rp.ArgumentError, match="heal"):
-        rp.launch(workers=1, heal=given)
-
-
-def test_workers_are_added_and_removed(trio: rp.Cluster) -> None:
-    before = pids(trio)
-    added = trio.add_workers(2)
-    assert [(worker.name, worker.rank) for worker in added] == [("worker3", 4), ("worker4", 5)]
-    assert pids(trio) == [*before, *(worker.pid for worker in added)]
-    train_and_compare(trio)
-    trio.remove_workers("worker1", added[0])
-    with pytest.raises(rp.WorkerLost, match="was removed on request"):
-        trio.transport.call("worker1", "progress").result(5)
-    trio.transport.send("worker1", "cancel", "no pipeline", 1, 0, 0)  # as any to the dead: nothing happens
-    assert [worker.name for worker in trio.workers] == ["worker0", "worker2", "worker4"]
-    assert not psutil.pid_exists(before[1])
-    assert trio.healthy
-    train_and_compare(trio)
-    kill(trio, 1)
-    trio.replace()
-    assert [worker.name for worker in trio.add_workers()] == ["worker5"]
-    train_and_compare(trio)
-
-
-def test_a_pipeline_goes_on_over_its_workers_while_others_come_and_go(trio: rp.Cluster) -> None:
-    oracle = Oracle(mlp(), sgd, cross_entropy, 4)
-    with closing(rp.Pipeline(mlp(), trio, loss=cross_entropy, optimizer=sgd, chunks=4)) as pipe:
-        for number, (inputs, targets) in enumerate(batches(4)):
-            if number == 1:
-                trio.add_workers()
-            if number == 3:
-                trio.remove_workers("worker3")
-            assert pipe.train_step(inputs, targets).loss == oracle.train_step(inputs, targets)
-        assert_same_weights(pipe, oracle.model)
-        with pytest.raises(rp.StateError, match="worker1 holds stages 1"):
-            trio.remove_workers("worker1")
-    with pytest.raises(rp.StateError, match="at least one"):
-        trio.remove_workers("worker0", "worker1", "worker2")
-
-
-def test_workers_that_cannot_be_added_leave_the_cluster_as_it_was(trio: rp.Cluster, struck: list[Any]) -> None:
-    struck += [lambda one: os.kill(one.pid, signal.SIGKILL)] * 3
-    with pytest.raises(rp.WorkerLost, match="worker3 could not be added"):
-        trio.add_workers()
-    assert (len(trio.workers), trio.healthy) == (3, True)
-    train_and_compare(trio)
-    assert len(trio.add_workers()) == 1
-
-
-def test_a_cluster_that_has_been_resized_is_not_launched_alike(trio: rp.Cluster) -> None:
-    assert rp.launch(workers=3, threads=1, timeout=20.0) is trio
-    trio.remove_workers(trio.workers[0])
-    assert rp.launch(workers=3, threads=1, timeout=20.0) is not trio
 
 
 def test_what_survivors_and_the_dead_have_sent_late_reaches_nobody(trio: rp.Cluster) -> None:

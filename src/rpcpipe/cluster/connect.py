@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from rpcpipe.cluster.launch import live
 from rpcpipe.cluster.monitor import Monitor
 from rpcpipe.cluster.network import Interface, addresses, choose_interface
 from rpcpipe.cluster.remote_worker import RemoteWorker
-from rpcpipe.cluster.rendezvous import Worker, WorkerGroup, form, worker_name, worker_names
+from rpcpipe.cluster.rendezvous import Member, Starter, Worker, WorkerGroup, form, worker_name, worker_names
 from rpcpipe.cluster.worker_logs import WorkerLogs
 from rpcpipe.errors import RendezvousError
 
@@ -61,6 +62,7 @@ def _gather(env: RankEnvironment, timeout: float, bind: str | None, directory: P
     except BaseException as error:
         group.abandon(f"{error}")
         raise
+    group.starter = Starter(_start_again)
     form(group, interface.name)
     return Cluster(group, [Worker(name, one.rank, one.host, one.pid, devices[name]) for name, one in members.items()])
 
@@ -116,6 +118,11 @@ def _admit(env: RankEnvironment, by_rank: dict[int, RemoteWorker], hello: dict[s
         channel.close()
         raise RendezvousError(complaint)
     return RemoteWorker(worker_name(rank), hello, channel)
+
+
+def _start_again(config: Mapping[str, Any], ended: Member | None) -> RemoteWorker:
+    assert isinstance(ended, RemoteWorker), "ranks are not added"
+    return ended.start_again(config)
 
 
 def _device(member: RemoteWorker, members: dict[str, RemoteWorker]) -> str:

@@ -1,4 +1,4 @@
-"""Serve as a rank of a multi-host group that is not the driver: start one worker and relay for it.
+"""Serve as a rank of a multi-host group that is not the driver: start a worker and relay for it.
 
 The worker is a process of its own, as on the driver's host, so that its death is named with its
 signal, its output arrives whole, and it ends with the driver even if it is stopped or holds its GIL.
@@ -49,10 +49,10 @@ def serve_rank() -> NoReturn:
 
 
 def serve(env: RankEnvironment, *, timeout: float, bind: str | None = None) -> NoReturn:
-    """Join the driver and run a worker until the driver closes.
+    """Join the driver and run a worker until the driver closes; another one if it asks for it when the first has died.
 
-    Exits with status 0 then, with 1 if the driver or the worker died. Raises RendezvousError if the group
-    does not form within ``timeout`` seconds. ``bind`` is ``rp.connect``'s.
+    Exits with status 0 then, with 1 if the driver died, or the worker and had no successor. Raises RendezvousError if
+    the group does not form within ``timeout`` seconds. ``bind`` is ``rp.connect``'s.
     """
     secret = read_secret(os.environ)
     interface = choose_interface(bind or os.environ.get("RPCPIPE_BIND"), env.address)
@@ -61,15 +61,13 @@ def serve(env: RankEnvironment, *, timeout: float, bind: str | None = None) -> N
     threads = thread_count(os.environ, env.local_size)
     templates.prepare(worker_environment(threads))  # it starts while the other ranks join
     config = _expect_config(channel, deadline)
-    worker = WorkerProcess(
-        {**config, "path": sys.path, "argv": sys.argv, "interface": interface.name, "threads": threads}
-    )
-    channel.send("spawned", worker.pid)
+    local = {"path": list(sys.path), "argv": list(sys.argv), "interface": interface.name, "threads": threads}
+    relay = _Relay(channel, local)
     try:
-        status = _relay(worker, channel)
+        relay.start(config)
+        status = relay.run()
     finally:
-        worker.kill()
-        worker.close()
+        relay.close()
         channel.close()
         templates.close()
     sys.exit(status)
@@ -141,27 +139,71 @@ class _DriverConnection:
             return [("gone", str(error))]
 
 
-def _relay(worker: WorkerProcess, channel: Channel) -> int:
-    """Pass messages between the driver and the worker until one of them ends; return the exit status."""
-    monitor = Monitor(float("inf"))
-    monitor.add(worker)
-    monitor.add(_DriverConnection(channel))
-    events = [(None, kind, payload) for kind, payload in channel.take_buffered()]
-    stop: float | None = None
-    while True:
-        for source, kind, payload in events:
-            if source is worker:
-                channel.send(kind, payload)
-                if kind == "died":
-                    return 1 if stop is None else 0
-            elif kind == "gone":
-                log.error("the driver is gone (%s); its worker ends too", payload or "closed")
-                return 1 if stop is None else 0
-            elif kind == "kill":
-                worker.kill()
-            else:
-                stop = time.monotonic() + _STOP_SECONDS if kind == "stop" else stop
-                worker.send(kind, payload)
-        if stop is not None and time.monotonic() > stop:
+class _Relay:
+    """Starts workers, one after the other, and passes messages between the driver and the one that lives."""
+
+    def __init__(self, channel: Channel, local: Mapping[str, Any]) -> None:
+        self._channel = channel
+        self._local = local  # what every worker here is told
+        self._worker: WorkerProcess | None = None  # None once it has ended
+        self._monitor = Monitor(float("inf"))
+        self._monitor.add(_DriverConnection(channel))
+        self._stop: float | None = None
+
+    def start(self, config: Mapping[str, Any]) -> None:
+        """Start a worker and tell the driver."""
+        self._worker = WorkerProcess({**config, **self._local})
+        self._monitor.add(self._worker)
+        self._channel.send("spawned", self._worker.pid)
+
+    def run(self) -> int:
+        """Relay until the driver closes or dies, or the worker has ended as told; return the exit status."""
+        events = [(None, kind, payload) for kind, payload in self._channel.take_buffered()]
+        while True:
+            for source, kind, payload in events:
+                from_worker = isinstance(source, WorkerProcess)
+                ended = (self._from_worker if from_worker else self._from_driver)(kind, payload)
+                if ended is not None:
+                    return ended
+            if self._stop is not None and self._worker is not None and time.monotonic() > self._stop:
+                self._worker.kill()
+            events = self._monitor.poll()
+
+    def _from_worker(self, kind: str, payload: Any) -> int | None:
+        self._channel.send(kind, payload)
+        if kind != "died":
+            return None
+        if self._stop is not None:
+            return 0
+        self._end_worker()  # the driver may want another one
+        return None
+
+    def _from_driver(self, kind: str, payload: Any) -> int | None:
+        if kind in ("gone", "stop") and self._worker is None:
+            return 1
+        if kind == "gone":
+            log.error("the driver is gone (%s); its worker ends too", payload or "closed")
+            return 1 if self._stop is None else 0
+        if kind == "config" and self._worker is None:
+            self.start(payload)
+        elif self._worker is None:
+            pass  # it was for the one that has ended
+        elif kind == "kill":
+            self._worker.kill()
+        else:
+            self._stop = time.monotonic() + _STOP_SECONDS if kind == "stop" else self._stop
+            self._worker.send(kind, payload)
+        return None
+
+    def _end_worker(self) -> None:
+        """End the worker, if it lives, and release what belongs to it."""
+        if (worker := self._worker) is not None:
+            self._worker = None
+            self._monitor.remove(worker)
             worker.kill()
-        events = monitor.poll()
+            worker.close()
+
+    def close(self) -> None:
+        """End the worker, and stop relaying."""
+        self._end_worker()
+        self._monitor.close()

@@ -16,7 +16,7 @@ import torch
 from rpcpipe.cluster.cluster import Cluster
 from rpcpipe.cluster.monitor import Monitor
 from rpcpipe.cluster.process import WorkerProcess, worker_environment
-from rpcpipe.cluster.rendezvous import Worker, WorkerGroup, form, worker_names
+from rpcpipe.cluster.rendezvous import Member, Starter, Worker, WorkerGroup, form, worker_names
 from rpcpipe.cluster.template import PRELOADED, templates
 from rpcpipe.cluster.worker_logs import WorkerLogs
 from rpcpipe.errors import ArgumentError, StateError, require_positive, require_whole
@@ -104,7 +104,8 @@ def launch(
     any progress after which a wait raises DeadlineExceeded. ``log_dir`` gets a file per worker with
     what it prints; all of it arrives on this process's stdout and stderr as well. ``spares``: further
     workers, which stay idle (``cluster.spares``) until one takes a dead worker's place. ``heal``: how often a step
-    that has lost workers is tried again with new ones in their place (True: 3 times; False or 0: not).
+    that has lost workers may be tried again with new ones in their place (True: 3 times; False or 0: not), kept as
+    ``cluster.heal``.
 
     A live cluster that was launched alike is returned again; another one is closed first. Raises
     ArgumentError for arguments that cannot work and RendezvousError when workers do not start.
@@ -168,11 +169,12 @@ def _start(
     worker_imports.adopt(sys.path)
     local = {"threads": threads, "interface": _INTERFACE, "path": list(sys.path), "argv": list(sys.argv)}
 
-    def start(config: Mapping[str, Any]) -> WorkerProcess:
+    def start(config: Mapping[str, Any], predecessor: Member | None = None) -> WorkerProcess:
+        if predecessor is not None:
+            predecessor.close()
         return WorkerProcess({**config, **local})
 
-    group.start = start
-    group.device_of = lambda index: _devices(device, index + 1)[index]
+    group.starter = Starter(start, lambda index: _devices(device, index + 1)[index])
     try:
         for name in names:
             group.members[name] = member = start(group.worker_config(name, devices[name]))

@@ -7,6 +7,7 @@ from typing import Any
 
 from rpcpipe.cluster.control_channel import Channel, Message
 from rpcpipe.cluster.process import Reader
+from rpcpipe.errors import WorkerLost
 
 
 class RemoteWorker:
@@ -14,6 +15,8 @@ class RemoteWorker:
 
     def __init__(self, name: str, hello: Mapping[str, Any], channel: Channel) -> None:
         self.name = name
+        self._hello = hello
+        self._is_connected = True
         self.rank: int = hello["rank"]
         self.host: str = hello["host"]
         self.pid: int = hello["pid"]  # the agent's, until it says which process is the worker
@@ -32,11 +35,27 @@ class RemoteWorker:
         try:
             messages = self.channel.receive()
         except (EOFError, ValueError) as error:
+            self._is_connected = False
             return [("died", f"closed its connection ({error or 'its rpcpipe.worker process or its host ended'})")]
         for kind, payload in messages:
             if kind == "spawned":
                 self.pid = payload
         return messages
+
+    def start_again(self, config: Mapping[str, Any]) -> RemoteWorker:
+        """Have the agent start another worker, as this one has ended; return it. It has this one's connection.
+
+        Raises WorkerLost if the agent has ended as well.
+        """
+        if not self._is_connected:
+            raise WorkerLost(
+                f"{self.name}: rank {self.rank} on {self.host} has ended too, so nobody can start another worker there:"
+                " start the ranks again and connect",
+                worker=self.name, host=self.host, pid=self.pid,
+            )  # fmt: skip
+        successor = RemoteWorker(self.name, self._hello, self.channel)
+        successor.send("config", dict(config))
+        return successor
 
     def state(self) -> str:
         """Describe why the worker may not answer."""

@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from rpcpipe.cluster.join_listener import JoinListener
 from rpcpipe.cluster.monitor import Monitor
@@ -73,13 +73,23 @@ def worker_names(workers: int) -> list[str]:
     return [worker_name(rank) for rank in range(1, workers + 1)]
 
 
+class Starter(NamedTuple):
+    """``start`` starts a worker, by its ``worker_config``, in the place of one that has ended, if any.
+
+    It releases what belongs to that one, or uses it again. ``device_of`` tells the device of the index-th worker; None
+    where there can be no further ones.
+    """
+
+    start: Callable[[Mapping[str, Any], Member | None], Member]
+    device_of: Callable[[int], str] | None = None
+
+
 @dataclass(eq=False)
 class WorkerGroup:
     """The workers by name, alive or starting, and what hears them.
 
     ``timeout``: seconds for the group to form. ``values`` are what torch's agents have published, addresses.
-    ``start`` starts a worker with a ``worker_config``, None where this process cannot; ``device_of`` tells the device
-    of the index-th worker.
+    ``starter`` starts further workers; None where this process cannot.
     """
 
     monitor: Monitor
@@ -89,8 +99,7 @@ class WorkerGroup:
     members: dict[str, Member] = field(default_factory=dict)
     listener: JoinListener | None = None
     values: dict[str, str] = field(default_factory=dict)
-    start: Callable[[Mapping[str, Any]], Member] | None = None
-    device_of: Callable[[int], str] = lambda index: "cpu"
+    starter: Starter | None = None
 
     def __post_init__(self) -> None:
         given = {DRIVER: DRIVERS_SEAT, **{name: seats.give(name) for name in self.names}}

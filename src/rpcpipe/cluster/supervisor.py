@@ -56,7 +56,7 @@ class Supervisor:
         causes: list[str] = []
         while lost := self.lost:
             causes += [str(error) for error in lost.values()]
-            if self._group.start is None or any(tries[name] >= _TRIES for name in lost):
+            if self._group.starter is None or any(tries[name] >= _TRIES for name in lost):
                 raise _not_replaced(lost, causes)
             tries.update(lost.keys())
             replaced |= self._replace_once(lost)
@@ -106,10 +106,10 @@ class Supervisor:
 
         Raises StateError where this process cannot start workers.
         """
-        if self._group.start is None:
+        if (starter := self._group.starter) is None or (device_of := starter.device_of) is None:
             raise StateError("this cluster's processes were started from outside; start more ranks and connect again")
         first = max(worker.rank for worker in self.workers) + 1
-        places = {worker_name(rank): (rank, self._group.device_of(rank - 1)) for rank in range(first, first + count)}
+        places = {worker_name(rank): (rank, device_of(rank - 1)) for rank in range(first, first + count)}
         waiting, causes = dict(places), list[str]()
         for _ in range(_TRIES):
             joined = self._join({name: device for name, (_, device) in waiting.items()}, {})
@@ -144,7 +144,7 @@ class Supervisor:
     # --- processes ---
 
     def _bury(self, names: Collection[str]) -> None:
-        """End the processes of ``names``, which are lost, and release what belongs to them.
+        """End the processes of ``names``, which are lost.
 
         Raises WorkerLost for one that does not end although it is killed.
         """
@@ -158,15 +158,13 @@ class Supervisor:
                 f"{describe(left)} was killed, but has not ended for {_BURY_SECONDS:g} s ({left.state()})",
                 worker=left.name, host=left.host, pid=left.pid,
             )  # fmt: skip
-        for member in members:
-            member.close()
 
     def _dismiss(self, names: Collection[str]) -> None:
         """Let the group forget ``names``, whose processes have been buried."""
         if not names:
             return
         for name in names:
-            self._group.members.pop(name)
+            self._group.members.pop(name).close()
             self._liveness.forget(name)
         self._group.forget(self._group.transport.admit({}, names))
         for member in self._group.members.values():
@@ -182,6 +180,7 @@ class Supervisor:
         group, known = self._group, self._group.roster.seats
         found = {name: known[spare.name] for name, spare in spares.items()}
         for name, spare in spares.items():
+            group.members[name].close()
             group.members[name] = member = group.members.pop(spare.name)
             member.name = name
         present = {name: known[name] for name, member in group.members.items() if name in known and self._lives(member)}
@@ -205,9 +204,10 @@ class Supervisor:
     def _start(self, admission: Admission, name: str, device: str) -> None:
         """Start a process for ``name``, which is to join those that are present."""
         group = self._group
-        assert group.start is not None
+        assert group.starter is not None
         seat = seats.give(name)
-        member = group.start(group.worker_config(name, device, {**admission.present, name: seat}))
+        config = group.worker_config(name, device, {**admission.present, name: seat})
+        member = group.starter.start(config, group.members.get(name))
         self._liveness.start(member)
         group.members[name] = admission.successors[name] = member
         admission.starting[name] = seat

@@ -32,6 +32,10 @@ class PipelineOptimizer(torch.optim.Optimizer):
         self._forget = forget
         self._initial = copied(hyperparameters(self))
 
+    def serve(self, apply: Callable[[], None], forget: Callable[[], None]) -> None:
+        """Stand for the optimizers of other workers from now on, with the same groups."""
+        self._apply, self._forget = apply, forget
+
     @property
     def lr(self) -> tuple[float, ...]:
         """The learning rate of every group; 0 for an optimizer that has none, or finds its own."""

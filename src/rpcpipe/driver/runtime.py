@@ -30,6 +30,7 @@ from rpcpipe.schedules.weight_versions import Policy
 from rpcpipe.stage.progress import Progress
 from rpcpipe.worker.messages import Port, Report, StageInfo
 from rpcpipe.worker.operations import BeginCall, CallModule, RollBackStep
+from rpcpipe.worker.stage_set import ActorSpec
 
 T = TypeVar("T")
 
@@ -128,6 +129,7 @@ class Runtime:
         self.cluster, self.driver, self.settings = cluster, driver, settings
         self.policy, self.prepare, self.scaler = policy, prepare, scaler
         self.parts: dict[str, Stateful] = {} if scaler is None else {"scaler": scaler}
+        self.spec: ActorSpec  # what every worker gets of it, without its stages
         self.trained = 0
         self.loss_is_mean: bool | None = None
         self.progress = Progress(settings.accumulate)

@@ -72,21 +72,27 @@ def start(layers: OrderedDict[str, Layer], cluster: PipelineCluster, options: Op
     driver = Driver(cluster.transport, identity, layout.names, timeout=cluster.timeout, batched=batched)
     prepare = functools.partial(_prepared, getattr(options.loss, "prepare", None))
     runtime = Runtime(cluster, driver, deployment, options.settings, policy=policy, prepare=prepare, scaler=scaler)
-    cluster.pipelines.add(runtime)
-    # In a REPL a pipeline is often replaced without being closed; this frees its stages.
-    weakref.finalize(runtime, release, cluster, driver).atexit = False
     common = ActorSpec(
         stages={}, last_stage=schedule.stages - 1, loss=options.loss or _no_loss, optimizer=options.optimizer,
         seed=seed, checkpoint=options.checkpoint, autocast=options.autocast, batch_norm=options.batch_norm,
         wirings=wirings, ties=ties, stage_links=deployment.stage_links, shared_buffers=buffers,
         settings=TorchSettings.current(), keep=cluster.heal > 0,
     )  # fmt: skip
+    runtime.spec = common
+    watch(runtime)
     try:
         _create(runtime, identity, layers, common)
     except BaseException:
         runtime.close()
         raise
     return runtime
+
+
+def watch(runtime: Runtime) -> None:
+    """Let the cluster know of a pipeline, and free its stages when it is gone."""
+    runtime.cluster.pipelines.add(runtime)
+    # In a REPL a pipeline is often replaced without being closed.
+    weakref.finalize(runtime, release, runtime.cluster, runtime.driver).atexit = False
 
 
 def _prepared(prepare: Callable[[Nest], Nest] | None, targets: Nest) -> Nest:
@@ -135,7 +141,7 @@ def _create(runtime: Runtime, identity: str, layers: OrderedDict[str, Layer], co
             for stage, (keys, first) in deployment.parts_on(name).items()
         }
         peers = ReplicaGroup(deployment.layout.replicas_of(worker), replica, deployment.shard)
-        spec = _pickled(dataclasses.replace(common, stages=own_stages, peers=peers))
+        spec = pickled_spec(dataclasses.replace(common, stages=own_stages, peers=peers))
         replies[name] = runtime.cluster.transport.call(name, "create", identity, spec)
     infos = runtime.driver.collect(replies)
     runtime.install(deployment, infos)
@@ -144,7 +150,7 @@ def _create(runtime: Runtime, identity: str, layers: OrderedDict[str, Layer], co
         runtime.make_optimizer(check_groups({worker: list(stages.values()) for worker, stages in infos.items()}))
 
 
-def _pickled(spec: ActorSpec) -> bytes:
+def pickled_spec(spec: ActorSpec) -> bytes:
     """Return ``spec`` pickled; raises ModelError with the layer that cannot be."""
     try:
         return user_pickling.dumps(spec)

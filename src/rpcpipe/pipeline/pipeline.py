@@ -26,9 +26,10 @@ from rpcpipe.driver.stream import Stream
 from rpcpipe.errors import ScheduleError, require_whole
 from rpcpipe.model.layers import Loss, Model, named_layers
 from rpcpipe.model.microbatch import Nest
-from rpcpipe.pipeline import deploy, state
+from rpcpipe.pipeline import deploy, resize, state
 from rpcpipe.pipeline.arguments import Options, pairs
 from rpcpipe.pipeline.recipe import Recipe
+from rpcpipe.pipeline.setting import Setting
 from rpcpipe.planning.plan import Plan
 from rpcpipe.schedules import Schedule
 from rpcpipe.schedules.timeline import Timeline
@@ -121,6 +122,10 @@ class Pipeline:
 
     # --- state and settings ---
 
+    accumulate = Setting[int]("How many calls of ``train_step`` make one update; a new value holds from the next on.")
+    clip_grad_norm = Setting[float | None]("The norm to which all gradients are clipped, None for none.")
+    nonfinite = Setting[str]("What happens when a loss or gradient is not finite: ``skip`` or ``stop``.")
+
     @property
     def cluster(self) -> PipelineCluster:
         """Return the cluster whose workers hold the stages."""
@@ -166,15 +171,6 @@ class Pipeline:
         return list(self.runtime.deployment.balance)
 
     @property
-    def accumulate(self) -> int:
-        """Return how many calls of ``train_step`` make one update; a new value holds from the next update on."""
-        return self.runtime.settings.accumulate
-
-    @accumulate.setter
-    def accumulate(self, calls: int) -> None:
-        deploy.change_settings(self.runtime, accumulate=calls)
-
-    @property
     def scaler(self) -> torch.amp.GradScaler | None:
         """Return the loss scaler under float16, None otherwise; its setters and ``load_state_dict`` change it."""
         return self.runtime.scaler
@@ -183,24 +179,6 @@ class Pipeline:
     def callbacks(self) -> list[Callback]:
         """Return the functions that are called after every step."""
         return self.runtime.callbacks
-
-    @property
-    def clip_grad_norm(self) -> float | None:
-        """Return the norm to which all gradients are clipped, None for none; may be set between two steps."""
-        return self.runtime.settings.clip_grad_norm
-
-    @clip_grad_norm.setter
-    def clip_grad_norm(self, norm: float | None) -> None:
-        deploy.change_settings(self.runtime, clip_grad_norm=norm)
-
-    @property
-    def nonfinite(self) -> str:
-        """Return what happens when a loss or gradient is not finite, "skip" or "stop"; may be set between two steps."""
-        return self.runtime.settings.nonfinite
-
-    @nonfinite.setter
-    def nonfinite(self, action: str) -> None:
-        deploy.change_settings(self.runtime, nonfinite=action)
 
     @property
     def schedule(self) -> Schedule:
@@ -216,6 +194,25 @@ class Pipeline:
     def schedule(self, schedule: str | Schedule) -> None:
         self.runtime.check()
         deploy.change_schedule(self.runtime, schedule)
+
+    def resize(
+        self,
+        workers: int | None = None,
+        *,
+        balance: str | Sequence[int] = "parameters",
+        replicas: int | None = None,
+        plan: Plan | None = None,
+    ) -> None:
+        """Go on over the cluster's first ``workers`` (None: all), cut by ``balance``, or as a ``plan`` says.
+
+        Weights, optimizer state, random numbers and schedulers go on: losses are those of a run that was not resized,
+        to the bit unless ``replicas`` changes. Raises StateError within a step or an accumulation, and ArgumentError,
+        ScheduleError or PartitionError, before anything changes.
+        """
+        self.runtime.check()
+        options = resize.wanted(self.recipe.options, self.runtime, balance, replicas).planned(plan)
+        self.runtime = self.runtime.healed(lambda: resize.resized(self.runtime, options, workers))
+        self.recipe.options = options
 
     def close(self) -> None:
         """Free the stages on the workers; closing twice is allowed."""

@@ -114,8 +114,7 @@ class Lanes:
     def forget(self, name: str) -> None:
         """Close the lane to ``name``, where another process is now: the next message takes a new one."""
         self.lose(name)
-        with self._lock:
-            del self._senders[name]
+        self._senders.pop(name, None)
 
     def close(self) -> None:
         """Close all lanes; tensors that came by them stay valid."""
@@ -259,8 +258,7 @@ class Receiver:
     """The receiving end of all lanes to this process. One thread receives: it runs each message's verb itself."""
 
     def __init__(self, handle: Handle, knows: Callable[[str], bool]) -> None:
-        self._handle = handle
-        self._knows = knows  # whether a process is one of the group, by its wire name
+        self._handle, self._knows = handle, knows  # the latter tells of a wire name whether it is one of the group
         self._listener: socket.socket | None = None
         self._selector = selectors.DefaultSelector()
         self._waker = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -322,8 +320,7 @@ class Receiver:
         self._selector.register(connection, selectors.EVENT_READ, lambda: self._read(incoming))
 
     def _read(self, incoming: _Incoming) -> None:
-        # What the dead have sent is not read once they are replaced.
-        if not (self._knows(incoming.sender) and incoming.read()):
+        if not (self._knows(incoming.sender) and incoming.read()):  # nothing is read of the dead that are replaced
             self._selector.unregister(incoming.connection)
             incoming.connection.close()
 

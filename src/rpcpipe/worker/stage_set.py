@@ -300,7 +300,7 @@ class StageSet:
         modules = {name: module for name, module in self._modules().items() if name in names}
         entries = [(name, m, self._states_of(m), self.accumulated.of(m)) for name, m in modules.items()]
         try:
-            return user_pickling.dumps((entries, self._used_groups(), self.loss))
+            return user_pickling.dumps((entries, self._used_groups(), self.loss, self.seed))
         except Exception as error:
             after = "nothing has moved: keep a schedule of this placement, or"
             raise layers.unpicklable(modules, error, after) from error
@@ -318,7 +318,8 @@ class StageSet:
         modules, states = self._modules(), self._optimizer_state()
         received, self._received = self._received, []
         groups = [self._used_groups()]
-        for entries, used, loss in received:
+        for entries, used, loss, seed in received:
+            self.reseed(seed)  # of all workers, which a load may have changed
             groups.append(used)
             if loss is not None:  # it goes along with what it remembers
                 self.spec = replace(self.spec, loss=loss)

@@ -1,0 +1,166 @@
+"""Go on with the same training over other workers: more, fewer, or cut in another way.
+
+The layers, with what the optimizer knows of them, travel from the workers that hold them to new actors. The old ones
+stay as they are until all new ones stand, so a refusal, an error or a death on the way changes nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import uuid
+from collections.abc import Mapping, Sequence
+
+from rpcpipe import schedules
+from rpcpipe.driver.deployment import Deployment
+from rpcpipe.driver.driver import Driver
+from rpcpipe.driver.layout import Layout
+from rpcpipe.driver.runtime import Runtime
+from rpcpipe.errors import PartitionError, StateError, require, require_whole
+from rpcpipe.pipeline.arguments import Options, check_groups, check_ties, layout_of, make_schedule
+from rpcpipe.pipeline.deploy import optimizer_states, pickled_spec, watch
+from rpcpipe.planning import partition
+from rpcpipe.schedules import weight_versions
+from rpcpipe.worker.gradient_exchange import ReplicaGroup
+from rpcpipe.worker.messages import StageInfo
+from rpcpipe.worker.operations import ReceiveLayers, ReleaseLayers, Repartition
+
+
+def wanted(options: Options, runtime: Runtime, balance: str | Sequence[int], replicas: int | None) -> Options:
+    """Return the options of a pipeline, made with ``options``, as they have become, with another cut."""
+    schedule, settings = runtime.schedule, runtime.settings
+    own = schedule.name not in schedules.names()
+    return dataclasses.replace(
+        options, schedule=schedule if own else schedule.name, chunks=schedule.chunks, balance=balance,
+        virtual_stages=schedule.stages // schedule.workers, weights=settings.weights,
+        replicas=options.replicas if replicas is None else require_whole("replicas", replicas),
+    )  # fmt: skip
+
+
+def resized(old: Runtime, options: Options, workers: int | None) -> Runtime:
+    """Return a runtime that goes on where ``old`` is, over the cluster's first ``workers`` (None: all).
+
+    ``options`` say how to cut. Raises StateError within a step or an accumulation, and ArgumentError, ScheduleError or
+    PartitionError for what does not fit, before anything moves.
+    """
+    require(old.active is None, "a step is open: resize after its with-block", error=StateError)
+    require(
+        old.progress.done == 0,
+        f"{old.progress.done} of {old.settings.accumulate} calls of an accumulation are done: resize after the one that"
+        " updates",
+        error=StateError,
+    )
+    deployment = _deployment(old, options, workers)
+    policy = weight_versions.choose(deployment.schedule.name, options.weights)
+    old.check_policy(policy)
+    check_ties(policy, deployment.ties, deployment.layers, deployment.balance)
+    settings = dataclasses.replace(old.settings, virtual_stages=options.virtual_stages)
+    names, cluster, identity = deployment.layout.names, old.cluster, uuid.uuid4().hex
+    batched = options.dispatch == "batched"
+    driver = Driver(cluster.transport, identity, names, timeout=cluster.timeout, batched=batched)
+    new = Runtime(cluster, driver, deployment, settings, policy=policy, prepare=old.prepare, scaler=old.scaler)
+    new.spec = dataclasses.replace(
+        old.spec,
+        last_stage=deployment.schedule.stages - 1,
+        checkpoint=options.checkpoint,
+        stage_links=deployment.stage_links,
+    )
+    watch(new)
+    try:
+        _fill(old, new, identity)
+    except BaseException:
+        new.close()
+        raise
+    _hand_over(old, new)
+    return new
+
+
+def _deployment(old: Runtime, options: Options, workers: int | None) -> Deployment:
+    before, layout = old.deployment, _layout(old, options, workers)
+    virtual = options.virtual_stages
+    if isinstance(options.schedule, str):
+        virtual = schedules.suited_virtual_stages(options.schedule, virtual)
+    schedule = make_schedule(
+        options.schedule, layout.pipeline_size, options.chunks, virtual, options.replicas, trains=old.settings.trains
+    )
+    balance = options.balance
+    if isinstance(balance, str):
+        require(
+            balance == "parameters",
+            f"balance={balance!r} measures layers here, and they are on the workers: pass the number of layers of each"
+            " stage, a plan of rp.plan, or balance='parameters'",
+        )
+        sizes = {layer: count for stage in old.stages for layer, count in stage.sizes.items()}
+        balance = partition.balance([sizes[layer] for layer in before.layers], schedule.stages)
+    if len(balance) != schedule.stages or sum(balance) != len(before.layers) or min(balance) < 1:
+        raise PartitionError(
+            f"balance={list(balance)} does not cut {len(before.layers)} layers into {schedule.stages} stages"
+        )
+    return Deployment(layout, schedule, balance, before.wirings, before.ties, options.shard_optimizer)
+
+
+def _layout(old: Runtime, options: Options, workers: int | None) -> Layout:
+    given = options.schedule, options.balance, options.virtual_stages, options.replicas
+    if workers is None:
+        return layout_of(old.cluster, *given)
+    count, known = require_whole("workers", workers), old.cluster.workers
+    require(
+        count <= len(known) and count % options.replicas == 0,
+        f"workers={count} must be a multiple of replicas={options.replicas}, and at most the cluster's {len(known)}",
+        error=PartitionError,
+    )
+    return Layout(tuple(worker.name for worker in known[:count]), options.replicas)
+
+
+def _fill(old: Runtime, new: Runtime, identity: str) -> None:
+    """Build the actors of ``new`` and let them have the layers of ``old``."""
+    deployment, transport = new.deployment, old.cluster.transport
+    replies = {}
+    for name in new.names:
+        worker, replica = deployment.layout.index(name)
+        peers = ReplicaGroup(deployment.layout.replicas_of(worker), replica, deployment.shard)
+        replies[name] = transport.call(
+            name, "create", identity, pickled_spec(dataclasses.replace(new.spec, peers=peers))
+        )
+    new.driver.collect(replies)
+    states = optimizer_states(old) if old.deployment.shard or deployment.shard else {}
+    released = _released(old, new)
+    new.driver.collect({name: new.driver.call(name, ReceiveLayers(blobs)) for name, blobs in released.items()})
+    replies = {}
+    for name in new.names:
+        parts = deployment.parts_on(name)
+        own = {layer: states[layer] for layers, _ in parts.values() for layer in layers if layer in states}
+        operation = Repartition(parts, deployment.schedule.stages - 1, deployment.stage_links, own)
+        replies[name] = new.driver.call(name, operation)
+    infos: Mapping[str, Mapping[int, StageInfo]] = new.driver.collect(replies)
+    if new.settings.trains:
+        check_groups({worker: list(stages.values()) for worker, stages in infos.items()})
+    new.install(deployment, infos)
+    new.succession.begin(infos)
+
+
+def _released(old: Runtime, new: Runtime) -> dict[str, list[bytes]]:
+    """Return by worker of ``new`` the pickled layers that it is to hold, from the first replica of ``old``."""
+    moves: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    targets = list(zip(*(owners.items() for owners in new.deployment.owners()), strict=True))
+    source = old.deployment.owners()[0]
+    for rows in targets:
+        layer = rows[0][0]
+        moves.setdefault((source[layer], tuple(name for _, name in rows)), []).append(layer)
+    given: dict[str, list[bytes]] = {name: [] for name in new.names}
+    for (holder, takers), layers in moves.items():
+        blob = old.driver.control(holder, ReleaseLayers(layers))
+        for taker in takers:
+            given[taker].append(blob)
+    return given
+
+
+def _hand_over(old: Runtime, new: Runtime) -> None:
+    """Let ``new`` be what ``old`` was for the user, and free the actors of ``old``."""
+    new.trained, new.loss_is_mean, new.parts = old.trained, old.loss_is_mean, old.parts
+    new.callbacks, new.tracer, new.offsets = old.callbacks, None, dict.fromkeys(new.names, 0)
+    if new.settings.trains:
+        new.optimizer = old.optimizer
+        new.optimizer.serve(new.apply_active, new.forget_accumulated)
+    old.callbacks = []  # theirs is the new one's to close
+    old.close()
+    new.cluster.relabel()
