@@ -63,3 +63,23 @@ def test_saves_and_loads_are_made_again_when_workers_die_in_them(tmp_path: Path)
         cluster = MortalCluster(2, seed, rarity=12)
         assert same(train_and_load(cluster, tmp_path / str(seed)), expected)
         assert cluster.deaths > 2
+
+
+def test_a_pipeline_is_made_again_when_workers_die_while_it_is_made() -> None:
+    deaths = 0
+    for seed in range(8):
+        cluster = MortalCluster(2, seed, rarity=6)
+        cluster.deadly = True
+        pipe = pipeline(cluster, model=model())
+        cluster.deadly = False
+        deaths += cluster.deaths
+        pipe.train_step(*next(batches(1, 24)))
+        assert same(dict(pipe.state_dict()), after_one_step())
+        pipe.close()
+    assert deaths > 2
+
+
+def after_one_step() -> dict[str, torch.Tensor]:
+    pipe = pipeline(LocalCluster(2, 1), model=model())
+    pipe.train_step(*next(batches(1, 24)))
+    return dict(pipe.state_dict())

@@ -17,6 +17,7 @@ from rpcpipe.cluster.cluster import PipelineCluster
 from rpcpipe.driver.deployment import Deployment
 from rpcpipe.driver.driver import Driver
 from rpcpipe.driver.runtime import Runtime, release
+from rpcpipe.driver.succession import healed
 from rpcpipe.errors import ArgumentError, ModelError, ScheduleError, StageError, StateError, require, require_whole
 from rpcpipe.model.containers import check_global_hooks, shared_buffers
 from rpcpipe.model.layers import Layer, check_embeddings, find_ties, unpicklable, unwired, wiring_of
@@ -46,9 +47,13 @@ def start(layers: OrderedDict[str, Layer], cluster: PipelineCluster, options: Op
     """Cut ``layers`` into stages, build these on their workers, and return the pipeline's Runtime.
 
     Raises ArgumentError, ModelError, ScheduleError or PartitionError before any worker is asked to build a stage,
-    StageError for a layer or optimizer that fails on its worker, and WorkerLost.
+    StageError for a layer or optimizer that fails on its worker, and WorkerLost. Made again where a worker dies in it.
     """
     cluster.check()
+    return healed(cluster, cluster.check, lambda: _start(layers, cluster, options))
+
+
+def _start(layers: OrderedDict[str, Layer], cluster: PipelineCluster, options: Options) -> Runtime:
     layout = layout_of(cluster, options.schedule, options.balance, options.virtual_stages, options.replicas)
     trains = options.optimizer is not None
     schedule = make_schedule(
