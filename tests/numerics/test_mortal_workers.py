@@ -29,6 +29,24 @@ def train(cluster: Any, options: dict[str, Any], ahead: int) -> tuple[list[Any],
 
 
 @pytest.mark.parametrize("ahead", [0, 1])
+def test_workers_that_die_between_two_results(ahead: int) -> None:
+    expected, after = train(LocalCluster(2, 1), {}, 0)
+    cluster = MortalCluster(2, 1)
+    pipe = pipeline(cluster, model=model())
+    scheduler, losses = torch.optim.lr_scheduler.StepLR(pipe.optimizer, 2, 0.5), []
+    for result in pipe.train(batches(8, 24), ahead=ahead):
+        losses.append(result.loss)
+        scheduler.step()
+        for _ in range(20):  # let a step ahead begin
+            cluster.transport.wait([cluster.transport.call("worker0", "clock")], 1.0)
+        cluster.kill(f"worker{result.step % 2}")
+        if result.step % 3 == 0:
+            cluster.kill(f"worker{1 - result.step % 2}")
+    assert losses == [loss for _, loss, *_ in expected]
+    assert same(pipe.state_dict(), after)
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.timeout(120)
 def test_training_gives_the_bits_of_a_run_without_deaths(name: str, ahead: int) -> None:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -23,7 +23,7 @@ SCRIPT = textwrap.dedent("""
     import os, sys, torch, rpcpipe as rp
     from torch import nn
     class Local(nn.Linear): pass
-    cluster = rp.connect(timeout=float(os.environ.get("WITHIN", "30")))
+    cluster = rp.connect(timeout=float(os.environ.get("WITHIN", "30")), heal=False)
     torch.manual_seed(0)
     pipe = rp.Pipeline([Local(4, 4) for _ in cluster.workers], cluster, loss=nn.functional.mse_loss,
                        optimizer=lambda params: torch.optim.SGD(params, lr=0.1), chunks=2)
@@ -290,13 +290,61 @@ NOT_REPLACED = textwrap.dedent("""
 def test_workers_of_three_hosts_are_replaced(script: Path) -> None:
     script.write_text(REPLACED)
     with networks.hosts(3) as hosts, ExitStack() as stack:
-        shared = {"WORLD_SIZE": "3", "MASTER_ADDR": hosts[0].address, "MASTER_PORT": "29500"}
+        check_replaced(*_three(stack, hosts, script))
+
+
+def _three(
+    stack: ExitStack, hosts: Sequence[networks.Host], script: Path
+) -> tuple[subprocess.Popen[str], list[subprocess.Popen[str]]]:
+    """Start ``script`` on the first host, ranks on the others."""
+    shared = {"WORLD_SIZE": "3", "MASTER_ADDR": hosts[0].address, "MASTER_PORT": "29500"}
+    found = []
+    for rank, host in enumerate(hosts):
+        environ = {**os.environ, **shared, "RANK": str(rank), "RPCPIPE_SECRET": SECRET, "RPCPIPE_BIND": "eth0"}
+        command = ["-m", "rpcpipe.worker"] if rank else [str(script)]
+        found.append(_popen(stack, ["ip", "netns", "exec", host.name, sys.executable, *command], environ))
+    return found[0], found[1:]
+
+
+HEALED = textwrap.dedent("""
+    import os, signal, torch, rpcpipe as rp
+    from torch import nn
+    cluster = rp.connect(timeout=30.0)
+    def losses(killing):
+        torch.manual_seed(0)
+        pipe = rp.Pipeline([nn.Linear(4, 4) for _ in cluster.workers], cluster, loss=nn.functional.mse_loss,
+                           optimizer=lambda params: torch.optim.Adam(params, lr=0.1), chunks=2)
         found = []
-        for rank, host in enumerate(hosts):
-            environ = {**os.environ, **shared, "RANK": str(rank), "RPCPIPE_SECRET": SECRET, "RPCPIPE_BIND": "eth0"}
-            command = ["-m", "rpcpipe.worker"] if rank else [str(script)]
-            found.append(_popen(stack, ["ip", "netns", "exec", host.name, sys.executable, *command], environ))
-        check_replaced(found[0], found[1:])
+        for number in range(8):
+            if killing and number % 2:
+                os.kill(cluster.workers[number // 2 % 2].pid, signal.SIGKILL)  # of any host here
+            found.append(pipe.train_step(torch.ones(4, 4), torch.ones(4, 4)).loss)
+        weights = [value.tolist() for value in pipe.state_dict().values()]
+        pipe.close()
+        return found, weights
+    print(losses(True) == losses(False), [event.kind for event in cluster.events].count("replaced"), flush=True)
+    cluster.close()
+    print("closed", flush=True)
+""")
+
+
+def check_healed(driver: subprocess.Popen[str], ranks: list[subprocess.Popen[str]]) -> None:
+    out, err = driver.communicate(timeout=60)
+    assert out.splitlines() == ["True 4", "closed"], err
+    assert [rank.wait(5) for rank in ranks] == [0, 0]
+
+
+def test_training_goes_on_through_the_deaths_of_ranks_workers(start: Start, script: Path) -> None:
+    script.write_text(HEALED)
+    ranks = [start(1), start(2)]
+    check_healed(start(0, str(script)), ranks)
+
+
+@pytest.mark.skipif(bool(networks.why_not()), reason=networks.why_not())
+def test_training_goes_on_through_deaths_on_three_hosts(script: Path) -> None:
+    script.write_text(HEALED)
+    with networks.hosts(3) as hosts, ExitStack() as stack:
+        check_healed(*_three(stack, hosts, script))
 
 
 # --- hosts of their own ---

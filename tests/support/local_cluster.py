@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from rpcpipe.cluster import Worker
+from rpcpipe.cluster.kept_descriptor import KeptDescriptor
 from rpcpipe.transport.local import LocalTransport
 from rpcpipe.transport.user_pickling import loads, named_dumps
 from rpcpipe.worker.executor import Executor
@@ -32,6 +33,10 @@ class LocalCluster:
 
     def relabel(self) -> None:
         pass
+
+    def keep(self, worker: str, pid: int, descriptor: int) -> KeptDescriptor:
+        """Keep what ``worker`` has, in this process as all are."""
+        return KeptDescriptor(pid, descriptor)
 
     def check(self) -> None:
         pass

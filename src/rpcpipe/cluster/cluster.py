@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from rpcpipe import _tables
 from rpcpipe.cluster.admission import REPORTS
 from rpcpipe.cluster.liveness import ClusterEvent, Liveness
-from rpcpipe.cluster.rendezvous import Member, Worker, WorkerGroup, describe
+from rpcpipe.cluster.rendezvous import Kept, Member, Worker, WorkerGroup, describe
 from rpcpipe.cluster.supervisor import Supervisor
 from rpcpipe.errors import ArgumentError, DeadlineExceeded, Failure, StageError, StateError, WorkerLost, require_whole
 from rpcpipe.transport.base import Transport
@@ -85,6 +85,10 @@ class PipelineCluster(Protocol):
 
     def call(self, worker: Worker, function: Callable[..., Any], /, *args: Any) -> Any:
         """Return ``function(*args)``, run on ``worker``; raises StageError, TimeoutError or WorkerLost."""
+        ...
+
+    def keep(self, worker: str, pid: int, descriptor: int) -> Kept:
+        """Keep number ``descriptor`` of ``worker``, process ``pid``, open; raises OSError if it has died."""
         ...
 
     def relabel(self) -> None:
@@ -168,6 +172,13 @@ class Cluster:
             except WorkerLost:
                 if not left or not self._supervisor.lost:
                     raise
+
+    def keep(self, worker: str, pid: int, descriptor: int) -> Kept:
+        """Keep what a worker has in memory open on its host, so that its successor there can go on with it.
+
+        Raises OSError if the process ``pid`` is not the worker any more.
+        """
+        return self._group.members[worker].keep(pid, descriptor)
 
     def _check_open(self) -> None:
         if self._closed:

@@ -13,7 +13,7 @@ from rpcpipe.cluster.authentication import read_secret, version_complaint
 from rpcpipe.cluster.cluster import Cluster
 from rpcpipe.cluster.environment import RankEnvironment, publish_driver
 from rpcpipe.cluster.join_listener import JoinListener
-from rpcpipe.cluster.launch import live
+from rpcpipe.cluster.launch import heal_tries, live
 from rpcpipe.cluster.monitor import Monitor
 from rpcpipe.cluster.network import Interface, addresses, choose_interface
 from rpcpipe.cluster.remote_worker import RemoteWorker
@@ -23,7 +23,11 @@ from rpcpipe.errors import RendezvousError
 
 
 def connect(
-    *, timeout: float = 300.0, bind: str | None = None, log_dir: str | os.PathLike[str] | None = None
+    *,
+    timeout: float = 300.0,
+    bind: str | None = None,
+    log_dir: str | os.PathLike[str] | None = None,
+    heal: bool | int = True,
 ) -> Cluster:
     """Join the processes of one job on several hosts, by environment variables.
 
@@ -34,18 +38,20 @@ def connect(
     On rank 0 return the Cluster of WORLD_SIZE - 1 workers. Every other rank serves inside this call and
     exits, with status 0 when the driver closes. ``timeout``: seconds until all must have come,
     and later those without any progress after which a wait raises DeadlineExceeded.
-    ``log_dir`` gets, on the driver's host, a file per worker with what it prints. Raises
+    ``heal``: how often a call in which workers have died is made again, once their hosts have started others; True is
+    3, False 0. ``log_dir`` gets, on the driver's host, a file per worker with what it prints. Raises
     RendezvousError, on all ranks, when they cannot come together.
     """
     env = RankEnvironment.read(os.environ)
     if env.rank > 0:
         host_agent.serve(env, timeout=timeout, bind=bind)
     directory = None if log_dir is None else Path(log_dir).absolute()
-    shape = ("connect", env, bind, directory)
-    return live.reuse(shape) or live.keep(_gather(env, timeout, bind, directory), shape)
+    tries = heal_tries(heal)
+    shape = ("connect", env, bind, directory, tries)
+    return live.reuse(shape) or live.keep(_gather(env, timeout, bind, directory, tries), shape)
 
 
-def _gather(env: RankEnvironment, timeout: float, bind: str | None, directory: Path | None) -> Cluster:
+def _gather(env: RankEnvironment, timeout: float, bind: str | None, directory: Path | None, heal: int) -> Cluster:
     secret = read_secret(os.environ)
     interface = _listen_interface(env, bind)
     group = WorkerGroup(Monitor(), WorkerLogs(directory), timeout, worker_names(env.world_size - 1))
@@ -64,7 +70,8 @@ def _gather(env: RankEnvironment, timeout: float, bind: str | None, directory: P
         raise
     group.starter = Starter(_start_again)
     form(group, interface.name)
-    return Cluster(group, [Worker(name, one.rank, one.host, one.pid, devices[name]) for name, one in members.items()])
+    workers = [Worker(name, one.rank, one.host, one.pid, devices[name]) for name, one in members.items()]
+    return Cluster(group, workers, heal=heal)
 
 
 def _listen_interface(env: RankEnvironment, bind: str | None) -> Interface:

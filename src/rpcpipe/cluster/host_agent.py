@@ -20,6 +20,7 @@ from rpcpipe.cluster import authentication
 from rpcpipe.cluster.authentication import AuthenticationError, authenticate, read_secret
 from rpcpipe.cluster.control_channel import Channel, Message
 from rpcpipe.cluster.environment import RankEnvironment, find_driver, thread_count
+from rpcpipe.cluster.kept_descriptor import KeptDescriptor
 from rpcpipe.cluster.monitor import Monitor, heartbeat_seconds
 from rpcpipe.cluster.network import choose_interface, enable_keepalive
 from rpcpipe.cluster.process import Reader, WorkerProcess, worker_environment
@@ -149,6 +150,7 @@ class _Relay:
         self._monitor = Monitor(float("inf"))
         self._monitor.add(_DriverConnection(channel))
         self._stop: float | None = None
+        self._kept: dict[int, KeptDescriptor] = {}  # what workers of here have in memory that must outlive them
 
     def start(self, config: Mapping[str, Any]) -> None:
         """Start a worker and tell the driver."""
@@ -186,6 +188,10 @@ class _Relay:
             return 1 if self._stop is None else 0
         if kind == "config" and self._worker is None:
             self.start(payload)
+        elif kind == "keep":
+            self._keep(*payload)
+        elif kind == "let go":
+            self._kept.pop(payload).close()
         elif self._worker is None:
             pass  # it was for the one that has ended
         elif kind == "kill":
@@ -194,6 +200,15 @@ class _Relay:
             self._stop = time.monotonic() + _STOP_SECONDS if kind == "stop" else self._stop
             self._worker.send(kind, payload)
         return None
+
+    def _keep(self, number: int, pid: int, descriptor: int) -> None:
+        """Keep what the worker ``pid`` has in memory, under ``number``; tell the driver its path, '' if it has none."""
+        try:
+            self._kept[number] = kept = KeptDescriptor(pid, descriptor)
+        except OSError:
+            self._channel.send("kept", [number, ""])
+        else:
+            self._channel.send("kept", [number, kept.path])
 
     def _end_worker(self) -> None:
         """End the worker, if it lives, and release what belongs to it."""

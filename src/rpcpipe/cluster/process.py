@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 
 from rpcpipe.cluster.control_channel import Channel, Message
+from rpcpipe.cluster.kept_descriptor import KeptDescriptor
 from rpcpipe.cluster.spawner import describe_exit
 from rpcpipe.cluster.template import Stdio, Surroundings, templates
 from rpcpipe.cluster.worker_logs import Lines
@@ -94,6 +95,10 @@ class WorkerProcess:
             free = psutil.virtual_memory().available / 2**30
             description += f" (the kernel has just killed a process for want of memory; {free:.1f} GiB are free now)"
         return description
+
+    def keep(self, pid: int, descriptor: int) -> KeptDescriptor:
+        """Keep number ``descriptor`` of the process ``pid``, which is this one, open here; OSError if it has ended."""
+        return KeptDescriptor(pid, descriptor)
 
     def state(self) -> str:
         """Describe what the system says about the process, which does not answer."""

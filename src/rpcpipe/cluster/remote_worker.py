@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
+from concurrent.futures import Future
 from typing import Any
 
 from rpcpipe.cluster.control_channel import Channel, Message
 from rpcpipe.cluster.process import Reader
 from rpcpipe.errors import WorkerLost
+
+_ANSWER_SECONDS = 5.0
+_numbers = itertools.count()
+
+
+class RemoteKept:
+    """What a worker of another host keeps, open in its agent under ``number``. ``path``: what a successor opens."""
+
+    def __init__(self, path: str, number: int, channel: Channel) -> None:
+        self.path = path
+        self._number, self._channel = number, channel
+
+    def close(self) -> None:
+        """Let go of it."""
+        self._channel.send("let go", self._number)
 
 
 class RemoteWorker:
@@ -22,6 +39,7 @@ class RemoteWorker:
         self.pid: int = hello["pid"]  # the agent's, until it says which process is the worker
         self.gpus: int = hello["gpus"]
         self.channel = channel
+        self._kept: dict[int, Future[str]] = {}
 
     def send(self, kind: str, payload: Any = None) -> None:
         """Send a message to the worker, which its agent passes on."""
@@ -36,11 +54,34 @@ class RemoteWorker:
             messages = self.channel.receive()
         except (EOFError, ValueError) as error:
             self._is_connected = False
+            for asked in self._kept.values():
+                if not asked.done():
+                    asked.set_result("")
             return [("died", f"closed its connection ({error or 'its rpcpipe.worker process or its host ended'})")]
         for kind, payload in messages:
             if kind == "spawned":
                 self.pid = payload
+            elif kind == "kept" and payload[0] in self._kept:
+                self._kept[payload[0]].set_result(payload[1])
         return messages
+
+    def keep(self, pid: int, descriptor: int) -> RemoteKept:
+        """Have the agent keep number ``descriptor`` of the worker ``pid`` open, whoever dies but the agent.
+
+        Raises OSError where the worker or the agent has ended.
+        """
+        number = next(_numbers)
+        answer: Future[str] = Future()
+        self._kept[number] = answer
+        self.send("keep", [number, pid, descriptor])
+        try:
+            path = answer.result(timeout=_ANSWER_SECONDS)
+        except TimeoutError:
+            path = ""
+        del self._kept[number]
+        if not path:
+            raise OSError(f"{self.host} does not keep what {self.name} ({pid}) has")
+        return RemoteKept(path, number, self.channel)
 
     def start_again(self, config: Mapping[str, Any]) -> RemoteWorker:
         """Have the agent start another worker, as this one has ended; return it. It has this one's connection.

@@ -25,6 +25,15 @@ _STOPPED_SECONDS = 1.5
 log = logging.getLogger("rpcpipe")
 
 
+class Kept(Protocol):
+    """What a worker has in memory, kept open on its host. ``path``: what a process there opens."""
+
+    @property
+    def path(self) -> str: ...
+
+    def close(self) -> None: ...
+
+
 class Member(Protocol):
     """A worker as its driver sees it: a WorkerProcess on this host, or a RemoteWorker."""
 
@@ -37,6 +46,8 @@ class Member(Protocol):
     def send(self, kind: str, payload: Any = None) -> None: ...
 
     def readers(self) -> Mapping[int, Reader]: ...
+
+    def keep(self, pid: int, descriptor: int) -> Kept: ...
 
     def state(self) -> str: ...
 

@@ -389,8 +389,8 @@ class Driver:
 
 
 def _is_done(reply: Future[Any]) -> bool:
-    """Return whether the task has been executed; one whose worker was lost may not have been."""
-    return reply.done() and reply.exception() is None
+    """Return whether the tasks have been executed; a lost worker's may not have been, and its successor refuses them."""
+    return reply.done() and reply.exception() is None and not isinstance(reply.result(), Failure)
 
 
 def _outcome(reply: Future[Any]) -> Future[Any]:

@@ -7,13 +7,11 @@ were under way are gone, so the call that lost them is made again, as a whole.
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from rpcpipe.cluster.cluster import PipelineCluster
-from rpcpipe.cluster.kept_descriptor import KeptDescriptor
-from rpcpipe.cluster.rendezvous import Worker
+from rpcpipe.cluster.rendezvous import Kept, Worker
 from rpcpipe.driver.driver import Driver
 from rpcpipe.errors import StageError, WorkerLost
 from rpcpipe.worker.messages import StageInfo
@@ -27,20 +25,20 @@ class Succession:
     def __init__(self, cluster: PipelineCluster, driver: Driver) -> None:
         self._cluster, self._driver = cluster, driver
         self._holders: dict[str, int] = {}
-        self._kept: dict[str, KeptDescriptor] = {}
+        self._kept: dict[str, Kept] = {}
 
     def begin(self, infos: Mapping[str, Mapping[int, StageInfo]]) -> None:
         """Keep open what workers, which have built their stages, keep; ``infos``: by worker and stage.
 
         Raises WorkerLost for a worker that has died since.
         """
-        workers, here = self._workers(), socket.gethostname()
+        workers = self._workers()
         for name, stages in infos.items():
             self._holders[name] = workers[name].pid
             kept_at = next((info.kept_at for info in stages.values()), None)
-            if kept_at is not None and workers[name].host == here:
+            if kept_at is not None:
                 try:
-                    self._kept[name] = KeptDescriptor(*kept_at)
+                    self._kept[name] = self._cluster.keep(name, *kept_at)
                 except OSError as error:
                     raise WorkerLost(f"{name} died once it had built its stages ({error})", worker=name) from error
 
@@ -68,7 +66,7 @@ class Succession:
         for name in missing:
             if name not in self._kept:
                 raise WorkerLost(
-                    f"{name} died, and what it held was not kept (it is kept for workers on the CPU of this host): make"
+                    f"{name} died, and what it held was not kept (it is for workers on the CPU): make"
                     " a new Pipeline, from a checkpoint if there is one",
                     worker=name,
                 )
