@@ -14,9 +14,9 @@ import time
 from typing import Any
 
 import torch
+from bench import Case, adamw, balance, batch, layers
 
 import rpcpipe as rp
-from bench import Case, adamw, balance, batch, layers
 from gpt_model import next_token_loss
 
 HEAL = {"off": False, "off again": False, "on": True}

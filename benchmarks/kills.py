@@ -1,4 +1,4 @@
-"""Kill workers in all phases of one run; it must end with the bits of the same run without kills, and have grown by nothing.
+"""Kill workers in all phases of one run, which must end with the bits of the same run without kills and grow nothing.
 
 Workers kill themselves in a forward, a backward, an update or a call (SIGKILL, SIGSTOP, os._exit), at an action drawn
 by lot; from outside they are killed (SIGKILL, SIGSTOP) at a moment drawn by lot of a step, of steps ahead, of an
@@ -13,7 +13,6 @@ in another call, the rest of that call is in it; where it came between calls the
 from __future__ import annotations
 
 import argparse
-import itertools
 import logging
 import os
 import random
@@ -249,6 +248,10 @@ def growth(usages: list[Usage]) -> str:
     return _tables.text(("", "first third", "last third", "growth", "most"), rows)
 
 
+def _load() -> str:
+    return f"load {os.getloadavg()[0]:.1f}"
+
+
 def main() -> int:
     """Exit status 1 if a value or a weight differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -259,7 +262,9 @@ def main() -> int:
     parser.add_argument("--replicas", type=int, default=1, help="with more than 1 the optimizer is sharded")
     parser.add_argument("--width", type=int, default=192)
     args = parser.parse_args()
-    print(f"seed {args.seed}, {args.workers} workers, {args.replicas} replicas, load {os.getloadavg()[0]:.1f}", flush=True)
+    print(
+        f"seed {args.seed}, {args.workers} workers, {args.replicas} replicas, load {os.getloadavg()[0]:.1f}", flush=True
+    )
     torch.set_num_threads(1)
     logging.getLogger("rpcpipe").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as name:
@@ -272,9 +277,15 @@ def main() -> int:
     print(table(killer))
     print(growth(usages))
     same = list(weights) == list(expected) and all(torch.equal(weights[name], expected[name]) for name in expected)
-    phases = ", ".join(f"{how} {len([*group])}" for how, group in itertools.groupby(sorted(k.how for k in killer.kills)))
-    print(f"{len(killer.kills)} kills ({phases}) in {len(done)} calls and {seconds:.0f} s, load {os.getloadavg()[0]:.1f}")
-    print(f"values that differ: {len(differ)} {differ[:5]}; weights as without kills, to the bit: {'yes' if same else 'NO'}")
+    phases = ", ".join(
+        f"{how} {len([*group])}" for how, group in itertools.groupby(sorted(k.how for k in killer.kills))
+    )
+    print(
+        f"{len(killer.kills)} kills ({phases}) in {len(done)} calls and {seconds:.0f} s, load {os.getloadavg()[0]:.1f}"
+    )
+    print(
+        f"values that differ: {len(differ)} {differ[:5]}; weights as without kills, to the bit: {'yes' if same else 'NO'}"
+    )
     return int(bool(differ) or not same)
 
 

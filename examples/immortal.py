@@ -1,7 +1,6 @@
 """Trains a GPT while a worker is killed every second, and once more undisturbed: the weights are the same.
 
-python examples/immortal.py                                       # immortal.svg shows the time around the first kill
-python examples/immortal.py --every 0.5 --steps 200 --picture immortal.html
+python examples/immortal.py --every 0.5 --steps 200    # immortal.svg shows the time around the first kill
 """
 
 from __future__ import annotations

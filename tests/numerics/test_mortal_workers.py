@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from numerics.test_steps_ahead import OPTIONS, model, pipeline, same
+from rpcpipe.errors import WorkerLost
 from support.local_cluster import LocalCluster
-from support.models import batches
+from support.models import adamw, batches
 from support.mortal_cluster import MortalCluster
 
 
@@ -101,3 +102,32 @@ def after_one_step() -> dict[str, torch.Tensor]:
     pipe = pipeline(LocalCluster(2, 1), model=model())
     pipe.train_step(*next(batches(1, 24)))
     return dict(pipe.state_dict())
+
+
+@pytest.mark.parametrize("schedule", ["pipedream", "pipedream-2bw"])
+@pytest.mark.timeout(120)
+def test_a_stream_that_loses_a_worker_goes_back_to_a_snapshot_and_may_be_fed_again(schedule: str) -> None:
+    went_back = 0
+    for seed in range(4):
+        cluster = MortalCluster(2, seed, rarity=150)
+        pipe, data = pipeline(cluster, schedule=schedule, optimizer=adamw, model=model()), list(batches(12, 24))
+        updates = pipe.chunks if schedule == "pipedream" else 1
+        cluster.deadly = True
+        try:
+            list(pipe.train(data))
+        except WorkerLost:
+            cluster.deadly = False
+            assert pipe.trained % updates == 0
+            went_back += 1
+        cluster.deadly, done = False, pipe.trained // updates
+        list(pipe.train(data[done:]))
+        undisturbed = pipeline(LocalCluster(2, 1), schedule=schedule, optimizer=adamw, model=model())
+        list(undisturbed.train(data[:done]))
+        list(undisturbed.train(data[done:]))
+        assert same(parameters(pipe), parameters(undisturbed))
+    assert went_back > 1
+
+
+def parameters(pipe: Any) -> dict[str, torch.Tensor]:
+    """The weights alone: a stream takes buffers back for no failure."""
+    return {name: value for name, value in pipe.state_dict().items() if not name.endswith("forwards")}

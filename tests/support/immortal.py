@@ -82,7 +82,7 @@ class MortalLayer(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.linear(self.dropout(torch.tanh(self.norm(x))))
         die_if_armed(self.folder, f"forward{self.number}")
-        return _Gate.apply(x, self.folder, f"backward{self.number}") if x.requires_grad else x  # type: ignore[no-any-return,no-untyped-call]
+        return _Gate.apply(x, self.folder, f"backward{self.number}") if x.requires_grad else x  # type: ignore[no-untyped-call]
 
 
 class MortalAdamW(torch.optim.AdamW):
@@ -138,7 +138,9 @@ class Run:
     ``told`` is called with the result of every training step.
     """
 
-    def __init__(self, cluster: rp.Cluster, folder: Path, told: Callable[[rp.StepResult], None], **options: Any) -> None:
+    def __init__(
+        self, cluster: rp.Cluster, folder: Path, told: Callable[[rp.StepResult], None], **options: Any
+    ) -> None:
         self.folder, self.told = folder, told
         self.width: int = options.pop("width", 192)
         torch.manual_seed(1)

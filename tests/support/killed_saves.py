@@ -1,4 +1,4 @@
-"""A training run that saves after every step, killed at random moments: for the tests and ./benchmarks/run checkpoints."""
+"""A training run that saves after every step, killed at random moments; ./benchmarks/run checkpoints, too."""
 
 from __future__ import annotations
 

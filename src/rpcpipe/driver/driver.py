@@ -389,7 +389,7 @@ class Driver:
 
 
 def _is_done(reply: Future[Any]) -> bool:
-    """Return whether the tasks have been executed; a lost worker's may not have been, and its successor refuses them."""
+    """Return whether the tasks have been executed; a lost worker's may not have been, its successor refuses them."""
     return reply.done() and reply.exception() is None and not isinstance(reply.result(), Failure)
 
 

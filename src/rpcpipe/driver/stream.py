@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any
 
 from rpcpipe.driver.callbacks import tell
@@ -328,11 +329,15 @@ class Stream:
     def _abort(self, error: BaseException) -> None:
         """End the stream after an error that leaves the workers' progress unknown.
 
-        All stages restore the newest snapshot that all of them hold; nothing is sent if a worker is lost.
+        All stages restore the newest snapshot that all of them hold, successors of dead workers from what those have
+        kept; nothing is sent if a worker stays lost.
         """
         runtime = self._runtime
         self._open.is_open, runtime.stream = False, None
-        if isinstance(error, WorkerLost) or not runtime.cluster.healthy:
+        if isinstance(error, WorkerLost) and runtime.cluster.heal:
+            with suppress(WorkerLost):
+                runtime.check()
+        if not runtime.cluster.healthy or runtime.succession.is_broken:
             return
         with shield_interrupts():
             updates = stream_rollback.newest(self._open.committed)
