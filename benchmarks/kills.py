@@ -262,9 +262,7 @@ def main() -> int:
     parser.add_argument("--replicas", type=int, default=1, help="with more than 1 the optimizer is sharded")
     parser.add_argument("--width", type=int, default=192)
     args = parser.parse_args()
-    print(
-        f"seed {args.seed}, {args.workers} workers, {args.replicas} replicas, load {os.getloadavg()[0]:.1f}", flush=True
-    )
+    print(f"seed {args.seed}, {args.workers} workers, {args.replicas} replicas, {_load()}", flush=True)
     torch.set_num_threads(1)
     logging.getLogger("rpcpipe").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as name:
@@ -277,15 +275,9 @@ def main() -> int:
     print(table(killer))
     print(growth(usages))
     same = list(weights) == list(expected) and all(torch.equal(weights[name], expected[name]) for name in expected)
-    phases = ", ".join(
-        f"{how} {len([*group])}" for how, group in itertools.groupby(sorted(k.how for k in killer.kills))
-    )
-    print(
-        f"{len(killer.kills)} kills ({phases}) in {len(done)} calls and {seconds:.0f} s, load {os.getloadavg()[0]:.1f}"
-    )
-    print(
-        f"values that differ: {len(differ)} {differ[:5]}; weights as without kills, to the bit: {'yes' if same else 'NO'}"
-    )
+    ways = ", ".join(f"{count} by {how}" for how, count in Counter(kill.how for kill in killer.kills).items())
+    print(f"{len(killer.kills)} kills ({ways}) in {len(done)} calls and {seconds:.0f} s, {_load()}")
+    print(f"calls whose values differ: {differ}; weights as without kills, to the bit: {'yes' if same else 'NO'}")
     return int(bool(differ) or not same)
 
 
