@@ -29,16 +29,17 @@ def train(cluster: Any, options: dict[str, Any], ahead: int) -> tuple[list[Any],
     return figures, state
 
 
+@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("ahead", [0, 1])
-def test_workers_that_die_between_two_results(ahead: int) -> None:
+def test_workers_that_die_between_two_results(ahead: int, seed: int) -> None:
     expected, after = train(LocalCluster(2, 1), {}, 0)
-    cluster = MortalCluster(2, 1)
+    cluster = MortalCluster(2, seed)
     pipe = pipeline(cluster, model=model())
     scheduler, losses = torch.optim.lr_scheduler.StepLR(pipe.optimizer, 2, 0.5), []
     for result in pipe.train(batches(8, 24), ahead=ahead):
         losses.append(result.loss)
         scheduler.step()
-        for _ in range(20):  # let a step ahead begin
+        for _ in range(200):  # let a step ahead go on
             cluster.transport.wait([cluster.transport.call("worker0", "clock")], 1.0)
         cluster.kill(f"worker{result.step % 2}")
         if result.step % 3 == 0:
