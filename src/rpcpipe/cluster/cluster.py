@@ -154,10 +154,12 @@ class Cluster:
         return os.getpid() != self._owner
 
     def check(self) -> None:
-        """Replace workers that have died. Raises StateError if the cluster is closed, WorkerLost if one stays lost."""
+        """Replace workers that have died. Raises StateError if the cluster is closed, WorkerLost for one still lost."""
         self._check_open()
-        if self.heal and self._supervisor.lost:
-            self._restore()
+        if self.heal:
+            if self._supervisor.lost:
+                self._restore()
+            return  # whoever has died since fails the call, which is made again
         for lost in self._supervisor.lost.values():
             raise lost.again()
 
