@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+import torch
 
 import rpcpipe as rp
 from support.faults import wait_for
@@ -67,10 +68,15 @@ def test_a_death_right_after_a_replacement_is_healed_too(monkeypatch: pytest.Mon
             monkeypatch.setattr(rp.Cluster, "_restore", restore)
             kill(own, 1)
 
+        def kill_and_prepare(targets: torch.Tensor) -> torch.Tensor:
+            pipe.runtime.prepare = prepare
+            kill(cluster, 0)
+            return targets
+
+        prepare, pipe.runtime.prepare = pipe.runtime.prepare, kill_and_prepare  # called within the step
         monkeypatch.setattr(rp.Cluster, "_restore", restore_and_kill)
-        assert pipe.train_step(*data[0]).loss == oracle.train_step(*data[0])
-        kill(cluster, 0)
-        assert pipe.train_step(*data[1]).loss == oracle.train_step(*data[1])
+        for batch in data:
+            assert pipe.train_step(*batch).loss == oracle.train_step(*batch)
         assert [event.worker for event in cluster.events if event.kind == "replaced"] == ["worker0", "worker1"]
 
 
