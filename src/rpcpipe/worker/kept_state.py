@@ -259,7 +259,7 @@ class KeptState:
     def _model(self, records: dict[Part, Record], *, whole: bool = True) -> None:
         """Write the model anew if its tensors lie elsewhere, or, with ``whole``, if it has changed its attributes."""
         live = [tensor for owner in self._owners for tensor in _tensors_of(owner)]
-        if self._signs.get(Part.MODEL) != list(map(_sign, live)):
+        if self._signs.get(Part.MODEL) != _addresses(live):
             attributes = Attributes(self._parts)
         elif not whole or (attributes := Attributes(self._parts)).same(self._attributes):
             return
@@ -275,7 +275,7 @@ class KeptState:
             if isinstance(tensor, nn.Parameter) and not self._memory.holds(tensor):
                 raise ModelError(f"a parameter is no plain tensor of the CPU: {tuple(tensor.shape)}, {tensor.layout}")
         records[Part.MODEL] = self._memory.dumps(self._skeleton())
-        self._signs[Part.MODEL], self._attributes = list(map(_sign, live)), attributes
+        self._signs[Part.MODEL], self._attributes = _addresses(live), attributes
 
     def _skeleton(self) -> Model:
         held = self._held
@@ -294,18 +294,18 @@ class KeptState:
         if (optimizer := self._held.optimizer) is None:
             return
         state = [optimizer.optimizer.state.get(parameter) for parameter in optimizer.parameters]
-        sign = _signs(state)
-        if sign != self._signs.get(Part.STATE):
+        if _signs_of_state(state) != self._signs.get(Part.STATE):
             self._memory.take_in(_tensors_in(state))
             records[Part.STATE] = self._memory.dumps(self._placed(state))
-            self._signs[Part.STATE] = _signs(state)
+            self._signs[Part.STATE] = _signs_of_state(state)
         self._write_if_new(records, Part.GROUPS, entries(optimizer.optimizer))
 
     def _sums(self, records: dict[Part, Record]) -> None:
-        if not self._held.accumulated.sums and Part.SUMS not in self._signs:
-            return
-        place = {parameter: index for index, parameter in enumerate(self._held.parameters)}
         accumulated = self._held.accumulated
+        if not accumulated.sums and Part.SUMS not in self._signs:
+            return
+        parameters = self._held.parameters if accumulated.sums else []  # to look for them takes a while
+        place = {parameter: index for index, parameter in enumerate(parameters)}
         sums = {
             step: {place[parameter]: gradient for parameter, gradient in own.items()}
             for step, own in accumulated.sums.items()
@@ -365,6 +365,23 @@ def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
 def _sign(tensor: torch.Tensor) -> Any:
     """Return what tells whether ``tensor`` lies elsewhere; nothing equals it if that cannot be told."""
     return tensor.data_ptr() if tensor.layout is torch.strided else object()
+
+
+def _addresses(tensors: list[torch.Tensor]) -> Any:
+    """Return the ``_sign`` of each of ``tensors``."""
+    try:
+        return list(map(torch.Tensor.data_ptr, tensors))
+    except RuntimeError:  # one has no storage
+        return list(map(_sign, tensors))
+
+
+def _signs_of_state(state: list[Any]) -> Any:
+    """Return the ``_signs`` of an optimizer's state, fast where that is dicts of tensors."""
+    tensors = [item for own in state if own for item in own.values()]
+    try:
+        return [list(own or ()) for own in state], _addresses(tensors), list(map(torch.Tensor.size, tensors))
+    except TypeError:  # not all are tensors
+        return _signs(state)
 
 
 def _signs(value: Any) -> Any:
