@@ -92,6 +92,7 @@ def run(options: dict[str, Any], *, gate: bool, cluster: Any = None) -> tuple[li
     cluster = cluster or LocalCluster(2 * options.get("replicas", 1), 3)
     given = {"loss": cross_entropy, "optimizer": sgd, "chunks": 4, "schedule": "1f1b"} | options
     layers = nn.Sequential(*model(), nn.BatchNorm1d(4)) if "batch_norm" in options else model()
+    sent = Sent(cluster) if isinstance(cluster, LocalCluster) else None
     pipe = rp.Pipeline(layers, cluster, **given)
     if gate:
         wait_for_gate(pipe.optimizer)
@@ -103,6 +104,7 @@ def run(options: dict[str, Any], *, gate: bool, cluster: Any = None) -> tuple[li
         figures.append((result.loss, result.grad_norm, result.applied, result.lr, result.accumulated))
         if not result.accumulated:
             scheduler.step()
+    assert sent is None or (sent.operations["UpdateWeights"] > 0) == gate
     state = dict(pipe.state_dict())
     pipe.close()
     return figures, state

@@ -43,7 +43,7 @@ class PipelineOptimizer(torch.optim.Optimizer):
         step = vars(self).get("step")
         # Schedulers of torch count steps by a step of their own around the class's.
         counts = getattr(step, "_wrapped_by_lr_sched", False)
-        own = counts and getattr(getattr(step, "__wrapped__", None), "__func__", None) is type(self).step
+        own = counts and getattr(step, "__wrapped__", None) is type(self).step
         replaced = step is not None and not own
         return replaced or bool(self._optimizer_step_pre_hooks or _global_optimizer_pre_hooks)
 
