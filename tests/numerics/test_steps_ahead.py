@@ -155,14 +155,21 @@ class Calls:
 
 
 def train(
-    options: dict[str, Any], seed: int, folder: Path, *, ahead: int, raises: bool
+    options: dict[str, Any],
+    seed: int,
+    folder: Path,
+    *,
+    ahead: int,
+    raises: bool,
+    cluster: Any = None,
+    calling: type[Calls] = Calls,
 ) -> tuple[list[Any], list[Any], dict[str, torch.Tensor]]:
     """Train on batches of which some go wrong; return each step's figures, what calls gave, and the state."""
     choice = random.Random(seed)
-    cluster: Any = LocalCluster(2 * options.get("replicas", 1), seed)
+    cluster = cluster or LocalCluster(2 * options.get("replicas", 1), seed)
     pipe = pipeline(cluster, **options, model=model(raises=raises))
     scheduler = choice.choice(SCHEDULERS)(pipe.optimizer)
-    calls = Calls(pipe, scheduler, seed, folder)
+    calls = calling(pipe, scheduler, seed, folder)
     sizes = choice.choices([16, 24], k=9)
     data = [
         (marked(x[-size:]) if choice.random() < 0.2 else x[-size:], y[-size:])

@@ -13,7 +13,7 @@ from rpcpipe.cluster.process import WorkerProcess
 @pytest.fixture
 def trio() -> Iterator[rp.Cluster]:
     """Three workers of the test's own."""
-    with rp.launch(workers=3, threads=1, timeout=20.0) as made:
+    with rp.launch(workers=3, threads=1, timeout=20.0, heal=False) as made:
         yield made
 
 

@@ -25,6 +25,16 @@ FAST = [
     ("SIGKILL", "forward", 0), ("SIGKILL", "launch", 1), ("SIGSEGV", "backward", 1),
     ("_exit", "optimizer", 1), ("_exit", "idle", 2),
     ("SIGSTOP", "forward", 2), ("SIGSTOP", "close", 1), ("GIL", "backward", 0),
+    ("_exit", "build", 1), ("SIGKILL", "ahead", 2), ("SIGSEGV", "by hand", 0), ("SIGKILL", "evaluate", 1),
+    ("SIGKILL", "predict", 2), ("_exit", "save", 0), ("SIGKILL", "load", 2), ("SIGSEGV", "state_dict", 1),
+    ("SIGKILL", "load_state_dict", 0), ("SIGKILL", "call", 1), ("SIGKILL", "schedule", 1),
+]  # fmt: skip
+FAST_HEALED = [
+    ("SIGKILL", "build", 1), ("SIGKILL", "forward", 0), ("SIGSEGV", "backward", 1), ("_exit", "optimizer", 2),
+    ("_exit", "idle", 2), ("SIGSTOP", "forward", 2), ("GIL", "backward", 0), ("memory", "optimizer", 0),
+    ("SIGKILL", "ahead", 1), ("SIGKILL", "by hand", 0), ("_exit", "evaluate", 1), ("SIGSEGV", "predict", 2),
+    ("SIGKILL", "save", 0), ("SIGKILL", "load", 1), ("_exit", "state_dict", 2), ("SIGKILL", "load_state_dict", 0),
+    ("SIGKILL", "call", 1),
 ]  # fmt: skip
 
 
@@ -38,21 +48,40 @@ def test_a_fault_is_named_in_time_and_leaves_nothing(fault: str, phase: str, sta
         return
     assert found.seconds <= faults.LIMITS[fault]
     assert f"worker{stage} (" in found.error
-    assert (f"stage {stage} " in found.error) == (phase != "launch")
+    assert (f"stage {stage} " in found.error) == (phase not in ("launch", "build"))
     says = {"_exit": "exited with status 3", "SIGSTOP": "it is stopped", "GIL": "does not let go of the GIL"}
     assert says.get(fault, f"was killed by {fault}") in found.error
 
 
+@pytest.mark.parametrize(("fault", "phase", "stage"), FAST_HEALED)
+def test_a_call_is_healed_of_a_fault(fault: str, phase: str, stage: int, tmp_path: Path) -> None:
+    found = faults.run(fault, phase, stage, tmp_path, heal=True)
+    if found is None:
+        pytest.skip("this machine lets us make no memory cgroup")
+    assert not found.left
+    assert not found.wrong
+    assert found.seconds <= faults.LIMITS[fault] + faults.HEAL_SECONDS
+
+
 def test_two_at_once(tmp_path: Path) -> None:
-    found = faults.run("SIGKILL", "forward", 0, tmp_path, also=2)
+    found = faults.run("SIGKILL", "forward", 0, tmp_path, also=[2])
     assert found is not None
     assert "was killed by SIGKILL" in found.error
     assert found.seconds <= 0.1
     assert not found.left
 
 
+@pytest.mark.parametrize("also", [[2], [1, 2]], ids=["two", "all"])
+@pytest.mark.parametrize("phase", ["optimizer", "idle"])
+def test_a_call_is_healed_of_several_faults(phase: str, also: list[int], tmp_path: Path) -> None:
+    found = faults.run("SIGKILL", phase, 0, tmp_path, heal=True, also=also)
+    assert found is not None
+    assert (found.left, found.wrong) == ((), ())
+    assert found.seconds <= faults.LIMITS["SIGKILL"] + 2 * faults.HEAL_SECONDS
+
+
 def test_the_last_lines_of_the_dead_are_in_the_error() -> None:
-    with rp.launch(workers=2, threads=1) as cluster:
+    with rp.launch(workers=2, threads=1, heal=False) as cluster:
         pipe = faults.make_pipe(cluster)
         cluster.call(2, lambda: print("I feel dizzy"))
 
@@ -72,17 +101,14 @@ def test_the_last_lines_of_the_dead_are_in_the_error() -> None:
 @pytest.fixture
 def small_memory() -> Iterator[Path]:
     group = Path("/sys/fs/cgroup/memory") / f"rpcpipe{os.getpid()}"
-    try:
-        group.mkdir()
-        (group / "memory.limit_in_bytes").write_text(str(64 << 20))
-    except OSError as error:
-        pytest.skip(f"this machine lets us make no memory cgroup: {error}")
-    yield group
-    group.rmdir()
+    with faults.small_memory(group) as made:
+        if not made:
+            pytest.skip("this machine lets us make no memory cgroup")
+        yield group
 
 
 def test_the_kernels_killing_for_memory_is_named(small_memory: Path) -> None:
-    with rp.launch(workers=2, threads=1) as cluster:
+    with rp.launch(workers=2, threads=1, heal=False) as cluster:
         (small_memory / "cgroup.procs").write_text(str(cluster.workers[0].pid))
         with pytest.raises(rp.WorkerLost, match=r"SIGKILL \(the kernel has just killed a process for want of memory"):
             cluster.call(1, lambda: torch.ones(100_000_000).sum().item())

@@ -197,7 +197,7 @@ def broken_pipe(*_: Any) -> None:
 
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGSEGV])
 def test_a_dead_worker_is_named(sign: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
-    with rp.launch(workers=2, threads=1) as cluster:
+    with rp.launch(workers=2, threads=1, heal=False) as cluster:
         pipe = rp.Pipeline(mlp(), cluster, loss=cross_entropy, optimizer=sgd, chunks=2)
         batch = next(batches(1))
         pipe.train_step(*batch)

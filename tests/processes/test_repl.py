@@ -74,7 +74,7 @@ def loss(output, target):
 
 SCALE = 2.0
 def make():
-    return rp.Pipeline([Mine() for _ in rp.launch(WORKERS, threads=1).workers], rp.launch(WORKERS, threads=1), loss=loss, optimizer=lambda p: torch.optim.SGD(p, lr=0.1), chunks=2)
+    return rp.Pipeline([Mine() for _ in rp.launch(WORKERS, threads=1, heal=False).workers], rp.launch(WORKERS, threads=1, heal=False), loss=loss, optimizer=lambda p: torch.optim.SGD(p, lr=0.1), chunks=2)
 
 x = torch.ones(4, 4)
 """  # noqa: E501
@@ -94,7 +94,7 @@ def test_a_session_at_the_prompt(prompt: Prompt) -> None:
     assert re.search(r"1 +worker1 +cpu +1 +20 +0\.0 MiB +\d", shown)
     assert "Cluster(2 workers, live)" in prompt.enter("pipe.cluster")
     # The same shape again: the live cluster. Another one: a fresh cluster.
-    assert "True" in prompt.enter("pipe.cluster is rp.launch(2, threads=1)")
+    assert "True" in prompt.enter("pipe.cluster is rp.launch(2, threads=1, heal=False)")
     prompt.enter("WORKERS = 3; pipe = make()")
     assert "step 0" in prompt.enter("pipe.train_step(x, x)")
     # After an exception.
@@ -125,7 +125,7 @@ def test_ctrl_c_at_the_prompt(prompt: Prompt) -> None:
     assert time.monotonic() - start < 0.3
     prompt.child.expect(PROMPT)
     # The worker still sleeps in its forward: the workers have not got the Ctrl-C.
-    assert prompt.enter("rp.launch(2, threads=1).close()").strip() == ""
+    assert prompt.enter("rp.launch(2, threads=1, heal=False).close()").strip() == ""
     prompt.enter("pipe = make()")
     # At an idle prompt.
     prompt.child.sendintr()
@@ -160,7 +160,7 @@ def usage() -> tuple[int, int, float]:
 def test_launches_leave_no_trace() -> None:
     found = []
     for cycle in range(20):
-        cluster = rp.launch(workers=1 + cycle % 2, threads=1)
+        cluster = rp.launch(workers=1 + cycle % 2, threads=1, heal=False)
         pipe = rp.Pipeline(mlp(), cluster, loss=cross_entropy, optimizer=sgd, chunks=2)
         pipe.train_step(*next(batches(1)))
         if cycle in (2, 3, 10):  # some end badly, one with the template

@@ -110,7 +110,7 @@ def test_what_decides_imports_takes_another_template(tmp_path: Path, monkeypatch
 
 
 def test_a_killed_template_is_named_and_replaced() -> None:
-    cluster = launch()
+    cluster = launch(heal=False)
     template = parent(cluster)
     template.kill()
     wait_for(lambda: not cluster.healthy)
@@ -175,7 +175,7 @@ def test_where_forking_cannot_be_workers_are_spawned_and_the_log_says_why(
 ) -> None:
     at_start.write_text(program)
     with caplog.at_level(logging.WARNING, "rpcpipe"):
-        cluster = rp.launch(workers=1, threads=1)
+        cluster = rp.launch(workers=1, threads=1, heal=False)
     assert parent(cluster) == psutil.Process()
     [line] = [record.getMessage() for record in caplog.records if "spawned" in record.getMessage()]
 

@@ -30,7 +30,7 @@ _BATCHES = 8
 def train_for_ever(folder: Path) -> None:
     """Go on from what is in ``folder`` and save after every step; prints the workers' pids, then every save."""
     torch.set_num_threads(1)
-    cluster = rp.launch(workers=WORKERS, threads=1, timeout=20.0)
+    cluster = rp.launch(workers=WORKERS, threads=1, timeout=20.0, heal=False)
     pipe = rp.Pipeline(mlp(width=WIDTH), cluster, loss=cross_entropy, optimizer=adamw, chunks=2)
     if folder.exists() and any(folder.glob("0*")):
         pipe.load(folder)

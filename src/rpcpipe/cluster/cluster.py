@@ -75,6 +75,11 @@ class PipelineCluster(Protocol):
         ...
 
     @property
+    def open(self) -> bool:
+        """Return whether the cluster takes calls: it is not closed, and this process's own."""
+        ...
+
+    @property
     def healthy(self) -> bool:
         """Return whether the cluster is open and no worker has died."""
         ...
@@ -144,9 +149,14 @@ class Cluster:
         return self._supervisor.events
 
     @property
+    def open(self) -> bool:
+        """Return whether the cluster is not closed, and this process's own."""
+        return not self._closed and not self._inherited
+
+    @property
     def healthy(self) -> bool:
-        """Return whether the cluster is open, this process's own, and no worker has died; a spare may have."""
-        return not self._closed and not self._inherited and not self._supervisor.lost
+        """Return whether the cluster is open and no worker has died; a spare may have."""
+        return self.open and not self._supervisor.lost
 
     @property
     def _inherited(self) -> bool:
@@ -154,23 +164,23 @@ class Cluster:
         return os.getpid() != self._owner
 
     def check(self) -> None:
-        """Replace workers that have died. Raises StateError if the cluster is closed, WorkerLost for one still lost."""
+        """Replace workers that have died. Raises StateError if the cluster is closed, WorkerLost if one stays lost."""
         self._check_open()
         if self.heal:
-            if self._supervisor.lost:
-                self._restore()
-            return  # whoever has died since fails the call, which is made again
+            self._restore()
+            return  # whoever has died since is noticed by the call that follows
         for lost in self._supervisor.lost.values():
             raise lost.again()
 
     def _restore(self) -> None:
         """Replace all workers that are lost, and let all pipelines go on with their successors."""
         for left in reversed(range(_HEALINGS)):
+            if not self._supervisor.lost:
+                return
             try:
                 self._supervisor.replace()
                 for pipeline in list(self.pipelines):
                     pipeline.revive()
-                return
             except WorkerLost:
                 if not left or not self._supervisor.lost:
                     raise
@@ -276,18 +286,12 @@ class Cluster:
         story = f"{who} {how}.\n" + (f"Its last lines:\n{last}\n" if last else "It has printed nothing.\n")
         if kind != "removed" and member.name in (spare.name for spare in self.spares):
             log.warning("%sIt was idle: training goes on with a spare less", story)
-        after = (
-            "Another process takes its place as soon as the cluster is used again"
-            if self.heal
-            else "Its layers went with it: launch (or connect) again and make a new Pipeline"
-        )
+        after = "Its layers went with it: launch (or connect) again and make a new Pipeline"
+        if self.heal:
+            after = "Another process takes its place as soon as the cluster is used again"
         error = WorkerLost(
-            story + after,
-            worker=member.name,
-            stages=stages,
-            host=member.host,
-            pid=member.pid,
-        )
+            story + after, worker=member.name, stages=stages, host=member.host, pid=member.pid
+        )  # fmt: skip
         self._liveness.lose(member, error)
         self.events.append(ClusterEvent(kind, member.name, member.host, member.pid, how))
         self.transport.lose(member.name, error)

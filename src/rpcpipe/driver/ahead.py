@@ -77,10 +77,13 @@ class StepsAhead:
 
     def _step(self, batch: tuple[Nest, Nest], issued: Issued | None) -> StepResult:
         self._runtime.check()
-        runtime = self._runtime
+        runtime, prepare = self._runtime, self._prepare
 
         def step() -> StepResult:
-            return train_once(Step(runtime, runtime.trained, updates_at_once=True), *batch, issued, self._prepare)
+            nonlocal prepare
+            # If a worker dies, it may be the next batch that kills it: this one's step is made again alone.
+            meanwhile, prepare = prepare, lambda follower: self._prepare(None)
+            return train_once(Step(runtime, runtime.trained, updates_at_once=True), *batch, issued, meanwhile)
 
         result = runtime.healed(step)
         tell(runtime.callbacks, result)

@@ -28,9 +28,9 @@ from rpcpipe.schedules import Schedule
 from rpcpipe.schedules.timeline import Timeline
 from rpcpipe.schedules.weight_versions import Policy
 from rpcpipe.stage.progress import Progress
+from rpcpipe.worker.actor_spec import ActorSpec
 from rpcpipe.worker.messages import Port, Report, StageInfo
-from rpcpipe.worker.operations import BeginCall, CallModule, RollBackStep
-from rpcpipe.worker.stage_set import ActorSpec
+from rpcpipe.worker.operations import BeginCall, CallModule, RollBackStep, Task
 
 T = TypeVar("T")
 
@@ -60,6 +60,10 @@ class OpenStream(Protocol):
 
     def abandon(self) -> None:
         """Forget the batches under way, without sending a message."""
+        ...
+
+    def lose(self) -> None:
+        """Note that workers are being replaced, with whose tasks the batches under way are gone."""
         ...
 
 
@@ -269,22 +273,31 @@ class Runtime:
         Workers that have died are replaced. Raises StateError if the pipeline or the cluster is closed, and WorkerLost
         if a worker has died and is not replaced.
         """
+        self.mend()
+        if self.stream is not None:
+            self.stream.flush()
+
+    def mend(self) -> None:
+        """Have workers that have died replaced; raises as ``check`` does."""
         if self.closed:
             raise StateError("the pipeline is closed; make a new one")
         self.cluster.check()
         self.revive()
-        if self.stream is not None:
-            self.stream.flush()
 
     def revive(self) -> None:
         """Let the successors of dead workers go on with what those have kept."""
-        if self.active is not None and self.succession.is_broken:
-            self.active.lose()
+        if self.succession.is_broken:
+            for lost in (self.active, self.stream):
+                if lost is not None:
+                    lost.lose()
         self.succession.revive()
 
-    def healed(self, call: Callable[[], T]) -> T:
-        """Return ``call()``, made again if workers have died in it; raises WorkerLost if they do again and again."""
-        return healed(self.cluster, self.check, call)
+    def healed(self, call: Callable[[], T], after: str = "The pipeline is as it was before the call") -> T:
+        """Return ``call()``, made again if workers have died in it; raises WorkerLost if they do again and again.
+
+        ``after``: what holds then.
+        """
+        return healed(self.cluster, self.check, call, after=after)
 
     def execute(self, workers: Sequence[str], operation: CallModule) -> dict[str, Any]:
         """Execute ``operation`` on each of ``workers`` once, and return the results.
@@ -318,7 +331,14 @@ class Runtime:
                 if worker not in done:
                     self.driver.call(worker, RollBackStep(number, updating=True))
 
-        return healed(self.cluster, check, rest) if keep else rest()
+        if not keep:
+            return rest()
+        try:
+            return healed(self.cluster, check, rest)
+        except WorkerLost:
+            for worker in workers:
+                self.driver.roll_back_on(worker, [Task(RollBackStep(number, updating=True))])
+            raise
 
     def check_trains(self) -> None:
         """Raise StateError if the pipeline was made without an optimizer."""
@@ -350,6 +370,6 @@ class Runtime:
 
 
 def release(cluster: PipelineCluster, driver: Driver) -> None:
-    """Free a pipeline's stages, if the cluster is healthy."""
-    if cluster.healthy:
+    """Free a pipeline's stages on the workers that live, if the cluster is open."""
+    if cluster.open:
         driver.drop()

@@ -18,6 +18,7 @@ from rpcpipe.driver.gate import judge, refuse_nonfinite
 from rpcpipe.driver.inference import NOTHING, Wanted
 from rpcpipe.driver.result import StepResult, by_stage, mean_metrics, merged_outputs
 from rpcpipe.driver.runtime import Runtime
+from rpcpipe.driver.succession import healed
 from rpcpipe.driver.tracing import spans
 from rpcpipe.errors import StateError, WorkerLost
 from rpcpipe.model.microbatch import Nest
@@ -75,6 +76,8 @@ class Step:
         self._overflowed = False
         self._context: AbstractContextManager[int] | None = None
         self._lost = False
+        # What to run again if a worker dies in an update that the driver sends.
+        self._given: tuple[Nest, Nest] | None = None
 
     def __enter__(self) -> Step:
         try:
@@ -148,7 +151,7 @@ class Step:
             cut, self._message = issued.cut, issued.plan.step
         else:
             cut, issued = Cut.of(runtime, inputs, targets), None
-        self._began = True
+        self._began, self._given = True, (inputs, targets) if self._course.updates_at_once else None
         done = self._execute(cut, issued, meanwhile)
         plan, verdict = done.plan, done.verdict
         sound = verdict.sound and not self._progress.spoiled
@@ -257,12 +260,29 @@ class Step:
         if not self.result().applied:
             return
         self._updated = True
-        times = self._updates or self._runtime.driver.update_weights(
-            self._message, self.context_id, self._runtime.optimizer.changes(), self._runtime.program.after_update()
-        )
+        times = self._updates or self._update_healed()
         self._has_updated = True
         if self._runtime.tracer is not None:
             self._runtime.tracer.update(times, self._course.number)
+
+    def _update_healed(self) -> Mapping[str, tuple[int, int]]:
+        if self._given is None:
+            return self._update()
+        # Not the whole step again, because hooks of the optimizer run around this, once.
+        return healed(self._runtime.cluster, self._runtime.check, self._update)
+
+    def _update(self) -> Mapping[str, tuple[int, int]]:
+        """Send the update, after the batch has been run again if a worker has died since; return its times."""
+        runtime = self._runtime
+        if self._given is not None and self._lost:
+            self._lost = self._began = False
+            self._message, self._progress = runtime.driver.new_step(), self._course.progress
+            self._close_context()
+            self.run(*self._given)
+        self._check_lost()
+        return runtime.driver.update_weights(
+            self._message, self.context_id, runtime.optimizer.changes(), runtime.program.after_update()
+        )
 
     def lose(self) -> None:
         """Note that a worker has been replaced: unless the weights are updated, nothing is left of the step."""

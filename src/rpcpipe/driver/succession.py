@@ -88,10 +88,14 @@ class Succession:
         self._kept.clear()
 
 
-def healed(cluster: PipelineCluster, check: Callable[[], None], call: Callable[[], T]) -> T:
+_AS_BEFORE = "The pipeline is as it was before the call"
+
+
+def healed(cluster: PipelineCluster, check: Callable[[], None], call: Callable[[], T], *, after: str = _AS_BEFORE) -> T:
     """Return ``call()``, made again where workers have died in it and ``check`` has had them replaced.
 
-    Raises WorkerLost, with all causes, where that has happened more often than ``cluster.heal``.
+    Raises WorkerLost, with all causes, where that has happened more often than ``cluster.heal``; ``after``: what it
+    then says of the pipeline.
     """
     causes: list[WorkerLost] = []
     while True:
@@ -99,18 +103,18 @@ def healed(cluster: PipelineCluster, check: Callable[[], None], call: Callable[[
             return call()
         except WorkerLost as lost:
             causes.append(lost)
-            if not cluster.heal:
+            if not cluster.heal or isinstance(lost.__cause__, WorkerLost):  # a part of it has been tried often enough
                 raise
             if len(causes) > cluster.heal:
-                raise _given_up(causes) from lost
+                raise _given_up(causes, after) from lost
         check()
 
 
-def _given_up(causes: list[WorkerLost]) -> WorkerLost:
+def _given_up(causes: list[WorkerLost], after: str) -> WorkerLost:
     last = causes[-1]
     story = "\n".join(f"{number}. {cause}" for number, cause in enumerate(causes, 1))
     return WorkerLost(
         f"workers died in each of {len(causes)} tries of one call, so it is not tried again (heal={len(causes) - 1}):\n"
-        f"{story}\nThe pipeline is as it was before the call",
+        f"{story}\n{after}".rstrip(),
         worker=last.worker, stages=last.stages, host=last.host, pid=last.pid,
     )  # fmt: skip

@@ -363,7 +363,8 @@ class Pipeline:
         Raises CheckpointError, before anything changes, unless names and shapes are the model's.
         """
         self.runtime.check()
-        self.runtime.healed(lambda: state.load_state_dict(self.runtime, state_dict))
+        after = "Some workers may have loaded their part, and some not: load again"
+        self.runtime.healed(lambda: state.load_state_dict(self.runtime, state_dict), after)
 
     def save(
         self,

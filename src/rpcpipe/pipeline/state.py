@@ -9,6 +9,7 @@ import copy
 import socket
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -114,52 +115,74 @@ def save(runtime: Runtime, directory: str | Path, stateful: Holders, position: A
 def load(runtime: Runtime, directory: str | Path, stateful: Holders) -> Any:
     """Load the newest checkpoint in ``directory``, or that very checkpoint; return its ``position``.
 
-    All workers and the driver read and check their parts before any of them changes. Made again, as a whole, if a
-    worker dies in it. Raises StateError within a step, DependencyError without safetensors, CheckpointError, and
-    WorkerLost, which closes the pipeline.
+    All workers and the driver read and check their parts before any of them changes. If a worker dies, all load again;
+    an error once some have changed closes the pipeline. Raises StateError within a step, DependencyError without
+    safetensors, and CheckpointError.
     """
+    require(runtime.active is None, "a step is open: load after its with-block", error=StateError)
+    tensor_file.require()
+    halfway = False
+
+    def once() -> Any:
+        nonlocal halfway
+        try:
+            with shield_interrupts():
+                manifest, position, groups = _read(runtime, newest(Path(directory).absolute()), stateful)
+                replies = _apply(runtime, manifest, groups)
+                halfway = True
+                runtime.driver.collect(replies)
+        except KeyboardInterrupt:
+            halfway = False  # workers run what is sent, whatever interrupts the wait
+            raise
+        halfway = False
+        return position
+
     try:
-        return runtime.healed(lambda: _load(runtime, directory, stateful))
-    except WorkerLost as error:
-        _close(runtime, error)
+        return runtime.healed(once, after="")
+    except BaseException as error:
+        if halfway:
+            runtime.close()
+            error.add_note("Some workers have loaded the checkpoint and some have not, so the pipeline was closed.")
         raise
 
 
-def _load(runtime: Runtime, directory: str | Path, stateful: Holders) -> Any:
-    require(runtime.active is None, "a step is open: load after its with-block", error=StateError)
-    tensor_file.require()
-    folder = newest(Path(directory).absolute())
+def _read(runtime: Runtime, folder: Path, stateful: Holders) -> tuple[Manifest, Any, Any]:
+    """Let all workers read and check their parts of ``folder``, and give ``stateful`` its own.
+
+    Returns the manifest, the position and the optimizer's groups.
+    """
     manifest = Manifest.read(folder)
     _check_driver(runtime, folder, manifest, stateful)
     with Reader(folder, manifest.tensors) as reader:
         position, states, parts, groups = decode(
             [manifest.position, manifest.stateful, manifest.parts, manifest.groups], reader.get
         )
-    driver, names = runtime.driver, runtime.names
-    with shield_interrupts():
-        try:
-            calls = dict.fromkeys(names, ReadCheckpoint(folder, manifest))
-            names_read = _outcomes(runtime, calls, "nothing has changed")
-            _check_complete(folder, manifest, names_read.values())
-            shield_interrupts.check()
-            # A part that only one side has is left as it is; the two may train in different precision, for instance.
-            own_parts = [
-                (part, parts[name], f"the pipeline's {name}") for name, part in runtime.parts.items() if name in parts
-            ]
-            _restore([*own_parts, *((holder, states[name], repr(name)) for name, holder in stateful.items())], folder)
-        except BaseException:
-            if runtime.cluster.healthy:
-                for name in names:
-                    driver.call(name, DropCheckpoint())
-            raise
-        # From here on the load takes effect: workers run what is sent, whatever interrupts the wait.
-        replies = {name: driver.call(name, ApplyCheckpoint(manifest.seed)) for name in names}
-        if runtime.settings.trains:
-            runtime.optimizer.adopt(groups)
-        runtime.trained = manifest.step
-        runtime.forget_accumulated()
-        _finish(runtime, replies)
-    return position
+    try:
+        calls = dict.fromkeys(runtime.names, ReadCheckpoint(folder, manifest))
+        names_read = _outcomes(runtime, calls, "nothing has changed")
+        _check_complete(folder, manifest, names_read.values())
+        shield_interrupts.check()
+        # A part that only one side has is left as it is; the two may train in different precision, for instance.
+        own_parts = [
+            (part, parts[name], f"the pipeline's {name}") for name, part in runtime.parts.items() if name in parts
+        ]
+        _restore([*own_parts, *((holder, states[name], repr(name)) for name, holder in stateful.items())], folder)
+    except BaseException:
+        if runtime.cluster.healthy:
+            for name in runtime.names:
+                runtime.driver.call(name, DropCheckpoint())
+        raise
+    return manifest, position, groups
+
+
+def _apply(runtime: Runtime, manifest: Manifest, groups: Any) -> dict[str, Future[Any]]:
+    """Let workers and driver go on from what they have read; return the workers' replies."""
+    replies = {name: runtime.driver.call(name, ApplyCheckpoint(manifest.seed)) for name in runtime.names}
+    if runtime.settings.trains:
+        runtime.optimizer.adopt(groups)
+    runtime.trained = manifest.step
+    runtime.forget_accumulated()
+    return replies
 
 
 def _write_shards(runtime: Runtime, folder: Path) -> list[Written]:
@@ -298,19 +321,3 @@ def _set_state(holder: Stateful, state: Any) -> None:
         holder.set_state(state)
     else:
         holder.load_state_dict(state)
-
-
-def _finish(runtime: Runtime, replies: Mapping[str, Any]) -> None:
-    """Wait until all workers have loaded their parts. An error other than Ctrl-C or a death closes the pipeline."""
-    try:
-        runtime.driver.collect(replies)
-    except (KeyboardInterrupt, WorkerLost):
-        raise
-    except BaseException as error:
-        _close(runtime, error)
-        raise
-
-
-def _close(runtime: Runtime, error: BaseException) -> None:
-    runtime.close()
-    error.add_note("Some workers may have loaded the checkpoint and some not, so the pipeline was closed.")
