@@ -18,7 +18,16 @@ from rpcpipe.driver.deployment import Deployment
 from rpcpipe.driver.driver import Driver
 from rpcpipe.driver.runtime import Runtime, release
 from rpcpipe.driver.succession import healed
-from rpcpipe.errors import ArgumentError, ModelError, ScheduleError, StageError, StateError, require, require_whole
+from rpcpipe.errors import (
+    ArgumentError,
+    ModelError,
+    ScheduleError,
+    StageError,
+    StateError,
+    WorkerLost,
+    require,
+    require_whole,
+)
 from rpcpipe.model.containers import check_global_hooks, shared_buffers
 from rpcpipe.model.layers import Layer, check_embeddings, find_ties, unpicklable, unwired, wiring_of
 from rpcpipe.model.microbatch import MicroBatches, Nest
@@ -154,7 +163,11 @@ def _create(runtime: Runtime, identity: str, layers: OrderedDict[str, Layer], co
         peers = ReplicaGroup(deployment.layout.replicas_of(worker), replica, deployment.shard)
         spec = pickled_spec(dataclasses.replace(common, stages=own_stages, peers=peers))
         replies[name] = runtime.cluster.transport.call(name, "create", identity, spec)
-    infos = runtime.driver.collect(replies)
+    try:
+        infos = runtime.driver.collect(replies)
+    except WorkerLost:
+        runtime.driver.outcomes(replies)  # what drops the others' stages must not overtake what builds them
+        raise
     runtime.install(deployment, infos)
     runtime.succession.begin(infos)
     if runtime.settings.trains:
