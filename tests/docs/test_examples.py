@@ -139,3 +139,12 @@ def test_two_d(run: Run) -> None:
     rows = re.findall(r"^ +\d +([0-9.]+) +([0-9.]+) +([0-9.e+-]+)$", out, re.MULTILINE)
     assert len(rows) == 3
     assert all(float(difference) < 1e-6 for _, _, difference in rows)
+
+
+def test_immortal(run: Run, tmp_path: Path) -> None:
+    """Workers are killed and replaced, and the example itself compares the weights."""
+    out = run("immortal.py", "--steps", "30", "--every", "0.1", "--dim", "32", "--picture", str(tmp_path / "gap.svg"))
+    assert re.search(r"^ +[0-9.]+ s  worker[01] died: was killed by SIGKILL", out, re.MULTILINE)
+    assert re.search(r"^ +[0-9.]+ s  worker[01] replaced, within [0-9.]+ s, by process \d+", out, re.MULTILINE)
+    assert re.search(r"^\d+ kills; same weights as the undisturbed run: yes$", out, re.MULTILINE)
+    assert "around the first of" in (tmp_path / "gap.svg").read_text()

@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+import torch
 
 import rpcpipe as rp
+from support.faults import wait_for
 from support.models import adamw, batches, cross_entropy, mlp
 from support.oracle import Oracle, assert_same_weights
 
@@ -44,7 +46,7 @@ def killing(cluster: rp.Cluster, seed: int, every: float) -> Iterator[list[float
 @pytest.mark.parametrize("dispatch", ["rref", "batched"])
 @pytest.mark.timeout(120)
 def test_training_goes_on_through_kills(dispatch: str, ahead: int) -> None:
-    with rp.launch(2, threads=1) as cluster:
+    with rp.launch(2, threads=1, heal=20) as cluster:  # steps take long on a busy machine
         pipe = rp.Pipeline(mlp(), cluster, loss=cross_entropy, optimizer=adamw, chunks=4, dispatch=dispatch)
         oracle = Oracle(mlp(), adamw, cross_entropy, 4)
         data = list(batches(8)) * 12
@@ -54,3 +56,31 @@ def test_training_goes_on_through_kills(dispatch: str, ahead: int) -> None:
         assert found == losses
         assert_same_weights(pipe, oracle.model)
         assert len(kills) > 3
+
+
+def test_a_death_right_after_a_replacement_is_healed_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    with rp.launch(2, threads=1) as cluster:
+        pipe = rp.Pipeline(mlp(), cluster, loss=cross_entropy, optimizer=adamw, chunks=4)
+        oracle, restore, data = Oracle(mlp(), adamw, cross_entropy, 4), rp.Cluster._restore, list(batches(2))
+
+        def restore_and_kill(own: rp.Cluster) -> None:
+            restore(own)
+            monkeypatch.setattr(rp.Cluster, "_restore", restore)
+            kill(own, 1)
+
+        def kill_and_prepare(targets: torch.Tensor) -> torch.Tensor:
+            pipe.runtime.prepare = prepare
+            kill(cluster, 0)
+            return targets
+
+        prepare, pipe.runtime.prepare = pipe.runtime.prepare, kill_and_prepare  # called within the step
+        monkeypatch.setattr(rp.Cluster, "_restore", restore_and_kill)
+        for batch in data:
+            assert pipe.train_step(*batch).loss == oracle.train_step(*batch)
+        assert [event.worker for event in cluster.events if event.kind == "replaced"] == ["worker0", "worker1"]
+
+
+def kill(cluster: rp.Cluster, index: int) -> None:
+    """Return once the death is known."""
+    os.kill(cluster.workers[index].pid, signal.SIGKILL)
+    wait_for(lambda: not cluster.healthy)

@@ -9,6 +9,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 import psutil
@@ -21,6 +22,7 @@ from rpcpipe.transport.base import DRIVER
 from rpcpipe.transport.roster import Roster
 from rpcpipe.transport.rpc import RpcTransport, this_process
 from rpcpipe.transport.user_pickling import named_dumps
+from rpcpipe.worker.operations import ReportStep, Task
 from support.faults import wait_for
 from support.models import batches, cross_entropy, mlp, sgd
 from support.replacement import counts, kill, pids, train_and_compare
@@ -114,10 +116,10 @@ def test_the_template_goes_and_all_workers_with_it(trio: rp.Cluster) -> None:
 
 
 def lanes() -> dict[str, bool]:
-    """Runs on a worker: whether it has sent by a lane to those it has sent to."""
+    """Runs on a worker: whether a lane leads to each process."""
     assert this_process.served is not None
     roster, executor = this_process.served
-    return {name: executor._transport.is_near(name) for name in roster.seats if name.startswith("worker")}  # type: ignore[attr-defined]
+    return {name: executor._transport.is_near(name) for name in roster.seats}  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("index", range(3))
@@ -128,7 +130,7 @@ def test_a_pipeline_on_survivors_and_successor_trains_with_one_process_bits(trio
     train_and_compare(trio, 4)
     for worker in trio.workers:
         near = trio.call(worker, lanes)
-        assert near == dict.fromkeys(["worker0", "worker1", "worker2"], True)
+        assert near == dict.fromkeys([DRIVER, "worker0", "worker1", "worker2"], True)
     assert trio.transport.is_near(successor.name)
 
 
@@ -140,6 +142,31 @@ def test_calls_under_way_to_the_dead_fail_and_later_ones_reach_the_successor(tri
             reply.result(5)
     trio.replace()
     assert trio.transport.call("worker1", "progress").result(5)[0] == 0
+
+
+def test_tasks_by_lane_to_the_dead_fail_however_far_they_came_and_later_ones_reach_the_successor(
+    trio: rp.Cluster,
+) -> None:
+    def submit() -> Future[Any]:
+        return trio.transport.call("worker1", "submit", "no such pipeline", 0, 0, [Task(ReportStep())])
+
+    first = submit()
+    assert trio.transport.is_near("worker1")
+    assert trio.transport.wait([first], 5.0)[0] == {first}
+    answered = submit()  # and nobody waits, so its answer stays in the lane
+    trio.transport.call("worker1", "run", named_dumps((os.getpid, ()), "getpid")).result(5)
+    os.kill(trio.workers[1].pid, signal.SIGSTOP)
+    unread = submit()
+    wait_for(lambda: not trio.healthy)
+    for reply in (answered, unread):
+        with pytest.raises(rp.WorkerLost):
+            reply.result(0)
+    trio.replace()
+    later = [submit() for _ in range(3)]
+    for reply in later:
+        assert trio.transport.wait([reply], 5.0)[0] == {reply}
+        assert reply.result(0).cancelled  # as it knows no such pipeline
+    train_and_compare(trio)
 
 
 def test_another_worker_dies_while_one_is_replaced(trio: rp.Cluster, struck: list[Any]) -> None:

@@ -18,7 +18,7 @@ from torch import nn
 
 import rpcpipe as rp
 from rpcpipe.checkpoint import directory as checkpoints
-from support.kills import Kills
+from support.killed_saves import Kills
 from support.models import adamw, batches, cross_entropy, mlp
 
 
@@ -100,7 +100,7 @@ def test_ctrl_c_in_a_load_leaves_all_of_one_state(pipe: rp.Pipeline, tmp_path: P
 
 @pytest.mark.parametrize("victim", ["driver", "worker"])
 def test_a_run_killed_at_a_random_moment_goes_on(tmp_path: Path, victim: str) -> None:
-    """As in ./benchmarks/run kills, which was run for a hundred of them."""
+    """As in ./benchmarks/run checkpoints, which was run for a hundred of them."""
     kills = Kills(tmp_path / "run", seed=11)
     kills.round(victim)
     assert kills.steps >= 1

@@ -17,15 +17,19 @@ from rpcpipe.worker.executor import Executor
 class LocalCluster:
     """A PipelineCluster of workers in this process, over the shuffling transport."""
 
-    heal: int
-
     def __init__(
-        self, workers: int, seed: int = 0, *, timeout: float = 5.0, drop: Callable[[str, str], bool] | None = None
+        self,
+        workers: int,
+        seed: int = 0,
+        *,
+        timeout: float = 5.0,
+        drop: Callable[[str, str], bool] | None = None,
+        heal: int = 0,
     ) -> None:
         self.transport = LocalTransport(seed, drop=drop)
         self.workers = [Worker(f"worker{index}", index + 1, "elsewhere", 0, "cpu") for index in range(workers)]
         self.timeout = timeout
-        self.open, self.healthy, self.heal = True, True, 0
+        self.open, self.healthy, self.heal = True, True, heal
         self.pipelines: set[Any] = set()
         for worker in self.workers:
             executor = Executor(worker.name, self.transport, device=torch.device("cpu"), threads=1)

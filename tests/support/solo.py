@@ -22,10 +22,11 @@ from rpcpipe.stage.kept_memory import KeptMemory
 from rpcpipe.stage.progress import Progress
 from rpcpipe.transport.local import LocalTransport
 from rpcpipe.worker.actor import Actor
+from rpcpipe.worker.actor_spec import ActorSpec
 from rpcpipe.worker.messages import Orders, Route
 from rpcpipe.worker.operations import BeginStep, CommitStep, Operation, ReportStep, RollBackStep, RunAction, TakeOrders
 from rpcpipe.worker.revival import restore
-from rpcpipe.worker.stage_set import ActorSpec, StageSet
+from rpcpipe.worker.stage_set import StageSet
 
 CHUNKS = 2
 CPU = torch.device("cpu")
@@ -155,6 +156,15 @@ def copy_of(path: str) -> str:
 
 def forget(path: str) -> None:
     os.close(int(path.rpartition("/")[2]))
+
+
+def revived(worker: Solo) -> Solo:
+    """The successor of a worker that dies now, between two calls."""
+    copy = copy_of(worker.path)
+    try:
+        return Solo.revived(copy)
+    finally:
+        forget(copy)
 
 
 @contextmanager

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._pytree import tree_flatten, tree_leaves
 
 import rpcpipe as rp
 from rpcpipe.errors import Failure, WorkerLost
@@ -18,114 +16,9 @@ from rpcpipe.transport import Transport
 from rpcpipe.transport.base import DRIVER
 from rpcpipe.transport.local import LocalTransport
 from rpcpipe.transport.roster import Roster
-from rpcpipe.transport.rpc import RpcTransport, this_process
+from rpcpipe.transport.rpc import RpcTransport
 from support.faults import wait_for
-
-WORKER = "worker0"
-
-
-class Recorder:
-    """An endpoint that keeps what it gets."""
-
-    def __init__(self) -> None:
-        self.notes: list[Any] = []
-        self.in_main_thread: set[bool] = set()  # whether verbs that may come by a lane ran there
-        self.waiting: list[tuple[Future[Any], Any]] = []
-
-    def clock(self) -> int:
-        return 7
-
-    def note(self, value: Any) -> Any:
-        """Keep ``value`` and answer with it."""
-        self.notes.append(value)
-        return value
-
-    def noted(self) -> list[Any]:
-        return self.notes
-
-    # The verbs whose messages may come by a lane. In a worker the main thread receives those, as the executor's.
-
-    def deliver(self, *args: Any) -> None:
-        self.in_main_thread.add(threading.current_thread() is threading.main_thread())
-        self.notes.append(("deliver", *args))
-
-    def deliver_tensors(self, *args: Any) -> None:
-        self.in_main_thread.add(threading.current_thread() is threading.main_thread())
-        self.notes.append(("deliver_tensors", *args))
-
-    def supply(self, *args: Any) -> None:
-        self.in_main_thread.add(threading.current_thread() is threading.main_thread())
-        self.notes.append(("supply", *args))
-
-    def ran_in_main_thread(self) -> set[bool]:
-        ran, self.in_main_thread = self.in_main_thread, set()
-        return ran
-
-    def spoil(self) -> None:
-        """Modify every tensor that was kept."""
-        for leaf in tree_leaves(self.notes):
-            if isinstance(leaf, torch.Tensor):
-                leaf.zero_()
-
-    def later(self, value: Any) -> Future[Any]:
-        """Answer with ``value`` once there is a ``release``."""
-        future: Future[Any] = Future()
-        self.waiting.append((future, value))
-        return future
-
-    def release(self) -> int:
-        released, self.waiting = self.waiting, []
-        for future, value in released:
-            future.set_result(value)
-        return len(released)
-
-    def double(self, nest: dict[str, torch.Tensor]) -> Future[Any]:
-        future: Future[Any] = Future()
-        future.set_result(2 * nest["x"])
-        return future
-
-    def fail(self, nest: Any) -> Future[Any]:
-        """Answer as an executor does whose user's code raised."""
-        future: Future[Any] = Future()
-        future.set_result(Failure.of(ValueError("größer"), worker=WORKER, action="forward"))
-        return future
-
-    def progress(self) -> tuple[int, str]:  # asked for by Cluster.close
-        return 0, "idle"
-
-    def run_one(self) -> bool:
-        """There are no tasks here, which the in-process transport would run."""
-        return False
-
-
-def serve_recorder() -> None:
-    """Runs on the worker: serve a Recorder instead of the executor."""
-    assert this_process.served is not None
-    this_process.serve(Recorder(), this_process.served[0])
-
-
-@pytest.fixture(params=["rpc", "local"])
-def transport(request: pytest.FixtureRequest) -> Iterator[Transport]:
-    """A transport that reaches a Recorder, named ``WORKER``."""
-    if request.param == "local":
-        local = LocalTransport(seed=3)
-        local.serve(WORKER, Recorder())
-        yield local
-        local.leave()
-        return
-    with rp.launch(workers=1, threads=1, timeout=20.0) as cluster:
-        cluster.call(1, serve_recorder)
-        yield cluster.transport
-
-
-def result(transport: Transport, reply: Future[Any]) -> Any:
-    done, waiting = transport.wait([reply], 5.0)
-    assert (done, waiting) == ({reply}, set())
-    return reply.result()
-
-
-def ask(transport: Transport, verb: str, *args: Any) -> Any:
-    return result(transport, transport.call(WORKER, verb, *args))
+from support.recorder import WORKER, ask, equal, result, serve_recorder
 
 
 def test_what_is_sent_is_delivered_once(transport: Transport) -> None:
@@ -147,17 +40,6 @@ VALUES: dict[str, Callable[[], list[torch.Tensor]]] = {  # made anew: a clone wo
     "none": list,
 }
 BY_RPC = {"sparse", "empty"}
-
-
-def equal(one: Any, other: Any) -> bool:
-    """Whether two nests have equal leaves at the same places."""
-    ones, others = tree_flatten(one), tree_flatten(other)
-    return ones[1] == others[1] and all(
-        torch.equal(a.to_dense(), b.to_dense()) and (a.dtype, a.layout) == (b.dtype, b.layout)
-        if isinstance(a, torch.Tensor)
-        else type(a) is type(b) and a == b
-        for a, b in zip(ones[0], others[0], strict=True)
-    )
 
 
 def arrived(transport: Transport, number: int) -> list[Any]:
@@ -350,7 +232,7 @@ def test_nobody_is_near_whom_nobody_serves(transport: Transport) -> None:
 
 
 def test_leaving_ends_the_wait_of_who_receives() -> None:
-    """Of the in-process transport; ``test_lanes`` has the other."""
+    """Of the in-process transport; ``test_lane_receiver`` has the other."""
     local = LocalTransport()
     receiver = threading.Thread(target=local.receive, args=(None,), daemon=True)
     receiver.start()

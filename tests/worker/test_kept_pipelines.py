@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import pytest
@@ -10,17 +9,10 @@ import torch
 
 import rpcpipe as rp
 from rpcpipe.cluster.kept_descriptor import KeptDescriptor
-from rpcpipe.pipeline import deploy
 from rpcpipe.worker.executor import Executor
-from rpcpipe.worker.stage_set import ActorSpec
 from support.local_cluster import LocalCluster
 from support.models import adamw, batches, cross_entropy, mlp
 from support.oracle import Natural, assert_same_weights
-
-
-@pytest.fixture(autouse=True)
-def _kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deploy, "ActorSpec", functools.partial(ActorSpec, keep=True))
 
 
 def replace(pipe: rp.Pipeline, cluster: LocalCluster, name: str) -> None:
@@ -44,7 +36,7 @@ def replace(pipe: rp.Pipeline, cluster: LocalCluster, name: str) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"checkpoint": "always", "schedule": "zb-h1"}, {"dispatch": "batched"}])
 def test_successors_train_on_with_the_bits_of_a_plain_loop(options: dict[str, Any]) -> None:
-    cluster = LocalCluster(2, 1)
+    cluster = LocalCluster(2, 1, heal=1)
     pipe = rp.Pipeline(mlp(), cluster, loss=cross_entropy, optimizer=adamw, chunks=4, **options)
     loop = Natural(mlp(), adamw, cross_entropy, 4)
     for number, (inputs, targets) in enumerate(batches(6)):
@@ -54,7 +46,7 @@ def test_successors_train_on_with_the_bits_of_a_plain_loop(options: dict[str, An
 
 
 def test_successors_in_sharded_replicas() -> None:
-    cluster = LocalCluster(4, 1)
+    cluster = LocalCluster(4, 1, heal=1)
     pipe = rp.Pipeline(mlp(), cluster, loss=cross_entropy, optimizer=adamw, chunks=2, replicas=2, shard_optimizer=True)
     straight = rp.Pipeline(
         mlp(), LocalCluster(4, 2), loss=cross_entropy, optimizer=adamw, chunks=2, replicas=2, shard_optimizer=True

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import pytest
 import torch
 
-from rpcpipe.pipeline import deploy
 from rpcpipe.stage import stream_rollback
 from rpcpipe.stage.kept_memory import Condition, look
 from rpcpipe.stage.optimizer import LocalOptimizer
 from rpcpipe.worker.operations import EndStream
-from rpcpipe.worker.stage_set import ActorSpec
+from support.local_cluster import LocalCluster
 from support.models import batches
 from support.solo import Solo, copy_of, forget
 from support.stream import POLICIES, pipeline
@@ -27,21 +25,22 @@ def test_a_successor_goes_on_from_each_snapshot_that_others_may_go_back_to(
     policy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stream_rollback, "EVERY", 2)
-    monkeypatch.setattr(deploy, "ActorSpec", functools.partial(ActorSpec, keep=True))
-    pipe = pipeline(2, policy)
+    pipe = pipeline(2, policy, LocalCluster(2, 2, heal=1))
     pipe.train_step(*next(batches(1)))
     [actor] = pipe_actor(pipe)
+    streams = list[int]()
     mine, copies, states = actor.held.optimizer, list[tuple[int, list[int], str]](), list[bytes]()
     worker = Solo(actor, None)  # type: ignore[arg-type]
     apply = LocalOptimizer.apply
 
     def watched(self: LocalOptimizer, *arguments: Any) -> None:
         if self is mine:
+            streams[:] = [actor.stream.snapshots.stream]
             states.append(state_of(self))
-            copies.append((len(states) - 1, list(actor._snapshots.slots), copy_of(worker.path)))
+            copies.append((len(states) - 1, list(actor.stream.snapshots.slots), copy_of(worker.path)))
         apply(self, *arguments)
         if self is mine:
-            copies.append((len(states) - 1, list(actor._snapshots.slots), copy_of(worker.path)))
+            copies.append((len(states) - 1, list(actor.stream.snapshots.slots), copy_of(worker.path)))
 
     monkeypatch.setattr(LocalOptimizer, "apply", watched)
     list(pipe.train(batches(UPDATES)))
@@ -52,7 +51,7 @@ def test_a_successor_goes_on_from_each_snapshot_that_others_may_go_back_to(
             again = copy_of(copy)
             successor = Solo.revived(again)
             forget(again)
-            successor.execute(EndStream(number))
+            successor.execute(EndStream(streams[0], number))
             optimizer = successor.actor.held.optimizer
             assert optimizer is not None
             assert state_of(optimizer) == states[number]

@@ -30,6 +30,7 @@ from rpcpipe.driver.recovery import (
     TakeBack,
     transition,
 )
+from rpcpipe.driver.replies import is_done, outcome_of
 from rpcpipe.driver.sender import Issue, Sender
 from rpcpipe.errors import Failure, StageError
 from rpcpipe.stage.context import StepContext
@@ -71,6 +72,8 @@ class Driver:
         self._recovery: State = Idle()
         # By worker, rollbacks that it may not have executed: its successor must.
         self._rollbacks: dict[str, list[tuple[list[Task], Future[Any]]]] = {}
+        # By worker that has taken a dead one's place, the place in its sequence after what it was told to do first.
+        self._welcomed: dict[str, int] = {}
 
     def new_step(self) -> int:
         """Return a step number that no message has carried yet."""
@@ -266,7 +269,13 @@ class Driver:
     def cancel(self, step: int, first: Mapping[str, int]) -> None:
         """Drop ``step``, whose tasks have the places from ``first`` on, and the values that still arrive for it."""
         for worker in self.workers:
-            self._transport.send(worker, "cancel", self._pipeline, step, first[worker], self._sender.next[worker])
+            place = max(first[worker], self._welcomed.get(worker, 0))  # what its successor was told to do stays
+            self._transport.send(worker, "cancel", self._pipeline, step, place, self._sender.next[worker])
+
+    def ensure(self, operation: Operation) -> None:
+        """Have all workers execute ``operation`` before later calls, also the successor of one that dies before."""
+        for worker in self.workers:
+            self.roll_back_on(worker, [Task(operation)])
 
     # --- calls ---
 
@@ -311,7 +320,7 @@ class Driver:
 
     def roll_back_on(self, worker: str, tasks: list[Task]) -> None:
         """Let ``worker`` execute ``tasks``, which roll something back, or its successor if it dies before."""
-        left = [(own, reply) for own, reply in self._rollbacks.get(worker, []) if not _is_done(reply)]
+        left = [(own, reply) for own, reply in self._rollbacks.get(worker, []) if not is_done(reply)]
         self._rollbacks[worker] = [*left, (tasks, self._sender.post(worker, -1, tasks))]
 
     def revive(self, worker: str, path: str) -> Future[Any]:
@@ -324,9 +333,10 @@ class Driver:
         self._sender.forget_all()
         place = self._sender.next[worker]
         self._transport.send(worker, "cancel", self._pipeline, self._step - 1, place, place)
-        missed = [tasks for tasks, reply in self._rollbacks.pop(worker, []) if not _is_done(reply)]
+        missed = [tasks for tasks, reply in self._rollbacks.pop(worker, []) if not is_done(reply)]
         for tasks in missed:
             self.roll_back_on(worker, tasks)
+        self._welcomed[worker] = self._sender.next[worker]
 
     def drop(self) -> list[Future[Any]]:
         """Free the stages on all workers; return their replies."""
@@ -372,9 +382,9 @@ class Driver:
 
         Raises DeadlineExceeded if no worker finishes anything for the timeout.
         """
-        for _ in self._arriving({key: _outcome(reply) for key, reply in replies.items()}):
+        for _ in self._arriving({key: outcome_of(reply) for key, reply in replies.items()}):
             pass
-        return {key: _outcome(reply).result() for key, reply in replies.items()}
+        return {key: outcome_of(reply).result() for key, reply in replies.items()}
 
     def _arriving(self, replies: Mapping[K, Future[Any]], watches: Collection[Future[Any]] = ()) -> Iterator[Any]:
         """Yield the results of ``replies`` and ``watches`` as they arrive, until all replies have arrived."""
@@ -386,15 +396,3 @@ class Driver:
             yield from (reply.result() for reply in done)
             if not done:
                 patience.check()
-
-
-def _is_done(reply: Future[Any]) -> bool:
-    """Return whether the tasks have been executed; a lost worker's may not have been, its successor refuses them."""
-    return reply.done() and reply.exception() is None and not isinstance(reply.result(), Failure)
-
-
-def _outcome(reply: Future[Any]) -> Future[Any]:
-    """Return a future of the result of ``reply``, or of its exception."""
-    outcome: Future[Any] = Future()
-    reply.add_done_callback(lambda done: outcome.set_result(done.exception() or done.result()))
-    return outcome

@@ -28,9 +28,9 @@ from rpcpipe.schedules import Schedule
 from rpcpipe.schedules.timeline import Timeline
 from rpcpipe.schedules.weight_versions import Policy
 from rpcpipe.stage.progress import Progress
+from rpcpipe.worker.actor_spec import ActorSpec
 from rpcpipe.worker.messages import Port, Report, StageInfo
 from rpcpipe.worker.operations import BeginCall, CallModule, RollBackStep, Task
-from rpcpipe.worker.stage_set import ActorSpec
 
 T = TypeVar("T")
 
@@ -60,6 +60,10 @@ class OpenStream(Protocol):
 
     def abandon(self) -> None:
         """Forget the batches under way, without sending a message."""
+        ...
+
+    def lose(self) -> None:
+        """Note that workers are being replaced, with whose tasks the batches under way are gone."""
         ...
 
 
@@ -269,17 +273,23 @@ class Runtime:
         Workers that have died are replaced. Raises StateError if the pipeline or the cluster is closed, and WorkerLost
         if a worker has died and is not replaced.
         """
+        self.mend()
+        if self.stream is not None:
+            self.stream.flush()
+
+    def mend(self) -> None:
+        """Have workers that have died replaced; raises as ``check`` does."""
         if self.closed:
             raise StateError("the pipeline is closed; make a new one")
         self.cluster.check()
         self.revive()
-        if self.stream is not None:
-            self.stream.flush()
 
     def revive(self) -> None:
         """Let the successors of dead workers go on with what those have kept."""
-        if self.active is not None and self.succession.is_broken:
-            self.active.lose()
+        if self.succession.is_broken:
+            for lost in (self.active, self.stream):
+                if lost is not None:
+                    lost.lose()
         self.succession.revive()
 
     def healed(self, call: Callable[[], T], after: str = "The pipeline is as it was before the call") -> T:

@@ -54,17 +54,24 @@ class Sender:
     def post(self, worker: str, step: int, sent: Sequence[Sent], values: Values = ()) -> Future[Any]:
         """Send tasks of ``step``, and ``values`` for them; return the last task's reply."""
         with shield_interrupts():  # a place that is taken but not sent would block the worker's sequence
-            return self._transport.call(worker, "submit", *self._arguments(worker, step, sent, values))
+            arguments, apart = self._arguments(worker, step, sent, values)
+            reply = self._transport.call(worker, "submit", *arguments)
+            self._supply(worker, step, apart)
+            return reply
 
     def remote(self, worker: str, task: Task) -> Any:
         """Send a task of no step; keep its result on the worker and return an RRef to it."""
         with shield_interrupts():
-            return self._transport.remote(worker, "submit", *self._arguments(worker, -1, [task], ()), later=True)
+            arguments, _ = self._arguments(worker, -1, [task], ())
+            return self._transport.remote(worker, "submit", *arguments, later=True)
 
     def hold(self, worker: str, step: int, sent: Sequence[Sent], values: Values = ()) -> object:
         """Send tasks by a call that is answered at once; return its RRef."""
         with shield_interrupts():
-            return self._transport.remote(worker, "accept", *self._arguments(worker, step, sent, values))
+            arguments, apart = self._arguments(worker, step, sent, values)
+            handle = self._transport.remote(worker, "accept", *arguments)
+            self._supply(worker, step, apart)
+            return handle
 
     def issue(self, step: Issue) -> dict[str, Future[Any]]:
         """Send one call per action and keep its RRef until the step is over; return the replies of ``step.ends``."""
@@ -121,15 +128,18 @@ class Sender:
             number, known = self._numbers[program] = self._newest, False
         return [Kept(number, start, start + len(tasks)) if known else Keep(number, start, tuple(tasks))]
 
-    def _arguments(self, worker: str, step: int, sent: Sequence[Sent], values: Values) -> Arguments:
-        """Take the tasks' places in the worker's sequence; return the arguments of ``submit`` and ``accept``."""
+    def _arguments(self, worker: str, step: int, sent: Sequence[Sent], values: Values) -> tuple[Arguments, Values]:
+        """Take the tasks' places in the worker's sequence; return the arguments of ``submit`` and ``accept``.
+
+        Also returns the values to be sent apart, after the tasks: the worker begins meanwhile.
+        """
         self._before(step)
+        apart: Values = ()
         if values and self._transport.is_near(worker):
-            self._supply(worker, step, values)
-            values = ()
+            values, apart = apart, values
         place = self.next[worker]
         self.next[worker] += places(sent)
-        return self._pipeline, step, place, sent, values
+        return (self._pipeline, step, place, sent, values), apart
 
     def _supply(self, worker: str, step: int, values: Values) -> None:
         if values:

@@ -3,6 +3,10 @@
 The driver feeds batches ahead of those that it collects, so the workers never wait for the driver. For the
 mailboxes a stream is one step without end. The unit of success and failure is the group: the micro-batches of
 one update. Versions are counted from where the stream last stood empty.
+
+Where workers are replaced, the driver keeps its copies of the batches since the newest snapshot that all workers have.
+When one dies, all go back to that snapshot, and what follows it is fed again, with the same numbers and learning rates;
+results that were taken before are dropped.
 """
 
 from __future__ import annotations
@@ -11,9 +15,8 @@ import dataclasses
 import logging
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Mapping, Sequence
-from concurrent.futures import Future
-from typing import Any
+from collections.abc import Callable, Generator, Iterable, Mapping
+from typing import Any, TypeVar
 
 from rpcpipe.driver.callbacks import tell
 from rpcpipe.driver.inference import NOTHING, Wanted
@@ -21,6 +24,8 @@ from rpcpipe.driver.optimizer import check_alike
 from rpcpipe.driver.program import Fed
 from rpcpipe.driver.result import StreamedBatch, StreamResult, last_update
 from rpcpipe.driver.runtime import Runtime
+from rpcpipe.driver.stream_state import FedBatch, StreamState
+from rpcpipe.driver.succession import healed
 from rpcpipe.driver.tracing import spans
 from rpcpipe.errors import Failure, NonFiniteError, RpcPipeError, ScheduleError, StageError, WorkerLost
 from rpcpipe.model.layers import check_inputs
@@ -29,51 +34,14 @@ from rpcpipe.schedules import Action, Timeline
 from rpcpipe.schedules.action import NAMES
 from rpcpipe.schedules.asynchronous import StreamOrder
 from rpcpipe.schedules.weight_versions import Policy
-from rpcpipe.stage import stream_rollback
-from rpcpipe.stage.context import MicroBatch, StepContext
+from rpcpipe.stage.context import StepContext
 from rpcpipe.transport.interrupts import shield_interrupts
-from rpcpipe.worker.messages import Report, Update
-from rpcpipe.worker.operations import BeginStep, EndStream, Task
+from rpcpipe.worker.messages import Report
+from rpcpipe.worker.operations import BeginStep, EndStream, ResumeStream, Task
+
+T = TypeVar("T")
 
 log = logging.getLogger("rpcpipe")
-
-
-@dataclasses.dataclass
-class _Batch:
-    """A batch under way: its groups, each micro-batch's share of the batch, and the RRefs to keep meanwhile."""
-
-    groups: range
-    shares: dict[int, float]
-    held: list[object]
-    lr: tuple[float, ...]
-
-
-@dataclasses.dataclass(kw_only=True)
-class StreamState:
-    """The state of a stream since it last stood empty. Versions of the weights are counted from there.
-
-    ``step`` names the stream in every message. ``first``: by worker, the place in its sequence where the stream
-    began. ``base``: the number of updates before the stream. ``groups``: by micro-batch, its group. ``changes``: by
-    group, the hyperparameters. ``committed``: the number of groups that have succeeded on all workers. ``ended``: by
-    worker, when its last update ended, in ns of its clock. ``since``: when the last result was collected, in s.
-    """
-
-    step: int
-    first: dict[str, int]
-    base: int
-    order: StreamOrder
-    policy: Policy
-    committed: int = 0
-    is_open: bool = True
-    drained: bool = False
-    groups: list[int] = dataclasses.field(default_factory=list)
-    changes: list[list[dict[str, Any]]] = dataclasses.field(default_factory=list)
-    hyperparameters: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    batches: deque[_Batch] = dataclasses.field(default_factory=deque)
-    replies: dict[tuple[str, int], Future[Any]] = dataclasses.field(default_factory=dict)
-    watches: list[Future[Any]] = dataclasses.field(default_factory=list)
-    ended: dict[str, int] = dataclasses.field(default_factory=dict)
-    since: float = dataclasses.field(default_factory=time.perf_counter)
 
 
 class Stream:
@@ -97,7 +65,7 @@ class Stream:
                 self.feed(inputs, targets)
                 if flush_every is not None and count % flush_every == 0:
                     self.flush()
-                while self.results or (self._is_open and len(self._open.batches) > self._ahead):
+                while self.results or (self._is_open and self._open.under_way > self._ahead):
                     yield self.take()
         except KeyboardInterrupt:
             with shield_interrupts():
@@ -127,37 +95,21 @@ class Stream:
         """
         runtime = self._runtime
         cut = runtime.program.cut(copied(inputs))
-        parts, shares = cut.parts, cut.weights
         target_parts = runtime.program.cut_targets(runtime.prepare(copied(targets)), cut)
-        check_inputs(parts[0], runtime.deployment.wirings)
+        check_inputs(cut.parts[0], runtime.deployment.wirings)
         with shield_interrupts():
-            if not self._is_open:
-                runtime.check()
-                self._begin()
+            self._healed(self._ensure_open)
             runtime.enter(self)
             try:
                 runtime.optimizer.step()  # calls apply; learning-rate schedulers count the calls
             finally:
                 runtime.leave(self)
-            state, policy = self._open, self._open.policy
-            updates, first = policy.updates(len(parts)), len(state.changes)
-            batch = _Batch(range(first, first + len(updates)), {}, [], runtime.optimizer.lr)
-            state.changes += [state.hyperparameters] * len(updates)
-            state.batches.append(batch)
-            for group, update in zip(batch.groups, updates, strict=True):
-                for index in update:
-                    state.groups.append(group)
-                    batch.shares[state.order.fed] = shares[index]
-                    fed = Fed(self._micro_batch(group, update, index, shares), parts[index], target_parts[index])
-                    self._issue(state.order.feed(last=index == update[-1]), fed, batch.held)
+            parts, policy = list(zip(cut.parts, target_parts, strict=True)), self._policy
+            clip = runtime.settings.clip_grad_norm
+            self._open.add(policy.updates(len(parts)), parts, cut.weights, runtime.optimizer.lr, clip)
+            self._healed(self._issue_batches)
         if policy.must_drain(len(parts), len(runtime.names)):
             self.flush()
-
-    def _micro_batch(self, group: int, update: range, index: int, shares: Sequence[float]) -> MicroBatch:
-        """Return the parameters of micro-batch ``index`` of a batch, one of those of ``update``."""
-        alone, step = len(update) == 1, self._open.base + group
-        weight = 1.0 if alone else shares[index]
-        return MicroBatch(step, index - update.start, weight, group, last=index == update[-1], alone=alone)
 
     def apply(self) -> None:
         """Take the optimizer's hyperparameters for the batch being fed; called by ``pipe.optimizer.step()``."""
@@ -167,7 +119,9 @@ class Stream:
         """Do nothing: a stream accumulates no gradients over calls."""
 
     def lose(self) -> None:
-        """Do nothing: a stream is active only while it is fed, and collecting notices the loss."""
+        """Note that workers are being replaced: what is under way must be fed again."""
+        if self._is_open:
+            self._open.lost = True
 
     def abandon(self) -> None:
         """Forget the stream without sending a message, because the pipeline is closed."""
@@ -184,41 +138,60 @@ class Stream:
         assert self._state is not None
         return self._state
 
-    def _begin(self) -> None:
+    @property
+    def _policy(self) -> Policy:
+        policy = self._open.plan.policy
+        assert policy is not None
+        return policy
+
+    def _ensure_open(self) -> None:
         """Start the stream on all workers. Raises ScheduleError if the pipeline's schedule is synchronous now."""
+        if self._is_open:
+            return
         runtime = self._runtime
+        runtime.check()
         if runtime.policy is None:
             raise ScheduleError(
                 f"the schedule has become {runtime.schedule.name!r}, which does not stream; leave the loop over"
                 " pipe.train first and begin another"
             )
         runtime.check_policy(runtime.policy)
-        state = StreamState(
-            step=runtime.driver.new_step(),
-            first=runtime.driver.places(),
-            base=runtime.trained,
-            order=StreamOrder(len(runtime.names)),
-            policy=runtime.policy,
-        )
+        step = runtime.driver.new_step()
         plan = StepContext(
-            state.step, state.base, True, (), trace=runtime.tracer is not None, policy=runtime.policy,
+            step, runtime.trained, True, (), trace=runtime.tracer is not None, policy=runtime.policy,
             stop=runtime.settings.nonfinite == "stop", measures=self._wanted.measures,
             keep_outputs=self._wanted.outputs,
         )  # fmt: skip
+        self._state = StreamState(
+            stream=step,
+            plan=plan,
+            first=runtime.driver.places(),
+            order=StreamOrder(len(runtime.names)),
+            logs=runtime.cluster.heal > 0,
+        )
+        runtime.stream = self
+        self._start(BeginStep(plan))
+
+    def _start(self, operation: BeginStep | ResumeStream) -> None:
+        runtime, step = self._runtime, self._open.plan.step
         for name in runtime.names:
-            runtime.driver.send(name, state.step, Task(BeginStep(plan)))
-        state.watches = runtime.driver.watch(state.step)
-        self._state, runtime.stream = state, self
+            runtime.driver.send(name, step, Task(operation))
+        self._open.watches = runtime.driver.watch(step)
+
+    def _issue_batches(self) -> None:
+        """Issue the actions that the batches make possible that have not been issued."""
+        state = self._open
+        for batch in state.batches:
+            if not batch.issued:
+                batch.issued = True
+                for fed, last in batch.to_feed():
+                    self._issue(state.order.feed(last=last), fed, batch.held)
 
     def _issue(self, actions: list[tuple[int, Action]], fed: Fed | None, held: list[object]) -> None:
         """Send ``actions``, with ``fed`` as the forwards' micro-batch, and add the RRefs to keep to ``held``."""
         runtime, state = self._runtime, self._open
-
-        def update(group: int) -> Update:
-            return Update(group, state.changes[group], runtime.settings.clip_grad_norm, state.committed)
-
-        calls = runtime.program.stream(actions, state.groups, fed, update)
-        handles, replies = runtime.driver.feed(state.step, calls)
+        calls = runtime.program.stream(actions, state.groups, fed, state.update)
+        handles, replies = runtime.driver.feed(state.plan.step, calls)
         held += handles
         state.replies |= replies
 
@@ -228,6 +201,39 @@ class Stream:
             self._open.drained = True
             self._issue(self._open.order.drain(), None, self._open.batches[-1].held if self._open.batches else [])
 
+    # --- going on where workers have died ---
+
+    def _healed(self, call: Callable[[], T]) -> T:
+        """Return ``call()``, made again once the stream goes on with the successors of workers that have died in it."""
+        runtime = self._runtime
+
+        def go_on() -> T:
+            if self._is_open and self._open.lost:
+                self._resume()
+            return call()
+
+        def mend() -> None:
+            runtime.mend()
+            self.lose()
+
+        try:
+            return healed(runtime.cluster, mend, go_on, after="A note below says which minibatches are in the weights")
+        except WorkerLost as error:
+            if self._is_open:
+                self._abort(error)
+            raise
+
+    def _resume(self) -> None:
+        """Let all workers restore their newest common snapshot, and feed again all batches since then."""
+        runtime, state = self._runtime, self._open
+        runtime.driver.cancel(state.plan.step, state.first)
+        state.restart(runtime.driver.new_step(), runtime.driver.places(), len(runtime.names))
+        self._start(ResumeStream(state.plan, state.stream, state.newest))
+        self._issue_batches()
+        if state.drained:
+            state.drained = False
+            self._drain()
+
     # --- collecting ---
 
     def flush(self) -> None:
@@ -235,35 +241,46 @@ class Stream:
         if not self._is_open:
             return
         with shield_interrupts():
-            self._drain()
-            while self._open.batches:
-                self.results.append(self._collect())
-            self._close(None)
+            self._healed(self._finish)
+
+    def _finish(self) -> None:
+        self._drain()
+        while self._open.batches:
+            if (result := self._next()) is not None:
+                self.results.append(result)
+        self._close(None)
 
     def _collect(self) -> StreamResult:
-        """Wait for the oldest batch and return its result; end the stream after an error."""
+        """Wait for the oldest batch whose result was not taken, and return its result."""
+
+        def collect() -> StreamResult:
+            while (result := self._next()) is None:
+                pass
+            return result
+
+        return self._healed(collect)
+
+    def _next(self) -> StreamResult | None:
+        """Wait for the oldest batch and return its result, None if it was taken before; end the stream on an error."""
         runtime, batch = self._runtime, self._open.batches[0]
-        wanted = {(name, group): self._open.replies[name, group] for group in batch.groups for name in runtime.names}
         with shield_interrupts():
             try:
-                reports = runtime.driver.collect(wanted, self._open.watches)
-                for group in batch.groups:
+                reports = runtime.driver.collect(self._open.replies_of(batch, runtime.names), self._open.watches)
+                for group in batch.awaited:
                     check_alike({name: reports[name, group].updated.changed for name in runtime.names})
             except StageError as error:
                 raise self._stop(error) from None
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, WorkerLost):
                 raise
             except BaseException as error:
                 self._abort(error)
                 raise
-            self._open.batches.popleft()
-            for key in wanted:
-                del self._open.replies[key]
-            self._open.committed = batch.groups.stop
+            given = batch.given
+            self._open.finish(batch, runtime.names)
             runtime.trained = self._open.base + self._open.committed
-            return self._result(batch, reports)
+            return None if given else self._result(batch, reports)
 
-    def _result(self, batch: _Batch, reports: Mapping[tuple[str, int], Report]) -> StreamResult:
+    def _result(self, batch: FedBatch, reports: Mapping[tuple[str, int], Report]) -> StreamResult:
         """Return the result of ``batch``; ``reports``: by worker and group."""
         runtime, number = self._runtime, self._open.base + batch.groups.start
         since, self._open.since = self._open.since, time.perf_counter()
@@ -291,28 +308,45 @@ class Stream:
     # --- ending ---
 
     def _close(self, updates: int | None) -> None:
-        """End the stream on all workers. ``updates``: first restore the state after this number of updates."""
-        runtime = self._runtime
-        self._open.is_open, runtime.stream = False, None
-        runtime.driver.cancel(self._open.step, runtime.driver.places())
-        runtime.driver.collect({name: runtime.driver.call(name, EndStream(updates)) for name in runtime.names})
+        """End the stream on all workers. ``updates``: first restore the state after this number of updates.
+
+        Until all have ended it, it may have to go on.
+        """
+        runtime, state = self._runtime, self._open
+        try:
+            runtime.driver.cancel(state.plan.step, runtime.driver.places())
+            end = EndStream(state.stream, updates)
+            runtime.driver.collect({name: runtime.driver.call(name, end) for name in runtime.names})
+        except (KeyboardInterrupt, WorkerLost):
+            raise  # the next call ends it
+        except BaseException:
+            self._leave()
+            raise
+        self._leave()
+
+    def _leave(self) -> None:
+        self._open.is_open, self._runtime.stream = False, None
 
     def _stop(self, error: StageError) -> RpcPipeError:
         """Finish the groups before the failed one on all stages and end the stream; return the error to raise.
 
         If the stages have done different numbers of groups by then, all return to their newest common snapshot.
         """
-        runtime, driver = self._runtime, self._runtime.driver
-        group = self._open.committed if error.chunk is None else self._open.groups[error.chunk]
+        runtime, driver, state = self._runtime, self._runtime.driver, self._open
+        group = state.batches[0].awaited.start if error.chunk is None else state.groups[error.chunk]
         try:
             with shield_interrupts():
-                driver.abandon(self._open.step, group)
+                driver.abandon(state.plan.step, group)
                 self._drain()
-                outcomes = driver.outcomes(self._open.replies)
+                outcomes = driver.outcomes(state.replies)
+                for lost in (outcome for outcome in outcomes.values() if isinstance(outcome, WorkerLost)):
+                    raise lost
                 done = {self._leading(name, outcomes) for name in runtime.names}
                 common = done.pop() if len(done) == 1 and not any(map(_is_halfway, outcomes.values())) else None
-                updates = stream_rollback.newest(self._open.committed) if common is None else common
+                updates = state.newest if common is None else common
                 self._close(updates if common is None else None)
+        except WorkerLost:
+            raise
         except BaseException as second_error:
             self._abort(second_error)
             raise
@@ -320,7 +354,7 @@ class Stream:
 
     def _leading(self, name: str, outcomes: Mapping[tuple[str, int], Any]) -> int:
         """Return the number of groups, counted without a gap, that the worker has done."""
-        group = self._open.committed
+        group = self._open.batches[0].awaited.start
         while not isinstance(outcomes.get((name, group), Failure.cancel(name, "")), Failure):
             group += 1
         return group
@@ -328,24 +362,22 @@ class Stream:
     def _abort(self, error: BaseException) -> None:
         """End the stream after an error that leaves the workers' progress unknown.
 
-        All stages restore the newest snapshot that all of them hold; nothing is sent if a worker is lost.
+        All stages restore the newest snapshot that all of them hold; nothing is sent if a worker is lost for good.
         """
-        runtime = self._runtime
-        self._open.is_open, runtime.stream = False, None
-        if isinstance(error, WorkerLost) or not runtime.cluster.healthy:
+        runtime, state = self._runtime, self._open
+        self._leave()
+        if not runtime.cluster.heal and (isinstance(error, WorkerLost) or not runtime.cluster.healthy):
             return
         with shield_interrupts():
-            updates = stream_rollback.newest(self._open.committed)
-            runtime.driver.cancel(self._open.step, self._open.first)
-            for name in runtime.names:
-                runtime.driver.call(name, EndStream(updates))
-            error.add_note(self._account(updates))
+            runtime.driver.cancel(state.plan.step, state.first)
+            runtime.driver.ensure(EndStream(state.stream, state.newest))
+            error.add_note(self._account(state.newest))
 
     def _account(self, updates: int) -> str:
         """Set ``trained`` and return a text for users on which minibatches are in the weights."""
         runtime = self._runtime
         runtime.trained = self._open.base + updates
-        fed, unit = self._open.base + len(self._open.changes), self._open.policy.unit
+        fed, unit = self._open.base + len(self._open.changes), self._policy.unit
         return (
             f"On every stage the {unit} before number {runtime.trained} (pipe.trained) are in the weights and"
             f" numbers {runtime.trained} to {fed - 1} are not; the stream has ended and the pipeline is usable."

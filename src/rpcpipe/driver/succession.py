@@ -88,17 +88,14 @@ class Succession:
         self._kept.clear()
 
 
-def healed(
-    cluster: PipelineCluster,
-    check: Callable[[], None],
-    call: Callable[[], T],
-    *,
-    after: str = "The pipeline is as it was before the call",
-) -> T:
+_AS_BEFORE = "The pipeline is as it was before the call"
+
+
+def healed(cluster: PipelineCluster, check: Callable[[], None], call: Callable[[], T], *, after: str = _AS_BEFORE) -> T:
     """Return ``call()``, made again where workers have died in it and ``check`` has had them replaced.
 
-    Raises WorkerLost, with all causes and what holds ``after`` it, where that has happened more often than
-    ``cluster.heal``.
+    Raises WorkerLost, with all causes, where that has happened more often than ``cluster.heal``; ``after``: what it
+    then says of the pipeline.
     """
     causes: list[WorkerLost] = []
     while True:

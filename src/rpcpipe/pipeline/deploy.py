@@ -20,6 +20,7 @@ from rpcpipe.driver.runtime import Runtime, release
 from rpcpipe.driver.succession import healed
 from rpcpipe.errors import (
     ArgumentError,
+    Failure,
     ModelError,
     ScheduleError,
     StageError,
@@ -47,9 +48,10 @@ from rpcpipe.stage import precision
 from rpcpipe.stage.profiler import profile
 from rpcpipe.transport import user_pickling
 from rpcpipe.transport.user_pickling import named_dumps
+from rpcpipe.worker.actor_spec import ActorSpec
 from rpcpipe.worker.gradient_exchange import ReplicaGroup
+from rpcpipe.worker.messages import StageInfo
 from rpcpipe.worker.operations import GetOptimizerState, ReceiveLayers, ReleaseLayers, Repartition
-from rpcpipe.worker.stage_set import ActorSpec
 
 
 def start(layers: OrderedDict[str, Layer], cluster: PipelineCluster, options: Options) -> Runtime:
@@ -240,33 +242,64 @@ def _move(runtime: Runtime, after: Deployment) -> None:
     """Move every layer, with its optimizer state, to the worker that holds it in ``after``.
 
     A layer that cannot be pickled, or unpickled, is refused before any worker lets go of one. A later error closes the
-    pipeline, because layers that have left one worker may not have reached the other.
+    pipeline, because layers that have left one worker may not have reached the other. A worker that dies is no error:
+    its successor has all of the old stages or all of the new ones, and rebuilds them from the same layers again.
     """
-    driver = runtime.driver
+    states, given = runtime.healed(lambda: (_sharded_states(runtime), _moving(runtime, after)))
+    runtime.healed(
+        lambda: runtime.driver.collect(
+            {name: runtime.driver.call(name, ReceiveLayers(blobs)) for name, blobs in given.items()}
+        )
+    )
+    infos: dict[str, dict[int, StageInfo]] = {}
+    successors: set[str] = set()
+
+    def rebuild() -> None:
+        replies = {}
+        for name in runtime.names:
+            if name not in infos:
+                before = ReceiveLayers(given[name]) if name in successors else None
+                replies[name] = runtime.driver.call(name, _repartition(after, name, states), before)
+        outcomes = runtime.driver.outcomes(replies)
+        infos.update({name: done for name, done in outcomes.items() if isinstance(done, dict)})
+        for failed in outcomes.values():
+            if isinstance(failed, Failure):
+                raise StageError.of(failed)
+        for lost in outcomes.values():
+            if isinstance(lost, WorkerLost):
+                raise lost
+
+    def mend() -> None:
+        runtime.mend()
+        successors.update(runtime.names)
+
+    try:
+        healed(runtime.cluster, mend, rebuild, after="Some layers have moved, and some have not")
+        if runtime.settings.trains:
+            check_groups({name: list(infos[name].values()) for name in runtime.names})
+        runtime.install(after, infos)
+    except BaseException:
+        runtime.close()
+        raise
+
+
+def _moving(runtime: Runtime, after: Deployment) -> dict[str, list[bytes]]:
+    """Return by worker the pickled layers that other workers have and that it has in ``after``."""
     moves: dict[tuple[str, str], list[str]] = {}
     for old, new in zip(runtime.deployment.owners(), after.owners(), strict=True):
         for layer in after.layers:
             if old[layer] != new[layer]:
                 moves.setdefault((old[layer], new[layer]), []).append(layer)
-    states = _sharded_states(runtime)
     given: dict[str, list[bytes]] = {name: [] for name in runtime.names}
     for (source, target), moving in moves.items():
-        given[target].append(driver.control(source, ReleaseLayers(moving)))
-    driver.collect({name: driver.call(name, ReceiveLayers(blobs)) for name, blobs in given.items()})
-    try:
-        replies = {}
-        for name in runtime.names:
-            parts = after.parts_on(name)
-            own_states = {layer: states[layer] for layers, _ in parts.values() for layer in layers if layer in states}
-            last = after.schedule.stages - 1
-            replies[name] = driver.call(name, Repartition(parts, last, after.stage_links, own_states))
-        infos = driver.collect(replies)
-        if runtime.settings.trains:
-            check_groups({worker: list(stages.values()) for worker, stages in infos.items()})
-        runtime.install(after, infos)
-    except BaseException:
-        runtime.close()
-        raise
+        given[target].append(runtime.driver.control(source, ReleaseLayers(moving)))
+    return given
+
+
+def _repartition(after: Deployment, worker: str, states: Mapping[str, dict[str, Any]]) -> Repartition:
+    parts = after.parts_on(worker)
+    own = {layer: states[layer] for layers, _ in parts.values() for layer in layers if layer in states}
+    return Repartition(parts, after.schedule.stages - 1, after.stage_links, own)
 
 
 def _sharded_states(runtime: Runtime) -> Mapping[str, dict[str, Any]]:

@@ -12,15 +12,15 @@ from itertools import count
 from rpcpipe.schedules.action import Action
 
 
-def pipedream(rank: int, workers: int, ends: Callable[[int], bool]) -> Iterator[Action]:
-    """Yield 1F1B without end: K - k forwards, then in turn a backward and a forward.
+def pipedream(rank: int, workers: int, ends: Callable[[int], bool], first: int = 0) -> Iterator[Action]:
+    """Yield 1F1B without end, from micro-batch ``first`` on: K - k forwards, then in turn a backward and a forward.
 
     An update follows the backward of a micro-batch that ``ends`` a group.
     """
     warmup = workers - rank
-    for chunk in range(warmup):
+    for chunk in range(first, first + warmup):
         yield Action("F", rank, chunk)
-    for chunk in count():
+    for chunk in count(first):
         yield Action("B", rank, chunk)
         if ends(chunk):
             yield Action("U", rank, chunk)
@@ -28,12 +28,12 @@ def pipedream(rank: int, workers: int, ends: Callable[[int], bool]) -> Iterator[
 
 
 class StreamOrder:
-    """The actions of every worker, as far as the micro-batches fed so far determine them."""
+    """The actions of every worker, as far as the micro-batches fed so far, from ``first`` on, determine them."""
 
-    def __init__(self, workers: int) -> None:
-        self.fed = 0
+    def __init__(self, workers: int, first: int = 0) -> None:
+        self.fed = self._first = first
         self._ends: set[int] = set()
-        self._rows = [pipedream(rank, workers, self._ends.__contains__) for rank in range(workers)]
+        self._rows = [pipedream(rank, workers, self._ends.__contains__, first) for rank in range(workers)]
 
     def feed(self, *, last: bool) -> list[tuple[int, Action]]:
         """Return the (worker, action) pairs that one more micro-batch adds; ``last``: an update follows its backward.
@@ -58,7 +58,7 @@ class StreamOrder:
         """
         left = []
         for worker, row in reversed(list(enumerate(self._rows))):
-            if self.fed:
+            if self.fed > self._first:
                 left += [(worker, action) for action in _until(row, Action("U", worker, self.fed - 1), self.fed)]
         return left
 

@@ -6,7 +6,7 @@ so a call that fails drops only its contribution and may be repeated.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 
 import torch
 from torch import nn
@@ -42,11 +42,12 @@ class AccumulatedGradients:
         for parameter in self.sums[step]:
             parameter.grad = None
 
-    def forget(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Drop the stored gradients of ``parameters``, which another worker keeps."""
-        for sums in self.sums.values():
-            for parameter in parameters:
-                sums.pop(parameter, None)
+    def retain(self, parameters: Set[nn.Parameter]) -> None:
+        """Drop the stored gradients of all but ``parameters``: others have left, or another worker keeps theirs."""
+        self.sums = {
+            step: {parameter: gradient for parameter, gradient in sums.items() if parameter in parameters}
+            for step, sums in self.sums.items()
+        }
 
     def of(self, module: nn.Module) -> dict[int, dict[str, torch.Tensor]]:
         """Return the stored gradients of ``module`` by step and parameter name, for ``take`` on another worker."""

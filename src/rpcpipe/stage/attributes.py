@@ -70,6 +70,16 @@ class Attributes:
             if type(item) not in _PLAIN:
                 self._walk(f"{type(value).__name__}.{name}", item, seen)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Versions count from 0 where this is unpickled; one that a tensor has left stays one that it does not have."""
+        tensors = [(where, tensor, 0 if tensor._version == version else -1) for where, tensor, version in self._tensors]
+        return vars(self) | {"_tensors": tensors}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Go on from the versions of now."""
+        vars(self).update(state)
+        self._tensors = [(where, t, t._version if version == 0 else -1) for where, t, version in self._tensors]
+
     def same(self, other: Attributes) -> bool:
         """Return whether nothing has changed between the times when the two were made."""
         return (

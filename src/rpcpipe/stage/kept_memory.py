@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import psutil
 import torch
 
+from rpcpipe.errors import ArgumentError, StateError
 from rpcpipe.transport.slots import map_file
 from rpcpipe.transport.user_pickling import Pickler
 
@@ -162,8 +163,8 @@ class KeptMemory:
     def open(cls, path: str | Path) -> KeptMemory:
         """Return the memory of the file ``path``, which a process that has ended has written; to be loaded first."""
         memory = cls(os.open(path, os.O_RDWR | os.O_CLOEXEC))
-        if memory._size < _PAGE or memory[Word.MAGIC] != _MAGIC or memory[Word.CURRENT] < 0:
-            raise ValueError(f"{path} is no memory of a worker, or of one that died before it had written anything")
+        if os.fstat(memory.descriptor).st_size < _GROWTH or memory[Word.MAGIC] != _MAGIC or memory[Word.CURRENT] < 0:
+            raise ArgumentError(f"{path} is no memory of a worker, or of one that died before it had written anything")
         return memory
 
     # --- words ---
@@ -226,11 +227,11 @@ class KeptMemory:
         return offset, size
 
     def grow(self, size: int) -> None:
-        """Make the file ``size`` bytes long at least; raises OSError where it cannot be."""
+        """Make the file ``size`` bytes long at least; raises OSError or StateError where it cannot be."""
         if size > self._size:
             size = _rounded(size, _GROWTH)
             if size > self._reach:
-                raise OSError(f"a worker's memory cannot grow to {size >> 20} MiB, more than the host has")
+                raise StateError(f"a worker's memory cannot grow to {size >> 20} MiB, more than the host has")
             os.ftruncate(self.descriptor, size)
             self._size = size
 
@@ -293,7 +294,7 @@ class KeptMemory:
                 continue
             data = ctypes.string_at(self._base + offset, size)
             if zlib.crc32(data) != checksum:
-                raise ValueError(f"record {number} of a worker's memory is damaged")
+                raise ArgumentError(f"record {number} of a worker's memory is damaged")
             values[number] = self._unpickled(data)
             self._records[number], self._referred[number] = (offset, size), frozenset(self._touched)
             used |= {offset: _rounded(size, _ALIGNMENT) for offset, size in [(offset, size), *self._touched]}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -135,7 +136,8 @@ class Stage:
             return self._infer(context, micro_batch, chunk, received, target)
         self.micro_batches[chunk], self._returns[chunk], self._context = micro_batch, returns, context
         run = partial(self._run_segment, micro_batch, chunk, target)
-        self._saved[chunk], outputs = self.segments.run(chunk, received, run)
+        with nullcontext() if self.versions is None else self.versions.forwarding(micro_batch):
+            self._saved[chunk], outputs = self.segments.run(chunk, received, run)
         self.peak_in_flight = max(self.peak_in_flight, self.in_flight)
         self._measure()
         return {} if self.loss is not None else self._leave(chunk, outputs)

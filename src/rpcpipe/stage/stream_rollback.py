@@ -1,19 +1,30 @@
-"""Roll back a failed stream, in which some stages have applied more updates than others.
+"""Go back in a stream, in which some stages have applied more updates than others.
 
-When a backward fails on stage r, the later stages are ahead of the earlier ones. Every stage therefore
-takes a snapshot of its parameters and optimizer state every ``EVERY`` updates, at the same numbers of
-updates as all other stages. An older snapshot is dropped once all stages have taken the newer one.
+When a backward fails on stage r, or a worker dies, the later stages are ahead of the earlier ones. Every stage
+therefore takes a snapshot every ``EVERY`` updates, at the same numbers of updates as all other stages. Once all stages
+have taken the newer one, an older snapshot is dropped.
+
+A stream that goes on from a snapshot of n updates feeds group n first, and computes it and some after it with versions
+of the weights from before n, as they were computed when the pipeline was full. So a snapshot has those, too (``past``),
+if the stream may have to go on. Forwards of later groups precede update n, so the buffers are those before group n's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
-from rpcpipe.stage.hyperparameters import Groups
+import torch
+from torch import nn
+
+from rpcpipe.errors import ModelError, require
 from rpcpipe.stage.optimizer import LocalOptimizer
-from rpcpipe.stage.rollback import Copies, Undo
+from rpcpipe.stage.rollback import Buffers, Undo
 
 EVERY = 32
+
+# By version of the weights, the values of a stage's trainable parameters.
+Past = dict[int, list[torch.Tensor]]
 
 
 def newest(committed: int) -> int:
@@ -21,33 +32,92 @@ def newest(committed: int) -> int:
     return committed // EVERY * EVERY
 
 
-class Snapshots:
-    """One worker's snapshots: ``slots``, by the number of updates that they contain."""
+def following(updates: int) -> int:
+    """Return the update number of the first snapshot after ``updates``."""
+    return newest(updates) + EVERY
 
-    def __init__(self, optimizer: LocalOptimizer, slots: Mapping[int, tuple[Copies, Groups]] | None = None) -> None:
-        self._optimizer = optimizer
-        self.slots = {0: optimizer.undo}
-        if slots is None:
+
+@dataclass
+class Snapshot:
+    """A worker's state after some updates; without an optimizer there is no ``undo``."""
+
+    undo: Undo | None
+    buffers: Buffers
+    past: Past = field(default_factory=dict)
+
+
+class Snapshots:
+    """One worker's snapshots of ``stream``: ``slots``, by the number of updates that they contain.
+
+    ``modules``: those whose buffers forwards change. ``ended``: the live values count, but on other workers the stream
+    may not have ended.
+    """
+
+    def __init__(
+        self,
+        stream: int,
+        optimizer: LocalOptimizer | None,
+        modules: Sequence[nn.Module],
+        slots: Mapping[int, Snapshot] | None = None,
+        *,
+        ended: bool = False,
+    ) -> None:
+        self.stream, self.ended = stream, ended
+        self._optimizer, self._modules = optimizer, modules
+        self._buffers: dict[int, Buffers] = {}
+        if slots is not None:
+            self.slots = dict(slots)
+            return
+        if optimizer is not None:
             optimizer.undo.invalidate()  # an update of a synchronous step may have come after its copies
             optimizer.undo.refresh()
-        else:
-            self.slots = {number: Undo(optimizer.parameters, optimizer.optimizer) for number in slots}
-            for number, taken in slots.items():
-                self.slots[number].take_over(None, *taken)
+        self.slots = {0: Snapshot(None if optimizer is None else optimizer.undo, self._copied_buffers())}
 
-    def updated(self, count: int, committed: int) -> None:
-        """Take and drop snapshots after update ``count`` of this worker; all stages have applied ``committed``."""
+    def _copied_buffers(self) -> Buffers:
+        buffers = Buffers()
+        buffers.take(self._modules)
+        return buffers
+
+    def before_forward(self, group: int) -> None:
+        """Copy the buffers if a snapshot is due once all groups before ``group``, whose first forward comes, are in."""
+        if group % EVERY == 0 and group not in self.slots and group not in self._buffers:
+            self._buffers[group] = self._copied_buffers()
+
+    def drop_before(self, committed: int) -> None:
+        """Drop snapshots that are not needed, as all stages have applied ``committed`` updates."""
         oldest_kept = newest(committed)
         self.slots = {number: slot for number, slot in self.slots.items() if number >= oldest_kept}
-        if count % EVERY == 0:
-            self.slots[count] = Undo(self._optimizer.parameters, self._optimizer.optimizer)
-            self.slots[count].refresh()
+
+    def take(self, count: int, past: Past) -> None:
+        """Take a snapshot after update ``count`` of this worker."""
+        undo = None
+        if self._optimizer is not None:
+            undo = Undo(self._optimizer.parameters, self._optimizer.optimizer)
+            undo.refresh()
+        buffers = self._buffers.pop(count) if count in self._buffers else self._copied_buffers()
+        self.slots[count] = Snapshot(undo, buffers, past)
+
+    def go_back(self, count: int) -> Past:
+        """Drop all snapshots but the one of ``count`` updates, from which the stream goes on; return its ``past``."""
+        require(
+            count in self.slots,
+            f"the stream cannot go on: this worker has no snapshot of {count} updates",
+            error=ModelError,
+        )
+        self.slots, self.ended = {count: self.slots[count]}, False
+        self._buffers.clear()
+        return self.slots[count].past
 
     def restore(self, count: int) -> None:
-        """Restore the weights and the optimizer's state after ``count`` updates."""
-        self.slots[count].restore()
+        """Restore the weights, the optimizer's state and the buffers after ``count`` updates."""
+        slot = self.slots[count]
+        if slot.undo is not None:
+            slot.undo.restore()
+        slot.buffers.restore()
 
     def close(self) -> None:
-        """End the stream; the newest snapshot's memory becomes the rollback copy of synchronous steps."""
-        self._optimizer.undo = self.slots[max(self.slots)]
-        self._optimizer.undo.invalidate()
+        """Drop all; the newest snapshot's memory becomes the rollback copy of synchronous steps."""
+        undo = self.slots[max(self.slots)].undo
+        if self._optimizer is not None and undo is not None:
+            self._optimizer.undo = undo
+            undo.invalidate()

@@ -7,12 +7,14 @@ copy. The aliases keep the old memory until the last backward that uses them.
 
 Invariant: an alias of an older version shares no memory with a parameter. The exception is a policy
 that stashes nothing ("latest"): every alias then shares a parameter's memory, and a backward may use newer
-weights than its forward.
+weights than its forward. A stream that goes on from a snapshot puts the older weights of a forward into that memory
+while it runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -21,7 +23,10 @@ from torch.func import functional_call
 
 from rpcpipe.errors import ScheduleError, require
 from rpcpipe.schedules.weight_versions import Policy
+from rpcpipe.stage import stream_rollback
+from rpcpipe.stage.context import MicroBatch
 from rpcpipe.stage.gradients import hooks_of
+from rpcpipe.stage.stream_rollback import Past
 
 Aliases = dict[nn.Parameter, torch.Tensor]
 
@@ -44,16 +49,35 @@ class Versions:
     """Versions of the weights of stage ``stage`` of ``stages``; ``policy`` determines which.
 
     Raises ScheduleError for a parameter with hooks that cannot run on an alias. ``newest`` is the number of the
-    newest version, ``peak`` the largest number of versions in memory.
+    newest version, ``peak`` the largest number of versions in memory. ``past``: the versions before the newest, in a
+    stream that goes on from a snapshot. With ``remembers`` it may have to go on from one.
     """
 
-    def __init__(self, policy: Policy, stage: int, stages: int, module: nn.Module) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        stage: int,
+        stages: int,
+        module: nn.Module,
+        *,
+        newest: int = 0,
+        past: Past | None = None,
+        remembers: bool = False,
+    ) -> None:
         _check_hooks(module)
-        self.newest = 0
+        self.newest = newest
         self.peak = 1
         self._policy, self._stage, self._stages = policy, stage, stages
         self._parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self._held: dict[int, Aliases] = {}
+        self._remembers = remembers
+        self._past: Past = {}  # of a policy that stashes nothing: what a snapshot needs, or a stream that goes on
+        if policy.stashes:
+            for number, values in (past or {}).items():
+                pairs = zip(self._parameters, values, strict=True)
+                self._held[number] = {parameter: _alias(parameter, value) for parameter, value in pairs}
+        else:
+            self._past = dict(past or {})
 
     @property
     def bytes(self) -> int:
@@ -64,9 +88,40 @@ class Versions:
         """Return the number of the version with which ``group`` is computed; that version must exist."""
         if not self._policy.stashes:
             return self.newest
-        number = self._policy.version(group, self._stage, self._stages)
+        number = self._wanted(group)
         assert number <= self.newest, f"group {group} wants version {number} after {self.newest} updates"
         return number
+
+    def _wanted(self, group: int) -> int:
+        return self._policy.version(group, self._stage, self._stages)
+
+    @property
+    def past(self) -> Past:
+        """Copies of the versions before the newest that groups still use whose update has not come."""
+        if not self._policy.stashes:
+            return dict(self._past)
+        return {
+            number: [aliases[parameter].detach().clone() for parameter in self._parameters]
+            for number, aliases in self._held.items()
+            if number < self.newest
+        }
+
+    @contextmanager
+    def forwarding(self, micro_batch: MicroBatch) -> Iterator[None]:
+        """Run a forward in the block: one that has run before, when there were fewer updates, uses their weights."""
+        group = micro_batch.group
+        values = self._past.get(self._wanted(group)) if self._past and group is not None else None
+        if values is None:
+            yield
+            return
+        # By .data, as an optimizer's update: no alias counts a change.
+        live = [parameter.data for parameter in self._parameters]
+        newest = [value.clone() for value in live]
+        _copy_all(live, values)
+        try:
+            yield
+        finally:
+            _copy_all(live, newest)
 
     def call(self, layer: nn.Module, number: int, *arguments: Any) -> Any:
         """Return ``layer(*arguments)``, computed with the weights of version ``number``."""
@@ -112,7 +167,11 @@ class Versions:
 
         The parameters move to a copy, unless the update is ``skipped`` and overwrites nothing.
         """
-        if not self._policy.stashes or self._policy.version(group + 1, self._stage, self._stages) > self.newest:
+        if not self._policy.stashes:
+            if self._remembers and self._wanted(stream_rollback.following(self.newest)) <= self.newest:
+                self._past[self.newest] = [parameter.detach().clone() for parameter in self._parameters]
+            return
+        if self._wanted(group + 1) > self.newest:
             return
         self._aliases(self.newest)
         for parameter in () if skipped else self._parameters:
@@ -121,9 +180,10 @@ class Versions:
     def after_update(self, group: int) -> None:
         """Count a new version after ``group``'s update, applied or skipped, and drop versions no longer needed."""
         self.newest += 1
+        needed = self._wanted(group + 1)
         if not self._policy.stashes:
+            self._past = {number: values for number, values in self._past.items() if number >= needed}
             return
-        needed = self._policy.version(group + 1, self._stage, self._stages)
         self._held = {number: held for number, held in self._held.items() if number >= needed}
         self.peak = max(self.peak, len(self._held.keys() | {self.newest}))
 
@@ -135,14 +195,20 @@ class Versions:
         number = number if self._policy.stashes else 0
         if number not in self._held:
             assert number in (0, self.newest)
-            self._held[number] = {parameter: _alias(parameter) for parameter in self._parameters}
+            self._held[number] = {parameter: _alias(parameter, parameter.data) for parameter in self._parameters}
         return self._held[number]
 
 
-def _alias(parameter: nn.Parameter) -> torch.Tensor:
-    alias = parameter.data.requires_grad_()
+def _alias(parameter: nn.Parameter, value: torch.Tensor) -> torch.Tensor:
+    """Return a leaf in the memory of ``value``, which is a version of ``parameter``."""
+    alias = value.detach().requires_grad_()
     alias._backward_hooks, _ = hooks_of(parameter)
     return alias
+
+
+def _copy_all(targets: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
+    for target, value in zip(targets, values, strict=True):
+        target.copy_(value)
 
 
 def _check_hooks(module: nn.Module) -> None:

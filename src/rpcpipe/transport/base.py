@@ -108,7 +108,8 @@ class Transport(Protocol):
     def call(self, to: str, verb: str, *args: Any) -> Future[Any]:
         """Send; return the future of the result (of the result's result, if it is a future).
 
-        The future raises WorkerLost if ``to`` is lost.
+        The future raises WorkerLost if ``to`` is lost. Which calls the thread that receives runs is the transport's
+        choice; in a worker those alone that may wait until it has ended its task.
         """
         ...
 
@@ -128,7 +129,10 @@ class Transport(Protocol):
         ...
 
     def wait(self, replies: Collection[Future[Any]], timeout: float) -> tuple[set[Future[Any]], set[Future[Any]]]:
-        """Wait up to ``timeout`` seconds for one of ``replies``; return (done, not done)."""
+        """Wait up to ``timeout`` seconds for one of ``replies``; return (done, not done).
+
+        Any thread, several at once. A reply may come only while some thread waits, for whichever replies.
+        """
         ...
 
     def context(self) -> AbstractContextManager[int]:

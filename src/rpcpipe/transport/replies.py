@@ -1,10 +1,12 @@
-"""Track calls under way, so that each ends exactly once: by its answer or by the loss of its worker."""
+"""Track calls under way, so that each ends exactly once, by its answer or by the loss of its worker; wait for them."""
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
-from collections.abc import Collection
+import time
+from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from typing import Any
 
@@ -35,8 +37,7 @@ class Replies:
             reply.set_exception(lost)
         return reply
 
-    def is_pending(self, worker: str, reply: Future[Any]) -> bool:
-        """Return whether ``reply`` still waits for its answer."""
+    def _is_pending(self, worker: str, reply: Future[Any]) -> bool:
         with self._lock:
             return reply in self._pending.get(worker, ())
 
@@ -45,9 +46,13 @@ class Replies:
         if self._take(worker, reply):
             reply.set_result(result)
 
-    def fail(self, worker: str, reply: Future[Any], error: Exception) -> None:
-        """Set the exception, unless the loss of ``worker`` came first."""
-        if self._take(worker, reply):
+    def fail(self, worker: str, reply: Future[Any], error: Exception, *, after: float = 0.0) -> None:
+        """Set the exception, unless the loss of ``worker`` came first or comes within ``after`` seconds."""
+        if after and self._is_pending(worker, reply):
+            late = threading.Timer(after, self.fail, (worker, reply, error))
+            late.daemon = True
+            late.start()
+        elif self._take(worker, reply):
             reply.set_exception(error)
 
     def lose(self, worker: str, error: WorkerLost) -> None:
@@ -71,18 +76,91 @@ class Replies:
             return True
 
 
-def wait(replies: Collection[Future[Any]], timeout: float) -> tuple[set[Future[Any]], set[Future[Any]]]:
-    """Wait up to ``timeout`` seconds for one of ``replies``; return (done, not done)."""
-    # Not torch's Future.wait, which ignores Ctrl-C until the call ends, and not concurrent.futures.wait,
-    # which a Ctrl-C can leave with the futures' locks held. A SimpleQueue cannot be torn.
-    first: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
-    with shield_interrupts():
-        for reply in replies:
-            reply.add_done_callback(first.put)
-    try:
-        with allow_interrupts():
-            first.get(timeout=timeout)
-    except queue.Empty:
-        pass
-    done = {reply for reply in replies if reply.done()}
-    return done, set(replies) - done
+# Seconds until a thread looks again whether messages can come, once none could.
+_PAUSE = 0.05
+
+
+class _Arrivals:
+    """Whether one of the replies that a thread waits for has come. Not a lock, which a Ctrl-C could leave held."""
+
+    def __init__(self, wake: Callable[[], None]) -> None:
+        self._wake, self._thread = wake, threading.get_ident()
+        self.told: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self.any = self.receiving = False
+
+    def note(self, _: object) -> None:
+        """Take note of a reply that is done; any thread."""
+        self.any = True
+        self.told.put(None)
+        # The thread sets `receiving` before it looks at `any`.
+        if self.receiving and threading.get_ident() != self._thread:
+            self._wake()
+
+
+class Waiting:
+    """Lets threads wait for replies. One of them at a time receives what comes meanwhile, by ``receive``.
+
+    ``receive(seconds)`` returns False once its time is up, or nothing can come; ``wake`` ends it. So an answer that
+    comes to the receiving thread is on no other thread's way. The others wait to be told; who stops receiving lets one
+    of them go on.
+    """
+
+    def __init__(self, receive: Callable[[float], bool], wake: Callable[[], None]) -> None:
+        self._receive, self._wake = receive, wake
+        self._receiving = threading.RLock()  # a signal's handler may wait in the thread that receives
+        self._others: dict[_Arrivals, None] = {}
+
+    def wait(self, replies: Collection[Future[Any]], timeout: float) -> tuple[set[Future[Any]], set[Future[Any]]]:
+        """Wait up to ``timeout`` seconds for one of ``replies``; return (done, not done)."""
+        # Not torch's Future.wait, which ignores Ctrl-C until the call ends, and not concurrent.futures.wait,
+        # which a Ctrl-C can leave with the futures' locks held.
+        with shield_interrupts():
+            arrivals = _Arrivals(self._wake)
+            for reply in replies:
+                reply.add_done_callback(arrivals.note)
+            try:
+                self._wait(arrivals, time.monotonic() + timeout)
+            finally:
+                self._pass_on()
+        done = {reply for reply in replies if reply.done()}
+        return done, set(replies) - done
+
+    def _wait(self, arrivals: _Arrivals, until: float) -> None:
+        while not arrivals.any:
+            left = until - time.monotonic()
+            if not self._receiving.acquire(blocking=False):
+                self._wait_to_be_told(arrivals, left)
+            elif not self._receive_until(arrivals, left):
+                _sleep(arrivals, min(_PAUSE, until - time.monotonic()))
+            if left <= 0:
+                return
+
+    def _receive_until(self, arrivals: _Arrivals, left: float) -> bool:
+        """Receive once; return False if nothing came."""
+        arrivals.receiving = True
+        try:
+            return arrivals.any or self._receive(max(left, 0.0))
+        finally:
+            arrivals.receiving = False
+            self._receiving.release()
+
+    def _wait_to_be_told(self, arrivals: _Arrivals, left: float) -> None:
+        self._others[arrivals] = None
+        try:
+            if self._receiving.acquire(blocking=False):
+                self._receiving.release()  # the thread that received has stopped, and may have seen nobody to tell
+            else:
+                _sleep(arrivals, left)
+        finally:
+            del self._others[arrivals]
+
+    def _pass_on(self) -> None:
+        for other in list(self._others):
+            other.told.put(None)
+            return
+
+
+def _sleep(arrivals: _Arrivals, left: float) -> None:
+    """Wait until a reply has come, or the thread that received stops."""
+    with contextlib.suppress(queue.Empty), allow_interrupts():
+        arrivals.told.get(timeout=max(left, 0.0))

@@ -69,7 +69,7 @@ class Roster:
         self.seats: Mapping[str, Seat] = {}
         self._stamps: Mapping[str, str] = {}
         self._accepted: frozenset[str] = frozenset()
-        self._wires: frozenset[str] = frozenset()
+        self._names: Mapping[str, str] = {}  # by wire name, of those that have a process
         self._without: frozenset[str] = frozenset()
         self.seat(seats)
 
@@ -83,10 +83,10 @@ class Roster:
         seats = {**kept, **changes}
         self._without = (self._without | {*without}) - changes.keys()
         wires = {name: seat.wire for name, seat in seats.items()}
-        self._wires = frozenset(wire for name, wire in wires.items() if name not in self._without)
-        self._accepted = frozenset(self._stamp(wire, self.own.wire) for wire in self._wires)
+        self._names = {wire: name for name, wire in wires.items() if name not in self._without}
+        self._accepted = frozenset(self._stamp(wire, self.own.wire) for wire in self._names)
         self._stamps = {name: self._stamp(self.own.wire, wire) for name, wire in wires.items()}
-        dead = [seat for seat in self.seats.values() if seat.wire not in self._wires]
+        dead = [seat for seat in self.seats.values() if seat.wire not in self._names]
         self.seats = seats
         return dead
 
@@ -116,4 +116,8 @@ class Roster:
 
     def knows(self, wire: str) -> bool:
         """Return whether the process ``wire`` has a seat."""
-        return wire in self._wires
+        return wire in self._names
+
+    def name(self, wire: str) -> str | None:
+        """Return the name that the process ``wire`` has now; None if it has none."""
+        return self._names.get(wire)

@@ -29,11 +29,13 @@ from torch.utils import _pytree as pytree
 
 from rpcpipe.errors import Failure, RpcPipeError, StageError, StateError, WorkerLost
 from rpcpipe.transport.base import DRIVER, Endpoint
+from rpcpipe.transport.lane_calls import LaneCalls, in_context
 from rpcpipe.transport.lanes import Lanes
 from rpcpipe.transport.message_pickling import TensorsAside, in_bounds
-from rpcpipe.transport.replies import Replies, wait
+from rpcpipe.transport.replies import Replies, Waiting
 from rpcpipe.transport.roster import Roster, Seat
 from rpcpipe.transport.rpc_store import ExchangeStore
+from rpcpipe.transport.served import Served
 from rpcpipe.transport.torch_log import hush
 
 # uv: the default shm transport keeps a core busy per process even when idle. basic: through the socket.
@@ -44,6 +46,8 @@ _GRACE = 0.5  # seconds that the monitor has to report that a worker has died
 _BINDINGS: Any = torch._C._distributed_rpc  # rpc_async and remote end in its functions
 # Verbs whose messages only file values: they may wait in a lane until the compute thread wants one.
 _BY_LANE = ("deliver", "deliver_tensors", "supply")
+# And of calls, whose tasks only the compute thread takes: nothing else need hear of them before.
+_CALLS_BY_LANE = ("submit",)
 
 log = logging.getLogger("rpcpipe")
 
@@ -109,16 +113,15 @@ def _start_agent(store: ExchangeStore, name: str, number: int, interface: str) -
     return agent
 
 
-class RpcProcess:
-    """This process's part in torch RPC: its agent, the group it is in, the endpoint it serves.
+class RpcProcess(Served):
+    """This process's part in torch RPC: its agent, the group it is in, what it serves.
 
-    torch has one agent per process, so there is one instance, ``this_process``. The main thread joins and
-    leaves; handler threads read ``_served`` as a whole, so a message meets one endpoint or none.
+    torch has one agent per process, so there is one instance, ``this_process``. The main thread joins and leaves.
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.agent: _Agent | None = None
-        self._served: tuple[Roster, Endpoint] | None = None
 
     def join(self, store: ExchangeStore, roster: Roster, *, interface: str) -> None:
         """Form the group of ``roster``; return once all others' addresses are in ``store``.
@@ -147,30 +150,9 @@ class RpcProcess:
             agent.store.adopt(store)
         agent.admit(roster.seats.values())
 
-    def serve(self, endpoint: Endpoint, roster: Roster) -> None:
-        """Run ``endpoint``'s verbs for the messages that ``roster`` accepts from now on, and no others."""
-        self._served = roster, endpoint
-
-    @property
-    def served(self) -> tuple[Roster, Endpoint] | None:
-        """Return the endpoint that is served, and to whom."""
-        return self._served
-
-    def dispatch(self, stamp: str, verb: str, args: tuple[Any, ...]) -> Any:
-        """Run a message's verb and return its result; None where the message is of, or for, one who is no more."""
-        served = self._served
-        if served is None or not served[0].accepts(stamp):
-            return None
-        return getattr(served[1], verb)(*args)
-
-    def run(self, roster: Roster, verb: str, args: tuple[Any, ...]) -> Any:
-        """Run the verb of a message from one of ``roster``; return its result, or None if another one is served."""
-        served = self._served
-        return None if served is None or served[0] is not roster else getattr(served[1], verb)(*args)
-
     def leave(self) -> None:
         """Leave the group, whose other members have ended; the agent stays for the next one."""
-        self._served = None
+        self.stop()
         if self.agent is not None:
             self.agent.part()
 
@@ -189,6 +171,10 @@ this_process = RpcProcess()
 
 
 # --- handlers: called by torch's threads, never block. Pickled by name: they stay functions of this module ---
+
+
+def _receive_answer(stamp: str, number: int, error: str, outcome: Any) -> None:
+    this_process.answer(stamp, number, error, outcome)
 
 
 def _receive(stamp: str, verb: str, args: tuple[Any, ...]) -> Any:
@@ -304,10 +290,21 @@ class RpcTransport:
         self.roster = roster
         self._replies = Replies()
         self._lanes = Lanes(roster)
+        self._calls = LaneCalls(roster, self._lanes, self._replies, self._dispatch, self._answer)
+        self._waiting = Waiting(lambda seconds: self._lanes.receive(seconds, interruptible=True), self._lanes.wake)
 
     def serve(self, name: str, endpoint: Endpoint) -> None:
         this_process.serve(endpoint, self.roster)
-        self._lanes.serve(lambda verb, args: this_process.run(self.roster, verb, args))
+        this_process.expect(self._calls, self.roster)
+        self._lanes.serve(lambda verb, args: self._calls.run(verb, args) or self._dispatch(verb, args))
+
+    def _dispatch(self, verb: str, args: tuple[Any, ...]) -> Any:
+        return this_process.run(self.roster, verb, args)
+
+    def _answer(self, to: str, number: int, error: str, outcome: Any) -> None:
+        """Answer a call that came by a lane."""
+        with contextlib.suppress(RuntimeError):  # who asked has ended
+            self._invoke_call(to, _receive_answer, number, error, outcome)
 
     def admit(self, seats: Mapping[str, Seat], without: Collection[str] = ()) -> list[Seat]:
         """Let processes stand for names from now on, none for those ``without``; return the seats left, of the dead.
@@ -317,9 +314,10 @@ class RpcTransport:
         agent = this_process.agent
         assert agent is not None, "a group is joined first"
         agent.admit(seats.values())
+        former = self.roster.seats
         gone = self.roster.seat(seats, without)
+        self._lanes.forget({*seats, *without, *(former.keys() - self.roster.seats.keys())})
         for name in seats:
-            self._lanes.forget(name)
             self._replies.forget(name)
         agent.part(gone)
         return gone
@@ -331,6 +329,7 @@ class RpcTransport:
     def lose(self, worker: str, error: WorkerLost) -> None:
         self._replies.lose(worker, error)
         self._lanes.lose(worker)
+        self._calls.lose(worker)
 
     def is_near(self, to: str) -> bool:
         return self._lanes.reach(to)
@@ -347,13 +346,14 @@ class RpcTransport:
 
     def call(self, to: str, verb: str, *args: Any) -> Future[Any]:
         reply = self._replies.open(to)
-        if not reply.done():
+        by_lane = verb in _CALLS_BY_LANE and not in_context() and self._calls.call(to, reply, verb, args)
+        if not (by_lane or reply.done()):
             answer = self._invoke_call(to, _receive_later, verb, args)
             answer.add_done_callback(lambda done: self._complete(to, reply, done))
         return reply
 
-    def _invoke_call(self, to: str, function: Any, verb: str, args: tuple[Any, ...]) -> Any:
-        message = (self.roster.stamp(to), verb, args)
+    def _invoke_call(self, to: str, function: Any, *args: Any) -> Any:
+        message = (self.roster.stamp(to), *args)
         return _invoke(_BINDINGS._invoke_rpc_python_udf, self.roster.seats[to].wire, function, message)
 
     def _complete(self, to: str, reply: Future[Any], answer: torch.futures.Future[Any]) -> None:
@@ -361,13 +361,9 @@ class RpcTransport:
         try:
             outcome = answer.value()
         except Exception as raised:
-            if self._replies.is_pending(to, reply):
-                # A broken connection is usually a death, which the monitor reports in a moment with its
-                # cause; only what is no death is reported as it is.
-                error = RpcPipeError(f"the call to {to} failed: {raised}")
-                late = threading.Timer(_GRACE, self._replies.fail, (to, reply, error))
-                late.daemon = True
-                late.start()
+            # A broken connection is usually a death, which the monitor reports in a moment with its
+            # cause; only what is no death is reported as it is.
+            self._replies.fail(to, reply, RpcPipeError(f"the call to {to} failed: {raised}"), after=_GRACE)
         else:
             self._replies.complete(to, reply, outcome)
 
@@ -386,7 +382,7 @@ class RpcTransport:
         return rpc.remote(self.roster.seats[to].wire, _receive_chained, args=message)
 
     def wait(self, replies: Collection[Future[Any]], timeout: float) -> tuple[set[Future[Any]], set[Future[Any]]]:
-        return wait(replies, timeout)
+        return self._waiting.wait(replies, timeout)
 
     def context(self) -> AbstractContextManager[int]:
         return dist_autograd.context()

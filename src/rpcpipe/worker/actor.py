@@ -19,14 +19,10 @@ from rpcpipe.model.microbatch import Nest, Packed, pack
 from rpcpipe.model.wiring import DRIVER
 from rpcpipe.model.wiring import link as link_to
 from rpcpipe.schedules import Action
-from rpcpipe.schedules.weight_versions import Policy
 from rpcpipe.stage import gradients
 from rpcpipe.stage.context import MicroBatch, StepContext
 from rpcpipe.stage.rollback import StepStarts
 from rpcpipe.stage.stage import Stage
-from rpcpipe.stage.stream import StreamBackward
-from rpcpipe.stage.stream_rollback import Snapshots
-from rpcpipe.stage.weight_stash import Versions
 from rpcpipe.worker.gradient_exchange import Tensors, group_of, statistics_from
 from rpcpipe.worker.kept_state import CHANGING, KeptState
 from rpcpipe.worker.messages import Bucket, Port, Report, Route, StageInfo, Update, Updated
@@ -47,6 +43,7 @@ from rpcpipe.worker.operations import (
     Reduce,
     ReduceScatter,
     ReportStep,
+    ResumeStream,
     ReviveActor,
     RollBackStep,
     RunAction,
@@ -56,6 +53,7 @@ from rpcpipe.worker.operations import (
 from rpcpipe.worker.revival import Restored
 from rpcpipe.worker.stage_set import StageSet
 from rpcpipe.worker.stage_state import StageState
+from rpcpipe.worker.stream_keeper import StreamKeeper
 from rpcpipe.worker.update import Ledger, Updater
 
 # Sends a value: worker, step, port, value.
@@ -73,8 +71,6 @@ class Actor:
         self.name = name
         self._send = send
         self._updater = Updater(name, self.held, ledger, self._push)
-        self._snapshots = None if restored is None else restored.snapshots
-        self._stream_backwards: dict[int, StreamBackward] = {}
         self._starts = StepStarts() if restored is None else restored.starts
         self._refusal: ModelError | None = None  # of what could not be rolled back, for the next step
         self._ordered = -1  # the newest step for which orders have come; a handler sets it
@@ -82,6 +78,7 @@ class Actor:
         self._report = Report(worker=name)
         self._arrivals: deque[tuple[int, Port, int]] = deque()  # handlers append
         self._kept = self._keep() if restored is None else restored.kept
+        self.stream = StreamKeeper(self.held, self._kept, None if restored is None else restored.snapshots)
 
     def _keep(self) -> KeptState | None:
         if not self.held.spec.keep or any(stage.device.type != "cpu" for stage in self.held.stages.values()):
@@ -123,6 +120,8 @@ class Actor:
     def execute(self, operation: Operation, inputs: Mapping[str, Any]) -> Any:
         """Execute ``operation`` and return its result. ``inputs``: the values that the task awaited, by slot."""
         self.held.spec.settings.resume()
+        if self.stream.has_ended and not isinstance(operation, (ResumeStream, EndStream)):
+            self.stream.drop()
         if self._kept is None or not isinstance(operation, CHANGING):
             return self._execute(operation, inputs)
         with self._kept.around(operation):
@@ -152,8 +151,11 @@ class Actor:
                 return self._report_step()
             case RollBackStep():
                 self._roll_back(operation)
-            case EndStream(updates):
-                self._end_stream(updates)
+            case ResumeStream(plan, stream, updates):
+                self._begin_step(plan, stream, updates)
+            case EndStream(stream, updates):
+                self.stream.end(stream, updates)
+                self._clear()
             case BeginCall(number):
                 self._begin_call(number)
             case CreateActor() | ReviveActor() | CallFunction() | ForwardByHand() | ForgetStep() | DropActor():
@@ -166,15 +168,18 @@ class Actor:
 
     # --- operations of a step, in the order of their execution ---
 
-    def _begin_step(self, plan: StepContext) -> None:
-        """Start ``plan.step``. Unless it runs ahead, the step before is settled on all workers."""
+    def _begin_step(self, plan: StepContext, stream: int | None = None, updates: int = 0) -> None:
+        """Start ``plan.step``. Unless it runs ahead, the step before is settled on all workers.
+
+        ``stream``: the step is that stream, which goes on after its first ``updates``.
+        """
         self._clear()
         self._plan = plan
         if self._refusal is not None:
             refusal, self._refusal = self._refusal, None
             raise refusal
         if plan.policy is not None:
-            self._open_stream(plan.policy)
+            self.stream.open(plan.policy, plan.step if stream is None else stream, updates)
         elif plan.training:
             for stage in self.held.stages.values():
                 stage.leaving.forget()
@@ -203,9 +208,11 @@ class Actor:
         micro_batch = context or stage.micro_batches.get(chunk) or plan.micro_batch(chunk)
         if kind == "F":
             parcels = {link: parcel for link, parcel in values.items() if link != "target"}
+            if plan.policy is not None:
+                self.stream.before_forward(micro_batch)
             results = stage.forward(plan, micro_batch, chunk, parcels, values.get("target"))
         elif kind == "B" and plan.policy is not None:
-            results = self._stream_backwards[index].run(plan, chunk, values)
+            results = self.stream.backwards[index].run(plan, chunk, values)
         elif kind == "B":
             results = stage.backward(chunk, values)
         elif kind == "I":
@@ -318,14 +325,6 @@ class Actor:
 
     # --- operations of a stream ---
 
-    def _open_stream(self, policy: Policy) -> None:
-        for index, stage in self.held.stages.items():
-            stage.versions = Versions(policy, index, self.held.last_stage + 1, stage.module)
-            self._stream_backwards[index] = StreamBackward(stage)
-        self._snapshots = Snapshots(self.held.optimizer) if self.held.optimizer is not None else None
-        if self._kept is not None:
-            self._kept.snapshots({} if self._snapshots is None else self._snapshots.slots)
-
     def _update(self, stage: Stage, chunk: int, update: Update, start: int) -> Report:
         """Apply the gradients of ``update.group`` through a new distributed-autograd context; return the report.
 
@@ -336,7 +335,7 @@ class Actor:
         report, self._report = self._report, Report(worker=self.name)
         self._updater.add_norms(report, stage)
         norms = list(report.norms[stage.index].values())
-        report.skipped = self._stream_backwards[stage.index].take_skipped(update.group)
+        report.skipped = self.stream.backwards[stage.index].take_skipped(update.group)
         if report.skipped:
             versions.before_update(update.group, skipped=True)
             for parameter in parameters:
@@ -354,10 +353,7 @@ class Actor:
                 self.held.optimizer.apply(self._updater.ledger.get_gradients(context_id), update.changes)
             report.updated = Updated(changed=self.held.optimizer.changed)
         versions.after_update(update.group)
-        if self._snapshots is not None:
-            self._snapshots.updated(versions.newest, update.committed)
-            if self._kept is not None:
-                self._kept.snapshots(self._snapshots.slots)
+        self.stream.updated(stage, update.committed)
         report.losses, report.peak_in_flight[stage.index] = stage.take_losses(), stage.peak_in_flight
         done = report.losses.keys()
         report.metrics = {chunk: stage.measured.pop(chunk) for chunk in done & stage.measured.keys()}
@@ -367,18 +363,6 @@ class Actor:
         report.spans.append(("U", stage.index, chunk, start, time.monotonic_ns(), versions.newest))
         self._add_arrivals(report)
         return report
-
-    def _end_stream(self, updates: int | None = None) -> None:
-        """Drop all versions except the newest. ``updates``: first restore the state after this number of updates."""
-        if self._snapshots is not None:
-            if updates is not None:
-                self._snapshots.restore(updates)
-            self._snapshots.close()
-            self._snapshots = None
-        for stage in self.held.stages.values():
-            stage.versions = None
-        self._stream_backwards.clear()
-        self._clear()
 
     def reset(self, step: int) -> None:
         """Forget the failed ``step``, unless the next step has begun (the two messages may cross)."""

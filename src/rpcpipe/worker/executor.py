@@ -26,6 +26,7 @@ from rpcpipe.transport import user_pickling
 from rpcpipe.transport.base import Transport
 from rpcpipe.transport.message_pickling import in_bounds
 from rpcpipe.worker.actor import Actor
+from rpcpipe.worker.actor_spec import ActorSpec
 from rpcpipe.worker.mailbox import Entry, Mailbox
 from rpcpipe.worker.messages import ORDERS, Port, as_tensors, from_tensors
 from rpcpipe.worker.operations import (
@@ -42,7 +43,7 @@ from rpcpipe.worker.operations import (
 )
 from rpcpipe.worker.programs import Sent
 from rpcpipe.worker.revival import Restored, restore
-from rpcpipe.worker.stage_set import ActorSpec, StageSet
+from rpcpipe.worker.stage_set import StageSet
 
 _SWITCH_SECONDS = 2e-4
 

@@ -18,30 +18,26 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from enum import IntEnum
 from typing import Any
 
 import torch
 from torch import nn
 
-from rpcpipe.errors import ModelError
-from rpcpipe.model import rng
-from rpcpipe.model.microbatch import Nest
+from rpcpipe.errors import ModelError, StateError
 from rpcpipe.stage.attributes import Attributes
 from rpcpipe.stage.context import StepContext
 from rpcpipe.stage.hyperparameters import entries
 from rpcpipe.stage.kept_memory import Condition, KeptMemory, Record, Word
-from rpcpipe.stage.metrics import Metric
 from rpcpipe.stage.rollback import Buffers, StepStarts, Undo
+from rpcpipe.stage.stream_rollback import Snapshot, Snapshots
+from rpcpipe.worker.kept_records import KeptSnapshot, Model, Part
 from rpcpipe.worker.messages import KeptAt
 from rpcpipe.worker.operations import (
     ApplyCheckpoint,
     CallModule,
     CommitStep,
-    EndStream,
     LoadState,
     Operation,
     Repartition,
@@ -53,7 +49,7 @@ from rpcpipe.worker.operations import (
     UndoUpdate,
     UpdateWeights,
 )
-from rpcpipe.worker.stage_set import ActorSpec, StageSet
+from rpcpipe.worker.stage_set import StageSet
 
 log = logging.getLogger("rpcpipe.worker")
 
@@ -61,41 +57,11 @@ log = logging.getLogger("rpcpipe.worker")
 # Operations that change values in place and are not taken back: a death leaves them half done.
 _IN_PLACE = CallModule, LoadState, ApplyCheckpoint, RestoreState
 # Others after which anything may be different.
-_OTHERS = Repartition, SetMetrics, SetSelection, EndStream
+_OTHERS = Repartition, SetMetrics, SetSelection
 # Those that end a step or a part of it that the driver is told of.
 _OF_STEPS = ReportStep, CommitStep, UpdateWeights, UndoUpdate, RollBackStep
 _UPDATES = CommitStep, UpdateWeights
 CHANGING = (*_IN_PLACE, *_OTHERS, *_OF_STEPS)
-
-
-class Part(IntEnum):
-    """The records."""
-
-    MODEL = 0
-    GROUPS = 1  # the optimizer's groups and what it has of its own
-    STATE = 2  # the optimizer's state by parameter
-    UNDO = 3
-    UNDO_GROUPS = 4
-    START = 5  # the buffers at the begin of a step, and copies of their values
-    OTHER_START = 6
-    SUMS = 7  # accumulated gradients
-    SNAPSHOTS = 8  # of a stream, by the number of updates that they contain
-
-
-@dataclass(kw_only=True)
-class Model:
-    """The stages as an ActorSpec that builds them anew around the same modules, and what else no tensor says.
-
-    ``fresh_loss``: the state of the loss when the pipeline was made. ``frozen``: parameters that the optimizer has and
-    that a call has frozen since. ``others``: what a step that runs ahead has changed beside buffers.
-    """
-
-    spec: ActorSpec
-    fresh_loss: dict[str, Any]
-    metrics: Mapping[str, Metric] = field(default_factory=dict)
-    select: Callable[[Nest, Nest], Nest] | None = None
-    frozen: list[nn.Parameter]
-    others: tuple[int, Attributes, rng.PythonState] | None
 
 
 class KeptState:
@@ -118,7 +84,7 @@ class KeptState:
         """Return the kept state of new stages; None, with a line in the log, where there is no memory for it."""
         try:
             memory = KeptMemory.create()
-        except (AttributeError, OSError) as error:
+        except (AttributeError, OSError, StateError) as error:
             log.warning("this worker cannot be replaced if it dies: no memory outlives it (%s)", error)
             return None
         kept = cls(memory, held, starts, fresh_loss)
@@ -165,16 +131,44 @@ class KeptState:
                 self._name_starts()
         self._memory[Word.BEGUN] = plan.step << 1 | plan.training
 
-    def snapshots(self, slots: Mapping[int, Undo]) -> None:
-        """A stream has ``slots``, from one of which it goes on if a worker dies: the live values do not count."""
-        numbers = list(slots)
-        if self._memory[Word.CONDITION] == Condition.LOST or numbers == self._signs.get(Part.SNAPSHOTS):
+    def snapshots(self, snapshots: Snapshots) -> None:
+        """A stream goes on from one of ``snapshots`` if a worker dies: the live values do not count."""
+        if self._memory[Word.CONDITION] == Condition.LOST:
             return
         with self._or_lost():
-            taken = {number: (self._copies(undo), undo.groups) for number, undo in slots.items()}
-            self._commit({Part.SNAPSHOTS: self._memory.dumps(taken)})
-            self._signs[Part.SNAPSHOTS] = numbers
+            numbers = [snapshots.stream, *snapshots.slots]
+            if numbers != self._signs.get(Part.SNAPSHOTS):
+                taken = {number: self._snapshot(slot) for number, slot in snapshots.slots.items()}
+                self._commit({Part.SNAPSHOTS: self._memory.dumps((snapshots.stream, taken))})
+                self._signs[Part.SNAPSHOTS] = numbers
             self._memory[Word.CONDITION] = Condition.STREAM
+
+    def _snapshot(self, slot: Snapshot) -> KeptSnapshot:
+        undo = slot.undo
+        self._memory.take_in(_tensors_in(slot.past))
+        return KeptSnapshot(
+            copies=None if undo is None else self._copies(undo),
+            groups=None if undo is None else undo.groups,
+            buffers=self._places(slot.buffers),
+            past=self._placed(slot.past),
+        )
+
+    def stream_ended(self) -> None:
+        """The live values count again; the snapshots stay."""
+        with self._or_lost():
+            # What was lost in between has no right snapshots.
+            lost = self._memory[Word.CONDITION] == Condition.LOST
+            self._write_all({Part.SNAPSHOTS: self._memory.dumps(None)} if lost else {})
+            self._memory[Word.CONDITION] = Condition.KEPT
+
+    def snapshots_dropped(self) -> None:
+        """The snapshots do not count any more, and their memory may be overwritten."""
+        self._memory[Word.UPDATING] = -1
+        if self._is_kept:
+            with self._or_lost():
+                self._commit({Part.SNAPSHOTS: self._memory.dumps(None)})
+        if (optimizer := self._held.optimizer) is not None:
+            optimizer.undo.watch, optimizer.undo.moved = self, True
 
     def _copies(self, undo: Undo) -> list[Any]:
         """Return the copies of ``undo``, taken in, in the parameters' order."""
@@ -217,7 +211,7 @@ class KeptState:
     def rewrite(self) -> None:
         """Write everything anew: anything may have changed, and the last step is settled."""
         with self._or_lost():
-            self._write_all({Part.SNAPSHOTS: self._memory.dumps({})})
+            self._write_all({Part.SNAPSHOTS: self._memory.dumps(None)})
             self._memory[Word.CONDITION] = Condition.KEPT
 
     def resume(self) -> None:
@@ -265,7 +259,7 @@ class KeptState:
     def _model(self, records: dict[Part, Record], *, whole: bool = True) -> None:
         """Write the model anew if its tensors lie elsewhere, or, with ``whole``, if it has changed its attributes."""
         live = [tensor for owner in self._owners for tensor in _tensors_of(owner)]
-        if self._signs.get(Part.MODEL) != list(map(_sign, live)):
+        if self._signs.get(Part.MODEL) != _addresses(live):
             attributes = Attributes(self._parts)
         elif not whole or (attributes := Attributes(self._parts)).same(self._attributes):
             return
@@ -281,7 +275,7 @@ class KeptState:
             if isinstance(tensor, nn.Parameter) and not self._memory.holds(tensor):
                 raise ModelError(f"a parameter is no plain tensor of the CPU: {tuple(tensor.shape)}, {tensor.layout}")
         records[Part.MODEL] = self._memory.dumps(self._skeleton())
-        self._signs[Part.MODEL], self._attributes = list(map(_sign, live)), attributes
+        self._signs[Part.MODEL], self._attributes = _addresses(live), attributes
 
     def _skeleton(self) -> Model:
         held = self._held
@@ -300,18 +294,18 @@ class KeptState:
         if (optimizer := self._held.optimizer) is None:
             return
         state = [optimizer.optimizer.state.get(parameter) for parameter in optimizer.parameters]
-        sign = _signs(state)
-        if sign != self._signs.get(Part.STATE):
+        if _signs_of_state(state) != self._signs.get(Part.STATE):
             self._memory.take_in(_tensors_in(state))
             records[Part.STATE] = self._memory.dumps(self._placed(state))
-            self._signs[Part.STATE] = _signs(state)
+            self._signs[Part.STATE] = _signs_of_state(state)
         self._write_if_new(records, Part.GROUPS, entries(optimizer.optimizer))
 
     def _sums(self, records: dict[Part, Record]) -> None:
-        if not self._held.accumulated.sums and Part.SUMS not in self._signs:
-            return
-        place = {parameter: index for index, parameter in enumerate(self._held.parameters)}
         accumulated = self._held.accumulated
+        if not accumulated.sums and Part.SUMS not in self._signs:
+            return
+        parameters = self._held.parameters if accumulated.sums else []  # to look for them takes a while
+        place = {parameter: index for index, parameter in enumerate(parameters)}
         sums = {
             step: {place[parameter]: gradient for parameter, gradient in own.items()}
             for step, own in accumulated.sums.items()
@@ -337,13 +331,17 @@ class KeptState:
         self._memory.take_in(tensor for pair in buffers.copies.values() for tensor in pair)
         sign = [(*key, *map(_sign, pair)) for key, pair in buffers.copies.items()]
         if sign != self._signs.get(part):
-            index = {owner: number for number, owner in enumerate(self._owners)}
-            copies = [
-                (index[owner], name, *map(self._memory.place, pair))
-                for (owner, name), pair in buffers.copies.items()
-                if owner in index  # a call may have taken it out
-            ]
-            records[part], self._signs[part] = self._memory.dumps(copies), sign
+            records[part], self._signs[part] = self._memory.dumps(self._places(buffers)), sign
+
+    def _places(self, buffers: Buffers) -> list[Any]:
+        """Return whose ``buffers`` are, where they lie, and where their copies do, taken in."""
+        self._memory.take_in(tensor for pair in buffers.copies.values() for tensor in pair)
+        index = {owner: number for number, owner in enumerate(self._owners)}
+        return [
+            (index[owner], name, *map(self._memory.place, pair))
+            for (owner, name), pair in buffers.copies.items()
+            if owner in index  # a call may have taken it out
+        ]
 
     def _name_starts(self) -> None:
         for word, slot in zip((Word.START, Word.OTHER_START), self._slots, strict=True):
@@ -367,6 +365,23 @@ def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
 def _sign(tensor: torch.Tensor) -> Any:
     """Return what tells whether ``tensor`` lies elsewhere; nothing equals it if that cannot be told."""
     return tensor.data_ptr() if tensor.layout is torch.strided else object()
+
+
+def _addresses(tensors: list[torch.Tensor]) -> Any:
+    """Return the ``_sign`` of each of ``tensors``."""
+    try:
+        return list(map(torch.Tensor.data_ptr, tensors))
+    except RuntimeError:  # one has no storage
+        return list(map(_sign, tensors))
+
+
+def _signs_of_state(state: list[Any]) -> Any:
+    """Return the ``_signs`` of an optimizer's state, fast where that is dicts of tensors."""
+    tensors = [item for own in state if own for item in own.values()]
+    try:
+        return [list(own or ()) for own in state], _addresses(tensors), list(map(torch.Tensor.size, tensors))
+    except TypeError:  # not all are tensors
+        return _signs(state)
 
 
 def _signs(value: Any) -> Any:

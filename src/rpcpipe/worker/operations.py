@@ -160,9 +160,24 @@ class RollBackStep(NamedTuple):
     ahead: bool = False
 
 
-class EndStream(NamedTuple):
-    """Drop all versions except the newest; ``updates``: first restore the state after this number of updates."""
+class ResumeStream(NamedTuple):
+    """Start ``stream``, the number of the step that opened it, again as ``plan``, after its first ``updates``.
 
+    A worker that had not begun it begins it.
+    """
+
+    plan: StepContext
+    stream: int
+    updates: int
+
+
+class EndStream(NamedTuple):
+    """End ``stream``: drop all versions of the weights except the newest.
+
+    ``updates``: first restore the state after this number of updates. Snapshots stay until another operation comes.
+    """
+
+    stream: int
     updates: int | None = None
 
 
@@ -179,7 +194,8 @@ UpdateOperation = (
 
 StepOperation = (
     BeginStep | RunAction | ReduceScatter | Reduce | GatherSums | GatherWeights | GiveStatistics | AddStatistics
-    | TakeBuffers | ReportStep | UpdateOperation | RollBackStep | EndStream | BeginCall
+    | TakeBuffers | ReportStep | UpdateOperation | RollBackStep | ResumeStream | EndStream
+    | BeginCall
 )  # fmt: skip
 
 # --- operations between steps ---

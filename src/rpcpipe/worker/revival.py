@@ -13,9 +13,10 @@ from rpcpipe.stage.context import StepContext
 from rpcpipe.stage.hyperparameters import replace
 from rpcpipe.stage.kept_memory import Condition, KeptMemory, Word
 from rpcpipe.stage.optimizer import LocalOptimizer
-from rpcpipe.stage.rollback import Buffers, Copies, StepStarts
-from rpcpipe.stage.stream_rollback import Snapshots
-from rpcpipe.worker.kept_state import KeptState, Model, Part
+from rpcpipe.stage.rollback import Buffers, Copies, StepStarts, Undo
+from rpcpipe.stage.stream_rollback import Snapshot, Snapshots
+from rpcpipe.worker.kept_records import KeptSnapshot, Model, Part
+from rpcpipe.worker.kept_state import KeptState
 from rpcpipe.worker.stage_set import StageSet
 
 
@@ -43,15 +44,9 @@ def restore(memory: KeptMemory, device: torch.device) -> Restored:
     model: Model = records[Part.MODEL]
     held = _stages(model, device)
     step, training = memory[Word.BEGUN] >> 1, bool(memory[Word.BEGUN] & 1)
-    snapshots = None
     if held.optimizer is not None:
         _fill(held.optimizer, records, memory[Word.UPDATING])
-        if condition is Condition.STREAM:
-            slots = {
-                number: (_by_parameter(held.optimizer, copies), groups)
-                for number, (copies, groups) in records[Part.SNAPSHOTS].items()
-            }
-            snapshots = Snapshots(held.optimizer, slots)
+    snapshots = _snapshots(held, records[Part.SNAPSHOTS], ended=condition is not Condition.STREAM)
     parameters = held.parameters
     held.accumulated.resumed, sums = records[Part.SUMS]
     held.accumulated.sums = {
@@ -93,6 +88,20 @@ def _fill(optimizer: LocalOptimizer, records: Mapping[int, Any], updating: int) 
 
 def _by_parameter(optimizer: LocalOptimizer, copies: Iterable[tuple[torch.Tensor, dict[str, Any]]]) -> Copies:
     return {parameter: (value, state) for parameter, (value, state) in zip(optimizer.parameters, copies, strict=True)}
+
+
+def _snapshots(held: StageSet, record: tuple[int, dict[int, KeptSnapshot]] | None, *, ended: bool) -> Snapshots | None:
+    if record is None:
+        return None
+    stream, taken = record
+    slots = {}
+    for number, kept in taken.items():
+        undo = None
+        if held.optimizer is not None and kept.copies is not None:
+            undo = Undo(held.optimizer.parameters, held.optimizer.optimizer)
+            undo.take_over(None, _by_parameter(held.optimizer, kept.copies), kept.groups)
+        slots[number] = Snapshot(undo, _buffers(held, kept.buffers), kept.past)
+    return Snapshots(stream, held.optimizer, held.buffered, slots, ended=ended)
 
 
 def _buffers(held: StageSet, copies: Iterable[tuple[int, str, torch.Tensor, torch.Tensor]]) -> Buffers:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import zip_longest
 from typing import Any, assert_never
 
@@ -14,18 +14,16 @@ from torch import nn
 
 from rpcpipe.errors import ModelError, require
 from rpcpipe.model import batchnorm, layers, tied_weights, torch_settings
-from rpcpipe.model.layers import Loss
-from rpcpipe.model.tied_weights import Tie
-from rpcpipe.model.torch_settings import TorchSettings
 from rpcpipe.model.wiring import StageLinks, Wiring, outgoing
 from rpcpipe.stage.accumulation import AccumulatedGradients
 from rpcpipe.stage.gradients import has_hooks, remove_hooks
-from rpcpipe.stage.optimizer import Factory, LocalOptimizer, Parameters
-from rpcpipe.stage.recompute import Checkpoint, Recompute, is_ratio
+from rpcpipe.stage.optimizer import LocalOptimizer, Parameters
+from rpcpipe.stage.recompute import Recompute, is_ratio
 from rpcpipe.stage.stage import Stage, StageOptions
 from rpcpipe.stage.trainable import refuse_thawed
 from rpcpipe.transport import user_pickling
-from rpcpipe.worker.gradient_exchange import GradientExchange, ReplicaGroup, group_of
+from rpcpipe.worker.actor_spec import ActorSpec, Parts
+from rpcpipe.worker.gradient_exchange import GradientExchange, group_of
 from rpcpipe.worker.messages import KeptAt, StageInfo
 from rpcpipe.worker.operations import (
     CallModule,
@@ -39,32 +37,6 @@ from rpcpipe.worker.operations import (
     SetSelection,
     StageOperation,
 )
-
-# By stage: its named layers, and the first layer's index in the model.
-Parts = dict[int, tuple[OrderedDict[str, layers.Layer], int]]
-
-
-@dataclass(kw_only=True)
-class ActorSpec:
-    """All that a worker needs to build its stages; travels pickled."""
-
-    stages: Parts
-    last_stage: int
-    loss: Loss
-    optimizer: Factory | None
-    seed: int
-    checkpoint: Checkpoint = "never"
-    autocast: torch.dtype | None = None
-    batch_norm: str = "micro_batch"
-    # By name, the wirings of all the model's layers, not only of this worker's.
-    wirings: Mapping[str, Wiring] = field(default_factory=dict)
-    ties: tuple[Tie, ...] = ()
-    stage_links: StageLinks = field(default_factory=StageLinks)
-    peers: ReplicaGroup = field(default_factory=ReplicaGroup)
-    # By layer, buffers whose memory other layers have too.
-    shared_buffers: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    settings: TorchSettings = field(default_factory=TorchSettings.current)
-    keep: bool = False  # in memory that outlives the worker, on the CPU
 
 
 class StageSet:
@@ -336,7 +308,7 @@ class StageSet:
             last_stage,
             stage_links,
         )
-        self.accumulated.forget(self._tied_elsewhere)
+        self.accumulated.retain({*self.parameters} - self._tied_elsewhere)
         self._carry_over(groups)
         optimized = self.optimizer.group_of if self.optimizer is not None else {}
         for name in (name for names, _ in parts.values() for name in names):

@@ -1,4 +1,4 @@
-"""A training run that saves after every step, killed at random moments: for the tests and ./benchmarks/run kills."""
+"""A training run that saves after every step, killed at random moments; ./benchmarks/run checkpoints, too."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Kills:
 
     def round(self, victim: str) -> None:
         """Kill the driver or a worker at a random moment; raises unless the folder is as it must be."""
-        command = [sys.executable, "-m", "support.kills", str(self.folder)]
+        command = [sys.executable, "-m", "support.killed_saves", str(self.folder)]
         log = self.folder.parent / "stderr"
         with (
             log.open("w") as stderr,
