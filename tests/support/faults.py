@@ -9,7 +9,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -172,7 +172,9 @@ def act(phase: str, pipe: rp.Pipeline, stage: int, folder: Path) -> list[Any]:
         case "state_dict":
             return sums(pipe)
         case "load_state_dict":
-            pipe.load_state_dict({key: twice(value) for key, value in pipe.state_dict().items()})
+            pipe.load_state_dict(
+                {key: value * (1 + (key[-6:] == "weight")) for key, value in pipe.state_dict().items()}
+            )
             return []
         case "call":
             return [pipe.stages[stage].call(shrink)]
@@ -189,10 +191,6 @@ def by_hand(pipe: rp.Pipeline) -> float:
     return loss
 
 
-def twice(value: Any) -> Any:
-    return value * 2 if isinstance(value, torch.Tensor) else value
-
-
 def sums(pipe: rp.Pipeline) -> list[Any]:
     """All the bits of the weights."""
     return [value.tolist() if isinstance(value, torch.Tensor) else value for value in pipe.state_dict().values()]
@@ -206,7 +204,7 @@ def prepare(pipe: rp.Pipeline, folder: Path) -> None:
 
 
 def finish(pipe: rp.Pipeline) -> list[Any]:
-    """What is done afterwards, to see that all is as it should be: the optimizer's state, too."""
+    """What is done afterwards, to see that all is as it should be."""
     return [pipe.train_step(*batch()).loss, pipe.train_step(*batch(1)).loss, pipe.trained, sums(pipe)]
 
 
@@ -228,8 +226,7 @@ def undisturbed(phase: str, stage: int) -> list[Any]:
 class Outcome:
     """``seconds`` from the fault to the error, or to the end of the healed call (close: how long it took).
 
-    ``left``: processes that should be gone. ``wrong``: what is not as it should be otherwise; ``healing``: what the
-    warning says of the replacement.
+    ``left``: processes that should be gone. ``wrong``: what is not as it should be otherwise.
     """
 
     seconds: float
@@ -237,7 +234,6 @@ class Outcome:
     error: str
     left: tuple[str, ...]
     wrong: tuple[str, ...] = ()
-    healing: str = ""
 
 
 def run(
@@ -278,11 +274,9 @@ def _case(
     if phase == "close":
         return pipe, []
     if phase == "by hand" and cluster.heal:
-        try:
-            by_hand(pipe)
-        except rp.WorkerLost:
-            return pipe, [by_hand(pipe)]
-        raise AssertionError("a step by hand does not heal")
+        with suppress(rp.WorkerLost):
+            raise AssertionError(f"a step by hand does not heal: {by_hand(pipe)}")
+        return pipe, [by_hand(pipe)]
     return pipe, act(phase, pipe, struck[0], folder)
 
 
@@ -302,8 +296,7 @@ def _lost(fault: str, phase: str, struck: list[int], folder: Path) -> Outcome:
 
 def _healed(fault: str, phase: str, struck: list[int], folder: Path) -> Outcome:
     cluster = rp.launch(workers=STAGES, threads=1, timeout=20.0)
-    victims = {f"worker{number}": cluster.workers[number].pid for number in struck}
-    first = len(cluster.events)
+    victims, first = {f"worker{number}": cluster.workers[number].pid for number in struck}, len(cluster.events)
     with _warnings() as told:
         pipe, found = _case(cluster, fault, phase, struck, folder)
         seconds = _since(folder, struck)
@@ -313,13 +306,11 @@ def _healed(fault: str, phase: str, struck: list[int], folder: Path) -> Outcome:
     for name, pid in victims.items():
         events = {event.kind: event for event in cluster.events[first:] if event.worker == name}
         lost, after = events.get("died") or events.get("silent"), events.get("replaced")
-        if lost is None or after is None or lost.pid != pid or after.how not in " ".join(told):
+        if lost is None or after is None or lost.pid != pid or f"{after.how}; another process" not in " ".join(told):
             wrong.append(f"no event or no warning of {name}: {list(events)}, {told}")
         elif after.seconds is None or after.seconds > HEAL_SECONDS:
             wrong.append(f"the replacement of {name} took {after.seconds} s")
-        if not any(lost and lost.how in one and f"{name} " in one and " took its place within " in one for one in told):
-            wrong.append(f"no warning says what became of {name}: {told}")
-    return Outcome(seconds, 0.0, "", left_over(list(victims.values())), tuple(wrong), "\n".join(told))
+    return Outcome(seconds, 0.0, "", left_over(list(victims.values())), tuple(wrong))
 
 
 def _since(folder: Path, struck: list[int]) -> float:

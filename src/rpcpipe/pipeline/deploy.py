@@ -165,7 +165,11 @@ def _create(runtime: Runtime, identity: str, layers: OrderedDict[str, Layer], co
         peers = ReplicaGroup(deployment.layout.replicas_of(worker), replica, deployment.shard)
         spec = pickled_spec(dataclasses.replace(common, stages=own_stages, peers=peers))
         replies[name] = runtime.cluster.transport.call(name, "create", identity, spec)
-    infos = runtime.driver.collect(replies)
+    try:
+        infos = runtime.driver.collect(replies)
+    except WorkerLost:
+        runtime.driver.outcomes(replies)  # what drops the others' stages must not overtake what builds them
+        raise
     runtime.install(deployment, infos)
     runtime.succession.begin(infos)
     if runtime.settings.trains:

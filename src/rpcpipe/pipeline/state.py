@@ -125,16 +125,15 @@ def load(runtime: Runtime, directory: str | Path, stateful: Holders) -> Any:
 
     def once() -> Any:
         nonlocal halfway
-        try:
-            with shield_interrupts():
-                manifest, position, groups = _read(runtime, newest(Path(directory).absolute()), stateful)
-                replies = _apply(runtime, manifest, groups)
-                halfway = True
+        with shield_interrupts():
+            manifest, position, groups = _read(runtime, newest(Path(directory).absolute()), stateful)
+            replies, halfway = _apply(runtime, manifest, groups), True
+            try:
                 runtime.driver.collect(replies)
-        except KeyboardInterrupt:
-            halfway = False  # workers run what is sent, whatever interrupts the wait
-            raise
-        halfway = False
+            except KeyboardInterrupt:
+                halfway = False  # workers run what is sent, whatever interrupts the wait
+                raise
+            halfway = False
         return position
 
     try:
