@@ -167,7 +167,8 @@ class Cluster:
         """Replace workers that have died. Raises StateError if the cluster is closed, WorkerLost if one stays lost."""
         self._check_open()
         if self.heal:
-            self._restore()
+            if self._supervisor.lost:
+                self._restore()
             return  # whoever has died since is noticed by the call that follows
         for lost in self._supervisor.lost.values():
             raise lost.again()

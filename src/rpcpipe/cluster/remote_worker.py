@@ -68,7 +68,7 @@ class RemoteWorker:
     def keep(self, pid: int, descriptor: int) -> RemoteKept:
         """Have the agent keep number ``descriptor`` of the worker ``pid`` open, whoever dies but the agent.
 
-        Raises OSError where the worker or the agent has ended.
+        Raises WorkerLost where the worker or the agent has ended.
         """
         number = next(_numbers)
         answer: Future[str] = Future()
@@ -80,7 +80,7 @@ class RemoteWorker:
             path = ""
         del self._kept[number]
         if not path:
-            raise OSError(f"{self.host} does not keep what {self.name} ({pid}) has")
+            raise WorkerLost(f"{self.host} does not keep what {self.name} ({pid}) has", worker=self.name, pid=pid)
         return RemoteKept(path, number, self.channel)
 
     def start_again(self, config: Mapping[str, Any]) -> RemoteWorker:

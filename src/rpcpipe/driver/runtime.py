@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -315,29 +315,30 @@ class Runtime:
                 if worker not in done
             }
             outcomes = self.driver.outcomes(replies)
-            done.update(
-                {worker: outcome for worker, outcome in outcomes.items() if not isinstance(outcome, WorkerLost)}
-            )
-            for outcome in outcomes.values():
-                if isinstance(outcome, WorkerLost):
-                    raise outcome
-                if isinstance(outcome, Failure):
-                    raise StageError.of(outcome)
+            lost = {worker: outcome for worker, outcome in outcomes.items() if isinstance(outcome, WorkerLost)}
+            done.update((worker, outcome) for worker, outcome in outcomes.items() if worker not in lost)
+            for failure in done.values():
+                if isinstance(failure, Failure):
+                    undo(lost)
+                    raise StageError.of(failure)
+            for error in lost.values():
+                raise error
             return done
+
+        def undo(on: Iterable[str]) -> None:
+            for worker in on:
+                self.driver.roll_back_on(worker, [Task(RollBackStep(number, updating=True))])
 
         def check() -> None:
             self.check()
-            for worker in workers:
-                if worker not in done:
-                    self.driver.call(worker, RollBackStep(number, updating=True))
+            undo(worker for worker in workers if worker not in done)
 
         if not keep:
             return rest()
         try:
             return healed(self.cluster, check, rest)
         except WorkerLost:
-            for worker in workers:
-                self.driver.roll_back_on(worker, [Task(RollBackStep(number, updating=True))])
+            undo(workers)
             raise
 
     def check_trains(self) -> None:
