@@ -153,9 +153,10 @@ class TorchSide:
 
 
 class OurSide:
-    """An rpcpipe pipeline on a cluster that the other dispatch mode shares."""
+    """An rpcpipe pipeline on a cluster that our other sides share. ``ahead`` is for ``train``."""
 
-    def __init__(self, case: Case, cluster: rp.Cluster, dispatch: str) -> None:
+    def __init__(self, case: Case, cluster: rp.Cluster, dispatch: str, ahead: int = 0) -> None:
+        self._ahead = ahead
         self._batch = batch(case, 0)
         self._pipe = rp.Pipeline(
             layers(case),
@@ -171,11 +172,10 @@ class OurSide:
         self.to_ideal: list[float] = []
 
     def steps(self, count: int) -> list[float]:
-        times = []
-        for _ in range(count):
-            start = time.perf_counter()
-            result = self._pipe.train_step(*self._batch)
+        times, start = [], time.perf_counter()
+        for result in self._pipe.train([self._batch] * count, ahead=self._ahead):
             times.append(time.perf_counter() - start)
+            start += times[-1]
             costs = rp.schedules.Costs.measured(result.timeline, len(self._pipe.stages))
             self.to_ideal.append(result.timeline.makespan / self._pipe.schedule.simulate(costs).makespan)
         return times
@@ -220,6 +220,7 @@ def measure(case: Case, rounds: int, steps: int) -> dict[str, Any]:
         **({"torch": TorchSide(case)} if case.beside_torch else {}),
         "rref": OurSide(case, cluster, "rref"),
         "batched": OurSide(case, cluster, "batched"),
+        "ahead": OurSide(case, cluster, "batched", ahead=1),
         "single": SingleProcess(case),
     }
     found: dict[str, list[list[float]]] = {name: [] for name in sides}
@@ -238,7 +239,7 @@ def measure(case: Case, rounds: int, steps: int) -> dict[str, Any]:
         for name in sides
         if "torch" in found
     }
-    ideal = {name: statistics.median(sides[name].to_ideal) for name in ("rref", "batched")}
+    ideal = {name: statistics.median(sides[name].to_ideal) for name in ("rref", "batched", "ahead")}
     medians = {name: statistics.median(t for turn in turns for t in turn) for name, turns in found.items()}
     return {**case._asdict(), "seconds": medians, "ratio_to_torch": paired, "compute_to_ideal": ideal}
 
@@ -257,8 +258,9 @@ def main() -> None:
     args = parser.parse_args()
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}")
     print(
-        f"{'d':>4} {'K':>2} {'M':>3} {'schedule':>11} | {'torch':>7} {'rref':>7} {'batched':>7} {'single':>7} ms"
-        f" | {'rref':>6} {'batched':>7} of torch | {'rref':>6} {'batched':>7} of ideal"
+        f"{'d':>4} {'K':>2} {'M':>3} {'schedule':>11} |"
+        f" {'torch':>7} {'rref':>7} {'batched':>7} {'ahead':>7} {'single':>7} ms"
+        f" | {'rref':>6} {'batched':>7} {'ahead':>6} of torch | {'rref':>6} {'batched':>7} {'ahead':>6} of ideal"
     )
     rows = []
     cases = [
@@ -273,9 +275,9 @@ def main() -> None:
         nan = float("nan")
         print(
             f"{case.dim:>4} {case.workers:>2} {case.chunks:>3} {case.schedule:>11} | {ms.get('torch', nan):7.1f}"
-            f" {ms['rref']:7.1f} {ms['batched']:7.1f} {ms['single']:7.1f}    |"
-            f" {ratio.get('rref', nan):6.3f} {ratio.get('batched', nan):7.3f}          |"
-            f" {ideal['rref']:6.3f} {ideal['batched']:7.3f}",
+            f" {ms['rref']:7.1f} {ms['batched']:7.1f} {ms['ahead']:7.1f} {ms['single']:7.1f}    |"
+            f" {ratio.get('rref', nan):6.3f} {ratio.get('batched', nan):7.3f} {ratio.get('ahead', nan):6.3f}          |"
+            f" {ideal['rref']:6.3f} {ideal['batched']:7.3f} {ideal['ahead']:6.3f}",
             flush=True,
         )
     if args.json:
