@@ -61,7 +61,7 @@ def test_training_gives_the_bits_of_a_run_without_deaths(name: str, ahead: int) 
     workers = 2 * OPTIONS[name].get("replicas", 1)
     expected, after = train(LocalCluster(workers, 1), OPTIONS[name], 0)
     for seed in range(2):
-        cluster = MortalCluster(workers, seed, rarity=40)
+        cluster = MortalCluster(workers, seed, rarity=40 if workers == 2 else 150)
         figures, state = train(cluster, OPTIONS[name], ahead)
         assert repr(figures) == repr(expected)
         assert same(state, after)

@@ -76,8 +76,8 @@ def test_a_call_that_kills_its_worker_each_time_is_given_up(heal: bool | int, tr
             assert f"(heal={tries - 1})" in story
             assert [f"\n{index}. " in story for index in range(1, tries + 2)] == [*[True] * tries, False]
             died = [event for event in cluster.events[before:] if event.kind == "died"]
-            # A step that runs ahead may also take its worker from the step before, once.
-            assert tries <= len(died) <= tries + (number == 1)
+            # A step that runs ahead, or the next batch, may also take its worker from the one before, once.
+            assert tries <= len(died) <= tries + (number in (1, 2))
             assert all(f":{event.pid}) was killed by SIGKILL" in story for event in died[-tries:])
             if number == 1:
                 twin.train_step(X, Y)

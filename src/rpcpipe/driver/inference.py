@@ -5,6 +5,7 @@ Batches follow each other without a gap: while the driver collects one batch, th
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
@@ -83,6 +84,7 @@ class Passes:
         self.ahead = -(-(runtime.layout.pipeline_size + 2) // runtime.chunks)
         self._waiting: deque[_Pass] = deque()
         self._first: Mapping[str, int] = {}
+        self._has_lost = False  # a worker, since the oldest batch was fed
 
     def run(self, batches: Iterable[tuple[Nest, Nest | None]]) -> Iterator[Passed]:
         """Run every (inputs, targets) and yield the results in order."""
@@ -109,6 +111,7 @@ class Passes:
             self._runtime.check()
             self._cancel()
             self._first = self._runtime.driver.places()
+            self._has_lost = True
             for one in self._waiting:
                 one.replies = {}
 
@@ -133,9 +136,9 @@ class Passes:
         """Do nothing: whoever waits for what was under way notices that it is gone."""
 
     def _feed(self) -> None:
-        """Issue the batches that are not under way."""
+        """Issue the batches that are not under way; after a death the oldest alone, which tells which one is fatal."""
         runtime = self._runtime
-        for one in self._waiting:
+        for one in itertools.islice(self._waiting, 1 if self._has_lost else None):
             if one.replies:
                 continue
             batch = runtime.program.cut(one.inputs)
@@ -155,6 +158,7 @@ class Passes:
         assert oldest.passed is not None
         reports = self._runtime.driver.collect(oldest.replies)
         self._waiting.popleft()
+        self._has_lost = False
         return oldest.passed._replace(reports=reports)
 
 
