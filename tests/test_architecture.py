@@ -66,6 +66,8 @@ def test_only_the_rpc_transport_imports_torch_rpc() -> None:
     for path in FILES:
         used = [n for n in imports(path) if n.startswith(("torch.distributed.rpc", "torch.distributed.autograd"))]
         assert not used or path == ROOT / "transport" / "rpc.py", f"{path} imports {used}"
+        reached = "torch._C._distributed" in path.read_text()
+        assert not reached or path == ROOT / "transport" / "rpc.py", f"{path} reaches below torch's RPC"
 
 
 def target(name: str) -> Path | None:

@@ -33,6 +33,8 @@ def test_the_private_names_are_there() -> None:
     assert hasattr(internal, "_thread_local_tensor_tables")
     for name in ("_invoke_rpc_python_udf", "_invoke_remote_python_udf"):
         assert callable(getattr(transport._BINDINGS, name))
+    for name in ("_get_debug_info", "_current_context"):
+        assert callable(getattr(transport._AUTOGRAD, name))
 
 
 def test_nothing_listens_but_on_loopback(cluster: rp.Cluster) -> None:
@@ -102,7 +104,8 @@ for _ in range(2):
     with rp.launch(workers=2, threads=1) as cluster:
         assert cluster.call(2, max, 1, 2) == 2
         agent = this_process.agent
-        socket.create_connection(("127.0.0.1", agent.port), 1).close()
+        port = agent.store.published["addrs/driver"].rpartition(":")[2]
+        socket.create_connection(("127.0.0.1", int(port)), 1).close()
         wait_for(lambda: not agent.listening)
 rp.launch(workers=1, threads=1).close()
 """

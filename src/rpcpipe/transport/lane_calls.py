@@ -48,18 +48,6 @@ def _pickled(value: Any) -> bytes | None:
     return buffer.getvalue()
 
 
-def in_context() -> bool:
-    """Return whether this thread is in a distributed-autograd context, which only a message by RPC makes known."""
-    contexts = torch._C._distributed_autograd._get_debug_info()["num_autograd_contexts"]
-    if not int(contexts):  # of any thread: the quicker question
-        return False
-    try:
-        torch._C._distributed_autograd._current_context()
-    except RuntimeError:
-        return False
-    return True
-
-
 class LaneCalls:
     """Both ends of calls by lane. ``serve`` runs a verb here; ``answer_otherwise`` takes what no lane can."""
 

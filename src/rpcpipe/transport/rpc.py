@@ -29,7 +29,7 @@ from torch.utils import _pytree as pytree
 
 from rpcpipe.errors import Failure, RpcPipeError, StageError, StateError, WorkerLost
 from rpcpipe.transport.base import DRIVER, Endpoint
-from rpcpipe.transport.lane_calls import LaneCalls, in_context
+from rpcpipe.transport.lane_calls import LaneCalls
 from rpcpipe.transport.lanes import Lanes
 from rpcpipe.transport.message_pickling import TensorsAside, in_bounds
 from rpcpipe.transport.replies import Replies, Waiting
@@ -44,6 +44,7 @@ _HANDLER_THREADS = 2  # handlers only queue what they get, so two serve any numb
 _GRACE = 0.5  # seconds that the monitor has to report that a worker has died
 
 _BINDINGS: Any = torch._C._distributed_rpc  # rpc_async and remote end in its functions
+_AUTOGRAD: Any = torch._C._distributed_autograd
 # Verbs whose messages only file values: they may wait in a lane until the compute thread wants one.
 _BY_LANE = ("deliver", "deliver_tensors", "supply")
 # And of calls, whose tasks only the compute thread takes: nothing else need hear of them before.
@@ -87,15 +88,11 @@ class _Agent:
         return not self._others
 
     @property
-    def port(self) -> int:
-        """Return the port the driver's agent listens at."""
-        return int(self.store.published[f"addrs/{DRIVER}"].rpartition(":")[2])
-
-    @property
     def listening(self) -> bool:
-        """Return whether the agent still listens: it stops for good when a stranger connects and goes."""
+        """Return whether the driver's agent still listens: it stops for good when a stranger connects and goes."""
+        port = int(self.store.published[f"addrs/{DRIVER}"].rpartition(":")[2])
         connections = psutil.Process().net_connections("tcp")
-        return any(one.status == psutil.CONN_LISTEN and one.laddr.port == self.port for one in connections)
+        return any(one.status == psutil.CONN_LISTEN and one.laddr.port == port for one in connections)
 
 
 def _start_agent(store: ExchangeStore, name: str, number: int, interface: str) -> Any:
@@ -283,6 +280,14 @@ def _invoke(send: Any, to: str, function: Any, args: tuple[Any, ...]) -> Any:
     return send(api._to_worker_info(to), buffer.getvalue(), pickler.tensors, 0.0, later)  # type: ignore[no-untyped-call]
 
 
+def _in_context() -> bool:
+    """Return whether this thread is in a distributed-autograd context, which only a message by RPC makes known."""
+    if int(_AUTOGRAD._get_debug_info()["num_autograd_contexts"]):  # of any thread: the quicker question
+        with contextlib.suppress(RuntimeError):
+            return _AUTOGRAD._current_context() is not None
+    return False
+
+
 class RpcTransport:
     """Messages between the processes of ``roster``, as seen from one of them."""
 
@@ -346,7 +351,7 @@ class RpcTransport:
 
     def call(self, to: str, verb: str, *args: Any) -> Future[Any]:
         reply = self._replies.open(to)
-        by_lane = verb in _CALLS_BY_LANE and not in_context() and self._calls.call(to, reply, verb, args)
+        by_lane = verb in _CALLS_BY_LANE and not _in_context() and self._calls.call(to, reply, verb, args)
         if not (by_lane or reply.done()):
             answer = self._invoke_call(to, _receive_later, verb, args)
             answer.add_done_callback(lambda done: self._complete(to, reply, done))
