@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 import rpcpipe as rp
-from numerics.test_updates_at_once import Marked, marked, switching
+from numerics.test_updates_at_once import marked, model, switching
 from support.local_cluster import LocalCluster
 from support.models import adamw, batches, cross_entropy, mlp, sgd, summed
 from support.sent import Sent
@@ -44,11 +44,6 @@ SCHEDULERS: list[Callable[[Any], Any]] = [
     lambda optimizer: lr_scheduler.ReduceLROnPlateau(optimizer, patience=0),
     lambda optimizer: lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step)),
 ]
-
-
-def model(*, raises: bool = False) -> nn.Sequential:
-    torch.manual_seed(5)
-    return nn.Sequential(Marked(raises=raises), *mlp()[1:])
 
 
 def pipeline(cluster: Any, **changed: Any) -> rp.Pipeline:

@@ -53,16 +53,25 @@ def seconds_of(call: Callable[[], object]) -> float:
     return statistics.median(found)
 
 
+def beside_oracle(
+    cluster: rp.Cluster, dispatch: str
+) -> tuple[rp.Pipeline, Oracle, list[tuple[torch.Tensor, torch.Tensor]], float]:
+    """Return a pipeline and an oracle after the same steps, batches, and the seconds that a step takes."""
+    pipe = rp.Pipeline(mlp(), cluster, loss=cross_entropy, optimizer=adamw, chunks=4, dispatch=dispatch)
+    oracle = Oracle(mlp(), adamw, cross_entropy, 4)
+    data = list(batches(4))
+    seconds = seconds_of(lambda: pipe.train_step(*data[0]))
+    for _ in range(pipe.trained):
+        oracle.train_step(*data[0])
+    return pipe, oracle, data, seconds
+
+
 @pytest.mark.parametrize("dispatch", ["rref", "batched"])
 def test_steps_interrupted_at_random_are_done_or_not_done(cluster: rp.Cluster, dispatch: str) -> None:
     """``pipe.trained`` says which steps count; replayed without interrupts they give the same bits."""
     source = random.Random(1)
-    pipe = rp.Pipeline(mlp(), cluster, loss=cross_entropy, optimizer=adamw, chunks=4, dispatch=dispatch)
-    oracle = Oracle(mlp(), adamw, cross_entropy, 4)
-    data = list(batches(4))
-    longest = 2 * seconds_of(lambda: pipe.train_step(*data[0]))
-    for _ in range(pipe.trained):
-        oracle.train_step(*data[0])
+    pipe, oracle, data, seconds = beside_oracle(cluster, dispatch)
+    longest = 2 * seconds
     torn, done = 0, pipe.trained
     for attempt in range(80):
         batch, before = data[attempt % 4], pipe.trained
@@ -83,12 +92,8 @@ def test_steps_interrupted_at_random_are_done_or_not_done(cluster: rp.Cluster, d
 @pytest.mark.parametrize("dispatch", ["rref", "batched"])
 def test_steps_ahead_interrupted_at_random_are_done_or_not_done(cluster: rp.Cluster, dispatch: str) -> None:
     source = random.Random(2)
-    pipe = rp.Pipeline(mlp(), cluster, loss=cross_entropy, optimizer=adamw, chunks=4, dispatch=dispatch)
-    oracle = Oracle(mlp(), adamw, cross_entropy, 4)
-    data = list(batches(4))
-    longest = 4 * seconds_of(lambda: pipe.train_step(*data[0]))
-    for _ in range(pipe.trained):
-        oracle.train_step(*data[0])
+    pipe, oracle, data, seconds = beside_oracle(cluster, dispatch)
+    longest = 4 * seconds
     torn = 0
     for attempt in range(60):
         batch, before = data[attempt % 4], pipe.trained

@@ -14,10 +14,10 @@ from torch import nn
 
 import rpcpipe as rp
 from rpcpipe.driver.driver import Driver
-from support.faults import wait_for
 from support.local_cluster import LocalCluster
 from support.models import adamw, batches, cross_entropy, mlp, sgd, summed
 from support.oracle import Oracle, assert_same_weights
+from support.replacement import kill
 
 X, Y = next(batches(1, 24))
 BAD = X.clone()
@@ -316,8 +316,7 @@ def test_a_step_by_hand_is_lost_if_another_pipeline_heals_meanwhile(
     with pytest.raises(rp.WorkerLost, match=words), pipe.step() as s:  # noqa: PT012
         if when == "before the update":
             s.forward_backward(X, Y)
-        os.kill(cluster.workers[2].pid, signal.SIGKILL)
-        wait_for(lambda: not cluster.healthy)
+        kill(cluster, 2)
         assert losses(other) == losses(others_twin)
         if when == "before the batch":
             s.forward_backward(X, Y)
@@ -336,8 +335,7 @@ def test_a_step_by_hand_counts_if_another_pipeline_heals_after_its_update(
     with pipe.step() as s:
         s.forward_backward(X, Y)
         s.optimize()
-        os.kill(cluster.workers[0].pid, signal.SIGKILL)
-        wait_for(lambda: not cluster.healthy)
+        kill(cluster, 0)
         losses(other)
     twin.train_step(X, Y)
     assert pipe.trained == 1
@@ -355,7 +353,6 @@ def test_predictions_go_on_if_another_pipeline_heals_meanwhile(
     for number, output in enumerate(pipe.predict(data)):
         found.append(output.tolist())
         if number in (1, 4):
-            os.kill(cluster.workers[number - 1].pid, signal.SIGKILL)
-            wait_for(lambda: not cluster.healthy)
+            kill(cluster, number - 1)
             losses(other)
     assert found == expected

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 import rpcpipe as rp
-from support.faults import wait_for
 from support.models import adamw, batches, cross_entropy, mlp
 from support.oracle import Oracle, assert_same_weights
+from support.replacement import kill
 
 
 @contextmanager
@@ -78,9 +78,3 @@ def test_a_death_right_after_a_replacement_is_healed_too(monkeypatch: pytest.Mon
         for batch in data:
             assert pipe.train_step(*batch).loss == oracle.train_step(*batch)
         assert [event.worker for event in cluster.events if event.kind == "replaced"] == ["worker0", "worker1"]
-
-
-def kill(cluster: rp.Cluster, index: int) -> None:
-    """Return once the death is known."""
-    os.kill(cluster.workers[index].pid, signal.SIGKILL)
-    wait_for(lambda: not cluster.healthy)

@@ -98,8 +98,7 @@ class Admission:
         self._reports.put((DRIVER, "met", [wire, None if error is None else str(error)]))
 
     def _lives(self, name: str) -> bool:
-        member = self._group.members[name]
-        return self._liveness.is_alive(member) and not self._liveness.is_lost(member)
+        return self._liveness.serves(self._group.members[name])
 
     def _waiting(self) -> list[str]:
         """Return the successors that somebody who lives has not met yet."""

@@ -84,6 +84,10 @@ class Liveness:
         """Return whether the process has not ended."""
         return member in self._alive
 
+    def serves(self, member: Member) -> bool:
+        """Return whether the process has not ended and is not lost, as one that hangs is."""
+        return self.is_alive(member) and not self.is_lost(member)
+
     @property
     def anybody(self) -> bool:
         """Return whether any process has not ended."""

@@ -134,7 +134,7 @@ class Supervisor:
         """End the workers and spares ``names`` and let everybody forget them."""
         for name in names:
             member = self._group.members[name]
-            if self._lives(member):
+            if self._liveness.serves(member):
                 self._lose(member, "was removed on request", "removed")
         self._bury(names)
         self._dismiss(names)
@@ -183,7 +183,8 @@ class Supervisor:
             group.members[name].close()
             group.members[name] = member = group.members.pop(spare.name)
             member.name = name
-        present = {name: known[name] for name, member in group.members.items() if name in known and self._lives(member)}
+        serving = [name for name, member in group.members.items() if self._liveness.serves(member)]
+        present = {name: known[name] for name in serving if name in known}
         everybody = {**present, **found, DRIVER: known[DRIVER]}
         admission = Admission(group, self._liveness, self._reports, self._lose, everybody)
         admission.successors.update({name: group.members[name] for name in spares})
@@ -197,9 +198,6 @@ class Supervisor:
                 if self._liveness.is_alive(member):
                     member.kill()
             raise
-
-    def _lives(self, member: Member) -> bool:
-        return self._liveness.is_alive(member) and not self._liveness.is_lost(member)
 
     def _start(self, admission: Admission, name: str, device: str) -> None:
         """Start a process for ``name``, which is to join those that are present."""

@@ -73,6 +73,11 @@ class Course(NamedTuple):
         tellers = names if exchanging else runtime.layout.replicas_of(stages[-1])
         return Agreement(tuple(names), tuple(tellers), max_norm)
 
+    def terms(self, runtime: Runtime, message: int, batch: Batch, *, ahead: bool = False) -> Terms:
+        """Return how the step runs as ``message`` on ``batch``, as things are now."""
+        plan = self.plan(runtime, message, batch.weights)._replace(ahead=ahead)
+        return Terms(plan, self.ending(runtime, plan), runtime.program.train(batch.counts, updates=plan.updates))
+
     def after(self, message: int) -> Course:
         """Return the course of the next step, if this one succeeds as ``message``; its batch's count is not known."""
         progress = self.progress
@@ -80,6 +85,14 @@ class Course(NamedTuple):
             Progress(progress.calls) if progress.is_last else progress._replace(done=progress.done + 1, after=message)
         )
         return self._replace(number=self.number + 1, progress=later)
+
+
+class Terms(NamedTuple):
+    """How a step is issued: with what context, what ending and whose calls."""
+
+    plan: StepContext
+    ending: Ending
+    program: Program
 
 
 class Cut(NamedTuple):
@@ -99,23 +112,16 @@ class Issued(NamedTuple):
     """A step that runs ahead: how it was issued, and the workers' replies."""
 
     cut: Cut
-    plan: StepContext
-    ending: Ending
-    program: Program
+    terms: Terms
     replies: Mapping[str, Future[Any]]
 
     @classmethod
     def ahead(cls, runtime: Runtime, course: Course, cut: Cut) -> Issued:
         """Issue a step of ``cut`` that takes ``course``, after the one under way."""
-        driver, batch = runtime.driver, cut.batch
-        plan = course.plan(runtime, driver.new_step(), batch.weights)._replace(ahead=True)
-        ending, program = course.ending(runtime, plan), runtime.program.train(batch.counts, updates=plan.updates)
-        return cls(cut, plan, ending, program, driver.run_ahead(program, plan, cut.values, ending))
+        terms = course.terms(runtime, runtime.driver.new_step(), cut.batch, ahead=True)
+        return cls(cut, terms, runtime.driver.run_ahead(terms.program, terms.plan, cut.values, terms.ending))
 
     def came_true(self, runtime: Runtime, course: Course) -> bool:
         """Return whether the step runs still, and as it would be issued now, where it takes ``course``."""
-        if runtime.driver.ahead != self.plan.step:
-            return False
-        plan = course.plan(runtime, self.plan.step, self.cut.batch.weights)._replace(ahead=True)
-        program = runtime.program.train(self.cut.batch.counts, updates=plan.updates)
-        return (plan, program, course.ending(runtime, plan)) == (self.plan, self.program, self.ending)
+        step = self.terms.plan.step
+        return runtime.driver.ahead == step and course.terms(runtime, step, self.cut.batch, ahead=True) == self.terms

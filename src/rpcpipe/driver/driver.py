@@ -70,8 +70,8 @@ class Driver:
         self._sender = Sender(transport, pipeline, self.workers, before=lambda step: self._note(OtherCall(step)))
         # The state is recorded before a message is sent, so the next call can roll back a step however it ended.
         self._recovery: State = Idle()
-        # By worker, rollbacks that it may not have executed: its successor must.
-        self._rollbacks: dict[str, list[tuple[list[Task], Future[Any]]]] = {}
+        # By worker, what ``ensure`` has sent it and it may not have executed: its successor must.
+        self._ensured: dict[str, list[tuple[list[Task], Future[Any]]]] = {}
         # By worker that has taken a dead one's place, the place in its sequence after what it was told to do first.
         self._welcomed: dict[str, int] = {}
 
@@ -272,10 +272,12 @@ class Driver:
             place = max(first[worker], self._welcomed.get(worker, 0))  # what its successor was told to do stays
             self._transport.send(worker, "cancel", self._pipeline, step, place, self._sender.next[worker])
 
-    def ensure(self, operation: Operation) -> None:
-        """Have all workers execute ``operation`` before later calls, also the successor of one that dies before."""
-        for worker in self.workers:
-            self.roll_back_on(worker, [Task(operation)])
+    def ensure(self, operations: Iterable[Operation], workers: Iterable[str] | None = None) -> None:
+        """Have ``workers``, None for all, execute ``operations`` before later calls, or who succeeds one that dies."""
+        tasks = list(map(Task, operations))
+        for worker in self.workers if workers is None else workers:
+            left = [(own, reply) for own, reply in self._ensured.get(worker, []) if not is_done(reply)]
+            self._ensured[worker] = [*left, (tasks, self._sender.post(worker, -1, tasks))]
 
     # --- calls ---
 
@@ -309,19 +311,12 @@ class Driver:
 
     def _send(self, undone: RollBack) -> None:
         """Have all workers drop the tasks of the steps that are ``undone``, and roll these back, the last one first."""
-        orders = [] if undone.step is None else [RollBackStep(undone.step, undone.updating)]
-        if undone.ahead is not None:
-            orders.insert(0, RollBackStep(undone.ahead, updating=False, ahead=True))
-        newest, tasks = orders[0].step, [Task(order) for order in orders]
+        orders = [] if undone.ahead is None else [RollBackStep(undone.ahead, updating=False, ahead=True)]
+        orders += [] if undone.step is None else [RollBackStep(undone.step, undone.updating)]
+        newest = orders[0].step
         self._sender.release(newest)
         self.cancel(newest, undone.first)
-        for worker in self.workers:
-            self.roll_back_on(worker, tasks)
-
-    def roll_back_on(self, worker: str, tasks: list[Task]) -> None:
-        """Let ``worker`` execute ``tasks``, which roll something back, or its successor if it dies before."""
-        left = [(own, reply) for own, reply in self._rollbacks.get(worker, []) if not is_done(reply)]
-        self._rollbacks[worker] = [*left, (tasks, self._sender.post(worker, -1, tasks))]
+        self.ensure(orders)
 
     def revive(self, worker: str, path: str) -> Future[Any]:
         """Have ``worker``, a dead one's successor, take over what that kept at ``path``; return the reply."""
@@ -333,9 +328,9 @@ class Driver:
         self._sender.forget_all()
         place = self._sender.next[worker]
         self._transport.send(worker, "cancel", self._pipeline, self._step - 1, place, place)
-        missed = [tasks for tasks, reply in self._rollbacks.pop(worker, []) if not is_done(reply)]
-        for tasks in missed:
-            self.roll_back_on(worker, tasks)
+        for tasks, reply in self._ensured.pop(worker, []):
+            if not is_done(reply):
+                self.ensure([task.operation for task in tasks], [worker])
         self._welcomed[worker] = self._sender.next[worker]
 
     def drop(self) -> list[Future[Any]]:
@@ -382,9 +377,10 @@ class Driver:
 
         Raises DeadlineExceeded if no worker finishes anything for the timeout.
         """
-        for _ in self._arriving({key: outcome_of(reply) for key, reply in replies.items()}):
+        outcomes = {key: outcome_of(reply) for key, reply in replies.items()}
+        for _ in self._arriving(outcomes):
             pass
-        return {key: outcome_of(reply).result() for key, reply in replies.items()}
+        return {key: outcome.result() for key, outcome in outcomes.items()}
 
     def _arriving(self, replies: Mapping[K, Future[Any]], watches: Collection[Future[Any]] = ()) -> Iterator[Any]:
         """Yield the results of ``replies`` and ``watches`` as they arrive, until all replies have arrived."""

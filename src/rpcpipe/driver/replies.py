@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from concurrent.futures import Future
 from typing import Any
 
-from rpcpipe.errors import Failure
+from rpcpipe.errors import Failure, StageError, WorkerLost
 
 
 def is_done(reply: Future[Any]) -> bool:
@@ -18,3 +19,17 @@ def outcome_of(reply: Future[Any]) -> Future[Any]:
     outcome: Future[Any] = Future()
     reply.add_done_callback(lambda done: outcome.set_result(done.exception() or done.result()))
     return outcome
+
+
+def raise_failure(outcomes: Iterable[Any]) -> None:
+    """Raise the first Failure among ``outcomes`` as StageError."""
+    for outcome in outcomes:
+        if isinstance(outcome, Failure):
+            raise StageError.of(outcome)
+
+
+def raise_loss(outcomes: Iterable[Any]) -> None:
+    """Raise the first loss of a worker among ``outcomes``."""
+    for outcome in outcomes:
+        if isinstance(outcome, WorkerLost):
+            raise outcome

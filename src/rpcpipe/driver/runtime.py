@@ -18,10 +18,11 @@ from rpcpipe.driver.deployment import Deployment
 from rpcpipe.driver.driver import Driver
 from rpcpipe.driver.layout import Layout
 from rpcpipe.driver.optimizer import PipelineOptimizer
+from rpcpipe.driver.replies import raise_failure, raise_loss
 from rpcpipe.driver.stage_handle import StageHandle
-from rpcpipe.driver.succession import Succession, healed
+from rpcpipe.driver.succession import AS_BEFORE, Succession, healed
 from rpcpipe.driver.tracing import Tracer
-from rpcpipe.errors import Failure, ScheduleError, StageError, StateError, WorkerLost, require
+from rpcpipe.errors import Failure, ScheduleError, StateError, WorkerLost, require
 from rpcpipe.model.layers import check_inputs
 from rpcpipe.model.microbatch import Nest
 from rpcpipe.schedules import Schedule
@@ -30,7 +31,7 @@ from rpcpipe.schedules.weight_versions import Policy
 from rpcpipe.stage.progress import Progress
 from rpcpipe.worker.actor_spec import ActorSpec
 from rpcpipe.worker.messages import Port, Report, StageInfo
-from rpcpipe.worker.operations import BeginCall, CallModule, RollBackStep, Task
+from rpcpipe.worker.operations import BeginCall, CallModule, RollBackStep
 
 T = TypeVar("T")
 
@@ -286,13 +287,14 @@ class Runtime:
 
     def revive(self) -> None:
         """Let the successors of dead workers go on with what those have kept."""
-        if self.succession.is_broken:
-            for lost in (self.active, self.stream):
-                if lost is not None:
-                    lost.lose()
+        if not self.succession.is_broken:
+            return
+        for lost in (self.active, self.stream):
+            if lost is not None:
+                lost.lose()
         self.succession.revive()
 
-    def healed(self, call: Callable[[], T], after: str = "The pipeline is as it was before the call") -> T:
+    def healed(self, call: Callable[[], T], after: str = AS_BEFORE) -> T:
         """Return ``call()``, made again if workers have died in it; raises WorkerLost if they do again and again.
 
         ``after``: what holds then.
@@ -317,17 +319,14 @@ class Runtime:
             outcomes = self.driver.outcomes(replies)
             lost = {worker: outcome for worker, outcome in outcomes.items() if isinstance(outcome, WorkerLost)}
             done.update((worker, outcome) for worker, outcome in outcomes.items() if worker not in lost)
-            for failure in done.values():
-                if isinstance(failure, Failure):
-                    undo(lost)
-                    raise StageError.of(failure)
-            for error in lost.values():
-                raise error
+            if any(isinstance(outcome, Failure) for outcome in done.values()):
+                undo(lost)
+                raise_failure(done.values())
+            raise_loss(lost.values())
             return done
 
         def undo(on: Iterable[str]) -> None:
-            for worker in on:
-                self.driver.roll_back_on(worker, [Task(RollBackStep(number, updating=True))])
+            self.driver.ensure([RollBackStep(number, updating=True)], on)
 
         def check() -> None:
             self.check()
@@ -347,6 +346,19 @@ class Runtime:
             self.settings.trains,
             "this pipeline was made without an optimizer and cannot train: make one with loss=… and optimizer=…, and"
             " give it these weights by load_state_dict(pipe.state_dict())",
+            error=StateError,
+        )
+
+    def check_no_step(self, call: str) -> None:
+        """Raise StateError if a step is open, for a ``call`` that needs none."""
+        require(self.active is None, f"a step is open: {call} after its with-block", error=StateError)
+
+    def check_accumulated(self, call: str) -> None:
+        """Raise StateError within an accumulation, for a ``call`` that cannot take its gradients along."""
+        done, calls = self.progress.done, self.settings.accumulate
+        require(
+            done == 0,
+            f"{done} of {calls} calls of an accumulation are done: {call} after the one that updates",
             error=StateError,
         )
 

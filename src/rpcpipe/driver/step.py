@@ -148,7 +148,7 @@ class Step:
         self._check_lost()
         runtime, driver = self._runtime, self._runtime.driver
         if issued is not None and issued.came_true(runtime, self._course):
-            cut, self._message = issued.cut, issued.plan.step
+            cut, self._message = issued.cut, issued.terms.plan.step
         else:
             cut, issued = Cut.of(runtime, inputs, targets), None
         self._began, self._given = True, (inputs, targets) if self._course.updates_at_once else None
@@ -170,14 +170,7 @@ class Step:
     def _execute(self, cut: Cut, issued: Issued | None, meanwhile: Callable[[Course | None], None]) -> _Done:
         """Execute the batch's actions and, unless that is left to the driver, its update; return what came out."""
         runtime, driver, course, shares = self._runtime, self._runtime.driver, self._course, cut.batch.weights
-        if issued is None:
-            plan = course.plan(runtime, self._message, shares)
-            ending, program = (
-                course.ending(runtime, plan),
-                runtime.program.train(cut.batch.counts, updates=plan.updates),
-            )
-        else:
-            plan, ending, program = issued.plan, issued.ending, issued.program
+        plan, ending, program = course.terms(runtime, self._message, cut.batch) if issued is None else issued.terms
         # The next step's forwards need weights that are updated, so not if the driver has yet to send the update.
         may_follow = (ending.updates or not plan.updates) and runtime.loss_is_mean is not None
         follower = course.after(plan.step) if may_follow else None

@@ -22,6 +22,7 @@ from rpcpipe.driver.callbacks import tell
 from rpcpipe.driver.inference import NOTHING, Wanted
 from rpcpipe.driver.optimizer import check_alike
 from rpcpipe.driver.program import Fed
+from rpcpipe.driver.replies import raise_loss
 from rpcpipe.driver.result import StreamedBatch, StreamResult, last_update
 from rpcpipe.driver.runtime import Runtime
 from rpcpipe.driver.stream_state import FedBatch, StreamState
@@ -339,8 +340,7 @@ class Stream:
                 driver.abandon(state.plan.step, group)
                 self._drain()
                 outcomes = driver.outcomes(state.replies)
-                for lost in (outcome for outcome in outcomes.values() if isinstance(outcome, WorkerLost)):
-                    raise lost
+                raise_loss(outcomes.values())
                 done = {self._leading(name, outcomes) for name in runtime.names}
                 common = done.pop() if len(done) == 1 and not any(map(_is_halfway, outcomes.values())) else None
                 updates = state.newest if common is None else common
@@ -370,7 +370,7 @@ class Stream:
             return
         with shield_interrupts():
             runtime.driver.cancel(state.plan.step, state.first)
-            runtime.driver.ensure(EndStream(state.stream, state.newest))
+            runtime.driver.ensure([EndStream(state.stream, state.newest)])
             error.add_note(self._account(state.newest))
 
     def _account(self, updates: int) -> str:

@@ -88,10 +88,10 @@ class Succession:
         self._kept.clear()
 
 
-_AS_BEFORE = "The pipeline is as it was before the call"
+AS_BEFORE = "The pipeline is as it was before the call"
 
 
-def healed(cluster: PipelineCluster, check: Callable[[], None], call: Callable[[], T], *, after: str = _AS_BEFORE) -> T:
+def healed(cluster: PipelineCluster, check: Callable[[], None], call: Callable[[], T], *, after: str = AS_BEFORE) -> T:
     """Return ``call()``, made again where workers have died in it and ``check`` has had them replaced.
 
     Raises WorkerLost, with all causes, where that has happened more often than ``cluster.heal``; ``after``: what it

@@ -16,11 +16,11 @@ from rpcpipe import schedules
 from rpcpipe.cluster.cluster import PipelineCluster
 from rpcpipe.driver.deployment import Deployment
 from rpcpipe.driver.driver import Driver
+from rpcpipe.driver.replies import raise_failure, raise_loss
 from rpcpipe.driver.runtime import Runtime, release
 from rpcpipe.driver.succession import healed
 from rpcpipe.errors import (
     ArgumentError,
-    Failure,
     ModelError,
     ScheduleError,
     StageError,
@@ -48,7 +48,7 @@ from rpcpipe.stage import precision
 from rpcpipe.stage.profiler import profile
 from rpcpipe.transport import user_pickling
 from rpcpipe.transport.user_pickling import named_dumps
-from rpcpipe.worker.actor_spec import ActorSpec
+from rpcpipe.worker.actor_spec import ActorSpec, Parts
 from rpcpipe.worker.gradient_exchange import ReplicaGroup
 from rpcpipe.worker.messages import StageInfo
 from rpcpipe.worker.operations import GetOptimizerState, ReceiveLayers, ReleaseLayers, Repartition
@@ -94,16 +94,15 @@ def _start(layers: OrderedDict[str, Layer], cluster: PipelineCluster, options: O
     driver = Driver(cluster.transport, identity, layout.names, timeout=cluster.timeout, batched=batched)
     prepare = functools.partial(_prepared, getattr(options.loss, "prepare", None))
     runtime = Runtime(cluster, driver, deployment, options.settings, policy=policy, prepare=prepare, scaler=scaler)
-    common = ActorSpec(
+    runtime.spec = ActorSpec(
         stages={}, last_stage=schedule.stages - 1, loss=options.loss or _no_loss, optimizer=options.optimizer,
         seed=seed, checkpoint=options.checkpoint, autocast=options.autocast, batch_norm=options.batch_norm,
         wirings=wirings, ties=ties, stage_links=deployment.stage_links, shared_buffers=buffers,
         settings=TorchSettings.current(), keep=cluster.heal > 0,
     )  # fmt: skip
-    runtime.spec = common
     watch(runtime)
     try:
-        _create(runtime, identity, layers, common)
+        _create(runtime, identity, layers)
     except BaseException:
         runtime.close()
         raise
@@ -150,33 +149,44 @@ def _no_loss(output: Nest, target: Nest) -> None:
     raise AssertionError("evaluate is refused without a loss")
 
 
-def _create(runtime: Runtime, identity: str, layers: OrderedDict[str, Layer], common: ActorSpec) -> None:
+def _create(runtime: Runtime, identity: str, layers: OrderedDict[str, Layer]) -> None:
     """Build the stages on all workers; only one worker's layers are held in pickled form at a time."""
     # Only for its warning and its refusal: they are sent with the layers.
-    for what, function in ("loss", common.loss), ("optimizer", common.optimizer):
+    for what, function in ("loss", runtime.spec.loss), ("optimizer", runtime.spec.optimizer):
         named_dumps(function, what, error=ModelError)
-    deployment, replies = runtime.deployment, {}
-    for name in runtime.names:
-        worker, replica = deployment.layout.index(name)
-        own_stages = {
+    deployment = runtime.deployment
+    infos = create_actors(
+        runtime,
+        identity,
+        lambda name: {
             stage: (OrderedDict((key, layers[key]) for key in keys), first)
             for stage, (keys, first) in deployment.parts_on(name).items()
-        }
-        peers = ReplicaGroup(deployment.layout.replicas_of(worker), replica, deployment.shard)
-        spec = pickled_spec(dataclasses.replace(common, stages=own_stages, peers=peers))
-        replies[name] = runtime.cluster.transport.call(name, "create", identity, spec)
-    try:
-        infos = runtime.driver.collect(replies)
-    except WorkerLost:
-        runtime.driver.outcomes(replies)  # what drops the others' stages must not overtake what builds them
-        raise
+        },
+    )
     runtime.install(deployment, infos)
     runtime.succession.begin(infos)
     if runtime.settings.trains:
         runtime.make_optimizer(check_groups({worker: list(stages.values()) for worker, stages in infos.items()}))
 
 
-def pickled_spec(spec: ActorSpec) -> bytes:
+def create_actors(
+    runtime: Runtime, identity: str, stages_on: Callable[[str], Parts]
+) -> dict[str, dict[int, StageInfo]]:
+    """Build an actor on each worker, with the stages that ``stages_on`` returns for it; return their descriptions."""
+    deployment, replies = runtime.deployment, {}
+    for name in runtime.names:
+        worker, replica = deployment.layout.index(name)
+        peers = ReplicaGroup(deployment.layout.replicas_of(worker), replica, deployment.shard)
+        spec = _pickled(dataclasses.replace(runtime.spec, stages=stages_on(name), peers=peers))
+        replies[name] = runtime.cluster.transport.call(name, "create", identity, spec)
+    try:
+        return runtime.driver.collect(replies)
+    except WorkerLost:
+        runtime.driver.outcomes(replies)  # what drops the others' stages must not overtake what builds them
+        raise
+
+
+def _pickled(spec: ActorSpec) -> bytes:
     """Return ``spec`` pickled; raises ModelError with the layer that cannot be."""
     try:
         return user_pickling.dumps(spec)
@@ -206,8 +216,7 @@ def change_schedule(runtime: Runtime, wanted: str | Schedule) -> None:
     runtime.check_policy(policy)
     balance = before.balance
     if new.stages != before.schedule.stages:
-        sizes = {layer: count for stage in runtime.stages for layer, count in stage.sizes.items()}
-        balance = partition.balance([sizes[layer] for layer in before.layers], new.stages)
+        balance = balanced(runtime, new.stages)
     check_ties(policy, before.ties, before.layers, balance)
     after = dataclasses.replace(before, schedule=new, balance=balance)
     if new.placement == before.schedule.placement:
@@ -215,6 +224,12 @@ def change_schedule(runtime: Runtime, wanted: str | Schedule) -> None:
     else:
         _move(runtime, after)
     runtime.policy = policy
+
+
+def balanced(runtime: Runtime, stages: int) -> list[int]:
+    """Return the number of layers of each of ``stages`` stages, with parameters as equal as possible."""
+    sizes = {layer: count for stage in runtime.stages for layer, count in stage.sizes.items()}
+    return partition.balance([sizes[layer] for layer in runtime.deployment.layers], stages)
 
 
 def change_chunks(runtime: Runtime, chunks: int) -> None:
@@ -259,15 +274,11 @@ def _move(runtime: Runtime, after: Deployment) -> None:
         for name in runtime.names:
             if name not in infos:
                 before = ReceiveLayers(given[name]) if name in successors else None
-                replies[name] = runtime.driver.call(name, _repartition(after, name, states), before)
+                replies[name] = runtime.driver.call(name, repartition(after, name, states), before)
         outcomes = runtime.driver.outcomes(replies)
         infos.update({name: done for name, done in outcomes.items() if isinstance(done, dict)})
-        for failed in outcomes.values():
-            if isinstance(failed, Failure):
-                raise StageError.of(failed)
-        for lost in outcomes.values():
-            if isinstance(lost, WorkerLost):
-                raise lost
+        raise_failure(outcomes.values())
+        raise_loss(outcomes.values())
 
     def mend() -> None:
         runtime.mend()
@@ -296,7 +307,8 @@ def _moving(runtime: Runtime, after: Deployment) -> dict[str, list[bytes]]:
     return given
 
 
-def _repartition(after: Deployment, worker: str, states: Mapping[str, dict[str, Any]]) -> Repartition:
+def repartition(after: Deployment, worker: str, states: Mapping[str, dict[str, Any]]) -> Repartition:
+    """Return the operation that gives ``worker`` its stages in ``after``; ``states``: by layer, optimizers' state."""
     parts = after.parts_on(worker)
     own = {layer: states[layer] for layers, _ in parts.values() for layer in layers if layer in states}
     return Repartition(parts, after.schedule.stages - 1, after.stage_links, own)

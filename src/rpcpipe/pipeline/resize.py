@@ -15,14 +15,13 @@ from rpcpipe.driver.deployment import Deployment
 from rpcpipe.driver.driver import Driver
 from rpcpipe.driver.layout import Layout
 from rpcpipe.driver.runtime import Runtime
-from rpcpipe.errors import PartitionError, StateError, require, require_whole
+from rpcpipe.errors import PartitionError, require, require_whole
 from rpcpipe.pipeline.arguments import Options, check_groups, check_ties, layout_of, make_schedule
-from rpcpipe.pipeline.deploy import optimizer_states, pickled_spec, watch
+from rpcpipe.pipeline.deploy import balanced, create_actors, optimizer_states, repartition, watch
 from rpcpipe.planning import partition
 from rpcpipe.schedules import weight_versions
-from rpcpipe.worker.gradient_exchange import ReplicaGroup
 from rpcpipe.worker.messages import StageInfo
-from rpcpipe.worker.operations import ReceiveLayers, ReleaseLayers, Repartition
+from rpcpipe.worker.operations import ReceiveLayers, ReleaseLayers
 
 
 def wanted(options: Options, runtime: Runtime, balance: str | Sequence[int], replicas: int | None) -> Options:
@@ -42,13 +41,8 @@ def resized(old: Runtime, options: Options, workers: int | None) -> Runtime:
     ``options`` say how to cut. Raises StateError within a step or an accumulation, and ArgumentError, ScheduleError or
     PartitionError for what does not fit, before anything moves.
     """
-    require(old.active is None, "a step is open: resize after its with-block", error=StateError)
-    require(
-        old.progress.done == 0,
-        f"{old.progress.done} of {old.settings.accumulate} calls of an accumulation are done: resize after the one that"
-        " updates",
-        error=StateError,
-    )
+    old.check_no_step("resize")
+    old.check_accumulated("resize")
     deployment = _deployment(old, options, workers)
     policy = weight_versions.choose(deployment.schedule.name, options.weights)
     old.check_policy(policy)
@@ -89,12 +83,8 @@ def _deployment(old: Runtime, options: Options, workers: int | None) -> Deployme
             f"balance={balance!r} measures layers here, and they are on the workers: pass the number of layers of each"
             " stage, a plan of rp.plan, or balance='parameters'",
         )
-        sizes = {layer: count for stage in old.stages for layer, count in stage.sizes.items()}
-        balance = partition.balance([sizes[layer] for layer in before.layers], schedule.stages)
-    if len(balance) != schedule.stages or sum(balance) != len(before.layers) or min(balance) < 1:
-        raise PartitionError(
-            f"balance={list(balance)} does not cut {len(before.layers)} layers into {schedule.stages} stages"
-        )
+        balance = balanced(old, schedule.stages)
+    balance = partition.check_balance(balance, len(before.layers), schedule.stages)
     return Deployment(layout, schedule, balance, before.wirings, before.ties, options.shard_optimizer)
 
 
@@ -113,25 +103,14 @@ def _layout(old: Runtime, options: Options, workers: int | None) -> Layout:
 
 def _fill(old: Runtime, new: Runtime, identity: str) -> None:
     """Build the actors of ``new`` and let them have the layers of ``old``."""
-    deployment, transport = new.deployment, old.cluster.transport
-    replies = {}
-    for name in new.names:
-        worker, replica = deployment.layout.index(name)
-        peers = ReplicaGroup(deployment.layout.replicas_of(worker), replica, deployment.shard)
-        replies[name] = transport.call(
-            name, "create", identity, pickled_spec(dataclasses.replace(new.spec, peers=peers))
-        )
-    new.driver.collect(replies)
+    deployment = new.deployment
+    create_actors(new, identity, lambda name: {})
     states = optimizer_states(old) if old.deployment.shard or deployment.shard else {}
     released = _released(old, new)
     new.driver.collect({name: new.driver.call(name, ReceiveLayers(blobs)) for name, blobs in released.items()})
-    replies = {}
-    for name in new.names:
-        parts = deployment.parts_on(name)
-        own = {layer: states[layer] for layers, _ in parts.values() for layer in layers if layer in states}
-        operation = Repartition(parts, deployment.schedule.stages - 1, deployment.stage_links, own)
-        replies[name] = new.driver.call(name, operation)
-    infos: Mapping[str, Mapping[int, StageInfo]] = new.driver.collect(replies)
+    infos: Mapping[str, Mapping[int, StageInfo]] = new.driver.collect(
+        {name: new.driver.call(name, repartition(deployment, name, states)) for name in new.names}
+    )
     if new.settings.trains:
         check_groups({worker: list(stages.values()) for worker, stages in infos.items()})
     new.install(deployment, infos)

@@ -21,8 +21,9 @@ from rpcpipe.checkpoint.manifest import Manifest
 from rpcpipe.checkpoint.plain_state import Holders, Stateful, decode, encode
 from rpcpipe.checkpoint.shard import Written, some
 from rpcpipe.checkpoint.tensor_file import Reader
+from rpcpipe.driver.replies import raise_loss
 from rpcpipe.driver.runtime import Runtime
-from rpcpipe.errors import CheckpointError, Failure, StageError, StateError, WorkerLost, require, require_whole
+from rpcpipe.errors import CheckpointError, Failure, StageError, StateError, require, require_whole
 from rpcpipe.model.extra_state import packed, unpacked
 from rpcpipe.model.layers import layer_of
 from rpcpipe.model.tied_weights import Tie, completed
@@ -75,18 +76,13 @@ def save(runtime: Runtime, directory: str | Path, stateful: Holders, position: A
     StateError within a step or an accumulation, ArgumentError for a wrong ``keep``, DependencyError without
     safetensors, and CheckpointError.
     """
-    require(runtime.active is None, "a step is open: save after its with-block", error=StateError)
+    runtime.check_no_step("save")
     require(
         runtime.settings.trains,
         "without an optimizer there is no training to go on with: save pipe.state_dict()",
         error=StateError,
     )
-    done = runtime.progress.done
-    require(
-        done == 0,
-        f"{done} of {runtime.settings.accumulate} calls of an accumulation are done: save after the one that updates",
-        error=StateError,
-    )
+    runtime.check_accumulated("save")
     if keep is not None:
         require_whole("keep", keep, otherwise=", or None for all")
     tensor_file.require()
@@ -119,7 +115,7 @@ def load(runtime: Runtime, directory: str | Path, stateful: Holders) -> Any:
     an error once some have changed closes the pipeline. Raises StateError within a step, DependencyError without
     safetensors, and CheckpointError.
     """
-    require(runtime.active is None, "a step is open: load after its with-block", error=StateError)
+    runtime.check_no_step("load")
     tensor_file.require()
     halfway = False
 
@@ -209,9 +205,7 @@ def _outcomes(runtime: Runtime, calls: Mapping[str, Operation], after: str) -> d
     """
     driver = runtime.driver
     outcomes = driver.outcomes({name: driver.call(name, operation) for name, operation in calls.items()})
-    for outcome in outcomes.values():
-        if isinstance(outcome, WorkerLost):
-            raise outcome
+    raise_loss(outcomes.values())
     failed = {name: outcome for name, outcome in outcomes.items() if isinstance(outcome, Failure)}
     for name, failure in failed.items():
         error = StageError.of(failure)

@@ -124,9 +124,10 @@ class Undo:
         """
         if self.groups is not None:
             replace(self._optimizer, self.groups)
-        fresh = [parameter for parameter in self.copies if parameter not in set(self._stale)]
-        for parameter in fresh:
-            value, state = self.copies[parameter]
+        stale = set(self._stale)
+        for parameter, (value, state) in self.copies.items():
+            if parameter in stale:
+                continue
             parameter.copy_(value)
             if state:
                 self._optimizer.state[parameter] = {key: _copy(entry, None) for key, entry in state.items()}
