@@ -111,7 +111,7 @@ OF_MODULES = {
     "_modules": {"model/hf/common.py", "model/layers.py", "stage/outputs.py", "stage/trainable.py"},
     "_parameters": {"stage/trainable.py", "worker/kept_state.py"},
 }
-MODULES = {"torch", "rpc", "api", "dist_autograd", "internal", "os", "sys", "_BINDINGS", "_tables", "parametrize"}
+MODULES = {"torch", "rpc", "api", "dist_autograd", "internal", "os", "sys", "_BINDINGS", "_AUTOGRAD", "_tables", "parametrize"}
 
 
 def own_members(path: Path) -> set[str]:
