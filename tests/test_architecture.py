@@ -107,11 +107,23 @@ FOREIGN = {
 }  # fmt: skip
 # Those that our classes have too: in these files they are a module's.
 OF_MODULES = {
-    "_buffers": {"stage/buffers.py", "stage/rollback.py", "worker/kept_state.py", "worker/revival.py"},
+    "_buffers": {"stage/buffers.py", "stage/rollback.py", "worker/kept_signs.py", "worker/revival.py"},
     "_modules": {"model/hf/common.py", "model/layers.py", "stage/outputs.py", "stage/trainable.py"},
-    "_parameters": {"stage/trainable.py", "worker/kept_state.py"},
+    "_parameters": {"stage/trainable.py", "worker/kept_signs.py"},
 }
-MODULES = {"torch", "rpc", "api", "dist_autograd", "internal", "os", "sys", "_BINDINGS", "_AUTOGRAD", "_tables", "parametrize"}
+MODULES = {
+    "torch",
+    "rpc",
+    "api",
+    "dist_autograd",
+    "internal",
+    "os",
+    "sys",
+    "_BINDINGS",
+    "_AUTOGRAD",
+    "_tables",
+    "parametrize",
+}
 
 
 def own_members(path: Path) -> set[str]:

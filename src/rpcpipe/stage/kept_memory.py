@@ -20,15 +20,15 @@ import weakref
 import zlib
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from enum import IntEnum
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
 import torch
 
 from rpcpipe.errors import ArgumentError, StateError
+from rpcpipe.stage import kept_image
 from rpcpipe.transport.slots import map_file
 from rpcpipe.transport.user_pickling import Pickler
 
@@ -160,9 +160,12 @@ class KeptMemory:
         return memory
 
     @classmethod
-    def open(cls, path: str | Path) -> KeptMemory:
-        """Return the memory of the file ``path``, which a process that has ended has written; to be loaded first."""
-        memory = cls(os.open(path, os.O_RDWR | os.O_CLOEXEC))
+    def open(cls, path: str, *, copy: bool = False) -> KeptMemory:
+        """Return the memory of the file ``path``, which a process that has ended has written; to be loaded first.
+
+        ``copy``: return a copy of it, in a file of its own.
+        """
+        memory = cls(kept_image.copied(path) if copy else os.open(path, os.O_RDWR | os.O_CLOEXEC))
         if os.fstat(memory.descriptor).st_size < _GROWTH or memory[Word.MAGIC] != _MAGIC or memory[Word.CURRENT] < 0:
             raise ArgumentError(f"{path} is no memory of a worker, or of one that died before it had written anything")
         return memory
@@ -302,6 +305,25 @@ class KeptMemory:
         self._loading.clear()
         self._extents = Extents(_PAGE, used)
         return values
+
+    def write_image(self, descriptor: int, leave_out: Collection[int]) -> int:
+        """Write into the file ``descriptor`` what the current records but ``leave_out`` say, and the tensors there.
+
+        Return the bytes written. Whoever goes on from it has no update and no begin of a step to take back.
+        """
+        head = bytearray(ctypes.string_at(self._base, _PAGE))
+        for word in (Word.UPDATING, Word.START, Word.OTHER_START):
+            struct.pack_into("q", head, 8 * word, -1)
+        for number in leave_out:
+            struct.pack_into(f"{_RECORD_WORDS}q", head, 8 * _word_of(self[Word.CURRENT], number), 0, 0, 0)
+        extents = set[tuple[int, int]]()
+        for number in self._records.keys() - {*leave_out}:
+            extents |= {self._records[number], *self._referred[number]}
+        values = ((offset, self._bytes(offset, size)) for offset, size in sorted(extents))
+        return kept_image.write(descriptor, self._size, [(0, bytes(head)), *values])
+
+    def _bytes(self, offset: int, size: int) -> memoryview:
+        return memoryview((ctypes.c_ubyte * size).from_address(self._base + offset)).cast("B")
 
     def _unpickled(self, data: bytes) -> Any:
         _unpickling.memory = self

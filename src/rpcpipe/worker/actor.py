@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rpcpipe.errors import ModelError, NonFiniteError
+from rpcpipe.errors import ModelError, NonFiniteError, require
 from rpcpipe.model.microbatch import Nest, Packed, pack
 from rpcpipe.model.wiring import DRIVER
 from rpcpipe.model.wiring import link as link_to
@@ -30,12 +30,7 @@ from rpcpipe.worker.operations import (
     AddStatistics,
     BeginCall,
     BeginStep,
-    CallFunction,
-    CreateActor,
-    DropActor,
     EndStream,
-    ForgetStep,
-    ForwardByHand,
     GatherSums,
     GatherWeights,
     GiveStatistics,
@@ -44,7 +39,6 @@ from rpcpipe.worker.operations import (
     ReduceScatter,
     ReportStep,
     ResumeStream,
-    ReviveActor,
     RollBackStep,
     RunAction,
     TakeBuffers,
@@ -55,6 +49,7 @@ from rpcpipe.worker.stage_set import StageSet
 from rpcpipe.worker.stage_state import StageState
 from rpcpipe.worker.stream_keeper import StreamKeeper
 from rpcpipe.worker.update import Ledger, Updater
+from rpcpipe.worker.worker_operations import WorkerOperation
 
 # Sends a value: worker, step, port, value.
 SendValue = Callable[[str, int, Port, Any], None]
@@ -112,6 +107,15 @@ class Actor:
         """Return the description of every stage of this worker, by stage."""
         return self.held.describe()
 
+    def write_image(self, descriptor: int) -> int:
+        """Write what the worker keeps of its stages, between two steps, into a file; return the bytes.
+
+        Raises ModelError if it does not keep all.
+        """
+        require(self._kept is not None, "nothing of this worker is kept", error=ModelError)
+        assert self._kept is not None
+        return self._kept.write_image(descriptor)
+
     def module(self, stage: int) -> nn.Module:
         """Return the module of ``stage``, to run it under the pipeline's settings of torch."""
         self.held.spec.settings.resume()
@@ -158,11 +162,10 @@ class Actor:
                 self._clear()
             case BeginCall(number):
                 self._begin_call(number)
-            case CreateActor() | ReviveActor() | CallFunction() | ForwardByHand() | ForgetStep() | DropActor():
-                raise AssertionError("the executor runs this operation")
             case _:
                 if isinstance(operation, UpdateOperation):
                     return self._updater.execute(operation, self._plan, self._report, inputs)
+                assert not isinstance(operation, WorkerOperation), "the executor runs this operation"
                 return self._state.execute(operation)
         return None
 

@@ -29,21 +29,20 @@ from rpcpipe.worker.actor import Actor
 from rpcpipe.worker.actor_spec import ActorSpec
 from rpcpipe.worker.mailbox import Entry, Mailbox
 from rpcpipe.worker.messages import ORDERS, Port, as_tensors, from_tensors
-from rpcpipe.worker.operations import (
+from rpcpipe.worker.operations import Operation, RunAction, Task, title
+from rpcpipe.worker.programs import Sent
+from rpcpipe.worker.revival import Restored, restore
+from rpcpipe.worker.stage_set import StageSet
+from rpcpipe.worker.vault import Vault
+from rpcpipe.worker.worker_operations import (
     CallFunction,
     CreateActor,
     DropActor,
     ForgetStep,
     ForwardByHand,
-    Operation,
     ReviveActor,
-    RunAction,
-    Task,
-    title,
+    TakeSnapshot,
 )
-from rpcpipe.worker.programs import Sent
-from rpcpipe.worker.revival import Restored, restore
-from rpcpipe.worker.stage_set import StageSet
 
 _SWITCH_SECONDS = 2e-4
 
@@ -67,6 +66,11 @@ class Executor:
         self._running: tuple[str, Entry] | None = None
         self._general = Mailbox()
         self._general_next = 0
+        self._vault = vault = Vault(name, transport)
+        # Further verbs.
+        self.store, self.stored, self.send_snapshot, self.forget_snapshots = (
+            vault.store, vault.stored, vault.send, vault.forget,
+        )  # fmt: skip
         self._idle_work_left = False
 
     # --- handlers: called by any thread, never block ---
@@ -77,14 +81,18 @@ class Executor:
             self._mailboxes[pipeline] = Mailbox()
             return self._enqueue(CreateActor(pipeline, spec))
 
-    def revive(self, pipeline: str, path: str, place: int) -> Future[Any]:
+    def revive(self, pipeline: str, path: str, place: int, copy: bool) -> Future[Any]:
         """Build an actor from the memory file ``path`` of a worker that has died; reply as ``create`` does.
 
-        ``place``: that of the first task for this worker.
+        ``place``: that of the first task for this worker. ``copy``: go on in a copy of the memory; the actor that there
+        may be is given up, with all that is under way for it.
         """
         with self._changed:
+            late = self._cleared(pipeline)
             self._mailboxes[pipeline] = Mailbox(place)
-            return self._enqueue(ReviveActor(pipeline, path))
+            reply = self._enqueue(ReviveActor(pipeline, path, copy))
+        self._refuse(late)
+        return reply
 
     def run(self, call: bytes) -> Future[Any]:
         """Run a pickled ``(function, args)`` on the compute thread, outside of any pipeline; reply its result."""
@@ -214,10 +222,13 @@ class Executor:
     def drop(self, pipeline: str) -> None:
         """Free a pipeline's stages."""
         with self._changed:
-            mailbox = self._mailboxes.pop(pipeline, None)
-            late = mailbox.cancel(1 << 62, 0, 1 << 62) if mailbox is not None else []
+            late = self._cleared(pipeline)
             self._enqueue(DropActor(pipeline))
         self._refuse(late)
+
+    def _cleared(self, pipeline: str) -> list[Entry]:
+        mailbox = self._mailboxes.pop(pipeline, None)
+        return [] if mailbox is None else mailbox.cancel(1 << 62, 0, 1 << 62)
 
     def progress(self) -> tuple[int, str]:
         """Return (tasks finished so far, what the worker runs or waits for now)."""
@@ -314,6 +325,9 @@ class Executor:
     def _outcome(self, pipeline: str, entry: Entry) -> Any:
         operation = entry.task.operation
         try:
+            if isinstance(operation, TakeSnapshot):
+                number, keeper = operation
+                return self._vault.take(pipeline, number, keeper, self.actors[pipeline].write_image)
             return self._execute(operation) if not pipeline else self.actors[pipeline].execute(operation, entry.values)
         except BaseException as error:
             action = operation.route.action if isinstance(operation, RunAction) else None
@@ -329,8 +343,9 @@ class Executor:
             case CreateActor(pipeline, spec):
                 loaded: ActorSpec = user_pickling.loads(spec)
                 return self._serve(pipeline, StageSet(loaded, self._device))
-            case ReviveActor(pipeline, path):
-                restored = restore(KeptMemory.open(path), self._device)
+            case ReviveActor(pipeline, path, copy):
+                self.actors.pop(pipeline, None)
+                restored = restore(KeptMemory.open(path, copy=copy), self._device)
                 return self._serve(pipeline, restored.held, restored)
             case CallFunction(call):
                 function, args = user_pickling.loads(call)
@@ -345,6 +360,7 @@ class Executor:
                     actor.reset(step)
             case DropActor(pipeline):
                 self.actors.pop(pipeline, None)
+                self._vault.drop(pipeline)
             case _:
                 raise AssertionError(f"{title(operation)} needs a pipeline")
         return None

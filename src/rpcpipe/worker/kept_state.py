@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rpcpipe.errors import ModelError, StateError
+from rpcpipe.errors import ModelError, StateError, require
 from rpcpipe.stage.attributes import Attributes
 from rpcpipe.stage.context import StepContext
 from rpcpipe.stage.hyperparameters import entries
@@ -33,6 +33,7 @@ from rpcpipe.stage.kept_memory import Condition, KeptMemory, Record, Word
 from rpcpipe.stage.rollback import Buffers, StepStarts, Undo
 from rpcpipe.stage.stream_rollback import Snapshot, Snapshots
 from rpcpipe.worker.kept_records import KeptSnapshot, Model, Part
+from rpcpipe.worker.kept_signs import addresses, sign_of, signs, signs_of_state, tensors_in, tensors_of
 from rpcpipe.worker.messages import KeptAt
 from rpcpipe.worker.operations import (
     ApplyCheckpoint,
@@ -61,6 +62,8 @@ _OTHERS = Repartition, SetMetrics, SetSelection
 # Those that end a step or a part of it that the driver is told of.
 _OF_STEPS = ReportStep, CommitStep, UpdateWeights, UndoUpdate, RollBackStep
 _UPDATES = CommitStep, UpdateWeights
+# Records that count while a step can be taken back.
+_OF_STEPS_UNDER_WAY = Part.UNDO, Part.UNDO_GROUPS, Part.START, Part.OTHER_START
 CHANGING = (*_IN_PLACE, *_OTHERS, *_OF_STEPS)
 
 
@@ -145,7 +148,7 @@ class KeptState:
 
     def _snapshot(self, slot: Snapshot) -> KeptSnapshot:
         undo = slot.undo
-        self._memory.take_in(_tensors_in(slot.past))
+        self._memory.take_in(tensors_in(slot.past))
         return KeptSnapshot(
             copies=None if undo is None else self._copies(undo),
             groups=None if undo is None else undo.groups,
@@ -174,7 +177,7 @@ class KeptState:
         """Return the copies of ``undo``, taken in, in the parameters' order."""
         assert self._held.optimizer is not None
         copies = [list(undo.copies[parameter]) for parameter in self._held.optimizer.parameters]
-        self._memory.take_in(_tensors_in(copies))
+        self._memory.take_in(tensors_in(copies))
         return list(map(self._placed, copies))
 
     def complete(self) -> None:
@@ -213,6 +216,18 @@ class KeptState:
         with self._or_lost():
             self._write_all({Part.SNAPSHOTS: self._memory.dumps(None)})
             self._memory[Word.CONDITION] = Condition.KEPT
+
+    def write_image(self, descriptor: int) -> int:
+        """Write what a successor on another host needs between two steps into a file; return the bytes.
+
+        Raises ModelError if not all of it is kept.
+        """
+        require(
+            self._memory[Word.CONDITION] == Condition.KEPT,
+            "not all of the stages' state is kept: the worker's log says what",
+            error=ModelError,
+        )
+        return self._memory.write_image(descriptor, _OF_STEPS_UNDER_WAY)
 
     def resume(self) -> None:
         """Go on in a dead worker's memory, with what has been restored from it."""
@@ -258,8 +273,8 @@ class KeptState:
 
     def _model(self, records: dict[Part, Record], *, whole: bool = True) -> None:
         """Write the model anew if its tensors lie elsewhere, or, with ``whole``, if it has changed its attributes."""
-        live = [tensor for owner in self._owners for tensor in _tensors_of(owner)]
-        if self._signs.get(Part.MODEL) != _addresses(live):
+        live = [tensor for owner in self._owners for tensor in tensors_of(owner)]
+        if self._signs.get(Part.MODEL) != addresses(live):
             attributes = Attributes(self._parts)
         elif not whole or (attributes := Attributes(self._parts)).same(self._attributes):
             return
@@ -275,7 +290,7 @@ class KeptState:
             if isinstance(tensor, nn.Parameter) and not self._memory.holds(tensor):
                 raise ModelError(f"a parameter is no plain tensor of the CPU: {tuple(tensor.shape)}, {tensor.layout}")
         records[Part.MODEL] = self._memory.dumps(self._skeleton())
-        self._signs[Part.MODEL], self._attributes = _addresses(live), attributes
+        self._signs[Part.MODEL], self._attributes = addresses(live), attributes
 
     def _skeleton(self) -> Model:
         held = self._held
@@ -294,10 +309,10 @@ class KeptState:
         if (optimizer := self._held.optimizer) is None:
             return
         state = [optimizer.optimizer.state.get(parameter) for parameter in optimizer.parameters]
-        if _signs_of_state(state) != self._signs.get(Part.STATE):
-            self._memory.take_in(_tensors_in(state))
+        if signs_of_state(state) != self._signs.get(Part.STATE):
+            self._memory.take_in(tensors_in(state))
             records[Part.STATE] = self._memory.dumps(self._placed(state))
-            self._signs[Part.STATE] = _signs_of_state(state)
+            self._signs[Part.STATE] = signs_of_state(state)
         self._write_if_new(records, Part.GROUPS, entries(optimizer.optimizer))
 
     def _sums(self, records: dict[Part, Record]) -> None:
@@ -310,11 +325,11 @@ class KeptState:
             step: {place[parameter]: gradient for parameter, gradient in own.items()}
             for step, own in accumulated.sums.items()
         }
-        sign = _signs([accumulated.resumed, sums])
+        sign = signs([accumulated.resumed, sums])
         if sign != self._signs.get(Part.SUMS):
-            self._memory.take_in(_tensors_in(sums))
+            self._memory.take_in(tensors_in(sums))
             records[Part.SUMS] = self._memory.dumps((accumulated.resumed, self._placed(sums)))
-            self._signs[Part.SUMS] = _signs([accumulated.resumed, sums])
+            self._signs[Part.SUMS] = signs([accumulated.resumed, sums])
 
     def _copied_starts(self, records: dict[Part, Record]) -> None:
         """Write where the copies of buffers are, of one step or two, each in a slot of its own."""
@@ -329,7 +344,7 @@ class KeptState:
 
     def _start(self, records: dict[Part, Record], part: Part, buffers: Buffers) -> None:
         self._memory.take_in(tensor for pair in buffers.copies.values() for tensor in pair)
-        sign = [(*key, *map(_sign, pair)) for key, pair in buffers.copies.items()]
+        sign = [(*key, *map(sign_of, pair)) for key, pair in buffers.copies.items()]
         if sign != self._signs.get(part):
             records[part], self._signs[part] = self._memory.dumps(self._places(buffers)), sign
 
@@ -347,49 +362,3 @@ class KeptState:
         for word, slot in zip((Word.START, Word.OTHER_START), self._slots, strict=True):
             steps = [step for step, buffers in self._starts.buffers.items() if buffers is slot]
             self._memory[word] = steps[0] if steps else -1
-
-
-def _tensors_of(owner: nn.Module) -> list[torch.Tensor]:
-    return [t for t in (*owner._parameters.values(), *owner._buffers.values()) if t is not None]
-
-
-def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """Yield the tensors in a nest of state."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (dict, list, tuple)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _tensors_in(item)
-
-
-def _sign(tensor: torch.Tensor) -> Any:
-    """Return what tells whether ``tensor`` lies elsewhere; nothing equals it if that cannot be told."""
-    return tensor.data_ptr() if tensor.layout is torch.strided else object()
-
-
-def _addresses(tensors: list[torch.Tensor]) -> Any:
-    """Return the ``_sign`` of each of ``tensors``."""
-    try:
-        return list(map(torch.Tensor.data_ptr, tensors))
-    except RuntimeError:  # one has no storage
-        return list(map(_sign, tensors))
-
-
-def _signs_of_state(state: list[Any]) -> Any:
-    """Return the ``_signs`` of an optimizer's state, fast where that is dicts of tensors."""
-    tensors = [item for own in state if own for item in own.values()]
-    try:
-        return [list(own or ()) for own in state], _addresses(tensors), list(map(torch.Tensor.size, tensors))
-    except TypeError:  # not all are tensors
-        return _signs(state)
-
-
-def _signs(value: Any) -> Any:
-    """Return what tells whether a nest of state has changed but for the values of its tensors."""
-    if isinstance(value, torch.Tensor):
-        return _sign(value), value.shape
-    if isinstance(value, dict):
-        return [(key, _signs(item)) for key, item in value.items()]
-    if isinstance(value, list):
-        return list(map(_signs, value))
-    return value if value is None or type(value) in (bool, int, float, str) else object()

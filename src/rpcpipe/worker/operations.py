@@ -17,6 +17,7 @@ from rpcpipe.schedules.action import NAMES
 from rpcpipe.stage.context import MicroBatch, StepContext
 from rpcpipe.worker.agreement import Agreement
 from rpcpipe.worker.messages import Orders, Port, Route, Update
+from rpcpipe.worker.worker_operations import CallFunction, CreateActor, ForwardByHand, WorkerOperation
 
 # --- operations of a step, in the order of their execution ---
 
@@ -317,52 +318,6 @@ StageOperation = (
 )  # fmt: skip
 
 HoldingOperation = StageOperation | StateOperation
-
-# --- operations of the worker, outside of any step ---
-
-
-class CreateActor(NamedTuple):
-    """Build a pipeline's stages from a pickled ActorSpec; reply with their StageInfos."""
-
-    pipeline: str
-    spec: bytes
-
-
-class ReviveActor(NamedTuple):
-    """Build a pipeline's stages from the memory file ``path`` of a worker that has died; reply as CreateActor does."""
-
-    pipeline: str
-    path: str
-
-
-class CallFunction(NamedTuple):
-    """Run a pickled ``(function, args)``; reply with the pickled result."""
-
-    call: bytes
-
-
-class ForwardByHand(NamedTuple):
-    """Apply the module of ``stage`` to ``inputs`` with its autograd graph, for distributed autograd by hand."""
-
-    pipeline: str
-    stage: int
-    inputs: Any
-
-
-class ForgetStep(NamedTuple):
-    """Forget the failed ``step``."""
-
-    pipeline: str
-    step: int
-
-
-class DropActor(NamedTuple):
-    """Free a pipeline's stages."""
-
-    pipeline: str
-
-
-WorkerOperation = CreateActor | ReviveActor | CallFunction | ForwardByHand | ForgetStep | DropActor
 
 Operation = StepOperation | HoldingOperation | WorkerOperation
 
