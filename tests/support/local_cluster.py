@@ -28,12 +28,16 @@ class LocalCluster:
     ) -> None:
         self.transport = LocalTransport(seed, drop=drop)
         self.workers = [Worker(f"worker{index}", index + 1, "elsewhere", 0, "cpu") for index in range(workers)]
-        self.timeout = timeout
+        self.timeout, self.spread = timeout, False
         self.open, self.healthy, self.heal = True, True, heal
         self.pipelines: set[Any] = set()
         for worker in self.workers:
             executor = Executor(worker.name, self.transport, device=torch.device("cpu"), threads=1)
             self.transport.serve(worker.name, executor)
+
+    def hosts(self) -> dict[str, str]:
+        """Return a host of its own for every worker."""
+        return {worker.name: f"host{worker.rank}" for worker in self.workers}
 
     def relabel(self) -> None:
         pass

@@ -7,16 +7,16 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, MutableSet, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from rpcpipe import _tables
 from rpcpipe.cluster.admission import REPORTS
 from rpcpipe.cluster.liveness import ClusterEvent, Liveness
 from rpcpipe.cluster.rendezvous import Kept, Member, Worker, WorkerGroup, describe
 from rpcpipe.cluster.supervisor import Supervisor
+from rpcpipe.cluster.tenancy import Tenant
 from rpcpipe.errors import ArgumentError, DeadlineExceeded, Failure, StageError, StateError, WorkerLost, require_whole
-from rpcpipe.transport.base import Transport
 from rpcpipe.transport.user_pickling import loads, named_dumps
 
 log = logging.getLogger("rpcpipe")
@@ -26,79 +26,6 @@ _KILL_SECONDS = 0.5
 _DRAIN_SECONDS = 0.3
 # So often workers may die while the dead are being replaced.
 _HEALINGS = 5
-
-
-class Tenant(Protocol):
-    """What a cluster knows of a pipeline that uses it."""
-
-    def close(self) -> None: ...
-
-    def revive(self) -> None:
-        """Let successors of dead workers go on with what those have kept of it; raises WorkerLost if they cannot."""
-        ...
-
-    def stages_on(self, worker: str) -> Sequence[int]:
-        """Return the stages that ``worker`` holds."""
-        ...
-
-    def replica_of(self, worker: str) -> int | None:
-        """Return the replica that ``worker`` belongs to; None where there is only one."""
-        ...
-
-
-class PipelineCluster(Protocol):
-    """What a pipeline uses of a cluster. ``Cluster`` has it, and so has a cluster without processes, for tests."""
-
-    @property
-    def workers(self) -> Sequence[Worker]:
-        """Return the workers that can hold stages."""
-        ...
-
-    @property
-    def timeout(self) -> float:
-        """Return the seconds without any progress after which a wait raises DeadlineExceeded."""
-        ...
-
-    @property
-    def transport(self) -> Transport:
-        """Return what carries messages to the workers."""
-        ...
-
-    @property
-    def heal(self) -> int:
-        """Return how often a call in which workers have died is made again; with 0 a death ends the cluster."""
-        ...
-
-    @property
-    def pipelines(self) -> MutableSet[Tenant]:
-        """Return the pipelines that use the cluster; a pipeline adds itself and discards itself."""
-        ...
-
-    @property
-    def open(self) -> bool:
-        """Return whether the cluster takes calls: it is not closed, and this process's own."""
-        ...
-
-    @property
-    def healthy(self) -> bool:
-        """Return whether the cluster is open and no worker has died."""
-        ...
-
-    def check(self) -> None:
-        """Raise StateError if the cluster is closed, WorkerLost if a worker has died."""
-        ...
-
-    def call(self, worker: Worker, function: Callable[..., Any], /, *args: Any) -> Any:
-        """Return ``function(*args)``, run on ``worker``; raises StageError, TimeoutError or WorkerLost."""
-        ...
-
-    def keep(self, worker: str, pid: int, descriptor: int) -> Kept:
-        """Keep number ``descriptor`` of ``worker``, process ``pid``, open; raises OSError if it has died."""
-        ...
-
-    def relabel(self) -> None:
-        """Ask every pipeline again for its stages, which have come, moved or gone."""
-        ...
 
 
 class Cluster:
@@ -192,6 +119,15 @@ class Cluster:
         Raises OSError if the process ``pid`` is not the worker any more.
         """
         return self._group.members[worker].keep(pid, descriptor)
+
+    @property
+    def spread(self) -> bool:
+        """Return whether the death of a host of workers can be healed at all: the workers are ranks, and ``heal``."""
+        return self.heal > 0 and self._group.listener is not None and len(self.workers) + len(self.spares) > 1
+
+    def hosts(self) -> dict[str, str]:
+        """Return by worker what it dies with: the agent of its rank (``host#rank``), or the driver's host."""
+        return {worker.name: self._group.members[worker.name].domain for worker in self.workers}
 
     def _check_open(self) -> None:
         if self._closed:

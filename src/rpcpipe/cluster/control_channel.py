@@ -6,6 +6,7 @@ a network lies between them.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import struct
@@ -34,9 +35,28 @@ class Channel:
         self._incomplete = b""
         self._lock = threading.Lock()
         self._buffered: list[Message] = []
+        self._shut = False
         sock.settimeout(None)
         if not patient:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", _SEND_SECONDS, 0))
+
+    @property
+    def open(self) -> bool:
+        """Return whether the connection stands, as far as can be seen from here, also while nobody receives."""
+        if self._shut:
+            return False
+        try:
+            return self.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) != b""
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+
+    def shut(self) -> None:
+        """Send and hear nothing any more: whoever receives is at the end at once, whatever the peer does."""
+        self._shut = True
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
 
     def fileno(self) -> int:
         """Return the socket's descriptor, for a selector."""
@@ -84,6 +104,7 @@ class Channel:
 
     def close(self) -> None:
         """Close the socket."""
+        self._shut = True
         self.sock.close()
 
 

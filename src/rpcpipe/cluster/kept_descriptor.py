@@ -23,6 +23,11 @@ class KeptDescriptor:
         """What a successor opens, while this process lives."""
         return f"/proc/{os.getpid()}/fd/{self._own}"
 
+    @property
+    def alive(self) -> bool:
+        """Return True: it is held by this process."""
+        return True
+
     def look(self) -> Head:
         """Return the step that the worker began last, whether its update may have begun, and what could go on."""
         return look(self._own)

@@ -51,7 +51,7 @@ class WorkerProcess:
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.name: str = config["name"]
-        self.host = socket.gethostname()
+        self.host = self.domain = socket.gethostname()
         self._oom_kills = _oom_kills()
         surroundings = Surroundings.now(worker_environment(config["threads"]))
         ours, theirs = socket.socketpair()

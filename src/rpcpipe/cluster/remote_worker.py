@@ -22,6 +22,11 @@ class RemoteKept:
         self.path = path
         self._number, self._channel = number, channel
 
+    @property
+    def alive(self) -> bool:
+        """Return whether the agent that holds it is still there."""
+        return self._channel.open
+
     def close(self) -> None:
         """Let go of it."""
         self._channel.send("let go", self._number)
@@ -33,9 +38,9 @@ class RemoteWorker:
     def __init__(self, name: str, hello: Mapping[str, Any], channel: Channel) -> None:
         self.name = name
         self._hello = hello
-        self._is_connected = True
         self.rank: int = hello["rank"]
         self.host: str = hello["host"]
+        self.domain = f"{self.host}#{self.rank}"
         self.pid: int = hello["pid"]  # the agent's, until it says which process is the worker
         self.gpus: int = hello["gpus"]
         self.channel = channel
@@ -53,7 +58,7 @@ class RemoteWorker:
         try:
             messages = self.channel.receive()
         except (EOFError, ValueError) as error:
-            self._is_connected = False
+            self.channel.shut()
             for asked in self._kept.values():
                 if not asked.done():
                     asked.set_result("")
@@ -88,7 +93,7 @@ class RemoteWorker:
 
         Raises WorkerLost if the agent has ended as well.
         """
-        if not self._is_connected:
+        if not self.channel.open:
             raise WorkerLost(
                 f"{self.name}: rank {self.rank} on {self.host} has ended too, so nobody can start another worker there:"
                 " start the ranks again and connect",

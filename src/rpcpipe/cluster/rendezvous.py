@@ -26,19 +26,29 @@ log = logging.getLogger("rpcpipe")
 
 
 class Kept(Protocol):
-    """What a worker has in memory, kept open on its host. ``path``: what a process there opens."""
+    """What a worker has in memory, kept open on its host. ``path``: what a process there opens.
+
+    ``alive``: whether it is still held; not once the rank's agent, which holds it, is gone.
+    """
 
     @property
     def path(self) -> str: ...
+
+    @property
+    def alive(self) -> bool: ...
 
     def close(self) -> None: ...
 
 
 class Member(Protocol):
-    """A worker as its driver sees it: a WorkerProcess on this host, or a RemoteWorker."""
+    """A worker as its driver sees it: a WorkerProcess on this host, or a RemoteWorker.
+
+    ``domain``: what it dies with, a rank's agent or this host.
+    """
 
     name: str
     host: str
+    domain: str
 
     @property
     def pid(self) -> int: ...

@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from rpcpipe.checkpoint.plain_state import Stateful
-from rpcpipe.cluster.cluster import PipelineCluster
+from rpcpipe.cluster.tenancy import PipelineCluster
 from rpcpipe.driver.batch import Batch, input_gradients
 from rpcpipe.driver.callbacks import Callback
 from rpcpipe.driver.deployment import Deployment

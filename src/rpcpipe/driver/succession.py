@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
-from rpcpipe.cluster.cluster import PipelineCluster
 from rpcpipe.cluster.rendezvous import Kept, Worker
+from rpcpipe.cluster.tenancy import PipelineCluster
 from rpcpipe.driver.driver import Driver
 from rpcpipe.errors import StageError, WorkerLost
 from rpcpipe.worker.messages import StageInfo

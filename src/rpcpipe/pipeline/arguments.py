@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from rpcpipe import schedules
-from rpcpipe.cluster.cluster import PipelineCluster
+from rpcpipe.cluster.tenancy import PipelineCluster
 from rpcpipe.driver.layout import Layout, stage_parts
 from rpcpipe.driver.runtime import Settings
 from rpcpipe.errors import (

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from rpcpipe import schedules
-from rpcpipe.cluster.cluster import PipelineCluster
+from rpcpipe.cluster.tenancy import PipelineCluster
 from rpcpipe.driver.deployment import Deployment
 from rpcpipe.driver.driver import Driver
 from rpcpipe.driver.replies import raise_failure, raise_loss

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from rpcpipe.cluster.cluster import PipelineCluster
+from rpcpipe.cluster.tenancy import PipelineCluster
 from rpcpipe.errors import DependencyError, require
 from rpcpipe.pipeline.pipeline import Pipeline
 from rpcpipe.pipeline.planning import balance_by_parameters

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from rpcpipe import _tables
 from rpcpipe.checkpoint.plain_state import Holders
-from rpcpipe.cluster.cluster import PipelineCluster
+from rpcpipe.cluster.tenancy import PipelineCluster
 from rpcpipe.driver import inference
 from rpcpipe.driver.ahead import train
 from rpcpipe.driver.callbacks import Callback, JsonLines, tell
