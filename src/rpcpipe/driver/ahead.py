@@ -77,15 +77,22 @@ class StepsAhead:
 
     def _step(self, batch: tuple[Nest, Nest], issued: Issued | None) -> StepResult:
         self._runtime.check()
-        runtime, prepare = self._runtime, self._prepare
+        runtime = self._runtime
+
+        def alone(_: Course | None) -> None:
+            self._prepare(None)
+
+        # A snapshot is taken between two steps.
+        prepare = alone if runtime.history.due else self._prepare
 
         def step() -> StepResult:
             nonlocal prepare
             # If a worker dies, it may be the next batch that kills it: this one's step is made again alone.
-            meanwhile, prepare = prepare, lambda follower: self._prepare(None)
+            meanwhile, prepare = prepare, alone
             return train_once(Step(runtime, runtime.trained, updates_at_once=True), *batch, issued, meanwhile)
 
         result = runtime.healed(step)
+        runtime.history.tick()
         tell(runtime.callbacks, result)
         return result
 

@@ -6,7 +6,6 @@ their order by sequence numbers.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -49,8 +48,6 @@ from rpcpipe.worker.operations import (
     UndoUpdate,
     UpdateWeights,
 )
-
-_CLOCK_CALLS = 8
 
 K = TypeVar("K")
 
@@ -211,20 +208,6 @@ class Driver:
         """Roll ``step`` back before any later call, if it began last; ``updating``: roll back its update, too."""
         self._note(TakeBack(step, updating))
 
-    def clock_offset(self, worker: str) -> int:
-        """Return the nanoseconds by which ``worker``'s clock is ahead of this process's.
-
-        The quickest of a few calls is taken to have read the clock at its middle (Cristian, 1989); the error
-        is at most half of that call's duration.
-        """
-        calls = []
-        for _ in range(_CLOCK_CALLS):
-            sent = time.monotonic_ns()
-            there: int = self.collect({worker: self._transport.call(worker, "clock")})[worker]
-            back = time.monotonic_ns()
-            calls.append((back - sent, there - (sent + back) // 2))
-        return min(calls)[1]
-
     # --- a stream ---
 
     def feed(
@@ -318,9 +301,19 @@ class Driver:
         self.cancel(newest, undone.first)
         self.ensure(orders)
 
-    def revive(self, worker: str, path: str) -> Future[Any]:
-        """Have ``worker``, a dead one's successor, take over what that kept at ``path``; return the reply."""
-        return self._transport.call(worker, "revive", self._pipeline, path, self._sender.next[worker])
+    def revive(self, worker: str, path: str, *, copy: bool = False) -> Future[Any]:
+        """Have a successor go on from what ``worker`` kept at ``path``, or a copy; return the reply."""
+        return self.ask(worker, "revive", self.new_step(), path, self._sender.next[worker], copy)
+
+    def ask(self, worker: str, verb: str, *args: Any) -> Future[Any]:
+        """Call a verb of ``worker`` for this pipeline, outside of its sequence; return the reply."""
+        return self._transport.call(worker, verb, self._pipeline, *args)
+
+    def restart(self) -> None:
+        """Go on with workers all of whom have been revived from a snapshot: nothing is left to be done or undone."""
+        self._ensured.clear()
+        for worker in self.workers:
+            self.welcome(worker)
 
     def welcome(self, worker: str) -> None:
         """Let ``worker``, which has been revived, follow on to the others: nothing of the driver's is under way."""

@@ -170,10 +170,9 @@ def outputs(runtime: Runtime, batches: Iterable[Nest]) -> Iterator[Nest]:
 
 def tell_last_stage(runtime: Runtime, operation: SetMetrics | SetSelection) -> None:
     """Execute ``operation``, which holds for all later passes, on the last stage of every replica."""
-    driver = runtime.driver
-    runtime.healed(
-        lambda: driver.collect({worker: driver.call(worker, operation) for worker in runtime.stages[-1].workers})
-    )
+    driver, workers = runtime.driver, runtime.stages[-1].workers
+    runtime.healed(lambda: driver.collect({worker: driver.call(worker, operation) for worker in workers}))
+    runtime.history.called(workers, operation)
 
 
 def evaluate(

@@ -18,7 +18,8 @@ class PipelineOptimizer(torch.optim.Optimizer):
 
     Learning-rate schedulers and ``param_groups[i]["lr"] = …`` work as on any torch optimizer; a changed value
     reaches all workers with the next step. The parameters are empty stand-ins. ``apply`` applies the gradients
-    of the active step, ``forget`` drops the accumulated gradients.
+    of the active step, ``forget`` drops the accumulated gradients. ``past``: while a step of the past is done again,
+    the changes that it was sent.
     """
 
     def __init__(
@@ -30,6 +31,7 @@ class PipelineOptimizer(torch.optim.Optimizer):
         self._complete = True
         self._apply = apply
         self._forget = forget
+        self.past: Groups | None = None
         self._initial = copied(hyperparameters(self))
 
     def serve(self, apply: Callable[[], None], forget: Callable[[], None]) -> None:
@@ -44,6 +46,8 @@ class PipelineOptimizer(torch.optim.Optimizer):
     @property
     def may_be_changed(self) -> bool:
         """Whether code of the user's runs in ``step``: it may change hyperparameters, or leave the update out."""
+        if self.past is not None:
+            return False
         step = vars(self).get("step")
         # Schedulers of torch count steps by a step of their own around the class's.
         counts = getattr(step, "_wrapped_by_lr_sched", False)
@@ -53,6 +57,8 @@ class PipelineOptimizer(torch.optim.Optimizer):
 
     def changes(self) -> Groups:
         """Return, per group, copies of the hyperparameters that have ever differed from the factory's."""
+        if self.past is not None:
+            return self.past
         current = hyperparameters(self)
         _check_complete(self._initial, current)
         # A value may return to its initial one after another value was sent, so every key that ever differed

@@ -5,8 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,10 +18,12 @@ from rpcpipe.driver.driver import Driver
 from rpcpipe.driver.layout import Layout
 from rpcpipe.driver.optimizer import PipelineOptimizer
 from rpcpipe.driver.replies import raise_failure, raise_loss
+from rpcpipe.driver.roles import Active, OpenStream, Past
+from rpcpipe.driver.settings import Settings
 from rpcpipe.driver.stage_handle import StageHandle
 from rpcpipe.driver.succession import AS_BEFORE, Succession, healed
-from rpcpipe.driver.tracing import Tracer
-from rpcpipe.errors import Failure, ScheduleError, StateError, WorkerLost, require
+from rpcpipe.driver.tracing import Tracer, clock_offset
+from rpcpipe.errors import Failure, StateError, WorkerLost, require
 from rpcpipe.model.layers import check_inputs
 from rpcpipe.model.microbatch import Nest
 from rpcpipe.schedules import Schedule
@@ -34,80 +35,6 @@ from rpcpipe.worker.messages import Port, Report, StageInfo
 from rpcpipe.worker.operations import BeginCall, CallModule, RollBackStep
 
 T = TypeVar("T")
-
-
-class Active(Protocol):
-    """The active object of a pipeline: a step, a stream that is being fed, or forward passes."""
-
-    def apply(self) -> None:
-        """Carry out ``pipe.optimizer.step()``."""
-        ...
-
-    def forget(self) -> None:
-        """Drop the gradients accumulated so far: no later call adds to them."""
-        ...
-
-    def lose(self) -> None:
-        """Note that workers are being replaced, with whose tasks what was under way is gone."""
-        ...
-
-
-class OpenStream(Protocol):
-    """A stream with batches under way."""
-
-    def flush(self) -> None:
-        """Wait until all batches under way are done."""
-        ...
-
-    def abandon(self) -> None:
-        """Forget the batches under way, without sending a message."""
-        ...
-
-    def lose(self) -> None:
-        """Note that workers are being replaced, with whose tasks the batches under way are gone."""
-        ...
-
-
-@dataclass(kw_only=True)
-class Settings:
-    """The settings of training, replaced between steps.
-
-    ``trains`` and ``has_loss``: whether the pipeline was made with an optimizer and with a loss.
-    """
-
-    accumulate: int = 1
-    batch_norm: str = "micro_batch"
-    clip_grad_norm: float | None = None
-    flush_every: int | None = None
-    nonfinite: str = "skip"
-    weights: str | None = None
-    virtual_stages: int = 1
-    trains: bool = True
-    has_loss: bool = True
-
-    def check(self, policy: Policy | None, *, scaled: bool) -> None:
-        """Raise ScheduleError for settings that do not fit an asynchronous schedule with ``policy``.
-
-        ``policy``: the versions that stages keep of their weights; None for a synchronous schedule, which fits all
-        settings. ``scaled``: whether the loss is scaled.
-        """
-        if policy is None:
-            return
-        if scaled:
-            raise ScheduleError(
-                "autocast=torch.float16 scales the loss, and whether a gradient overflowed is to be known on all stages"
-                " before any of them updates: use torch.bfloat16, or a synchronous schedule"
-            )
-        if self.accumulate > 1:
-            raise ScheduleError(
-                f"accumulate={self.accumulate} does not fit an asynchronous schedule; pipedream-2bw makes one update of"
-                " all micro-batches of a batch: pass it larger batches and more chunks"
-            )
-        if self.batch_norm == "deferred":
-            raise ScheduleError(
-                "batch_norm='deferred' waits for the end of a batch, and an asynchronous schedule has begun the next by"
-                " then: use batch_norm='micro_batch', or a synchronous schedule"
-            )
 
 
 class Runtime:
@@ -135,6 +62,7 @@ class Runtime:
         self.policy, self.prepare, self.scaler = policy, prepare, scaler
         self.parts: dict[str, Stateful] = {} if scaler is None else {"scaler": scaler}
         self.spec: ActorSpec  # what every worker gets of it, without its stages
+        self.history: Past
         self.trained = 0
         self.loss_is_mean: bool | None = None
         self.progress = Progress(settings.accumulate)
@@ -208,6 +136,11 @@ class Runtime:
         """Return the gradients of a step's ``inputs``, times ``factor``; None if no tensor of them requires one."""
         return input_gradients(batch, inputs, reports, self.deployment.stage_links.value_routes, factor)
 
+    @property
+    def in_progress(self) -> Progress:
+        """The progress of the accumulation that the next step belongs to."""
+        return self.progress if self.progress.done else Progress(self.settings.accumulate)
+
     def title(self) -> str:
         """Return a line that describes the pipeline."""
         steps = f"{self.trained} step{'' if self.trained == 1 else 's'} trained"
@@ -226,7 +159,8 @@ class Runtime:
         """Yield a timeline that the block's steps fill, on the driver's clock."""
         own_host = socket.gethostname()
         remote = {worker.name for worker in self.cluster.workers if worker.host != own_host}
-        self.offsets = {name: self.driver.clock_offset(name) if name in remote else 0 for name in self.names}
+        driver, transport = self.driver, self.cluster.transport
+        self.offsets = {name: clock_offset(driver, transport, name) if name in remote else 0 for name in self.names}
         self.tracer = Tracer(self.names, self.offsets, f"{self.schedule.name}, measured")
         try:
             yield self.tracer.timeline
@@ -287,12 +221,16 @@ class Runtime:
 
     def revive(self) -> None:
         """Let the successors of dead workers go on with what those have kept."""
-        if not self.succession.is_broken:
+        if not self.succession.is_broken and not self.history.behind:
             return
         for lost in (self.active, self.stream):
             if lost is not None:
                 lost.lose()
-        self.succession.revive()
+        if self.history.behind or self.succession.is_beyond:
+            self.history.restore()
+        else:
+            self.history.lose()
+            self.succession.revive()
 
     def healed(self, call: Callable[[], T], after: str = AS_BEFORE) -> T:
         """Return ``call()``, made again if workers have died in it; raises WorkerLost if they do again and again.
@@ -307,7 +245,7 @@ class Runtime:
         On a worker that dies in it what it has changed is undone, and it is executed again. Inside an open step it is
         not: the step is lost, too.
         """
-        number, done = self.driver.new_step(), dict[str, Any]()
+        number, done, restored = self.driver.new_step(), dict[str, Any](), self.history.restored
         keep = self.cluster.heal > 0 and self.active is None
 
         def rest() -> dict[str, Any]:
@@ -329,13 +267,19 @@ class Runtime:
             self.driver.ensure([RollBackStep(number, updating=True)], on)
 
         def check() -> None:
+            nonlocal restored
             self.check()
+            if self.history.restored > restored:
+                restored = self.history.restored
+                done.clear()
             undo(worker for worker in workers if worker not in done)
 
         if not keep:
             return rest()
         try:
-            return healed(self.cluster, check, rest)
+            results = healed(self.cluster, check, rest)
+            self.history.called(workers, operation)
+            return results
         except WorkerLost:
             undo(workers)
             raise
@@ -375,6 +319,7 @@ class Runtime:
             self.stream.abandon()
         self.cluster.pipelines.discard(self)
         self.succession.close()
+        self.history.close()
         self.stages = ()
         self.cluster.relabel()
         release(self.cluster, self.driver)

@@ -6,17 +6,18 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, NamedTuple
 
 from rpcpipe.driver.course import Course, Cut, Issued
-from rpcpipe.driver.ending import Ending
+from rpcpipe.driver.ending import Committing, Ending
 from rpcpipe.driver.gate import judge, refuse_nonfinite
 from rpcpipe.driver.inference import NOTHING, Wanted
 from rpcpipe.driver.result import StepResult, by_stage, mean_metrics, merged_outputs
+from rpcpipe.driver.roles import StepRecord
 from rpcpipe.driver.runtime import Runtime
 from rpcpipe.driver.succession import healed
 from rpcpipe.driver.tracing import spans
@@ -25,7 +26,6 @@ from rpcpipe.model.microbatch import Nest
 from rpcpipe.schedules import Timeline
 from rpcpipe.stage import precision
 from rpcpipe.stage.context import StepContext
-from rpcpipe.stage.progress import Progress
 from rpcpipe.transport.interrupts import shield_interrupts
 from rpcpipe.worker.agreement import Verdict
 from rpcpipe.worker.messages import Report
@@ -62,7 +62,7 @@ class Step:
         self, runtime: Runtime, number: int, wanted: Wanted = NOTHING, *, updates_at_once: bool = False
     ) -> None:
         self._runtime = runtime
-        progress = runtime.progress if runtime.progress.done else Progress(runtime.settings.accumulate)
+        progress = runtime.in_progress
         self._course = Course(number, progress, wanted, updates_at_once)
         # By worker, when an update that did not wait for the driver began and ended.
         self._updates: dict[str, tuple[int, int]] = {}
@@ -78,6 +78,7 @@ class Step:
         self._lost = False
         # What to run again if a worker dies in an update that the driver sends.
         self._given: tuple[Nest, Nest] | None = None
+        self._changes: Sequence[Mapping[str, Any]] = ()  # of hyperparameters, as sent for the update
 
     def __enter__(self) -> Step:
         try:
@@ -113,7 +114,10 @@ class Step:
 
     def _advance(self) -> None:
         """Count the step, which has succeeded, and update the loss scale."""
-        runtime, result = self._runtime, self.result()
+        runtime, result, course = self._runtime, self.result(), self._course
+        runtime.history.trained(
+            StepRecord(course.number, course.progress, self._changes, self._has_updated, self._given)
+        )
         runtime.trained += 1
         runtime.progress = self._progress
         if runtime.scaler is not None and not result.accumulated:
@@ -176,9 +180,11 @@ class Step:
         follower = course.after(plan.step) if may_follow else None
         then = partial(meanwhile, follower)
         if issued is None:
+            self._changes = ending.orders.changes if isinstance(ending, Committing) and ending.orders else ()
             reports = driver.run(program, plan, cut.values, ending, then)
         else:
             orders = course.orders(runtime) if ending.updates else None
+            self._changes = () if orders is None else orders.changes
             reports = driver.follow(program, issued.replies, orders, then)
         max_norm = runtime.settings.clip_grad_norm
         verdict = judge(driver, plan, self._progress, reports, shares, max_norm, divided=ending.updates)
@@ -269,12 +275,15 @@ class Step:
         runtime = self._runtime
         if self._given is not None and self._lost:
             self._lost = self._began = False
-            self._message, self._progress = runtime.driver.new_step(), self._course.progress
+            # The steps that have accumulated may have been done again, under other numbers.
+            self._message, self._progress = runtime.driver.new_step(), runtime.in_progress
+            self._course = self._course._replace(progress=self._progress)
             self._close_context()
             self.run(*self._given)
         self._check_lost()
+        self._changes = runtime.optimizer.changes()
         return runtime.driver.update_weights(
-            self._message, self.context_id, runtime.optimizer.changes(), runtime.program.after_update()
+            self._message, self.context_id, self._changes, runtime.program.after_update()
         )
 
     def lose(self) -> None:

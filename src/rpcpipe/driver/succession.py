@@ -81,6 +81,21 @@ class Succession:
             self._driver.welcome(name)
             self._holders[name] = workers[name].pid
 
+    @property
+    def is_beyond(self) -> bool:
+        """Return whether what a dead worker has kept is gone, too, because its host is."""
+        return any(name in self._kept and not self._kept[name].alive for name in self._missing)
+
+    def restart(self, paths: Mapping[str, str]) -> None:
+        """Let all workers go on from snapshots; ``paths``: by worker, where its own lies on its host.
+
+        Raises StageError if one cannot, and WorkerLost.
+        """
+        infos = self._driver.collect({name: self._driver.revive(name, path, copy=True) for name, path in paths.items()})
+        self._driver.restart()
+        self.close()
+        self.begin(infos)
+
     def close(self) -> None:
         """Let go of what workers have kept."""
         for kept in self._kept.values():

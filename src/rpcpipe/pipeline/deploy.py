@@ -16,6 +16,7 @@ from rpcpipe import schedules
 from rpcpipe.cluster.tenancy import PipelineCluster
 from rpcpipe.driver.deployment import Deployment
 from rpcpipe.driver.driver import Driver
+from rpcpipe.driver.history import History
 from rpcpipe.driver.replies import raise_failure, raise_loss
 from rpcpipe.driver.runtime import Runtime, release
 from rpcpipe.driver.succession import healed
@@ -106,11 +107,13 @@ def _start(layers: OrderedDict[str, Layer], cluster: PipelineCluster, options: O
     except BaseException:
         runtime.close()
         raise
+    runtime.history.tick()
     return runtime
 
 
 def watch(runtime: Runtime) -> None:
     """Let the cluster know of a pipeline, and free its stages when it is gone."""
+    runtime.history = History(runtime)
     runtime.cluster.pipelines.add(runtime)
     # In a REPL a pipeline is often replaced without being closed.
     weakref.finalize(runtime, release, runtime.cluster, runtime.driver).atexit = False
@@ -219,11 +222,13 @@ def change_schedule(runtime: Runtime, wanted: str | Schedule) -> None:
         balance = balanced(runtime, new.stages)
     check_ties(policy, before.ties, before.layers, balance)
     after = dataclasses.replace(before, schedule=new, balance=balance)
+    runtime.history.cut()
     if new.placement == before.schedule.placement:
         runtime.install(after)
     else:
         _move(runtime, after)
     runtime.policy = policy
+    runtime.history.tick()
 
 
 def balanced(runtime: Runtime, stages: int) -> list[int]:

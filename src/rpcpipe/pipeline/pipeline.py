@@ -249,6 +249,7 @@ class Pipeline:
         result = self.runtime.healed(
             lambda: train_once(self._step(metrics, outputs, updates_at_once=True), inputs, targets)
         )
+        self.runtime.history.tick()
         tell(self.callbacks, result)
         return result
 

@@ -143,3 +143,4 @@ def _hand_over(old: Runtime, new: Runtime) -> None:
     old.callbacks = []  # theirs is the new one's to close
     old.close()
     new.cluster.relabel()
+    new.history.tick()

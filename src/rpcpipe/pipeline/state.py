@@ -67,6 +67,8 @@ def load_state_dict(runtime: Runtime, state: Mapping[str, Any]) -> None:
         for worker in stage.workers:
             parts[worker].setdefault(stage.index, {})[key] = value
     runtime.driver.collect({name: runtime.driver.call(name, LoadState(parts[name])) for name in runtime.names})
+    runtime.history.cut()
+    runtime.history.tick()
 
 
 def save(runtime: Runtime, directory: str | Path, stateful: Holders, position: Any, keep: int | None) -> Path:
@@ -130,6 +132,8 @@ def load(runtime: Runtime, directory: str | Path, stateful: Holders) -> Any:
                 halfway = False  # workers run what is sent, whatever interrupts the wait
                 raise
             halfway = False
+            runtime.history.cut()
+            runtime.history.tick()
         return position
 
     try:

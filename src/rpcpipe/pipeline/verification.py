@@ -135,6 +135,7 @@ def _put_back(runtime: Runtime) -> Iterator[int]:
             scaler.load_state_dict(scale)
         if runtime.cluster.healthy:
             driver.collect({name: driver.call(name, RestoreState()) for name in runtime.names})
+            runtime.history.cut()
 
 
 def _job(runtime: Runtime, recipe: Recipe, seed: int, inputs: Nest, targets: Nest, steps: int) -> Job:

@@ -60,6 +60,7 @@ class Executor:
         self._device = device
         self._threads = threads
         self._mailboxes: dict[str, Mailbox] = {}
+        self._turns: dict[str, int] = {}  # by pipeline, of the newest ``revive``
         self._changed = threading.Lock()
         self._compute_thread = 0
         self._closed = False
@@ -81,15 +82,20 @@ class Executor:
             self._mailboxes[pipeline] = Mailbox()
             return self._enqueue(CreateActor(pipeline, spec))
 
-    def revive(self, pipeline: str, path: str, place: int, copy: bool) -> Future[Any]:
+    def revive(self, pipeline: str, turn: int, path: str, place: int, copy: bool) -> Future[Any]:
         """Build an actor from the memory file ``path`` of a worker that has died; reply as ``create`` does.
 
         ``place``: that of the first task for this worker. ``copy``: go on in a copy of the memory; the actor that there
-        may be is given up, with all that is under way for it.
+        may be is given up, with all that is under way for it. ``turn``: a later try has a higher one, and an earlier
+        one that comes after it is refused.
         """
         with self._changed:
-            late = self._cleared(pipeline)
-            self._mailboxes[pipeline] = Mailbox(place)
+            if turn < self._turns.get(pipeline, turn):
+                return _replied(Failure.cancel(self.name, "a call that was made again"))
+            self._turns[pipeline] = turn
+            # That of an actor here has the programs to which late messages refer.
+            mailbox = self._mailboxes.setdefault(pipeline, Mailbox(place))
+            late = mailbox.cancel(-1, 0, place)
             reply = self._enqueue(ReviveActor(pipeline, path, copy))
         self._refuse(late)
         return reply
@@ -208,9 +214,7 @@ class Executor:
         with self._changed:
             if (mailbox := self._mailboxes.get(pipeline)) is not None:
                 return mailbox.watch(step)
-        closed: Future[Any] = Future()
-        closed.set_result(None)
-        return closed
+        return _replied(None)
 
     def abandon(self, pipeline: str, step: int, group: int) -> None:
         """Cancel the tasks of the stream ``step`` from ``group`` on; earlier groups run to their end."""
@@ -222,13 +226,10 @@ class Executor:
     def drop(self, pipeline: str) -> None:
         """Free a pipeline's stages."""
         with self._changed:
-            late = self._cleared(pipeline)
+            mailbox = self._mailboxes.pop(pipeline, None)
+            late = mailbox.cancel(1 << 62, 0, 1 << 62) if mailbox is not None else []
             self._enqueue(DropActor(pipeline))
         self._refuse(late)
-
-    def _cleared(self, pipeline: str) -> list[Entry]:
-        mailbox = self._mailboxes.pop(pipeline, None)
-        return [] if mailbox is None else mailbox.cancel(1 << 62, 0, 1 << 62)
 
     def progress(self) -> tuple[int, str]:
         """Return (tasks finished so far, what the worker runs or waits for now)."""
@@ -384,6 +385,12 @@ class Executor:
         for entry in entries:
             if entry.reply is not None:
                 entry.reply.set_result(Failure.cancel(self.name, title(entry.task.operation)))
+
+
+def _replied(outcome: Any) -> Future[Any]:
+    reply: Future[Any] = Future()
+    reply.set_result(outcome)
+    return reply
 
 
 def _describe(task: Task) -> str:

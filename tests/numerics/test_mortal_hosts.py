@@ -1,0 +1,63 @@
+"""Hosts die, with all that their workers held, and what comes out is what came out without."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from numerics import test_steps_ahead
+from numerics.test_mortal_workers import MortalCalls, UncountedCalls, train
+from numerics.test_steps_ahead import OPTIONS, model, pipeline, same
+from support.local_cluster import LocalCluster
+from support.models import batches
+from support.mortal_hosts import MortalHosts
+
+
+def test_a_host_dies_between_two_steps() -> None:
+    expected, after = train(LocalCluster(2, 1), {}, 0)
+    cluster = MortalHosts(2, 0)
+    pipe = pipeline(cluster, model=model())
+    scheduler, losses = torch.optim.lr_scheduler.StepLR(pipe.optimizer, 2, 0.5), []
+    for result in pipe.train(batches(8, 24)):
+        losses.append(result.loss)
+        scheduler.step()
+        if result.step == 3:
+            cluster.lose_host("worker0")
+    assert losses == [loss for _, loss, *_ in expected]
+    assert same(pipe.state_dict(), after)
+    assert pipe.runtime.history.restored == 1
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.timeout(120)
+def test_training_gives_the_bits_of_a_run_without_deaths(name: str) -> None:
+    workers, losses = 2 * OPTIONS[name].get("replicas", 1), 0
+    expected, after = train(LocalCluster(workers, 1), OPTIONS[name], 0)
+    for seed in range(8):
+        cluster = MortalHosts(workers, seed, rarity=150 if workers == 2 else 500)
+        figures, state = train(cluster, OPTIONS[name], seed % 2)
+        assert repr(figures) == repr(expected)
+        assert same(state, after)
+        losses += cluster.losses
+        if losses > 2:
+            return
+    raise AssertionError("no host died")
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.timeout(120)
+def test_calls_between_results_give_the_bits_of_a_run_without_deaths(name: str, tmp_path: Path) -> None:
+    workers, number = 2 * OPTIONS[name].get("replicas", 1), list(OPTIONS).index(name)
+    cluster = MortalHosts(workers, number, rarity=400 if workers == 2 else 1200)
+    figures, seen, state = test_steps_ahead.train(
+        OPTIONS[name], number, tmp_path / "mortal", ahead=number % 2, raises=False, cluster=cluster,
+        calling=MortalCalls,
+    )  # fmt: skip
+    expected, given, after = test_steps_ahead.train(
+        OPTIONS[name], number, tmp_path / "alive", ahead=0, raises=False, calling=UncountedCalls
+    )
+    assert repr(figures) == repr(expected)
+    assert repr(seen) == repr(given)
+    assert same(state, after)
