@@ -299,7 +299,8 @@ class Cluster:
         lost = self._liveness.lost
         state = "closed" if self._closed else f"{len(lost)} lost" if lost else "live"
         spares = f", {len(self.spares)} spare{'s' * (len(self.spares) > 1)}" if self.spares else ""
-        return f"Cluster({len(self.workers)} workers{spares}, {state})"
+        came = f", {waiting} waiting" if (waiting := self._group.newcomers.waiting) else ""
+        return f"Cluster({len(self.workers)} workers{spares}{came}, {state})"
 
     def __repr__(self) -> str:
         return f"{self._title()}\n{_tables.text(self._HEADER, self._rows())}"

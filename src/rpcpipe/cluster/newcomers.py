@@ -57,6 +57,11 @@ class Newcomers:
             return f"{who}: RANK=0 is the driver's"
         return version_complaint(hello["versions"], who)
 
+    @property
+    def waiting(self) -> int:
+        """Return how many wait."""
+        return len(self._waiting)
+
     def discard(self, member: object) -> bool:
         """Forget ``member``, which has ended; return whether it waited."""
         with self._lock:

@@ -63,7 +63,7 @@ class RemoteWorker:
             for asked in self._kept.values():
                 if not asked.done():
                     asked.set_result("")
-            return [("died", f"closed its connection ({error or 'its rpcpipe.worker process or its host ended'})")]
+            return [("died", f"closed its connection ({str(error) or 'its rpcpipe.worker process or its host ended'})")]
         for kind, payload in messages:
             if kind == "spawned":
                 self.pid = payload
