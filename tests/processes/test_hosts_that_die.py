@@ -135,6 +135,7 @@ def test_a_process_of_the_drivers_host_stands_in() -> None:
 
 PULLED = textwrap.dedent("""
     import os, sys, time, rpcpipe as rp
+    from torch.distributed import rpc
     def calls():
         cluster.check()
         everybody = cluster.workers + cluster.spares
@@ -142,10 +143,21 @@ PULLED = textwrap.dedent("""
     cluster = rp.connect(timeout=60.0)
     while "not reported yet" in repr(cluster):  # only who has beaten falls silent
         time.sleep(0.01)
+    def ask(name):
+        from rpcpipe.transport.rpc import this_process  # torch's own RPC, of which the transport knows nothing
+        to = this_process.served[0].seats[name].wire
+        sys.modules["asked"] = rpc.rpc_async(to, time.sleep, args=(600,))
+    def has_failed():
+        while not sys.modules["asked"].done():
+            time.sleep(0.01)
+        return True
+    ask("worker1")
+    cluster.call("worker0", ask, "worker1")
     print("formed", len(cluster.workers), len(cluster.spares), flush=True)
     while cluster.healthy:
         time.sleep(0.01)
     print(calls(), [event.kind for event in cluster.events], flush=True)
+    print(has_failed(), cluster.call("worker0", has_failed), flush=True)
     sys.stdin.readline()
     print(calls(), len(cluster.events), flush=True)
     cluster.close()
@@ -182,6 +194,7 @@ def test_a_host_whose_cable_is_pulled_is_cut_off_and_stays_so_when_it_is_back(tm
         lost = worker_of(agents[1])
         hosts[2].pull()
         assert driver.stdout.readline() == "True ['silent', 'spare used']\n"
+        assert driver.stdout.readline() == "True True\n"
         hosts[2].plug_in()
         assert agents[1].wait(10) == 1
         wait_for(lambda: ended(lost))

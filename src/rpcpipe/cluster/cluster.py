@@ -247,6 +247,7 @@ class Cluster:
         self._liveness.lose(member, error)
         self.events.append(ClusterEvent(kind, member.name, member.host, member.pid, how))
         self.transport.lose(member.name, error)
+        self._group.cut(member)
 
     def relabel(self) -> None:
         """Note where stages are now, for labels and messages; pipelines call it when stages come, move or go."""

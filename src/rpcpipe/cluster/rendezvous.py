@@ -13,11 +13,13 @@ from rpcpipe.cluster.join_listener import JoinListener
 from rpcpipe.cluster.monitor import Monitor
 from rpcpipe.cluster.newcomers import Newcomers
 from rpcpipe.cluster.process import Reader
+from rpcpipe.cluster.remote_worker import RemoteWorker
 from rpcpipe.cluster.worker_logs import WorkerLogs
 from rpcpipe.errors import RendezvousError
 from rpcpipe.transport.base import DRIVER
 from rpcpipe.transport.roster import DRIVERS_SEAT, Roster, Seat, seats
 from rpcpipe.transport.rpc import RpcTransport, this_process
+from rpcpipe.transport.rpc_sockets import address_key, cut
 from rpcpipe.transport.rpc_store import ExchangeStore
 
 # A worker may be stopped for so long while it starts; a debugger that attaches stops it, too.
@@ -168,6 +170,15 @@ class WorkerGroup:
         for seat in gone:
             for key, _ in self.published(seat):
                 del self.values[key]
+
+    def cut(self, lost: Member) -> None:
+        """Let nobody wait for what ``lost``, a rank's worker, would have answered. Any thread."""
+        published = self.values.get(address_key(self.roster.seats[lost.name].wire))
+        if isinstance(lost, RemoteWorker) and published is not None:
+            cut(published)
+            for member in list(self.members.values()):
+                if member is not lost:
+                    member.send("cut", published)
 
     def handle(self, source: Any, kind: str, payload: Any) -> bool:
         """Handle an event that means the same at any time; return False for any other."""
