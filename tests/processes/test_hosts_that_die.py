@@ -33,53 +33,60 @@ def memory() -> int:
     return os.memfd_create("kept")
 
 
-def test_a_spare_takes_the_place_of_a_rank_whose_agent_dies_and_other_ranks_join() -> None:
-    with ranks(4) as group, closing(group), group.connect(spares=1) as cluster:
+def test_a_rank_whose_agent_dies_is_followed_by_a_spare_then_a_stand_in_then_a_rank_that_joins() -> None:
+    with ranks(4) as group, closing(group), group.connect(spares=1, heal="shrink") as cluster:
         assert [worker.name for worker in cluster.workers + cluster.spares] == ["worker0", "worker1", "spare0"]
-        assert agents(cluster) == {"worker0": 1, "worker1": 2}
-        assert cluster.spread
-        kept = {name: cluster.keep(name, os_pid, cluster.call(name, memory)) for name, os_pid in _pids(cluster).items()}
+        assert (agents(cluster), cluster.spread, cluster.heal) == ({"worker0": 1, "worker1": 2}, True, 3)
+        kept = [cluster.keep(one.name, one.pid, cluster.call(one, memory)) for one in cluster.workers]
         spare = cluster.spares[0]
 
-        # A process: its agent starts another, whatever spares there are, for there its memory is.
+        # A process dies: its agent starts another, whatever spares there are, for there its memory is.
         os.kill(cluster.workers[1].pid, signal.SIGKILL)
         wait_for(lambda: not cluster.healthy)
         check_calls(cluster)
-        assert (cluster.events[-1].kind, agents(cluster)["worker1"]) == ("replaced", 2)
-        assert cluster.spares == (spare,)
-        assert [one.alive for one in kept.values()] == [True, True]
+        assert (last(cluster), agents(cluster)["worker1"], cluster.spares) == ("replaced", 2, (spare,))
+        assert [one.alive for one in kept] == [True, True]
 
-        # Its agent.
         group.kill(cluster, 2)
         check_calls(cluster)
-        assert (cluster.events[-1].kind, cluster.workers[1].pid) == ("spare used", spare.pid)
+        assert (last(cluster), cluster.workers[1].pid, cluster.spares) == ("spare used", spare.pid, ())
         assert agents(cluster) == {"worker0": 1, "worker1": 3}
-        assert [one.alive for one in kept.values()] == [True, False]
-        assert cluster.spares == ()
+        assert [one.alive for one in kept] == [True, False]
+        with pytest.raises(rp.WorkerLost, match="does not keep"):
+            cluster.keep("worker0", 1 << 22, 0)
         with pytest.raises(rp.StateError, match=r"1 workers are to be added and 0 spares are there: start 1 more rank"):
             cluster.add_workers()
 
-        # Whoever comes now is a spare, or is sent away if it has the rank of one who lives.
-        first, twin = group.agents[1], group.start(1)
-        group.agents[1] = first
-        newcomer = group.start(2, WORLD_SIZE="9")
-        _, words = twin.communicate(timeout=20)
-        assert "its rank 1 lives" in words
-        assert twin.returncode == 1
+        newcomer = group.start(2, WORLD_SIZE="9")  # it takes some seconds
+        group.kill(cluster, 3)
+        check_stand_in(cluster)
+
         wait_for(lambda: cluster.check() is None and len(cluster.spares) == 1, timeout=20.0)
-        assert (cluster.events[-1].kind, cluster.events[-1].pid) == ("joined", worker_of(newcomer).pid)
+        assert (last(cluster), cluster.events[-1].pid) == ("joined", worker_of(newcomer).pid)
         [added] = cluster.add_workers()
-        assert (added.name, added.rank, cluster.spares) == ("worker2", 3, ())
+        cluster.remove_workers(*cluster.stand_ins)
+        assert [worker.name for worker in cluster.workers] == ["worker0", "worker2"]
         check_calls(cluster)
-        assert agents(cluster) == {"worker0": 1, "worker1": 3, "worker2": 2}
+        assert agents(cluster) == {"worker0": 1, "worker2": 2}
         cluster.remove_workers(added)
         assert newcomer.wait(5) == 0
         check_calls(cluster)
-        assert all(one.alive == (name == "worker0") for name, one in kept.items())
 
 
-def _pids(cluster: rp.Cluster) -> dict[str, int]:
-    return {worker.name: worker.pid for worker in cluster.workers}
+def check_stand_in(cluster: rp.Cluster) -> None:
+    """A process of this host is worker1, and is replaced like any."""
+    check_calls(cluster)
+    [first] = cluster.stand_ins
+    assert (first.name, last(cluster), cluster.hosts()["worker1"]) == ("worker1", "stands in", first.host)
+    os.kill(first.pid, signal.SIGKILL)
+    wait_for(lambda: not cluster.healthy)
+    check_calls(cluster)
+    [second] = cluster.stand_ins
+    assert (second.name, last(cluster), second.pid == first.pid) == ("worker1", "replaced", False)
+
+
+def last(cluster: rp.Cluster) -> str:
+    return cluster.events[-1].kind
 
 
 def test_a_rank_that_says_nothing_any_more_is_cut_off_and_its_successor_comes_later() -> None:
@@ -111,26 +118,6 @@ def _heals(cluster: rp.Cluster) -> bool:
     except rp.WorkerLost:
         return False
     return True
-
-
-def test_a_process_of_the_drivers_host_stands_in() -> None:
-    with ranks(3) as group, closing(group), group.connect(heal="shrink") as cluster:
-        assert (cluster.heal, cluster.stand_ins) == (3, ())
-        group.kill(cluster, 2)
-        check_calls(cluster)
-        [stand_in] = cluster.stand_ins
-        assert (stand_in.name, cluster.events[-1].kind) == ("worker1", "stands in")
-        assert cluster.hosts()["worker1"] == stand_in.host
-        os.kill(stand_in.pid, signal.SIGKILL)
-        wait_for(lambda: not cluster.healthy)
-        check_calls(cluster)
-        assert [one.name for one in cluster.stand_ins] == ["worker1"]
-        assert cluster.events[-1].kind == "replaced"
-        [another] = cluster.stand_ins
-        cluster.remove_workers(*cluster.stand_ins)
-        assert (cluster.stand_ins, [worker.name for worker in cluster.workers]) == ((), ["worker0"])
-        assert not os.path.exists(f"/proc/{another.pid}")
-        check_calls(cluster)
 
 
 PULLED = textwrap.dedent("""

@@ -173,7 +173,8 @@ class WorkerGroup:
 
     def cut(self, lost: Member) -> None:
         """Let nobody wait for what ``lost``, a rank's worker, would have answered. Any thread."""
-        published = self.values.get(address_key(self.roster.seats[lost.name].wire))
+        seat = self.roster.seats.get(lost.name)  # None if it was about to join
+        published = self.values.get(address_key(seat.wire)) if seat is not None else None
         if isinstance(lost, RemoteWorker) and published is not None:
             cut(published)
             for member in list(self.members.values()):
