@@ -87,6 +87,20 @@ def test_who_cannot_join_is_sent_away(peers: Peers, changes: dict[str, Any], wor
     assert newcomers.waiting == 1
 
 
+def test_a_rank_whose_idle_worker_has_ended_waits_again_if_its_agent_lives(peers: Peers) -> None:
+    newcomers, (ours, theirs) = Newcomers(3), peers.pair()
+    member = RemoteWorker("spare0", hello(1), ours)
+    again = newcomers.come_again(member)
+    assert again is not None
+    assert (again.name, again.rank, again.channel, newcomers.waiting) == ("spare3", 1, ours, 1)
+    assert again.start({"name": "spare3"}) is again
+    assert heard(theirs) == ("config", {"name": "spare3"})
+    assert again.start({}) is not again
+    theirs.close()
+    assert newcomers.come_again(again) is None
+    assert newcomers.come_again("a process of this host") is None
+
+
 @pytest.mark.parametrize("how", ["ended", "cut off"])
 def test_the_rank_of_an_agent_that_is_gone_is_free(peers: Peers, how: str) -> None:
     ours, theirs = peers.pair()

@@ -47,9 +47,13 @@ def test_a_rank_whose_agent_dies_is_followed_by_a_spare_then_a_stand_in_then_a_r
         assert (last(cluster), agents(cluster)["worker1"], cluster.spares) == ("replaced", 2, (spare,))
         assert [one.alive for one in kept] == [True, True]
 
+        # An idle process dies, and then an agent: the spare is started again, then used.
+        os.kill(spare.pid, signal.SIGKILL)
+        wait_for(lambda: last(cluster) == "died")
         group.kill(cluster, 2)
         check_calls(cluster)
-        assert (last(cluster), cluster.workers[1].pid, cluster.spares) == ("spare used", spare.pid, ())
+        kinds = [event.kind for event in cluster.events[-4:]]
+        assert (kinds, cluster.spares) == (["died", "died", "joined", "spare used"], ())
         assert agents(cluster) == {"worker0": 1, "worker1": 3}
         assert [one.alive for one in kept] == [True, False]
         with pytest.raises(rp.WorkerLost, match="does not keep"):

@@ -57,6 +57,15 @@ class Newcomers:
             return f"{who}: RANK=0 is the driver's"
         return version_complaint(hello["versions"], who)
 
+    def come_again(self, member: object) -> RemoteWorker | None:
+        """Let the rank of ``member``, whose worker has ended, wait, and return it to be watched; None if it is gone."""
+        if not isinstance(member, RemoteWorker) or not member.home_lives:
+            return None
+        with self._lock:
+            again = member.renamed(f"spare{next(self._numbers)}")
+            self._waiting.append(again)
+        return again
+
     @property
     def waiting(self) -> int:
         """Return how many wait."""

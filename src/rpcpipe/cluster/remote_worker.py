@@ -109,7 +109,11 @@ class RemoteWorker:
             self._is_waiting = False
             self.send("config", dict(config))
             return self
-        return RemoteWorker(self.name, self._hello, self.channel).start(config)
+        return self.renamed(self.name).start(config)
+
+    def renamed(self, name: str) -> RemoteWorker:
+        """Return the rank's next worker, which is to be started and to have another name; this one has ended."""
+        return RemoteWorker(name, self._hello, self.channel)
 
     def fence(self) -> None:
         """Cut the connection of an agent that does not answer: from here on nobody hears its worker.

@@ -21,6 +21,7 @@ from rpcpipe.transport.roster import seats
 _BURY_SECONDS = 5.0
 # An agent that lives says at once that it has killed its worker.
 _ANSWER_SECONDS = 1.0
+_WELCOME_SECONDS = 30.0
 _TRIES = 3  # processes that may fail to take one worker's place, one after the other
 
 _WHO = {"spare used": "a spare", "replaced": "another process", "stands in": "a process of the driver's host"}
@@ -72,7 +73,8 @@ class Supervisor:
             devices[name] = member.device(taken)
             members[name] = member
             known[name] = Worker(name, member.rank, member.host, member.pid, devices[name])
-        joined = self._join(devices, {})
+        # Whoever cannot be reached must not hold the others up for long.
+        joined = self._join(devices, {}, min(self._group.timeout, _WELCOME_SECONDS))
         for name in joined:
             spare = replace(known[name], pid=members[name].pid)
             self.spares += (spare,)
@@ -114,9 +116,14 @@ class Supervisor:
         return set(joined)
 
     def _drop_lost_spares(self) -> None:
+        """Forget the spares that are lost; a rank's agent that still lives comes again, for another worker."""
         lost = [spare.name for spare in self.spares if spare.name in self._liveness.lost]
         self._bury(lost)
-        self._dismiss(lost)
+        again = {name: self._group.newcomers.come_again(self._group.members[name]) for name in lost}
+        self._dismiss(lost, staying=[name for name, member in again.items() if member is not None])
+        for member in again.values():
+            if member is not None:
+                self._group.monitor.add(member)
         self.spares = tuple(spare for spare in self.spares if spare.name not in lost)
 
     def _tell(self, worker: Worker, lost: WorkerLost, seconds: float, by: Successor) -> None:
@@ -210,21 +217,26 @@ class Supervisor:
                 worker=left.name, host=left.host, pid=left.pid,
             )  # fmt: skip
 
-    def _dismiss(self, names: Collection[str]) -> None:
-        """Let the group forget ``names``, whose processes have been buried."""
+    def _dismiss(self, names: Collection[str], staying: Collection[str] = ()) -> None:
+        """Let the group forget ``names``, whose processes have been buried; the agents of those ``staying`` go on."""
         if not names:
             return
         for name in names:
-            self._group.members.pop(name).dismiss()
+            member = self._group.members.pop(name)
+            if name not in staying:
+                member.dismiss()
             self._liveness.forget(name)
         self._group.forget(self._group.transport.admit({}, names))
         for member in self._group.members.values():
             member.send("admit", [{}, list(names)])
 
-    def _join(self, devices: Mapping[str, str], spares: Mapping[str, Worker]) -> list[str]:
+    def _join(
+        self, devices: Mapping[str, str], spares: Mapping[str, Worker], timeout: float | None = None
+    ) -> list[str]:
         """Let the processes of ``spares``, by their new names, or new ones on ``devices`` take the names given.
 
-        Nobody has these names, or whoever had them has been buried. Returns the names that are not lost now.
+        Nobody has these names, or whoever had them has been buried. Returns the names that are not lost now. Who has
+        not joined within ``timeout`` seconds, the group's by default, is lost.
         """
         while not self._reports.empty():  # of earlier rounds, whose processes have ended or been admitted
             self._reports.get()
@@ -238,7 +250,8 @@ class Supervisor:
         serving = [name for name, member in group.members.items() if self._liveness.serves(member)]
         present = {name: known[name] for name in serving if name in known}
         everybody = {**present, **found, DRIVER: known[DRIVER]}
-        admission = Admission(group, self._liveness, self._reports, self._lose, everybody)
+        seconds = group.timeout if timeout is None else timeout
+        admission = Admission(group, self._liveness, self._reports, self._lose, everybody, seconds)
         admission.successors.update({name: group.members[name] for name in spares})
         try:
             for name, device in devices.items():
