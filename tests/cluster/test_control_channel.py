@@ -78,3 +78,30 @@ def test_next_waits_until_its_time_and_keeps_the_rest() -> None:
         with pytest.raises(EOFError):
             channel.next(time.monotonic() + 0.01)
     channel.close()
+
+
+def test_it_is_open_until_the_peer_ends_or_it_is_shut() -> None:
+    channel, other = pair()
+    assert channel.open
+    other.sendall(b'["last words", null]\n')
+    assert channel.open
+    channel.receive()
+    other.close()
+    assert not channel.open  # although nobody has received the end
+    channel.close()
+    channel, other = pair()
+    channel.shut()
+    assert not channel.open
+    with pytest.raises(EOFError):
+        channel.receive()
+    other.close()
+    channel.close()
+    assert not channel.open
+
+
+def test_a_message_that_may_take_as_long_as_it_likes() -> None:
+    channel, other = pair()
+    with other:
+        Channel(other).send("late")
+        assert channel.next(float("inf")) == ("late", None)
+    channel.close()

@@ -8,17 +8,16 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-import psutil
 import pytest
 
 from support import network_namespaces as networks
 from support.faults import wait_for
+from support.ranks import SECRET, free_port, popen, worker_of
 
-SECRET = "a secret of the tests"
 SCRIPT = textwrap.dedent("""
     import os, sys, torch, rpcpipe as rp
     from torch import nn
@@ -40,11 +39,6 @@ SCRIPT = textwrap.dedent("""
 """)
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
-
-
 Start = Callable[..., "subprocess.Popen[str]"]
 
 
@@ -64,17 +58,9 @@ def start() -> Iterator[Start]:
         def begin(rank: int, *command: str, world: int = 3, **changes: str | None) -> subprocess.Popen[str]:
             four = {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             environ = {**os.environ, **four, "RPCPIPE_SECRET": SECRET, **changes}
-            return _popen(stack, [sys.executable, *(command or ("-m", "rpcpipe.worker"))], environ)
+            return popen(stack, [sys.executable, *(command or ("-m", "rpcpipe.worker"))], environ)
 
         yield begin
-
-
-def _popen(stack: ExitStack, command: list[str], environ: Mapping[str, str | None]) -> subprocess.Popen[str]:
-    env = {key: value for key, value in environ.items() if value is not None}
-    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    stack.enter_context(process)
-    stack.callback(process.kill)
-    return process
 
 
 def test_ranks_of_one_host(start: Start, script: Path) -> None:
@@ -105,7 +91,7 @@ def test_torchrun(script: Path) -> None:
     where = ["--master-addr", "127.0.0.1", "--master-port", port, "--log-dir", str(script.parent), str(script)]
     environ = {**os.environ, "RPCPIPE_SECRET": SECRET, "OMP_NUM_THREADS": "1"}
     with ExitStack() as stack:
-        nodes = [_popen(stack, [*command, "--node-rank", str(node), *where], environ) for node in (0, 1)]
+        nodes = [popen(stack, [*command, "--node-rank", str(node), *where], environ) for node in (0, 1)]
         out, err = nodes[0].communicate(timeout=90)
         assert " 3\n" in out, err
         assert out.endswith("closed\n")
@@ -175,16 +161,9 @@ def test_a_late_rank_is_sent_away(start: Start, script: Path) -> None:
     importing = time.monotonic() - began
     began = time.monotonic()
     late = start(1, world=2)
-    assert "the group is complete; rank 1" in refusal(late)
+    assert "the group is complete and its rank 1 lives" in refusal(late)
     assert time.monotonic() - began < 2.0 + 1.5 * importing  # 2 s from when it can be known
     assert driver.poll() is None
-
-
-def worker_of(rank: subprocess.Popen[str]) -> psutil.Process:
-    """The worker that the rank's agent has forked from its template."""
-    [template] = psutil.Process(rank.pid).children()
-    [worker] = template.children()
-    return worker
 
 
 @pytest.mark.alone
@@ -272,7 +251,7 @@ def test_a_rank_that_has_ended_cannot_be_replaced(start: Start, script: Path) ->
     assert driver.stdout.readline().startswith("loss")
     ranks[1].kill()
     out, err = driver.communicate(timeout=20)
-    assert "not replaced: worker1: rank 2 on " in out, err
+    assert f"not replaced: worker1 ({socket.gethostname()}#2) cannot be replaced" in out, err
     assert ranks[0].wait(5) == 0
 
 
@@ -302,7 +281,7 @@ def _three(
     for rank, host in enumerate(hosts):
         environ = {**os.environ, **shared, "RANK": str(rank), "RPCPIPE_SECRET": SECRET, "RPCPIPE_BIND": "eth0"}
         command = ["-m", "rpcpipe.worker"] if rank else [str(script)]
-        found.append(_popen(stack, ["ip", "netns", "exec", host.name, sys.executable, *command], environ))
+        found.append(popen(stack, ["ip", "netns", "exec", host.name, sys.executable, *command], environ))
     return found[0], found[1:]
 
 
@@ -361,7 +340,7 @@ def test_three_hosts_and_a_pulled_cable(script: Path) -> None:
         for rank, host in enumerate(hosts):
             environ = {**os.environ, **shared, "RANK": str(rank), "RPCPIPE_SECRET": SECRET, "RPCPIPE_BIND": "eth0"}
             command = ["-m", "rpcpipe.worker"] if rank else [str(script), "stay"]
-            found.append(_popen(stack, ["ip", "netns", "exec", host.name, sys.executable, *command], environ))
+            found.append(popen(stack, ["ip", "netns", "exec", host.name, sys.executable, *command], environ))
         driver, *ranks = found
         assert driver.stdout is not None
         assert driver.stdout.readline().startswith("loss")
@@ -388,7 +367,7 @@ def test_hosts_that_do_not_say_where_to_listen(script: Path) -> None:
 
         def words(**changes: str) -> str:
             environ = {**os.environ, **shared, "RPCPIPE_SECRET": SECRET, "WITHIN": "2", **changes}
-            return refusal(_popen(stack, ["ip", "netns", "exec", host.name, sys.executable, str(script)], environ))
+            return refusal(popen(stack, ["ip", "netns", "exec", host.name, sys.executable, str(script)], environ))
 
         assert "say on which network to listen: RPCPIPE_BIND=eth0 or RPCPIPE_BIND=10.0.0.0/8" in words()
         assert "is every network" in words(RPCPIPE_BIND="0.0.0.0/0")

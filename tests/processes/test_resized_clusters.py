@@ -87,13 +87,13 @@ def test_a_cluster_that_has_been_resized_is_not_launched_alike(trio: rp.Cluster)
     assert rp.launch(workers=3, threads=1, timeout=20.0, heal=False) is not trio
 
 
-@pytest.mark.parametrize(("given", "kept"), [(True, 3), (False, 0), (0, 0), (7, 7)])
-def test_how_often_a_step_is_tried_again(given: bool | int, kept: int) -> None:
+@pytest.mark.parametrize(("given", "kept"), [(True, 3), (False, 0), (0, 0), (7, 7), ("shrink", 3)])
+def test_how_often_a_step_is_tried_again(given: Any, kept: int) -> None:
     with rp.launch(workers=1, threads=1, timeout=20.0, heal=given) as cluster:
         assert cluster.heal == kept
 
 
-@pytest.mark.parametrize("given", [-1, 1.5, "yes"])
+@pytest.mark.parametrize("given", [-1, 1.5, "yes", ""])
 def test_a_heal_that_is_no_number_of_tries_is_refused(given: Any) -> None:
     with pytest.raises(rp.ArgumentError, match="heal"):
         rp.launch(workers=1, heal=given)

@@ -44,6 +44,10 @@ class Host:
         """Pull the cable."""
         _ip("-n", self.name, "link", "set", "eth0", "down")
 
+    def plug_in(self) -> None:
+        """Put the cable back."""
+        _ip("-n", self.name, "link", "set", "eth0", "up")
+
 
 @contextmanager
 def hosts(count: int) -> Iterator[list[Host]]:

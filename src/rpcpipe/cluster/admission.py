@@ -34,7 +34,8 @@ log = logging.getLogger("rpcpipe")
 class Admission:
     """``successors`` join those ``present``, who can be called already (the driver and spares, too).
 
-    ``starting``: the seats of those successors that are new processes. Runs on the main thread.
+    ``starting``: the seats of those successors that are new processes. ``timeout``: seconds in which all must have
+    joined. Runs on the main thread.
     """
 
     def __init__(
@@ -44,12 +45,14 @@ class Admission:
         reports: queue.SimpleQueue[Report],
         lose: Lose,
         present: Mapping[str, Seat],
+        timeout: float,
     ) -> None:
         self.present = present
         self.successors: dict[str, Member] = {}
         self.starting: dict[str, Seat] = {}
         self._group, self._liveness, self._lose, self._reports = group, liveness, lose, reports
-        self._deadline = time.monotonic() + group.timeout
+        self._timeout = timeout
+        self._deadline = time.monotonic() + timeout
         self._stopped = StoppedMembers()
         self._joined: set[str] = set()
         self._unmet: set[tuple[str, str]] = set()  # (who calls, who has not answered yet)
@@ -113,7 +116,7 @@ class Admission:
         for name in missing:
             member = self._group.members[name]
             if left <= 0:
-                self._fail(name, f"did not join within {self._group.timeout:g} s")
+                self._fail(name, f"did not join within {self._timeout:g} s")
             elif self._stopped.check(member):
                 self._fail(name, f"does not join: {member.state()}")
 

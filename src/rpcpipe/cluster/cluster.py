@@ -71,6 +71,11 @@ class Cluster:
         return self._supervisor.spares
 
     @property
+    def stand_ins(self) -> tuple[Worker, ...]:
+        """Return the workers that are processes of this host since a rank's host died, with ``heal="shrink"``."""
+        return self._supervisor.stand_ins
+
+    @property
     def events(self) -> list[ClusterEvent]:
         """Return the deaths and replacements so far."""
         return self._supervisor.events
@@ -91,8 +96,12 @@ class Cluster:
         return os.getpid() != self._owner
 
     def check(self) -> None:
-        """Replace workers that have died. Raises StateError if the cluster is closed, WorkerLost if one stays lost."""
+        """Let ranks join that have come, and replace workers that have died.
+
+        Raises StateError if the cluster is closed, WorkerLost if a worker stays lost.
+        """
         self._check_open()
+        self._supervisor.welcome()
         if self.heal:
             if self._supervisor.lost:
                 self._restore()
@@ -175,15 +184,19 @@ class Cluster:
         return self._supervisor.replace()
 
     def add_workers(self, count: int = 1) -> tuple[Worker, ...]:
-        """Start ``count`` more workers on this host and return them. Pipelines that exist do not use them.
+        """Add ``count`` workers and return them: processes of this host, or of a cluster of ranks spares.
 
-        Raises StateError for a cluster of ranks, WorkerLost where they do not join.
+        Pipelines that exist do not use them. Raises StateError where there are not so many spares, WorkerLost where
+        they do not join.
         """
         self.check()
         return self._supervisor.add(require_whole("count", count))
 
     def remove_workers(self, *workers: str | int | Worker) -> None:
-        """End ``workers``, which may be spares. Raises StateError for one that holds stages, or is the last."""
+        """End ``workers``, which may be spares, and with a rank's worker its agent.
+
+        Raises StateError for one that holds stages, or is the last.
+        """
         self._check_open()
         names = [self._name(worker) for worker in workers]
         for name in names:
@@ -205,6 +218,8 @@ class Cluster:
     def _handle(self, source: Any, kind: str, payload: Any) -> None:
         if kind == "beat":
             self._beats[source.name] = tuple(payload)
+        elif kind == "died" and self._group.newcomers.discard(source):
+            pass
         elif kind == "died":
             self._lost(source, payload, kind)
             self._liveness.end(source)
@@ -232,6 +247,7 @@ class Cluster:
         self._liveness.lose(member, error)
         self.events.append(ClusterEvent(kind, member.name, member.host, member.pid, how))
         self.transport.lose(member.name, error)
+        self._group.cut(member)
 
     def relabel(self) -> None:
         """Note where stages are now, for labels and messages; pipelines call it when stages come, move or go."""
@@ -284,7 +300,8 @@ class Cluster:
         lost = self._liveness.lost
         state = "closed" if self._closed else f"{len(lost)} lost" if lost else "live"
         spares = f", {len(self.spares)} spare{'s' * (len(self.spares) > 1)}" if self.spares else ""
-        return f"Cluster({len(self.workers)} workers{spares}, {state})"
+        came = f", {waiting} waiting" if (waiting := self._group.newcomers.waiting) else ""
+        return f"Cluster({len(self.workers)} workers{spares}{came}, {state})"
 
     def __repr__(self) -> str:
         return f"{self._title()}\n{_tables.text(self._HEADER, self._rows())}"

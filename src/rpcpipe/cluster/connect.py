@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rpcpipe.cluster import host_agent
 from rpcpipe.cluster.authentication import read_secret, version_complaint
 from rpcpipe.cluster.cluster import Cluster
-from rpcpipe.cluster.environment import RankEnvironment, publish_driver
+from rpcpipe.cluster.environment import RankEnvironment, publish_driver, thread_count
 from rpcpipe.cluster.join_listener import JoinListener
-from rpcpipe.cluster.launch import heal_tries, live
+from rpcpipe.cluster.launch import SHRINK, heal_tries, live
 from rpcpipe.cluster.monitor import Monitor
 from rpcpipe.cluster.network import Interface, addresses, choose_interface
+from rpcpipe.cluster.process import worker_environment
 from rpcpipe.cluster.remote_worker import RemoteWorker
-from rpcpipe.cluster.rendezvous import Member, Starter, Worker, WorkerGroup, form, worker_name, worker_names
+from rpcpipe.cluster.rendezvous import Worker, WorkerGroup, form, worker_name, worker_names
+from rpcpipe.cluster.starters import LocalStarter, RankStarter
+from rpcpipe.cluster.template import templates
 from rpcpipe.cluster.worker_logs import WorkerLogs
-from rpcpipe.errors import RendezvousError
+from rpcpipe.errors import ArgumentError, RendezvousError
 
 
 def connect(
@@ -27,7 +30,8 @@ def connect(
     timeout: float = 300.0,
     bind: str | None = None,
     log_dir: str | os.PathLike[str] | None = None,
-    heal: bool | int = True,
+    spares: int | None = None,
+    heal: bool | int | Literal["shrink"] = True,
 ) -> Cluster:
     """Join the processes of one job on several hosts, by environment variables.
 
@@ -35,43 +39,72 @@ def connect(
     RPCPIPE_SECRET (or RPCPIPE_SECRET_FILE) must be the same everywhere; ``bind`` (or RPCPIPE_BIND) is
     the interface, address or CIDR to listen on, not needed where MASTER_ADDR is loopback.
 
-    On rank 0 return the Cluster of WORLD_SIZE - 1 workers. Every other rank serves inside this call and
+    On rank 0 return the Cluster of WORLD_SIZE - 1 workers; the last ``spares`` ranks (default: RPCPIPE_SPARES, or 0)
+    stay idle instead (``cluster.spares``), until one takes the place of a worker whose host has died. A rank that
+    comes later, with a RANK that nobody has, becomes a spare. Every other rank serves inside this call and
     exits, with status 0 when the driver closes. ``timeout``: seconds until all must have come,
     and later those without any progress after which a wait raises DeadlineExceeded.
-    ``heal``: how often a call in which workers have died is made again, once their hosts have started others; True is
-    3, False 0. ``log_dir`` gets, on the driver's host, a file per worker with what it prints. Raises
-    RendezvousError, on all ranks, when they cannot come together.
+    ``heal``: how often a call in which workers have died is made again, once their hosts have started others, or spares
+    have taken their places; True is 3, False 0; "shrink": 3, and where a host has died and no spare is left, a process
+    of the driver's host stands in (``cluster.stand_ins``). ``log_dir`` gets, on the driver's host, a file per worker
+    with what it prints. Raises ArgumentError for more spares than there are ranks, and RendezvousError, on all ranks,
+    when they cannot come together.
     """
     env = RankEnvironment.read(os.environ)
     if env.rank > 0:
         host_agent.serve(env, timeout=timeout, bind=bind)
     directory = None if log_dir is None else Path(log_dir).absolute()
     tries = heal_tries(heal)
-    shape = ("connect", env, bind, directory, tries)
-    return live.reuse(shape) or live.keep(_gather(env, timeout, bind, directory, tries), shape)
-
-
-def _gather(env: RankEnvironment, timeout: float, bind: str | None, directory: Path | None, heal: int) -> Cluster:
-    secret = read_secret(os.environ)
+    names = _names(env, spares)
+    shape = ("connect", env, bind, directory, heal, names)
+    if (cluster := live.reuse(shape)) is not None:
+        return cluster
     interface = _listen_interface(env, bind)
-    group = WorkerGroup(Monitor(), WorkerLogs(directory), timeout, worker_names(env.world_size - 1))
+    starter = RankStarter(_local_starter(env, interface) if heal == SHRINK else None)
+    group = WorkerGroup(Monitor(), WorkerLogs(directory), timeout, names, starter)
+    return live.keep(_gather(env, group, interface, tries), shape)
+
+
+def _names(env: RankEnvironment, spares: int | None) -> list[str]:
+    """Return the names of all ranks but the driver's, the spares' last; raises ArgumentError for too many spares."""
+    given = os.environ.get("RPCPIPE_SPARES", "0") if spares is None else spares
+    source = "RPCPIPE_SPARES" if spares is None else "spares"
+    count = int(given) if isinstance(given, str) and given.isdigit() else given
+    if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count <= env.world_size - 2:
+        raise ArgumentError(
+            f"{source}={given!r}: of WORLD_SIZE={env.world_size} ranks one is the driver and one at least a worker, so"
+            f" 0 to {env.world_size - 2} can be spares; start more ranks with a larger WORLD_SIZE"
+        )
+    return [*worker_names(env.world_size - 1 - count), *(f"spare{index}" for index in range(count))]
+
+
+def _local_starter(env: RankEnvironment, interface: Interface) -> LocalStarter:
+    """Return what starts processes that stand in, as this host's agent would if it were a rank's."""
+    threads = thread_count(os.environ, env.local_size)
+    templates.prepare(worker_environment(threads))
+    return LocalStarter("auto", threads, interface.name)
+
+
+def _gather(env: RankEnvironment, group: WorkerGroup, interface: Interface, heal: int) -> Cluster:
     try:
+        secret = read_secret(os.environ)
         port = 0 if env.torchrun_store else env.port  # torchrun's store listens at the latter itself
         group.listener = JoinListener(group.monitor, secret, interface.address, port)
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + group.timeout
         if env.torchrun_store:
             publish_driver(env, interface.address, group.listener.port, deadline)
         members = _admit_all(group, env, deadline)
-        devices = {name: _device(member, members) for name, member in members.items()}
-        for member in members.values():
-            member.send("config", group.worker_config(member.name, devices[member.name]))
+        devices: dict[str, str] = {}
+        for name, member in members.items():
+            devices[name] = member.device([devices[one] for one in devices if members[one].host == member.host])
+            member.start(group.worker_config(name, devices[name]))
     except BaseException as error:
         group.abandon(f"{error}")
         raise
-    group.starter = Starter(_start_again)
     form(group, interface.name)
-    workers = [Worker(name, one.rank, one.host, one.pid, devices[name]) for name, one in members.items()]
-    return Cluster(group, workers, heal=heal)
+    joined = [Worker(name, one.rank, one.host, one.pid, devices[name]) for name, one in members.items()]
+    workers = [worker for worker in joined if worker.name == worker_name(worker.rank)]
+    return Cluster(group, workers, joined[len(workers) :], heal=heal)
 
 
 def _listen_interface(env: RankEnvironment, bind: str | None) -> Interface:
@@ -98,18 +131,24 @@ def _admit_all(group: WorkerGroup, env: RankEnvironment, deadline: float) -> dic
             )
         for source, kind, payload in group.monitor.poll(left):
             if kind == "hello":
-                member = _admit(env, by_rank, *payload)
+                member = _admit(env, group.names, by_rank, *payload)
                 by_rank[member.rank] = group.members[member.name] = member
                 group.monitor.add(member)
             elif kind == "died":
                 raise RendezvousError(f"rank {source.rank} ({source.host}:{source.pid}) {payload} before all had come")
         group.housekeeping()
-    members = {worker_name(rank): by_rank[rank] for rank in sorted(by_rank)}
+    members = {by_rank[rank].name: by_rank[rank] for rank in sorted(by_rank)}
     group.members = dict(members)
     return members
 
 
-def _admit(env: RankEnvironment, by_rank: dict[int, RemoteWorker], hello: dict[str, Any], channel: Any) -> RemoteWorker:
+def _admit(
+    env: RankEnvironment,
+    names: Sequence[str],
+    by_rank: Mapping[int, RemoteWorker],
+    hello: dict[str, Any],
+    channel: Any,
+) -> RemoteWorker:
     """Return the worker that says ``hello``; raises RendezvousError, and tells the worker, if it does not fit."""
     rank, where = hello["rank"], f"{hello['host']}:{hello['pid']}"
     complaint = version_complaint(hello["versions"], where)
@@ -124,17 +163,4 @@ def _admit(env: RankEnvironment, by_rank: dict[int, RemoteWorker], hello: dict[s
         channel.send("abort", complaint)
         channel.close()
         raise RendezvousError(complaint)
-    return RemoteWorker(worker_name(rank), hello, channel)
-
-
-def _start_again(config: Mapping[str, Any], ended: Member | None) -> RemoteWorker:
-    assert isinstance(ended, RemoteWorker), "ranks are not added"
-    return ended.start_again(config)
-
-
-def _device(member: RemoteWorker, members: dict[str, RemoteWorker]) -> str:
-    """Return the worker's GPU, the n-th one for the n-th worker of a host; "cpu" where there is none."""
-    if not member.gpus:
-        return "cpu"
-    before = sum(one.host == member.host and one.rank < member.rank for one in members.values())
-    return f"cuda:{before % member.gpus}"
+    return RemoteWorker(names[rank - 1], hello, channel)

@@ -87,12 +87,13 @@ class Channel:
         return [_message(line) for line in lines]
 
     def next(self, deadline: float) -> Message:
-        """Return one message, waiting until ``deadline`` (monotonic seconds); buffer those that came with it.
+        """Return one message, waiting until ``deadline``; buffer those that came with it.
 
-        Raises EOFError at the deadline, too.
+        ``deadline``: monotonic seconds, or infinity. Raises EOFError then, too.
         """
         while not self._buffered:
-            self.sock.settimeout(max(0.001, deadline - time.monotonic()))
+            left = deadline - time.monotonic()
+            self.sock.settimeout(None if left == float("inf") else max(0.001, left))
             self._buffered = self.receive()
         self.sock.settimeout(None)
         return self._buffered.pop(0)

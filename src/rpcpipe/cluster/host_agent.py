@@ -111,13 +111,22 @@ def _join(env: RankEnvironment, secret: bytes, deadline: float) -> Channel:
 
 
 def _expect_config(channel: Channel, deadline: float) -> dict[str, Any]:
-    """Return the worker's configuration, which the driver sends once all ranks have joined."""
+    """Return the worker's configuration, which the driver sends once all ranks have joined.
+
+    It lets a rank that comes later wait, however long, and exits if it is not needed until the driver closes.
+    """
     try:
         kind, payload = channel.next(deadline)
+        if kind == "wait":
+            kind, payload = channel.next(float("inf"))
     except (EOFError, ValueError):
         raise RendezvousError(
-            "the driver is gone, or does not answer, before the group was complete; its output says why"
+            "the driver is gone, or does not answer, before this rank has become part of its group; its output says why"
         ) from None
+    if kind == "stop":
+        channel.close()
+        templates.close()
+        sys.exit(0)
     if kind != "config":
         raise RendezvousError(f"the driver gave up: {payload}")
     config: dict[str, Any] = payload
@@ -182,7 +191,7 @@ class _Relay:
 
     def _from_driver(self, kind: str, payload: Any) -> int | None:
         if kind in ("gone", "stop") and self._worker is None:
-            return 1
+            return 1 if kind == "gone" else 0
         if kind == "gone":
             log.error("the driver is gone (%s); its worker ends too", payload or "closed")
             return 1 if self._stop is None else 0

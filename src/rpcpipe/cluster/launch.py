@@ -7,16 +7,14 @@ import importlib
 import os
 import sys
 import threading
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import Any, Literal
 
 from rpcpipe.cluster.cluster import Cluster
 from rpcpipe.cluster.monitor import Monitor
-from rpcpipe.cluster.process import WorkerProcess, worker_environment
-from rpcpipe.cluster.rendezvous import Member, Starter, Worker, WorkerGroup, form, worker_names
+from rpcpipe.cluster.process import worker_environment
+from rpcpipe.cluster.rendezvous import Worker, WorkerGroup, form, worker_names
+from rpcpipe.cluster.starters import LocalStarter, devices
 from rpcpipe.cluster.template import PRELOADED, templates
 from rpcpipe.cluster.worker_logs import WorkerLogs
 from rpcpipe.errors import ArgumentError, StateError, require_positive, require_whole
@@ -25,6 +23,7 @@ from rpcpipe.transport.user_pickling import worker_imports
 
 _INTERFACE = "lo"
 _HEAL_TRIES = 3
+SHRINK = "shrink"
 
 
 class LiveCluster:
@@ -95,7 +94,7 @@ def launch(
     timeout: float = 60.0,
     log_dir: str | os.PathLike[str] | None = None,
     spares: int = 0,
-    heal: bool | int = True,
+    heal: bool | int | Literal["shrink"] = True,
 ) -> Cluster:
     """Start ``workers`` processes on this host and return their Cluster; this process is the driver.
 
@@ -104,8 +103,8 @@ def launch(
     any progress after which a wait raises DeadlineExceeded. ``log_dir`` gets a file per worker with
     what it prints; all of it arrives on this process's stdout and stderr as well. ``spares``: further
     workers, which stay idle (``cluster.spares``) until one takes a dead worker's place. ``heal``: how often a step
-    that has lost workers may be tried again with new ones in their place (True: 3 times; False or 0: not), kept as
-    ``cluster.heal``.
+    that has lost workers may be tried again with new ones in their place (True and "shrink", which means more in
+    ``rp.connect``: 3 times; False or 0: not), kept as ``cluster.heal``.
 
     A live cluster that was launched alike is returned again; another one is closed first. Raises
     ArgumentError for arguments that cannot work and RendezvousError when workers do not start.
@@ -113,11 +112,11 @@ def launch(
     workers, spares = require_whole("workers", workers), require_whole("spares", spares, least=0)
     count = max(1, (os.cpu_count() or 1) // workers) if threads is None else require_whole("threads", threads)
     timeout = require_positive("timeout", timeout)
-    devices = _devices(device, workers + spares)
+    placed = devices(device, workers + spares)
     directory = None if log_dir is None else Path(log_dir).absolute()
     names = [*worker_names(workers), *(f"spare{index}" for index in range(spares))]
     tries = heal_tries(heal)
-    shape = (names, devices, count, timeout, directory, tries)
+    shape = (names, placed, count, timeout, directory, tries)
     if (cluster := live.reuse(shape)) is not None:
         return cluster
     templates.prepare(worker_environment(count))
@@ -142,49 +141,32 @@ def _preload() -> threading.Thread:
     return thread
 
 
-def heal_tries(heal: bool | int) -> int:
-    """Return how often a step may be tried again; raises ArgumentError for what is neither a bool nor a number >= 0."""
+def heal_tries(heal: bool | int | str) -> int:
+    """Return how often a step may be tried again; raises ArgumentError for what ``heal`` cannot be."""
+    if heal == SHRINK:
+        return _HEAL_TRIES
+    if isinstance(heal, str):
+        raise ArgumentError(f"heal={heal!r} is neither True, False, a number of tries from 0 on, nor {SHRINK!r}")
     return _HEAL_TRIES * heal if isinstance(heal, bool) else require_whole("heal", heal, least=0)
-
-
-def _devices(device: str, workers: int) -> list[str]:
-    """Return every worker's device; raises ArgumentError for one that is not there."""
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    kind = ("cuda" if gpus else "cpu") if device == "auto" else device
-    wanted = torch.device(kind)
-    if wanted.type not in ("cpu", "cuda"):
-        raise ArgumentError(f"device={device!r}: rpcpipe runs on cpu and cuda")
-    if wanted.type == "cpu":
-        return ["cpu"] * workers
-    if (wanted.index or 0) >= gpus:
-        raise ArgumentError(f"device={device!r} is not there: this host has {gpus} CUDA devices; use device='cpu'")
-    return [kind if wanted.index is not None else f"cuda:{index % gpus}" for index in range(workers)]
 
 
 def _start(
     workers: int, names: list[str], device: str, threads: int, timeout: float, directory: Path | None, heal: int
 ) -> Cluster:
-    devices = dict(zip(names, _devices(device, len(names)), strict=True))
-    group = WorkerGroup(Monitor(), WorkerLogs(directory), timeout, names)
+    placed = dict(zip(names, devices(device, len(names)), strict=True))
     worker_imports.adopt(sys.path)
-    local = {"threads": threads, "interface": _INTERFACE, "path": list(sys.path), "argv": list(sys.argv)}
-
-    def start(config: Mapping[str, Any], predecessor: Member | None = None) -> WorkerProcess:
-        if predecessor is not None:
-            predecessor.close()
-        return WorkerProcess({**config, **local})
-
-    group.starter = Starter(start, lambda index: _devices(device, index + 1)[index])
+    starter = LocalStarter(device, threads, _INTERFACE)
+    group = WorkerGroup(Monitor(), WorkerLogs(directory), timeout, names, starter)
     try:
         for name in names:
-            group.members[name] = member = start(group.worker_config(name, devices[name]))
+            group.members[name] = member = starter.start(group.worker_config(name, placed[name]), None)
             group.monitor.add(member)
     except BaseException as error:
         group.abandon(str(error))
         raise
     form(group, _INTERFACE)
     started = [
-        Worker(member.name, rank, member.host, member.pid, devices[member.name])
+        Worker(member.name, rank, member.host, member.pid, placed[member.name])
         for rank, member in enumerate(group.members.values(), 1)
     ]
     return Cluster(group, started[:workers], started[workers:], heal=heal)

@@ -16,8 +16,9 @@ class ClusterEvent:
     """What happened to a worker's process, and when (seconds since the epoch).
 
     ``kind``: "died"; "silent" (no sign of life, or no connection taken); "removed" (on request); "replaced" and "spare
-    used", where host and pid are the successor's, ``how`` says what became of its predecessor and ``seconds`` how long
-    the replacement took; "added".
+    used", "stands in" (a process of the driver's host in the place of a rank's), where host and pid are the
+    successor's, ``how`` says what became of its predecessor and ``seconds`` how long the replacement took; "joined" (a
+    rank has come to the live cluster, as a spare); "added".
     """
 
     kind: str
@@ -65,7 +66,7 @@ class Liveness:
     def restore(self, member: Member) -> bool:
         """Give ``member``, who has joined, its name; return False if it has been lost meanwhile."""
         with self._changed:
-            if self.is_lost(member):
+            if not self.serves(member):
                 return False
             self._lost.pop(member.name, None)
             return True

@@ -96,6 +96,14 @@ class WorkerProcess:
             description += f" (the kernel has just killed a process for want of memory; {free:.1f} GiB are free now)"
         return description
 
+    @property
+    def home_lives(self) -> bool:
+        """Return True: it is this process that could start another one."""
+        return True
+
+    def fence(self) -> None:
+        """Do nothing: the kernel says when a process of this host has ended."""
+
     def keep(self, pid: int, descriptor: int) -> KeptDescriptor:
         """Keep number ``descriptor`` of the process ``pid``, which is this one, open here; OSError if it has ended."""
         return KeptDescriptor(pid, descriptor)
@@ -123,6 +131,10 @@ class WorkerProcess:
         """Send SIGKILL; harmless if the process is dead."""
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._child.pidfd.fileno(), signal.SIGKILL)
+
+    def dismiss(self) -> None:
+        """Do as ``close``: nobody but the process itself is to end."""
+        self.close()
 
     def close(self) -> None:
         """Reap the process, which is dead or dying, and close everything."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import Future
 from typing import Any
 
@@ -44,6 +44,7 @@ class RemoteWorker:
         self.pid: int = hello["pid"]  # the agent's, until it says which process is the worker
         self.gpus: int = hello["gpus"]
         self.channel = channel
+        self._is_waiting = True  # its agent has not been told yet to start a worker
         self._kept: dict[int, Future[str]] = {}
 
     def send(self, kind: str, payload: Any = None) -> None:
@@ -62,7 +63,7 @@ class RemoteWorker:
             for asked in self._kept.values():
                 if not asked.done():
                     asked.set_result("")
-            return [("died", f"closed its connection ({error or 'its rpcpipe.worker process or its host ended'})")]
+            return [("died", f"closed its connection ({str(error) or 'its rpcpipe.worker process or its host ended'})")]
         for kind, payload in messages:
             if kind == "spawned":
                 self.pid = payload
@@ -79,6 +80,8 @@ class RemoteWorker:
         answer: Future[str] = Future()
         self._kept[number] = answer
         self.send("keep", [number, pid, descriptor])
+        if not self.channel.open:
+            answer.set_result("")
         try:
             path = answer.result(timeout=_ANSWER_SECONDS)
         except TimeoutError:
@@ -88,20 +91,36 @@ class RemoteWorker:
             raise WorkerLost(f"{self.host} does not keep what {self.name} ({pid}) has", worker=self.name, pid=pid)
         return RemoteKept(path, number, self.channel)
 
-    def start_again(self, config: Mapping[str, Any]) -> RemoteWorker:
-        """Have the agent start another worker, as this one has ended; return it. It has this one's connection.
+    @property
+    def home_lives(self) -> bool:
+        """Return whether the agent still has its connection, so that it could start another worker."""
+        return self.channel.open
 
-        Raises WorkerLost if the agent has ended as well.
+    def device(self, taken: Collection[str]) -> str:
+        """Return one of the host's GPUs, not of those ``taken`` if there is another; "cpu" where there are none."""
+        if not self.gpus:
+            return "cpu"
+        every = [f"cuda:{index}" for index in range(self.gpus)]
+        return next((one for one in every if one not in taken), every[len(taken) % self.gpus])
+
+    def start(self, config: Mapping[str, Any]) -> RemoteWorker:
+        """Have the agent start a worker; return it: this one, or another one with its connection if it has ended."""
+        if self._is_waiting:
+            self._is_waiting = False
+            self.send("config", dict(config))
+            return self
+        return self.renamed(self.name).start(config)
+
+    def renamed(self, name: str) -> RemoteWorker:
+        """Return the rank's next worker, which is to be started and to have another name; this one has ended."""
+        return RemoteWorker(name, self._hello, self.channel)
+
+    def fence(self) -> None:
+        """Cut the connection of an agent that does not answer: from here on nobody hears its worker.
+
+        The agent ends its worker and itself, when it hears of it or of no driver for some seconds.
         """
-        if not self.channel.open:
-            raise WorkerLost(
-                f"{self.name}: rank {self.rank} on {self.host} has ended too, so nobody can start another worker there:"
-                " start the ranks again and connect",
-                worker=self.name, host=self.host, pid=self.pid,
-            )  # fmt: skip
-        successor = RemoteWorker(self.name, self._hello, self.channel)
-        successor.send("config", dict(config))
-        return successor
+        self.channel.shut()
 
     def state(self) -> str:
         """Describe why the worker may not answer."""
@@ -114,6 +133,11 @@ class RemoteWorker:
     def kill(self) -> None:
         """Have the agent kill the worker."""
         self.channel.send("kill")
+
+    def dismiss(self) -> None:
+        """Let the agent end in peace: its worker has ended, or it never had one."""
+        self.send("stop")
+        self.close()
 
     def close(self) -> None:
         """Close the connection, upon which the agent ends."""

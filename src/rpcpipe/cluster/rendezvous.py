@@ -5,24 +5,25 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from rpcpipe.cluster.join_listener import JoinListener
 from rpcpipe.cluster.monitor import Monitor
+from rpcpipe.cluster.newcomers import Newcomers
 from rpcpipe.cluster.process import Reader
+from rpcpipe.cluster.remote_worker import RemoteWorker
 from rpcpipe.cluster.worker_logs import WorkerLogs
 from rpcpipe.errors import RendezvousError
 from rpcpipe.transport.base import DRIVER
 from rpcpipe.transport.roster import DRIVERS_SEAT, Roster, Seat, seats
 from rpcpipe.transport.rpc import RpcTransport, this_process
+from rpcpipe.transport.rpc_sockets import address_key, cut
 from rpcpipe.transport.rpc_store import ExchangeStore
 
 # A worker may be stopped for so long while it starts; a debugger that attaches stops it, too.
 _STOPPED_SECONDS = 1.5
-
-log = logging.getLogger("rpcpipe")
 
 
 class Kept(Protocol):
@@ -43,7 +44,9 @@ class Kept(Protocol):
 class Member(Protocol):
     """A worker as its driver sees it: a WorkerProcess on this host, or a RemoteWorker.
 
-    ``domain``: what it dies with, a rank's agent or this host.
+    ``domain``: what it dies with, a rank's agent or this host. ``home_lives``: whether another worker can be started
+    there. ``fence``: cut off one that does not end although it is killed, so that it counts as ended. ``dismiss``:
+    ``close``, and end also the agent, with status 0.
     """
 
     name: str
@@ -64,6 +67,13 @@ class Member(Protocol):
     def stopped(self) -> bool: ...
 
     def kill(self) -> None: ...
+
+    @property
+    def home_lives(self) -> bool: ...
+
+    def fence(self) -> None: ...
+
+    def dismiss(self) -> None: ...
 
     def close(self) -> None: ...
 
@@ -94,15 +104,27 @@ def worker_names(workers: int) -> list[str]:
     return [worker_name(rank) for rank in range(1, workers + 1)]
 
 
-class Starter(NamedTuple):
-    """``start`` starts a worker, by its ``worker_config``, in the place of one that has ended, if any.
+class Starter(Protocol):
+    """Starts workers of a live group."""
 
-    It releases what belongs to that one, or uses it again. ``device_of`` tells the device of the index-th worker; None
-    where there can be no further ones.
-    """
+    def start(self, config: Mapping[str, Any], predecessor: Member | None) -> Member:
+        """Start a worker by its ``worker_config``, in the place of one that has ended, if any.
 
-    start: Callable[[Mapping[str, Any], Member | None], Member]
-    device_of: Callable[[int], str] | None = None
+        What belongs to that one is released, or used again. A rank that waits is its own predecessor.
+        """
+        ...
+
+    def device_of(self, index: int) -> str | None:
+        """Return the device of the index-th worker; None where further ones come by themselves, as ranks."""
+        ...
+
+    def stand_in(self, device: str) -> str | None:
+        """Return the device of a process of this host in the place of one on ``device``; None if none may be there."""
+        ...
+
+    def stands_in(self, member: Member) -> bool:
+        """Return whether ``member`` is such a process."""
+        ...
 
 
 @dataclass(eq=False)
@@ -110,19 +132,20 @@ class WorkerGroup:
     """The workers by name, alive or starting, and what hears them.
 
     ``timeout``: seconds for the group to form. ``values`` are what torch's agents have published, addresses.
-    ``starter`` starts further workers; None where this process cannot.
+    ``starter`` starts further workers; ranks that come later are among ``newcomers``.
     """
 
     monitor: Monitor
     logs: WorkerLogs
     timeout: float
     names: Sequence[str]
+    starter: Starter
     members: dict[str, Member] = field(default_factory=dict)
     listener: JoinListener | None = None
     values: dict[str, str] = field(default_factory=dict)
-    starter: Starter | None = None
 
     def __post_init__(self) -> None:
+        self.newcomers = Newcomers(len(self.names))
         given = {DRIVER: DRIVERS_SEAT, **{name: seats.give(name) for name in self.names}}
         self.roster = Roster(uuid.uuid4().hex, DRIVER, given)
         self.transport = RpcTransport(self.roster)
@@ -148,22 +171,28 @@ class WorkerGroup:
             for key, _ in self.published(seat):
                 del self.values[key]
 
+    def cut(self, lost: Member) -> None:
+        """Let nobody wait for what ``lost``, a rank's worker, would have answered. Any thread."""
+        seat = self.roster.seats.get(lost.name)  # None if it was about to join
+        published = self.values.get(address_key(seat.wire)) if seat is not None else None
+        if isinstance(lost, RemoteWorker) and published is not None:
+            cut(published)
+            for member in list(self.members.values()):
+                if member is not lost:
+                    member.send("cut", published)
+
     def handle(self, source: Any, kind: str, payload: Any) -> bool:
         """Handle an event that means the same at any time; return False for any other."""
         if kind == "log":
             stream, line = payload
             self.logs.feed(source.name, stream, line, time.monotonic())
         elif kind == "hello":
-            self._turn_away(*payload)
+            hello, channel = payload
+            if (member := self.newcomers.come(hello, channel, list(self.members.values()))) is not None:
+                self.monitor.add(member)
         else:
             return False
         return True
-
-    def _turn_away(self, hello: Mapping[str, Any], channel: Any) -> None:
-        who = f"rank {hello['rank']} ({hello['host']}:{hello['pid']})"
-        log.warning("%s came when the group was complete, and was sent away", who)
-        channel.send("abort", f"the group is complete; {who} is late, or left from an earlier run")
-        channel.close()
 
     def housekeeping(self) -> None:
         """Do what is due from time to time; called after every poll of the monitor."""
@@ -175,6 +204,7 @@ class WorkerGroup:
         """Release everything; the members are dead, dying, or told to die."""
         if self.listener is not None:
             self.listener.close()
+        self.newcomers.close()
         for member in self.members.values():
             self.monitor.remove(member)
             member.close()

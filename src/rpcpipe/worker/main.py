@@ -30,6 +30,7 @@ from rpcpipe.cluster.template import CONTROL_FD, TEMPLATE_FD
 from rpcpipe.transport.base import WorkerEndpoint
 from rpcpipe.transport.roster import Roster, Seat
 from rpcpipe.transport.rpc import RpcTransport, this_process
+from rpcpipe.transport.rpc_sockets import cut
 from rpcpipe.transport.rpc_store import ExchangeStore
 from rpcpipe.worker import fork_server
 from rpcpipe.worker.executor import Executor
@@ -125,6 +126,8 @@ class Control:
             self._admit(*payload)
         elif kind == "meet":
             self._meet(payload)
+        elif kind == "cut":
+            cut(payload)
         elif kind != "stop":
             self._messages.put((kind, payload))
         elif (executor := self.executor) is None:
