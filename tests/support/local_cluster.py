@@ -30,6 +30,7 @@ class LocalCluster:
         self.workers = [Worker(f"worker{index}", index + 1, "elsewhere", 0, "cpu") for index in range(workers)]
         self.timeout, self.spread = timeout, False
         self.open, self.healthy, self.heal = True, True, heal
+        self.stand_ins: list[Worker] = []
         self.pipelines: set[Any] = set()
         for worker in self.workers:
             executor = Executor(worker.name, self.transport, device=torch.device("cpu"), threads=1)
@@ -41,6 +42,13 @@ class LocalCluster:
 
     def relabel(self) -> None:
         pass
+
+    def stages_on(self, worker: str) -> list[int]:
+        return sorted({stage for pipe in self.pipelines for stage in pipe.stages_on(worker)})
+
+    def remove_workers(self, *workers: Any) -> None:
+        self.workers = [worker for worker in self.workers if worker not in workers]
+        self.stand_ins = [worker for worker in self.stand_ins if worker not in workers]
 
     def keep(self, worker: str, pid: int, descriptor: int) -> KeptDescriptor:
         """Keep what ``worker`` has, in this process as all are."""

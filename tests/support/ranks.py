@@ -76,7 +76,7 @@ class Ranks:
 
     def close(self) -> None:
         """See all agents end in peace, once their driver has closed, but for those that were killed."""
-        assert {rank: agent.wait(5) for rank, agent in self.agents.items()} == dict.fromkeys(self.agents, 0)
+        assert {rank: agent.wait(20) for rank, agent in self.agents.items()} == dict.fromkeys(self.agents, 0)
 
     def freeze(self, rank: int) -> list[psutil.Process]:
         """Let nothing come from the rank any more, without a word, as if its cable were pulled; return who is still."""

@@ -36,6 +36,11 @@ class PipelineCluster(Protocol):
         ...
 
     @property
+    def stand_ins(self) -> Sequence[Worker]:
+        """Return those of ``workers`` that are on the driver's host because their own are lost."""
+        ...
+
+    @property
     def timeout(self) -> float:
         """Return the seconds without any progress after which a wait raises DeadlineExceeded."""
         ...
@@ -87,6 +92,14 @@ class PipelineCluster(Protocol):
 
         Of two agents on one host each counts for itself; ``Worker.host`` says which host it is.
         """
+        ...
+
+    def stages_on(self, worker: str) -> Sequence[int]:
+        """Return the stages that ``worker`` holds, of all pipelines."""
+        ...
+
+    def remove_workers(self, *workers: str | int | Worker) -> None:
+        """End ``workers``; raises StateError for one that holds stages."""
         ...
 
     def relabel(self) -> None:

@@ -239,6 +239,7 @@ class Pipeline:
         of the training forward's outputs; with ``outputs`` these are in ``result.outputs``, detached and on the CPU.
         Raises ArgumentError, StageError, WorkerLost or DeadlineExceeded; the weights are then as before.
         """
+        self.runtime = resize.settled(self.runtime, self.recipe.options)
         self.runtime.check_trains()
         if self.runtime.policy is not None:
             self.runtime.check()
@@ -264,6 +265,7 @@ class Pipeline:
         workers busy), so a learning rate set then holds for the batches fed from then on. Any other call on the
         pipeline drains the stream first. Raises what ``train_step`` raises.
         """
+        self.runtime = resize.settled(self.runtime, self.recipe.options)
         self.runtime.check_trains()
         results = train(self.runtime, pairs(batches, "train"), self.train_step, ahead)
         total = len(batches) if isinstance(batches, Sized) else None

@@ -7,21 +7,25 @@ stay as they are until all new ones stand, so a refusal, an error or a death on 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import uuid
 from collections.abc import Mapping, Sequence
 
 from rpcpipe import schedules
+from rpcpipe.cluster.rendezvous import Worker
 from rpcpipe.driver.deployment import Deployment
 from rpcpipe.driver.driver import Driver
 from rpcpipe.driver.layout import Layout
 from rpcpipe.driver.runtime import Runtime
-from rpcpipe.errors import PartitionError, require, require_whole
+from rpcpipe.errors import ArgumentError, PartitionError, ScheduleError, StateError, require, require_whole
 from rpcpipe.pipeline.arguments import Options, check_groups, check_ties, layout_of, make_schedule
 from rpcpipe.pipeline.deploy import balanced, create_actors, optimizer_states, repartition, watch
 from rpcpipe.planning import partition
 from rpcpipe.schedules import weight_versions
 from rpcpipe.worker.messages import StageInfo
 from rpcpipe.worker.operations import ReceiveLayers, ReleaseLayers
+
+log = logging.getLogger("rpcpipe")
 
 
 def wanted(options: Options, runtime: Runtime, balance: str | Sequence[int], replicas: int | None) -> Options:
@@ -35,8 +39,8 @@ def wanted(options: Options, runtime: Runtime, balance: str | Sequence[int], rep
     )  # fmt: skip
 
 
-def resized(old: Runtime, options: Options, workers: int | None) -> Runtime:
-    """Return a runtime that goes on where ``old`` is, over the cluster's first ``workers`` (None: all).
+def resized(old: Runtime, options: Options, workers: Sequence[Worker] | int | None) -> Runtime:
+    """Return a runtime that goes on where ``old`` is, over ``workers``: these, the cluster's first ones, None for all.
 
     ``options`` say how to cut. Raises StateError within a step or an accumulation, and ArgumentError, ScheduleError or
     PartitionError for what does not fit, before anything moves.
@@ -68,7 +72,29 @@ def resized(old: Runtime, options: Options, workers: int | None) -> Runtime:
     return new
 
 
-def _deployment(old: Runtime, options: Options, workers: int | None) -> Deployment:
+def settled(old: Runtime, options: Options) -> Runtime:
+    """Return a runtime over the workers that do not stand in for those of lost hosts; ``old`` if there is none.
+
+    Stand-ins that no pipeline uses any more are ended. ``options``: those that the pipeline was made with.
+    """
+    cluster, standing = old.cluster, {worker.name for worker in old.cluster.stand_ins}
+    if old.closed or old.progress.done or standing.isdisjoint(old.names):
+        return old
+    others = [worker for worker in cluster.workers if worker.name not in standing]
+    own = wanted(options, old, "parameters", None)
+    old.check()
+    try:
+        new = old.healed(lambda: resized(old, own, others[: len(others) // own.replicas * own.replicas]))
+    except (ArgumentError, PartitionError, ScheduleError, StateError) as error:
+        log.warning("%s stay on the driver's host, for the model cannot go on without: %s", sorted(standing), error)
+        return old
+    if idle := [worker for worker in cluster.stand_ins if not cluster.stages_on(worker.name)]:
+        cluster.remove_workers(*idle)
+    log.warning("the model goes on over %d workers", len(new.names))
+    return new
+
+
+def _deployment(old: Runtime, options: Options, workers: Sequence[Worker] | int | None) -> Deployment:
     before, layout = old.deployment, _layout(old, options, workers)
     virtual = options.virtual_stages
     if isinstance(options.schedule, str):
@@ -88,10 +114,13 @@ def _deployment(old: Runtime, options: Options, workers: int | None) -> Deployme
     return Deployment(layout, schedule, balance, before.wirings, before.ties, options.shard_optimizer)
 
 
-def _layout(old: Runtime, options: Options, workers: int | None) -> Layout:
+def _layout(old: Runtime, options: Options, workers: Sequence[Worker] | int | None) -> Layout:
     given = options.schedule, options.balance, options.virtual_stages, options.replicas
     if workers is None:
         return layout_of(old.cluster, *given)
+    if not isinstance(workers, int):
+        require(bool(workers), f"too few workers for replicas={options.replicas} are left", error=PartitionError)
+        return Layout(tuple(worker.name for worker in workers), options.replicas)
     count, known = require_whole("workers", workers), old.cluster.workers
     require(
         count <= len(known) and count % options.replicas == 0,

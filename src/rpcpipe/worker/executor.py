@@ -67,7 +67,7 @@ class Executor:
         self._running: tuple[str, Entry] | None = None
         self._general = Mailbox()
         self._general_next = 0
-        self._vault = vault = Vault(name, transport)
+        self._vault = vault = Vault(transport)
         # Further verbs.
         self.store, self.stored, self.send_snapshot, self.forget_snapshots = (
             vault.store, vault.stored, vault.send, vault.forget,
@@ -328,7 +328,7 @@ class Executor:
         try:
             if isinstance(operation, TakeSnapshot):
                 number, keeper = operation
-                return self._vault.take(pipeline, number, keeper, self.actors[pipeline].write_image)
+                return self._vault.take(pipeline, self.name, number, keeper, self.actors[pipeline].write_image)
             return self._execute(operation) if not pipeline else self.actors[pipeline].execute(operation, entry.values)
         except BaseException as error:
             action = operation.route.action if isinstance(operation, RunAction) else None

@@ -53,22 +53,22 @@ class _File:
 
 
 class Vault:
-    """The snapshots that are in the memory of worker ``name``. Any thread may call any method."""
+    """The snapshots that are in this process's memory. Any thread may call any method."""
 
-    def __init__(self, name: str, transport: Transport) -> None:
-        self._name, self._transport = name, transport
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
         self._lock = threading.Lock()
         self._files: dict[tuple[str, str, int], _File] = {}  # by pipeline, worker, and whether the number is odd
 
-    def take(self, pipeline: str, number: int, keeper: str, write_image: WriteImage) -> Taken:
-        """Take snapshot ``number`` of this worker's stages, and begin to send it to ``keeper``."""
+    def take(self, pipeline: str, of: str, number: int, keeper: str, write_image: WriteImage) -> Taken:
+        """Take snapshot ``number`` of worker ``of``, which this process is now, and begin to send it to ``keeper``."""
         start = time.monotonic()
         with self._lock:
-            file = self._file(pipeline, self._name, number)
+            file = self._file(pipeline, of, number)
             file.number, file.whole = number, False
         size = write_image(file.descriptor)
         file.whole = True
-        self.send(pipeline, self._name, number, f"/proc/self/fd/{file.descriptor}", keeper)
+        self.send(pipeline, of, number, f"/proc/self/fd/{file.descriptor}", keeper)
         return Taken(file.at, size, time.monotonic() - start)
 
     def send(self, pipeline: str, of: str, number: int, path: str, to: str) -> None:
