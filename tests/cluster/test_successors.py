@@ -66,7 +66,9 @@ def test_then_a_process_of_the_drivers_host() -> None:
 
 def test_nobody_is_left() -> None:
     members = {"worker0": Member("a#1", False), "worker1": Member("b#2", False), "spare1": Member("c#3", True)}
-    with pytest.raises(WorkerLost, match=r"^worker1 \(b#2\) cannot be replaced.*no spare on cpu is left") as caught:
+    with pytest.raises(
+        WorkerLost, match=r"^nobody can take the place of worker1 \(b#2\): .*no spare on cpu is left"
+    ) as caught:
         choose([LOST, LAST], [FAR], members, "cuda:0")
     assert caught.value.worker == "worker1"
     for way in ("rp.connect(spares=…)", 'rp.connect(heal="shrink")', "Start the rank again"):

@@ -251,7 +251,9 @@ def test_a_rank_that_has_ended_cannot_be_replaced(start: Start, script: Path) ->
     assert driver.stdout.readline().startswith("loss")
     ranks[1].kill()
     out, err = driver.communicate(timeout=20)
-    assert f"not replaced: worker1 ({socket.gethostname()}#2) cannot be replaced" in out, err
+    assert f"worker1 could not be replaced: nobody can take the place of worker1 ({socket.gethostname()}#2): " in out, (
+        err
+    )
     assert ranks[0].wait(5) == 0
 
 

@@ -139,9 +139,10 @@ PULLED = textwrap.dedent("""
         to = this_process.served[0].seats[name].wire
         sys.modules["asked"] = rpc.rpc_async(to, time.sleep, args=(600,))
     def has_failed():
-        while not sys.modules["asked"].done():
+        until = time.monotonic() + 10.0
+        while not sys.modules["asked"].done() and time.monotonic() < until:
             time.sleep(0.01)
-        return True
+        return sys.modules["asked"].done()
     ask("worker1")
     cluster.call("worker0", ask, "worker1")
     print("formed", len(cluster.workers), len(cluster.spares), flush=True)

@@ -63,7 +63,7 @@ class Ranks:
         before = dict(os.environ)
         os.environ.update(self._environ, RANK="0")
         try:
-            return rp.connect(timeout=30.0, **arguments)
+            return rp.connect(timeout=60.0, **arguments)
         finally:
             os.environ.clear()
             os.environ.update(before)

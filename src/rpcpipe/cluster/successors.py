@@ -55,8 +55,8 @@ def _nobody(left: Sequence[Worker], members: Mapping[str, Member]) -> WorkerLost
     first = left[0]
     kinds = " and ".join(sorted({_kind(place.device) for place in left}))
     return WorkerLost(
-        f"{ended} cannot be replaced: the rank's process or its host has ended too, no spare on {kinds} is left, and"
-        " nobody stands in. Start the rank again (`python -m rpcpipe.worker` with the same variables and any RANK that"
-        ' nobody has) and make the call again; or begin with rp.connect(spares=…) or rp.connect(heal="shrink")',
+        f"nobody can take the place of {ended}: the rank's process or its host has ended, no spare on {kinds} is left,"
+        " and nobody stands in. Start the rank again (`python -m rpcpipe.worker` with the same variables and any RANK"
+        ' that nobody has) and make the call again; or begin with rp.connect(spares=…) or rp.connect(heal="shrink")',
         worker=first.name, host=first.host, pid=first.pid,
     )  # fmt: skip

@@ -104,7 +104,10 @@ class Supervisor:
         self._drop_lost_spares()
         self.welcome()
         places = {worker.name: worker for worker in self.workers if worker.name in lost}
-        chosen = choose_successors(places.values(), self.spares, self._group.members, self._group.starter)
+        try:
+            chosen = choose_successors(places.values(), self.spares, self._group.members, self._group.starter)
+        except WorkerLost as nobody:
+            raise _not_replaced({nobody.worker: lost[nobody.worker]}, [str(nobody), *map(str, lost.values())]) from None
         taken = {name: one.spare for name, one in chosen.items() if one.spare is not None}
         self.spares = tuple(spare for spare in self.spares if spare not in taken.values())
         joined = self._join({name: one.device for name, one in chosen.items() if one.spare is None}, taken)
@@ -176,6 +179,7 @@ class Supervisor:
     def _take_spares(self, names: Sequence[str]) -> dict[str, Worker]:
         """Take a spare for each of ``names``, which are to be workers; return them by these."""
         self._drop_lost_spares()
+        self.welcome()
         if (missing := len(names) - len(self.spares)) > 0:
             raise StateError(
                 f"{len(names)} workers are to be added and {len(self.spares)} spares are there: start {missing} more"
