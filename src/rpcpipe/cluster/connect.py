@@ -13,7 +13,7 @@ from rpcpipe.cluster.authentication import read_secret, version_complaint
 from rpcpipe.cluster.cluster import Cluster
 from rpcpipe.cluster.environment import RankEnvironment, publish_driver
 from rpcpipe.cluster.join_listener import JoinListener
-from rpcpipe.cluster.launch import heal_tries, live
+from rpcpipe.cluster.launch import heal_tries, live, refuse_on_worker, require_descriptors
 from rpcpipe.cluster.monitor import Monitor
 from rpcpipe.cluster.network import Interface, addresses, choose_interface
 from rpcpipe.cluster.remote_worker import RemoteWorker
@@ -42,6 +42,7 @@ def connect(
     3, False 0. ``log_dir`` gets, on the driver's host, a file per worker with what it prints. Raises
     RendezvousError, on all ranks, when they cannot come together.
     """
+    refuse_on_worker("rp.connect")
     env = RankEnvironment.read(os.environ)
     if env.rank > 0:
         host_agent.serve(env, timeout=timeout, bind=bind)
@@ -52,6 +53,7 @@ def connect(
 
 
 def _gather(env: RankEnvironment, timeout: float, bind: str | None, directory: Path | None, heal: int) -> Cluster:
+    require_descriptors(env.world_size - 1)
     secret = read_secret(os.environ)
     interface = _listen_interface(env, bind)
     group = WorkerGroup(Monitor(), WorkerLogs(directory), timeout, worker_names(env.world_size - 1))

@@ -50,6 +50,10 @@ _BY_LANE = ("deliver", "deliver_tensors", "supply")
 # And of calls, whose tasks only the compute thread takes: nothing else need hear of them before.
 _CALLS_BY_LANE = ("submit",)
 
+_SHUT_DOWN = (
+    "torch RPC was shut down here, by torch.distributed.rpc.shutdown(); leave that to rpcpipe, and launch again"
+)
+
 log = logging.getLogger("rpcpipe")
 
 
@@ -80,7 +84,7 @@ class _Agent:
         """Close the connections to others, all by default, which are dead; torch keeps their entries, as it needs."""
         for wire in self._others.copy() if others is None else [seat.wire for seat in others]:
             # A message to the dead: the agent would keep a connection's descriptors until it is used.
-            with contextlib.suppress(RuntimeError):
+            with contextlib.suppress(RuntimeError, StateError):
                 _invoke(_BINDINGS._invoke_rpc_python_udf, wire, _receive, ("", "", ()))
             self._others.discard(wire)
 
@@ -92,11 +96,8 @@ class _Agent:
 def _start_agent(store: ExchangeStore, name: str, number: int, interface: str) -> Any:
     os.environ["TP_SOCKET_IFNAME"] = interface
     dist_autograd._init(number)  # type: ignore[attr-defined]
-    options = rpc.TensorPipeRpcBackendOptions(
-        num_worker_threads=_HANDLER_THREADS,
-        rpc_timeout=0,  # deadlines are the driver's; an expired call would not stop the remote work
-        _transports=_TRANSPORTS,
-        _channels=_CHANNELS,
+    options = rpc.TensorPipeRpcBackendOptions(  # no timeout: an expired call would not stop the remote work
+        num_worker_threads=_HANDLER_THREADS, rpc_timeout=0, _transports=_TRANSPORTS, _channels=_CHANNELS
     )
     hush()
     agent = rpc.TensorPipeAgent(store, name, number, None, options, {}, [])  # type: ignore[attr-defined]
@@ -120,14 +121,11 @@ class RpcProcess(Served):
 
         Raises StateError if this process is in a group already, and whatever ``store`` raises.
         """
-        agent = self.agent
-        if rpc._is_current_rpc_agent_set() and (agent is None or not agent.alone):  # type: ignore[attr-defined]
+        agent, running = self.agent, rpc._is_current_rpc_agent_set()  # type: ignore[attr-defined]
+        if running and (agent is None or not agent.alone):
             raise StateError("this process already runs torch RPC; close the cluster, or call rpc.shutdown(), first")
-        if agent is not None and not agent.gate.listening:
-            log.warning(
-                "torch's RPC agent has lost its listener, to a worker that died as it connected; a second one works,"
-                " but RRefs do not know their owners and are not let go there: start a fresh process when you can"
-            )
+        if agent is not None and not (running and agent.gate.listening):
+            log.warning("torch's RPC agent has ended; a second one never lets RRefs go: use a fresh process")
             self._stop_agent()
             agent = None
         if agent is None:
@@ -157,7 +155,8 @@ class RpcProcess(Served):
     def _stop_agent(self) -> None:
         if self.agent is not None:
             self.agent = None
-            rpc.shutdown(graceful=False)
+            with contextlib.suppress(RuntimeError):  # somebody else has done it
+                rpc.shutdown(graceful=False)
 
 
 this_process = RpcProcess()
@@ -273,6 +272,8 @@ def _invoke(send: Any, to: str, function: Any, args: tuple[Any, ...]) -> Any:
     pickler = _Pickler(buffer)
     pickler.dump(internal.PythonUDF(function, args, {}))
     later = hasattr(function, "_wrapped_async_rpc_function")
+    if not rpc._is_current_rpc_agent_set():  # type: ignore[attr-defined]
+        raise StateError(_SHUT_DOWN)
     return send(api._to_worker_info(to), buffer.getvalue(), pickler.tensors, 0.0, later)  # type: ignore[no-untyped-call]
 
 
@@ -374,10 +375,9 @@ class RpcTransport:
             self._replies.complete(to, reply, outcome)
 
     def remote(self, to: str, verb: str, *args: Any, later: bool = False) -> object:
-        function = _receive_later if later else _receive
-        message = (self.roster.stamp(to), verb, args)
+        how, message = _receive_later if later else _receive, (self.roster.stamp(to), verb, args)
         try:
-            return _invoke(_BINDINGS._invoke_remote_python_udf, self.roster.seats[to].wire, function, message)
+            return _invoke(_BINDINGS._invoke_remote_python_udf, self.roster.seats[to].wire, how, message)
         except RuntimeError as broken:
             # Unlike a call, `remote` raises at once on a broken connection. What a call makes of it is the cause.
             raise self.call(to, "clock").exception() or broken from None
