@@ -49,6 +49,34 @@ def test_what_another_user_sends_while_gates_are_open_arrives_nowhere(trio: rp.C
     train_and_compare(trio)
 
 
+_LANES = """
+import os, socket, sys
+os.setgroups([]); os.setgid(65534); os.setuid(65534)
+for line in open("/proc/net/unix"):
+    name = line.split()[-1]
+    if name.startswith(f"@rpcpipe-{sys.argv[1]}-worker") and ">" not in name:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as lane:
+            lane.settimeout(5)
+            lane.connect("\\0" + name[1:])
+            try:
+                print(lane.recv(1) == b"")
+            except ConnectionError:
+                print(True)
+"""
+
+
+@root
+def test_another_users_lanes_are_closed(trio: rp.Cluster) -> None:
+    """To the workers, whose compute threads take lanes while they wait."""
+    generation = trio.transport.roster.generation
+    done = subprocess.run(
+        [sys.executable, "-c", _LANES, generation], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert len(done.stdout.split()) >= 3
+    assert set(done.stdout.split()) == {"True"}
+    train_and_compare(trio)
+
+
 _FIRE = """
 import os, socket, sys, time
 os.setgroups([]); os.setgid(65534); os.setuid(65534)
