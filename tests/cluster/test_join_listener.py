@@ -73,6 +73,16 @@ def test_an_authenticated_peer_is_accepted(served: Served) -> None:
     assert [hello for hello, _ in served.came] == [HELLO]
 
 
+@pytest.mark.parametrize("hello", [None, 7, [], "x", {}, {**HELLO, "rank": "1"}, {**HELLO, "versions": None}])
+def test_a_hello_of_another_form_is_refused(served: Served, hello: Any) -> None:
+    """Of somebody who knows the secret; the next one is heard."""
+    connection = socket.create_connection(served.address, timeout=5)
+    with connection, pytest.raises(AuthenticationError, match="its hello is of another version"):
+        authenticate(connection, SECRET, hello)
+    enter(served)
+    served.wait_for(1)
+
+
 def test_a_peer_with_another_secret_is_told_so(served: Served) -> None:
     with pytest.raises(AuthenticationError, match="the secrets differ"):
         enter(served, b"another secret altogether")

@@ -18,7 +18,8 @@ def test_this_machine_is_well(capsys: pytest.CaptureFixture[str], monkeypatch: p
     for what in ("versions", "loopback", "interfaces", "host name", "CUDA", "shared memory", "leftover", "a worker"):
         assert what in out
     assert "BAD" not in out
-    assert "launched, called and closed" in out
+    assert "launched and called" in out
+    assert "take no connections while a job runs" in out
 
 
 def test_what_is_bad_gives_status_1(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

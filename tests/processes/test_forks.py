@@ -33,6 +33,10 @@ IN_THE_CHILD: dict[str, Callable[[rp.Pipeline], Any]] = {
     "close the cluster": lambda pipe: pipe.cluster.close(),
     "close the pipeline": lambda pipe: pipe.close(),
     "collect": lambda pipe: (pipe.__dict__.clear(), gc.collect()),
+    "call a stage": lambda pipe: refused(lambda: pipe.stages[0].call(str), "is a fork of the driver"),
+    "use a handle": lambda pipe: refused(lambda: pipe.stages[0].forward(1), "is a fork of the driver"),
+    "wait": lambda pipe: refused(lambda: pipe.cluster.transport.wait([], 1), "is a fork of the driver"),
+    "replace": lambda pipe: refused(lambda: pipe.cluster.replace(1), "is a fork of the driver"),
     "train": lambda pipe: refused(lambda: pipe.train_step(*next(batches(1))), "is a fork of the driver"),
     "launch": lambda pipe: refused(lambda: rp.launch(workers=1), "is a fork of one that has had workers"),
 }

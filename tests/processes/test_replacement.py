@@ -6,7 +6,6 @@ import ctypes
 import logging
 import os
 import signal
-import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -26,6 +25,7 @@ from rpcpipe.worker.operations import ReportStep, Task
 from support.faults import wait_for
 from support.models import batches, cross_entropy, mlp, sgd
 from support.replacement import counts, kill, pids, train_and_compare
+from support.strangers import lose_listener
 
 _HELD: list[int] = []
 
@@ -218,21 +218,11 @@ def test_successors_that_all_die_give_up_with_every_cause(trio: rp.Cluster, stru
 
 def test_a_process_that_dies_as_it_connects_costs_whom_it_connects_to(trio: rp.Cluster) -> None:
     """torch's listener closes for good then; a worker whose listener is closed is replaced, too."""
-    port = trio.call("worker2", lambda: int(_agent().store.published[f"addrs/{_wire()}"].rpartition(":")[2]))
-    socket.create_connection(("127.0.0.1", port), 1).close()
+    lose_listener(trio, "worker2")
     kill(trio, 0)
     assert [worker.name for worker in trio.replace()] == ["worker0", "worker2"]
     assert any("takes no connections any more" in event.how for event in trio.events)
     train_and_compare(trio)
-
-
-def _agent() -> Any:
-    return this_process.agent
-
-
-def _wire() -> str:
-    assert this_process.served is not None
-    return this_process.served[0].own.wire
 
 
 def test_an_interrupted_replacement_can_be_made_again(trio: rp.Cluster, struck: list[Any]) -> None:

@@ -95,27 +95,22 @@ with rp.launch(workers=2, threads=1, timeout=20.0) as cluster:
         wait_for(lambda worker=worker: cluster.call(worker, owned) <= 16 + 2)
 """
 
-STRANGER = """
-import socket
+LOST_LISTENERS = """
 import rpcpipe as rp
-from support.faults import wait_for
-from rpcpipe.transport.rpc import this_process
+from support.strangers import lose_own_listener
 for _ in range(2):
     with rp.launch(workers=2, threads=1) as cluster:
         assert cluster.call(2, max, 1, 2) == 2
-        agent = this_process.agent
-        port = agent.store.published["addrs/driver"].rpartition(":")[2]
-        socket.create_connection(("127.0.0.1", int(port)), 1).close()
-        wait_for(lambda: not agent.listening)
+        lose_own_listener()
 rp.launch(workers=1, threads=1).close()
 """
 
 
-@pytest.mark.parametrize("program", [GENERATIONS, STRANGER], ids=["rrefs are let go", "a stranger at the port"])
+@pytest.mark.parametrize("program", [GENERATIONS, LOST_LISTENERS], ids=["rrefs are let go", "lost listeners"])
 def test_groups_that_follow_each_other(program: str) -> None:
     """RRefs are let go also after the process's first group, which may have had fewer workers.
 
-    torch's listener closes for good when somebody connects and goes; the next launch gets a new one.
+    torch's listener closes for good when a process dies as it connects; the next launch gets a new one.
     """
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False,

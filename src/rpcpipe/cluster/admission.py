@@ -18,7 +18,6 @@ from rpcpipe.cluster.liveness import Liveness
 from rpcpipe.cluster.rendezvous import Member, StoppedMembers, WorkerGroup
 from rpcpipe.transport.base import DRIVER
 from rpcpipe.transport.roster import Seat
-from rpcpipe.transport.rpc import this_process
 
 _TICK = 0.25
 # What a round hears of.
@@ -59,6 +58,17 @@ class Admission:
 
     def run(self) -> None:
         """Return once every successor is a full member of the group, or lost."""
+        if not self.starting:  # spares are connected to everybody
+            self._admit()
+            return
+        # Long before anybody connects, which is when the new processes have started.
+        self._group.set_gates([name for name in self.present if name != DRIVER], open_=True)
+        try:
+            self._admit()
+        finally:
+            self._group.set_gates(filter(self._lives, self._group.members), open_=False)
+
+    def _admit(self) -> None:
         while missing := [name for name in self.starting if self._lives(name) and name not in self._joined]:
             self._pump(missing)
         self._introduce([name for name in self.successors if self._lives(name)])
@@ -72,9 +82,7 @@ class Admission:
         group.forget(group.transport.admit(seats))
         addresses = [item for name in names if name in self.starting for item in group.published(seats[name])]
         everybody = [name for name in {**self.present, **seats} if name == DRIVER or self._lives(name)]
-        agent = this_process.agent
-        assert agent is not None
-        callable_ = [name for name in everybody if name != DRIVER or agent.listening]
+        callable_ = [name for name in everybody if name != DRIVER or group.transport.gate.listening]
         for name in everybody:
             others = [other for other in (callable_ if name in seats else names) if other != name]
             self._unmet |= {(name, other) for other in others}

@@ -101,7 +101,8 @@ def check_answer(secret: bytes, challenge: str, payload: Any) -> tuple[dict[str,
     if not hmac.compare_digest(given, proof(secret, "worker", challenge, other_nonce, hello)):
         raise AuthenticationError("the secrets differ: give every rank the same RPCPIPE_SECRET")
     if not isinstance(hello, dict) or any(type(hello.get(name)) is not kind for name, kind in _FIELDS.items()):
-        raise AuthenticationError(f"its hello is of another version of rpcpipe: {sorted(hello)}")
+        said = sorted(hello) if isinstance(hello, dict) else type(hello).__name__
+        raise AuthenticationError(f"its hello is of another version of rpcpipe: {said}")
     return hello, proof(secret, "driver", challenge, other_nonce, hello)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import os
 import threading
 import time
 import weakref
@@ -17,6 +17,7 @@ from rpcpipe.cluster.rendezvous import Kept, Member, Worker, WorkerGroup, descri
 from rpcpipe.cluster.supervisor import Supervisor
 from rpcpipe.cluster.tenancy import Tenant
 from rpcpipe.errors import ArgumentError, DeadlineExceeded, Failure, StageError, StateError, WorkerLost, require_whole
+from rpcpipe.transport.owner import Owner
 from rpcpipe.transport.user_pickling import loads, named_dumps
 
 log = logging.getLogger("rpcpipe")
@@ -49,7 +50,7 @@ class Cluster:
         self._stages: dict[str, tuple[int, ...]] = {}
         self._replicas: dict[str, tuple[int, ...]] = {}
         self._closed = self._ending = False
-        self._owner = os.getpid()
+        self._owner = Owner()
         group.logs.label = self._label
         self._thread = threading.Thread(target=self._listen, daemon=True, name="rpcpipe-monitor")
         self._thread.start()
@@ -93,7 +94,7 @@ class Cluster:
     @property
     def _inherited(self) -> bool:
         """Return whether this process is a fork of the one whose cluster it is."""
-        return os.getpid() != self._owner
+        return not self._owner.here
 
     def check(self) -> None:
         """Let ranks join that have come, and replace workers that have died.
@@ -141,11 +142,7 @@ class Cluster:
     def _check_open(self) -> None:
         if self._closed:
             raise StateError("the cluster is closed; call rp.launch again")
-        if self._inherited:
-            raise StateError(
-                f"this process ({os.getpid()}) is a fork of the driver ({self._owner}), which alone may use the cluster"
-                "; start a process that needs workers of its own by multiprocessing's 'spawn'"
-            )
+        self._owner.check()
 
     def call(self, worker: str | int | Worker, function: Callable[..., Any], *args: Any) -> Any:
         """Return ``function(*args)``, run on a worker or spare (its name, rank from 1, or ``Worker``).
@@ -324,7 +321,8 @@ class Cluster:
         if self._closed or self._inherited:
             return
         try:
-            self._drain()
+            with contextlib.suppress(StateError):  # torch RPC was shut down by somebody else
+                self._drain()
             self._ending = True  # from here on a death is expected, and labels stay
             for pipeline in list(self.pipelines):
                 pipeline.close()

@@ -13,7 +13,7 @@ from rpcpipe.cluster.authentication import read_secret, version_complaint
 from rpcpipe.cluster.cluster import Cluster
 from rpcpipe.cluster.environment import RankEnvironment, publish_driver, thread_count
 from rpcpipe.cluster.join_listener import JoinListener
-from rpcpipe.cluster.launch import SHRINK, heal_tries, live
+from rpcpipe.cluster.launch import SHRINK, heal_tries, live, refuse_on_worker, require_descriptors
 from rpcpipe.cluster.monitor import Monitor
 from rpcpipe.cluster.network import Interface, addresses, choose_interface
 from rpcpipe.cluster.process import worker_environment
@@ -50,6 +50,7 @@ def connect(
     with what it prints. Raises ArgumentError for more spares than there are ranks, and RendezvousError, on all ranks,
     when they cannot come together.
     """
+    refuse_on_worker("rp.connect")
     env = RankEnvironment.read(os.environ)
     if env.rank > 0:
         host_agent.serve(env, timeout=timeout, bind=bind)
@@ -59,6 +60,7 @@ def connect(
     shape = ("connect", env, bind, directory, heal, names)
     if (cluster := live.reuse(shape)) is not None:
         return cluster
+    require_descriptors(len(names))
     interface = _listen_interface(env, bind)
     starter = RankStarter(_local_starter(env, interface) if heal == SHRINK else None)
     group = WorkerGroup(Monitor(), WorkerLogs(directory), timeout, names, starter)

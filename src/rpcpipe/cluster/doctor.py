@@ -141,11 +141,26 @@ def _port(env: RankEnvironment, address: str) -> Finding:
         return Finding("join port", False, f"{where}: {error}")
 
 
-def _launch() -> Finding:
+def _launch() -> Iterator[Finding]:
     start = time.monotonic()
     try:
         with launch(workers=1, device="cpu", threads=1, timeout=30.0) as cluster:
             cluster.call(1, os.getpid)
+            seconds = time.monotonic() - start
+            gate = cluster.transport.gate
+            yield _reachable(gate.address, gate.port)
     except RpcPipeError as error:
-        return Finding("a worker", False, str(error))
-    return Finding("a worker", True, f"launched, called and closed in {time.monotonic() - start:.1f} s")
+        yield Finding("a worker", False, str(error))
+    else:
+        yield Finding("a worker", True, f"launched and called in {seconds:.1f} s, and closed")
+
+
+def _reachable(address: str, port: int) -> Finding:
+    """Say whether the RPC port of a job that runs takes connections, which any user could make then."""
+    try:
+        socket.create_connection((address, port), 0.2).close()
+    except OSError:
+        return Finding("RPC ports", True, "take no connections while a job runs")
+    return Finding(
+        "RPC ports", False, "every user of this host can connect to a job's: its kernel takes no socket filter"
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import importlib
 import os
+import resource
 import sys
 import threading
 from pathlib import Path
@@ -18,6 +19,7 @@ from rpcpipe.cluster.starters import LocalStarter, devices
 from rpcpipe.cluster.template import PRELOADED, templates
 from rpcpipe.cluster.worker_logs import WorkerLogs
 from rpcpipe.errors import ArgumentError, StateError, require_positive, require_whole
+from rpcpipe.transport.roster import DRIVERS_SEAT
 from rpcpipe.transport.rpc import this_process
 from rpcpipe.transport.user_pickling import worker_imports
 
@@ -71,6 +73,17 @@ def _names(cluster: Cluster) -> list[str]:
     return [worker.name for worker in cluster.workers + cluster.spares]
 
 
+def refuse_on_worker(function: str) -> None:
+    """Raise StateError if this process is a worker, or a fork of one: only a driver has a cluster."""
+    served = this_process.served
+    if served is not None and served[0].own != DRIVERS_SEAT:
+        raise StateError(
+            f"{function} was called on the worker {served[0].own.wire} (pid {os.getpid()}), perhaps by a module that it"
+            f' has imported: only the driver makes a cluster. Call it in the script, under `if __name__ == "__main__":`'
+            " or in a function, not in a module that layers or functions for workers come from"
+        )
+
+
 live = LiveCluster()
 
 
@@ -109,6 +122,7 @@ def launch(
     A live cluster that was launched alike is returned again; another one is closed first. Raises
     ArgumentError for arguments that cannot work and RendezvousError when workers do not start.
     """
+    refuse_on_worker("rp.launch")
     workers, spares = require_whole("workers", workers), require_whole("spares", spares, least=0)
     count = max(1, (os.cpu_count() or 1) // workers) if threads is None else require_whole("threads", threads)
     timeout = require_positive("timeout", timeout)
@@ -119,6 +133,7 @@ def launch(
     shape = (names, placed, count, timeout, directory, tries)
     if (cluster := live.reuse(shape)) is not None:
         return cluster
+    require_descriptors(workers + spares)
     templates.prepare(worker_environment(count))
     preloading = _preload()
     cluster = live.keep(_start(workers, names, device, count, timeout, directory, tries), shape)
@@ -148,6 +163,30 @@ def heal_tries(heal: bool | int | str) -> int:
     if isinstance(heal, str):
         raise ArgumentError(f"heal={heal!r} is neither True, False, a number of tries from 0 on, nor {SHRINK!r}")
     return _HEAL_TRIES * heal if isinstance(heal, bool) else require_whole("heal", heal, least=0)
+
+
+# Descriptors of a driver for each process of its group: a control channel, two pipes, two pidfds, six connections of
+# torch RPC and two lanes; and those that it needs in any case, or for some time.
+_PER_PROCESS, _BESIDE = 14, 32
+
+
+def require_descriptors(processes: int) -> None:
+    """Raise StateError where this process may not open what a group with ``processes`` workers takes.
+
+    torch ends the process that runs out of descriptors (``std::bad_alloc``, SIGABRT) instead of raising.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(os.listdir("/proc/self/fd"))
+    needed = used + _PER_PROCESS * processes + _BESIDE
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        enough = hard == resource.RLIM_INFINITY or hard >= needed
+        how = (
+            f"`ulimit -n {needed}` before the start" if enough else f"ask for a higher hard limit, which is {hard} now"
+        )
+        raise StateError(
+            f"this process may open {soft} files (ulimit -n) and has {used} open; with {processes} workers it needs"
+            f" {needed}: {how}, or launch fewer workers"
+        )
 
 
 def _start(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import queue
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 from rpcpipe.cluster.join_listener import JoinListener
@@ -200,6 +203,13 @@ class WorkerGroup:
         if self.listener is not None:
             self.listener.drop_late()
 
+    def set_gates(self, names: Iterable[str], *, open_: bool) -> None:
+        """Let processes connect to this one and to the members ``names``, or none any more."""
+        gate = self.transport.gate
+        gate.open() if open_ else gate.close()
+        for name in names:
+            self.members[name].send("gate", open_)
+
     def close(self) -> None:
         """Release everything; the members are dead, dying, or told to die."""
         if self.listener is not None:
@@ -262,7 +272,9 @@ class _Rendezvous:
         self._group = group
         self._members: list[Member] = list(group.members.values())
         self._deadline = time.monotonic() + group.timeout
-        self._reported: dict[str, set[str]] = {"ready": set(), "joined": set(), "met": set()}
+        self._reported: dict[str, set[str]] = {"ready": set(), "joined": set()}
+        # Who has been called by whom, and what came of it; the driver's calls end on other threads.
+        self._met: queue.SimpleQueue[tuple[str, str, str | None]] = queue.SimpleQueue()
         self._stopped = StoppedMembers()
 
     def run(self, interface: str) -> None:
@@ -275,9 +287,32 @@ class _Rendezvous:
         store = ExchangeStore(self._publish, self._fetch)
         this_process.join(store, group.roster, interface=interface)
         self._await_all("joined")
+        self._introduce_all()
+        group.set_gates(group.members, open_=False)
+
+    def _introduce_all(self) -> None:
+        """Have all call each other, so that nobody needs to connect to anybody later."""
+        group, everybody = self._group, [DRIVER, *self._group.members]
         for member in self._members:
-            member.send("meet", [DRIVER])
-        self._await_all("met")
+            member.send("meet", [name for name in everybody if name != member.name])
+        for name in group.members:
+            group.transport.call(name, "clock").add_done_callback(partial(self._called, group.roster.seats[name].wire))
+        wires = {group.roster.seats[name].wire for name in everybody}
+        unmet = {(name, wire) for name in everybody for wire in wires if wire != group.roster.seats[name].wire}
+        while unmet:
+            callers = {name for name, _ in unmet}
+            self._pump("call all others", [member for member in self._members if member.name in callers])
+            while not self._met.empty():
+                caller, wire, error = self._met.get()
+                if error is not None:
+                    raise RendezvousError(f"{caller} cannot call {wire}: {error}")
+                unmet.discard((caller, wire))
+
+    def _called(self, wire: str, reply: Future[Any]) -> None:
+        """Runs on a thread of the transport."""
+        error = reply.exception()
+        self._met.put((DRIVER, wire, None if error is None else str(error)))
+        self._group.monitor.wake()
 
     def _publish(self, key: str, value: str) -> None:
         self._group.values[key] = value
@@ -312,8 +347,8 @@ class _Rendezvous:
     def _handle(self, source: Any, kind: str, payload: Any) -> None:
         if kind == "set":
             self._publish(*payload)
-        elif kind == "met" and payload[1] is not None:
-            raise RendezvousError(f"{describe(source)} cannot call the driver: {payload[1]}")
+        elif kind == "met":
+            self._met.put((source.name, *payload))
         elif kind in self._reported:
             self._reported[kind].add(source.name)
         elif kind in ("died", "silent"):

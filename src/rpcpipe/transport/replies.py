@@ -12,6 +12,7 @@ from typing import Any
 
 from rpcpipe.errors import WorkerLost
 from rpcpipe.transport.interrupts import allow_interrupts, shield_interrupts
+from rpcpipe.transport.owner import Owner
 
 
 class Replies:
@@ -22,12 +23,14 @@ class Replies:
     """
 
     def __init__(self) -> None:
+        self._owner = Owner()
         self._lock = threading.Lock()
         self._pending: dict[str, set[Future[Any]]] = {}
         self._lost: dict[str, WorkerLost] = {}
 
     def open(self, worker: str) -> Future[Any]:
-        """Return a new reply, which has already failed if ``worker`` is lost."""
+        """Return a new reply, which has already failed if ``worker`` is lost. Raises StateError in a fork."""
+        self._owner.check()
         reply: Future[Any] = Future()
         with self._lock:
             lost = self._lost.get(worker)
@@ -106,12 +109,14 @@ class Waiting:
     """
 
     def __init__(self, receive: Callable[[float], bool], wake: Callable[[], None]) -> None:
+        self._owner = Owner()
         self._receive, self._wake = receive, wake
         self._receiving = threading.RLock()  # a signal's handler may wait in the thread that receives
         self._others: dict[_Arrivals, None] = {}
 
     def wait(self, replies: Collection[Future[Any]], timeout: float) -> tuple[set[Future[Any]], set[Future[Any]]]:
-        """Wait up to ``timeout`` seconds for one of ``replies``; return (done, not done)."""
+        """Wait up to ``timeout`` seconds for one of ``replies``; return (done, not done). StateError in a fork."""
+        self._owner.check()
         # Not torch's Future.wait, which ignores Ctrl-C until the call ends, and not concurrent.futures.wait,
         # which a Ctrl-C can leave with the futures' locks held.
         with shield_interrupts():

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from rpcpipe.errors import StateError
 from rpcpipe.transport.base import DRIVER
+from rpcpipe.transport.owner import Owner
 
 _MAX_NUMBER = (1 << 15) - 1  # torch numbers workers in 16 bits
 
@@ -63,6 +64,7 @@ class Roster:
     """
 
     def __init__(self, generation: str, name: str, seats: Mapping[str, Seat]) -> None:
+        self._owner = Owner()
         self.generation = generation
         self.own = seats[name]
         self._ends = itertools.count()
@@ -94,7 +96,8 @@ class Roster:
         return f"{self.generation} {sender} {receiver}"
 
     def stamp(self, to: str) -> str:
-        """Return what this process writes on messages to ``to``."""
+        """Return what this process writes on messages to ``to``; raises StateError in a fork of it."""
+        self._owner.check()
         return self._stamps[to]
 
     def accepts(self, stamp: str) -> bool:

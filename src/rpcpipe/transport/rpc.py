@@ -1,11 +1,10 @@
 """Carry messages by torch.distributed.rpc; the only file that imports it.
 
-The agent is built directly over ``ExchangeStore`` instead of by ``init_rpc``, whose process-wide counters
-make a second group in one process wait for ever, and calls go to the binding below ``rpc_async``. A test
-pins the private names of torch that this takes.
+The agent is built directly over ``ExchangeStore`` instead of by ``init_rpc``, whose counters make a second group wait
+for ever, and calls go to the binding below ``rpc_async``. A test pins the private names of torch that this takes.
 
-No exception crosses the wire (torch would rebuild it as ``type(message)``): endpoints answer with
-``errors.Failure`` values. Handlers never block; where the answer takes time they return a future.
+No exception crosses the wire (torch would rebuild it as ``type(message)``): endpoints answer with ``errors.Failure``
+values. Handlers never block; where the answer takes time they return a future.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from typing import Any
 
-import psutil
 import torch
 from torch.distributed import autograd as dist_autograd
 from torch.distributed import rpc
@@ -28,9 +26,11 @@ from torch.distributed.rpc import api, internal
 from torch.utils import _pytree as pytree
 
 from rpcpipe.errors import Failure, RpcPipeError, StageError, StateError, WorkerLost
-from rpcpipe.transport.base import DRIVER, Endpoint
+from rpcpipe.transport.base import Endpoint
+from rpcpipe.transport.gate import Gate
 from rpcpipe.transport.lane_calls import LaneCalls
 from rpcpipe.transport.lanes import Lanes
+from rpcpipe.transport.listen_hook import before_listening
 from rpcpipe.transport.message_pickling import TensorsAside, in_bounds
 from rpcpipe.transport.replies import Replies, Waiting
 from rpcpipe.transport.roster import Roster, Seat
@@ -38,7 +38,7 @@ from rpcpipe.transport.rpc_store import ExchangeStore
 from rpcpipe.transport.served import Served
 from rpcpipe.transport.torch_log import hush
 
-# uv: the default shm transport keeps a core busy per process even when idle. basic: through the socket.
+# uv: the default, shm, keeps a core busy per process even when idle. basic: through the socket.
 _TRANSPORTS, _CHANNELS = ["uv"], ["basic"]
 _HANDLER_THREADS = 2  # handlers only queue what they get, so two serve any number of messages
 _GRACE = 0.5  # seconds that the monitor has to report that a worker has died
@@ -49,6 +49,10 @@ _AUTOGRAD: Any = torch._C._distributed_autograd
 _BY_LANE = ("deliver", "deliver_tensors", "supply")
 # And of calls, whose tasks only the compute thread takes: nothing else need hear of them before.
 _CALLS_BY_LANE = ("submit",)
+
+_SHUT_DOWN = (
+    "torch RPC was shut down here, by torch.distributed.rpc.shutdown(); leave that to rpcpipe, and launch again"
+)
 
 log = logging.getLogger("rpcpipe")
 
@@ -65,6 +69,7 @@ class _Agent:
         self.store, self.interface = store, interface
         self._own = own
         self._agent = _start_agent(store, *own, interface)
+        self.gate = store.own_gate()
         self._others: set[str] = set()
 
     def admit(self, others: Iterable[Seat]) -> None:
@@ -73,13 +78,13 @@ class _Agent:
             if seat != self._own and seat.wire not in self._others:
                 self._agent._update_group_membership(rpc.WorkerInfo(*seat), [], {}, True)  # type: ignore[attr-defined]
                 self._others.add(seat.wire)
+                self.gate.places.add(self.store.place(seat.wire))
 
     def part(self, others: Iterable[Seat] | None = None) -> None:
         """Close the connections to others, all by default, which are dead; torch keeps their entries, as it needs."""
         for wire in self._others.copy() if others is None else [seat.wire for seat in others]:
-            # A message to the dead: the agent looks at a connection only when it is used, and would
-            # keep its descriptors otherwise.
-            with contextlib.suppress(RuntimeError):
+            # A message to the dead: the agent would keep a connection's descriptors until it is used.
+            with contextlib.suppress(RuntimeError, StateError):
                 _invoke(_BINDINGS._invoke_rpc_python_udf, wire, _receive, ("", "", ()))
             self._others.discard(wire)
 
@@ -87,26 +92,17 @@ class _Agent:
     def alone(self) -> bool:
         return not self._others
 
-    @property
-    def listening(self) -> bool:
-        """Return whether the driver's agent still listens: it stops for good when a stranger connects and goes."""
-        port = int(self.store.published[f"addrs/{DRIVER}"].rpartition(":")[2])
-        connections = psutil.Process().net_connections("tcp")
-        return any(one.status == psutil.CONN_LISTEN and one.laddr.port == port for one in connections)
-
 
 def _start_agent(store: ExchangeStore, name: str, number: int, interface: str) -> Any:
     os.environ["TP_SOCKET_IFNAME"] = interface
     dist_autograd._init(number)  # type: ignore[attr-defined]
-    options = rpc.TensorPipeRpcBackendOptions(
-        num_worker_threads=_HANDLER_THREADS,
-        rpc_timeout=0,  # deadlines are the driver's; an expired call would not stop the remote work
-        _transports=_TRANSPORTS,
-        _channels=_CHANNELS,
+    options = rpc.TensorPipeRpcBackendOptions(  # no timeout: an expired call would not stop the remote work
+        num_worker_threads=_HANDLER_THREADS, rpc_timeout=0, _transports=_TRANSPORTS, _channels=_CHANNELS
     )
     hush()
     agent = rpc.TensorPipeAgent(store, name, number, None, options, {}, [])  # type: ignore[attr-defined]
-    api._init_rpc_states(agent)  # type: ignore[no-untyped-call]
+    with before_listening(Gate.close_before_listening):
+        api._init_rpc_states(agent)  # type: ignore[no-untyped-call]
     return agent
 
 
@@ -121,19 +117,15 @@ class RpcProcess(Served):
         self.agent: _Agent | None = None
 
     def join(self, store: ExchangeStore, roster: Roster, *, interface: str) -> None:
-        """Form the group of ``roster``; return once all others' addresses are in ``store``.
+        """Form the group of ``roster``; return once all others' addresses are in ``store``, and they may connect.
 
         Raises StateError if this process is in a group already, and whatever ``store`` raises.
         """
-        agent = self.agent
-        if rpc._is_current_rpc_agent_set() and (agent is None or not agent.alone):  # type: ignore[attr-defined]
+        agent, running = self.agent, rpc._is_current_rpc_agent_set()  # type: ignore[attr-defined]
+        if running and (agent is None or not agent.alone):
             raise StateError("this process already runs torch RPC; close the cluster, or call rpc.shutdown(), first")
-        if agent is not None and not agent.listening:
-            log.warning(
-                "torch's RPC agent has lost its listener, to a stranger's connection or a worker that died while it"
-                " connected; a second agent works, but RRefs do not know their owners and are not let go there:"
-                " start a fresh process when you can"
-            )
+        if agent is not None and not (running and agent.gate.listening):
+            log.warning("torch's RPC agent has ended; a second one never lets RRefs go: use a fresh process")
             self._stop_agent()
             agent = None
         if agent is None:
@@ -146,11 +138,13 @@ class RpcProcess(Served):
         else:
             agent.store.adopt(store)
         agent.admit(roster.seats.values())
+        agent.gate.open()
 
     def leave(self) -> None:
         """Leave the group, whose other members have ended; the agent stays for the next one."""
         self.stop()
         if self.agent is not None:
+            self.agent.gate.close()
             self.agent.part()
 
     def shutdown(self) -> None:
@@ -161,7 +155,8 @@ class RpcProcess(Served):
     def _stop_agent(self) -> None:
         if self.agent is not None:
             self.agent = None
-            rpc.shutdown(graceful=False)
+            with contextlib.suppress(RuntimeError):  # somebody else has done it
+                rpc.shutdown(graceful=False)
 
 
 this_process = RpcProcess()
@@ -277,6 +272,8 @@ def _invoke(send: Any, to: str, function: Any, args: tuple[Any, ...]) -> Any:
     pickler = _Pickler(buffer)
     pickler.dump(internal.PythonUDF(function, args, {}))
     later = hasattr(function, "_wrapped_async_rpc_function")
+    if not rpc._is_current_rpc_agent_set():  # type: ignore[attr-defined]
+        raise StateError(_SHUT_DOWN)
     return send(api._to_worker_info(to), buffer.getvalue(), pickler.tensors, 0.0, later)  # type: ignore[no-untyped-call]
 
 
@@ -327,6 +324,12 @@ class RpcTransport:
         agent.part(gone)
         return gone
 
+    @property
+    def gate(self) -> Gate:
+        """Return the gate through which processes connect to this one, open while they do."""
+        assert this_process.agent is not None, "a group is joined first"
+        return this_process.agent.gate
+
     def leave(self) -> None:
         self._lanes.close()
         this_process.leave()
@@ -366,20 +369,17 @@ class RpcTransport:
         try:
             outcome = answer.value()
         except Exception as raised:
-            # A broken connection is usually a death, which the monitor reports in a moment with its
-            # cause; only what is no death is reported as it is.
+            # Usually a death, which the monitor reports in a moment with its cause; what is none is reported as it is.
             self._replies.fail(to, reply, RpcPipeError(f"the call to {to} failed: {raised}"), after=_GRACE)
         else:
             self._replies.complete(to, reply, outcome)
 
     def remote(self, to: str, verb: str, *args: Any, later: bool = False) -> object:
-        function = _receive_later if later else _receive
-        message = (self.roster.stamp(to), verb, args)
+        how, message = _receive_later if later else _receive, (self.roster.stamp(to), verb, args)
         try:
-            return _invoke(_BINDINGS._invoke_remote_python_udf, self.roster.seats[to].wire, function, message)
+            return _invoke(_BINDINGS._invoke_remote_python_udf, self.roster.seats[to].wire, how, message)
         except RuntimeError as broken:
-            # Unlike a call, `remote` raises at once where the connection is known to be broken. What a call
-            # makes of it is the cause: the death, if it is one.
+            # Unlike a call, `remote` raises at once on a broken connection. What a call makes of it is the cause.
             raise self.call(to, "clock").exception() or broken from None
 
     def remote_chained(self, to: str, verb: str, *args: Any) -> object:

@@ -9,8 +9,13 @@ from __future__ import annotations
 import base64
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import urlsplit
 
 from torch.distributed import Store  # type: ignore[attr-defined]
+
+from rpcpipe.transport.gate import Gate
+
+_ADDRESSES = "addrs/"  # before the wire names in the keys of where agents listen
 
 
 class ExchangeStore(Store):
@@ -23,6 +28,7 @@ class ExchangeStore(Store):
         super().__init__()
         self.publish = publish
         self.fetch = fetch
+        self._gate: Gate | None = None
         self._values: dict[str, bytes] = {}
 
     def adopt(self, other: ExchangeStore) -> None:
@@ -36,8 +42,22 @@ class ExchangeStore(Store):
         """Return what this process has published, as text."""
         return {key: value.decode() for key, value in self._values.items()}
 
+    def own_gate(self) -> Gate:
+        """Return the gate before the port of this process's agent, which has published its address."""
+        assert self._gate is not None
+        return self._gate
+
+    def place(self, wire: str) -> tuple[str, int]:
+        """Return the address and the port at which the agent with the wire name ``wire`` listens; wait for them."""
+        url = urlsplit(self.get(_ADDRESSES + wire).decode())
+        assert url.hostname is not None
+        assert url.port is not None
+        return url.hostname, url.port
+
     def set(self, key: str, value: bytes) -> None:  # type: ignore[override]
         self._values[key] = value
+        if key.startswith(_ADDRESSES) and self._gate is None:  # torch has begun to listen there just now
+            self._gate = Gate(*self.place(key.removeprefix(_ADDRESSES)))
         self.publish(key, base64.b64encode(value).decode())
 
     def get(self, key: str) -> bytes:

@@ -21,6 +21,7 @@ import torch
 
 from rpcpipe.cluster.spawner import end_with_parent
 from rpcpipe.cluster.template import PRELOADED, Surroundings
+from rpcpipe.transport.listen_hook import entry_of_listen
 
 _LONGEST = 1 << 12
 # A request carries six descriptors: surroundings, directory, status pipe, and the three of Stdio.
@@ -31,6 +32,7 @@ def serve(connection: socket.socket, work: Callable[[socket.socket], NoReturn]) 
     """Fork one worker per request, which runs ``work(control socket)``, until the driver's end closes; then exit."""
     for name in PRELOADED:
         importlib.import_module(name)
+    entry_of_listen()  # known to all children
     # Imported objects are never freed. Frozen, they are not touched by a child's collections, which would copy pages.
     gc.freeze()
     status = 0

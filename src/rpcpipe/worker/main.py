@@ -128,12 +128,20 @@ class Control:
             self._meet(payload)
         elif kind == "cut":
             cut(payload)
+        elif kind == "gate":
+            self._set_gate(payload)
         elif kind != "stop":
             self._messages.put((kind, payload))
         elif (executor := self.executor) is None:
             exit_now(0)
         else:
             executor.close()
+
+    def _set_gate(self, open_: bool) -> None:
+        """Let processes connect to this one, or none any more."""
+        assert self.transport is not None
+        gate = self.transport.gate
+        gate.open() if open_ else gate.close()
 
     def _admit(self, seats: Mapping[str, Any], without: Sequence[str]) -> None:
         """Let processes stand for names, this one, too, and none for those ``without``."""
