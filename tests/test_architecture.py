@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -26,9 +27,15 @@ def module_of(path: Path) -> str:
     return path.relative_to(ROOT).with_suffix("").parts[0]
 
 
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@functools.cache
 def imports(path: Path) -> set[str]:
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -95,7 +102,7 @@ LAZY = ("matplotlib", "safetensors", "tensorboard", "torch.utils.tensorboard", "
 
 def test_no_import_is_hidden() -> None:
     for path in FILES:
-        for node in hidden(ast.parse(path.read_text())):
+        for node in hidden(parsed(path)):
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [one.name for one in node.names]  # type: ignore[attr-defined]
             assert all(name.startswith(LAZY) for name in names), f"{path.relative_to(ROOT)}:{node.lineno} {names}"
 
@@ -129,7 +136,7 @@ MODULES = {
 def own_members(path: Path) -> set[str]:
     """The names that classes in ``path`` define: methods, fields, and attributes of ``self``."""
     found = set()
-    for kind in ast.walk(ast.parse(path.read_text())):
+    for kind in ast.walk(parsed(path)):
         for node in ast.walk(kind) if isinstance(kind, ast.ClassDef) else ():
             if isinstance(node, ast.FunctionDef):
                 found.add(node.name)
@@ -149,7 +156,7 @@ def test_nobody_is_in_anothers_private_rooms() -> None:
     """But for objects of the same class (``other._parts``), which is what the name ``other`` says."""
     for path in FILES:
         name = str(path.relative_to(ROOT))
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(parsed(path)):
             if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
                 owner = ast.unparse(node.value)
                 fine = owner in ("self", "cls", "other") or owner.split(".")[0] in MODULES
@@ -158,7 +165,7 @@ def test_nobody_is_in_anothers_private_rooms() -> None:
 
 
 def functions(path: Path) -> list[ast.FunctionDef]:
-    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+    return [node for node in ast.walk(parsed(path)) if isinstance(node, ast.FunctionDef)]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -189,7 +196,7 @@ POSITIONAL = {"schedules/costs.py Costs", "planning/layer_cost.py LayerCost"}
 def test_dataclasses_of_more_than_eight_fields_are_built_by_keyword() -> None:
     """Of so many values nobody sees which is which."""
     for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(parsed(path)):
             if not isinstance(node, ast.ClassDef) or f"{path.relative_to(ROOT)} {node.name}" in POSITIONAL:
                 continue
             made = [ast.unparse(one) for one in node.decorator_list if "dataclass" in ast.unparse(one)]
@@ -224,7 +231,7 @@ def test_no_schedule_is_asked_by_name_where_it_runs_or_is_planned() -> None:
     for path in FILES:
         if module_of(path) not in ("planning", "stage", "worker", "driver", "pipeline"):
             continue
-        tree = ast.parse(path.read_text())
+        tree = parsed(path)
         for node in set(ast.walk(tree)) - defaults(tree):
             found = isinstance(node, ast.Constant) and node.value in names
             assert not found, f"{path.relative_to(ROOT)}:{node.lineno} {ast.unparse(node)}"
@@ -244,7 +251,7 @@ def test_what_users_meet_is_of_the_tree_of_errors() -> None:
     tree |= {"AuthenticationError", "AssertionError", "NotImplementedError"}
     for path in FILES:
         name = str(path.relative_to(ROOT))
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(parsed(path)):
             if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
                 raised = ast.unparse(node.exc.func).rpartition(".")[2]
                 known = raised in tree or raised.lstrip("_")[0].islower() or raised in INTERNAL.get(name, ())

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from contextlib import closing, suppress
+from contextlib import closing
 
 import pytest
 import torch
 
 import rpcpipe as rp
 from numerics.test_steps_ahead import model, pipeline, same
+from support.local_cluster import LocalCluster
 from support.models import batches
 from support.ranks import Ranks, ranks
 
@@ -30,54 +30,14 @@ def trained(pipe: rp.Pipeline, among: Ranks | None = None, deaths: dict[int, str
     return losses
 
 
-@pytest.fixture(scope="module")
-def undisturbed() -> tuple[list[float], dict[str, torch.Tensor]]:
-    with rp.launch(workers=2, threads=1) as cluster:
+def test_training_goes_on_over_a_spare_rank_then_over_fewer_workers(caplog: pytest.LogCaptureFixture) -> None:
+    alone = pipeline(LocalCluster(2), model=model())
+    expected = trained(alone)
+    with ranks(4) as group, closing(group), group.connect(spares=1, heal="shrink") as cluster:
         pipe = pipeline(cluster, model=model())
-        return trained(pipe), dict(pipe.state_dict())
-
-
-def test_spare_ranks_take_the_places_of_ranks_that_die(
-    undisturbed: tuple[list[float], dict[str, torch.Tensor]], caplog: pytest.LogCaptureFixture
-) -> None:
-    with ranks(5) as group, closing(group), group.connect(spares=2) as cluster:
-        pipe = pipeline(cluster, model=model())
-        assert trained(pipe, group, {4: "worker1", 8: "worker0"}) == undisturbed[0]
-        assert same(pipe.state_dict(), undisturbed[1])
-        assert [event.kind for event in cluster.events] == ["died", "spare used"] * 2
-        assert len(cluster.workers) == 2
+        assert trained(pipe, group, {4: "worker1", 8: "worker0"}) == expected
+        assert same(pipe.state_dict(), alone.state_dict())
+        kinds = ["died", "spare used", "died", "stands in", "removed"]
+        assert [event.kind for event in cluster.events] == kinds
+        assert ([worker.name for worker in cluster.workers], cluster.stand_ins) == (["worker1"], ())
         assert caplog.text.count("went back to the newest snapshot") == 2
-
-
-def test_a_model_goes_on_over_fewer_workers(undisturbed: tuple[list[float], dict[str, torch.Tensor]]) -> None:
-    with ranks(4) as group, closing(group), group.connect(heal="shrink") as cluster:
-        pipe = pipeline(cluster, model=model(), balance="parameters")
-        losses = trained(pipe, group, {4: "worker1"})
-        assert losses == undisturbed[0]
-        assert same(pipe.state_dict(), undisturbed[1])
-        assert ([worker.name for worker in cluster.workers], cluster.stand_ins) == (["worker0", "worker2"], ())
-        assert [event.kind for event in cluster.events] == ["died", "stands in", "removed"]
-
-
-def test_without_a_spare_a_death_is_an_error_until_the_rank_is_started_again(
-    undisturbed: tuple[list[float], dict[str, torch.Tensor]],
-) -> None:
-    with ranks(3) as group, closing(group), group.connect() as cluster:
-        pipe = pipeline(cluster, model=model())
-        scheduler, losses = torch.optim.lr_scheduler.StepLR(pipe.optimizer, 2, 0.5), []
-        tries = Counter[int]()
-        while len(losses) < len(DATA):
-            number = len(losses)
-            if number == 4 and not tries[4]:
-                group.kill(cluster, 2)
-            tries[number] += 1
-            if number == 4 and tries[4] == 1:
-                with pytest.raises(rp.WorkerLost, match="Start the rank again"):
-                    pipe.train_step(*DATA[number])
-                group.start(2)
-            with suppress(rp.WorkerLost):  # until it has joined
-                losses.append(pipe.train_step(*DATA[number]).loss)
-                scheduler.step()
-        assert losses == undisturbed[0]
-        assert same(pipe.state_dict(), undisturbed[1])
-        assert (tries[4] > 1, tries.total() - tries[4]) == (True, len(DATA) - 1)

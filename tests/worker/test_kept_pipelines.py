@@ -19,14 +19,12 @@ def replace(pipe: rp.Pipeline, cluster: LocalCluster, name: str) -> None:
     """Let another executor go on as worker ``name``, as a driver would have it."""
     driver: Any = pipe.runtime.driver
     old = cluster.transport.endpoints[name]
-    [(identity, actor)] = old.actors.items()
+    [actor] = old.actors.values()
     kept_at = actor.describe()[next(iter(actor.held.stages))].kept_at
     keeper = KeptDescriptor(*kept_at)
     new = Executor(name, cluster.transport, device=torch.device("cpu"), threads=1)
     cluster.transport.serve(name, new)
-    infos = driver.collect(
-        {name: cluster.transport.call(name, "revive", identity, keeper.path, driver._sender.next[name])}
-    )[name]
+    infos = driver.collect({name: driver.revive(name, keeper.path)})[name]
     keeper.close()
     assert {stage: info.layers for stage, info in infos.items()} == {
         stage: info.layers for stage, info in actor.describe().items()
