@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import torch
 
-from rpcpipe.errors import ArgumentError, ModelError, require
+from rpcpipe.errors import require
 from rpcpipe.model.microbatch import MicroBatches, Nest, cut, flatten, map_tensors, merge_gradients, tensors, unflatten
-from rpcpipe.model.sendable import checked
+from rpcpipe.model.sendable import as_argument, checked
 from rpcpipe.model.wiring import DRIVER, Flow, ValueRoute, link
 from rpcpipe.schedules import Action
 from rpcpipe.stage.autograd import StageInput, leave
@@ -67,10 +67,8 @@ def _check_weights(targets: Nest, inputs: Batch) -> None:
 
 def _sendable(part: Nest, what: str) -> Nest:
     """Return a micro-batch as it is sent, in host memory; ArgumentError for what cannot be."""
-    try:
+    with as_argument():
         return checked(part, f"the batch's {what}", torch.Tensor.cpu)
-    except ModelError as error:
-        raise ArgumentError(str(error)) from None
 
 
 def entering(part: Nest, chunk: int, value_routes: Sequence[ValueRoute]) -> dict[Port, StageInput]:

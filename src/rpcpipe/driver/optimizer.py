@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 from rpcpipe.errors import ArgumentError, ModelError, StateError, require
+from rpcpipe.model.sendable import as_argument, checked
 from rpcpipe.stage.hyperparameters import Groups, copied, hyperparameters, is_own, options, same, update
 
 
@@ -55,6 +56,7 @@ class PipelineOptimizer(torch.optim.Optimizer):
         """Return, per group, copies of the hyperparameters that have ever differed from the factory's."""
         current = hyperparameters(self)
         _check_complete(self._initial, current)
+        _check_sendable(self._initial, current)
         # A value may return to its initial one after another value was sent, so every key that ever differed
         # is sent from then on. A scheduler may also add keys (initial_lr).
         for initial, now in zip(self._initial, current, strict=True):
@@ -120,6 +122,15 @@ def _check_complete(initial: Groups, current: Groups) -> None:
     for index, (before, now) in enumerate(zip(initial, current, strict=True)):
         missing = sorted(before.keys() - now.keys())
         require(not missing, f"group {index} of pipe.optimizer.param_groups lacks {missing}: set values, do not remove")
+
+
+def _check_sendable(initial: Groups, current: Groups) -> None:
+    """Raise ArgumentError for an entry, set by the user, that no worker could be sent."""
+    for index, (before, now) in enumerate(zip(initial, current, strict=True)):
+        for key, value in now.items():
+            if key not in before or value is not before[key]:
+                with as_argument():
+                    checked(value, f"{key!r} in group {index} of pipe.optimizer.param_groups")
 
 
 def check_alike(changed: Mapping[str, Sequence[Mapping[str, Any] | None]]) -> None:

@@ -11,7 +11,8 @@ from torch import nn
 from rpcpipe import _tables
 from rpcpipe.driver.driver import Driver
 from rpcpipe.errors import StateError
-from rpcpipe.model.microbatch import Nest
+from rpcpipe.model.microbatch import Nest, map_tensors
+from rpcpipe.model.sendable import as_argument, sendable
 from rpcpipe.transport.user_pickling import loads, named_dumps
 from rpcpipe.worker.messages import StageInfo
 from rpcpipe.worker.operations import CallModule, GetModule, GetParameter
@@ -81,15 +82,17 @@ class StageHandle:
     def forward(self, inputs: Nest) -> Any:
         """Return an RRef to the module's output for ``inputs``: a nest of tensors, or another RRef.
 
-        Inside ``dist_autograd.context()`` the autograd graph is recorded across the workers. Raises
-        StateError for a stage with Wired layers, whose named values only a step delivers.
+        Inside ``dist_autograd.context()`` the autograd graph is recorded across the workers. Raises ArgumentError for
+        a tensor that cannot be sent, StateError for a stage with Wired layers, whose named values only a step delivers.
         """
         if self._info.wired:
             raise StateError(
                 f"stage {self.index} has layers that take or give named values; it runs in steps only (train_step,"
                 " evaluate, pipe(inputs)), or by pipe.stages[k].call(function)"
             )
-        return self._driver.remote_chained(self.worker, self.index, inputs)
+        with as_argument():
+            sent = map_tensors(lambda tensor: sendable(tensor, "the stage's input").cpu(), inputs)
+        return self._driver.remote_chained(self.worker, self.index, sent)
 
     def parameter_rrefs(self) -> list[Any]:
         """Return an RRef to every trainable parameter of the stage on every replica; all replicas' gradients are equal.

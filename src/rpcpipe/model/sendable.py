@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from rpcpipe.errors import ModelError
+from rpcpipe.errors import ArgumentError, ModelError, RpcPipeError
 from rpcpipe.model import nest_types
 from rpcpipe.model.microbatch import Nest, flatten, unflatten
 from rpcpipe.transport.message_pickling import in_bounds
@@ -59,6 +61,15 @@ def checked(nest: Nest, source: str, change: Any = None) -> Nest:
         elif type(leaf) not in nest_types.plain:
             nest_types.check_leaf(leaf, source)
     return unflatten(leaves, spec)
+
+
+@contextmanager
+def as_argument(kind: type[RpcPipeError] = ArgumentError) -> Iterator[None]:
+    """Raise what the block refuses to send as an error of ``kind``: the user gave it, and no layer made it."""
+    try:
+        yield
+    except ModelError as error:
+        raise kind(str(error)) from None
 
 
 def _sound(tensor: torch.Tensor, source: str, change: Any) -> torch.Tensor:

@@ -27,7 +27,7 @@ from rpcpipe.errors import CheckpointError, Failure, StageError, StateError, req
 from rpcpipe.model.extra_state import packed, unpacked
 from rpcpipe.model.layers import layer_of
 from rpcpipe.model.tied_weights import Tie, completed
-from rpcpipe.pipeline.arguments import check_state
+from rpcpipe.pipeline.arguments import check_state, loadable
 from rpcpipe.stage.hyperparameters import same
 from rpcpipe.transport.interrupts import shield_interrupts
 from rpcpipe.worker.operations import (
@@ -58,7 +58,7 @@ def load_state_dict(runtime: Runtime, state: Mapping[str, Any]) -> None:
     A tied weight may be given under one of its names or, with the same value, under several. Raises CheckpointError,
     before anything changes, unless names and shapes are the model's.
     """
-    state = completed(runtime.deployment.ties, state)
+    state = completed(runtime.deployment.ties, loadable(state))
     check_state(state_dict(runtime), state)
     owner = {layer: stage for stage in runtime.stages for layer in stage.layers}
     parts: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in runtime.names}
