@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import socket
+import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -19,10 +20,12 @@ from rpcpipe.driver.driver import Driver
 from rpcpipe.driver.layout import Layout
 from rpcpipe.driver.optimizer import PipelineOptimizer
 from rpcpipe.driver.replies import raise_failure, raise_loss
+from rpcpipe.driver.settings import Settings
 from rpcpipe.driver.stage_handle import StageHandle
 from rpcpipe.driver.succession import AS_BEFORE, Succession, healed
 from rpcpipe.driver.tracing import Tracer
-from rpcpipe.errors import Failure, ScheduleError, StateError, WorkerLost, require
+from rpcpipe.driver.turn import Turn
+from rpcpipe.errors import Failure, StateError, WorkerLost, require
 from rpcpipe.model.layers import check_inputs
 from rpcpipe.model.microbatch import Nest
 from rpcpipe.schedules import Schedule
@@ -68,48 +71,6 @@ class OpenStream(Protocol):
         ...
 
 
-@dataclass(kw_only=True)
-class Settings:
-    """The settings of training, replaced between steps.
-
-    ``trains`` and ``has_loss``: whether the pipeline was made with an optimizer and with a loss.
-    """
-
-    accumulate: int = 1
-    batch_norm: str = "micro_batch"
-    clip_grad_norm: float | None = None
-    flush_every: int | None = None
-    nonfinite: str = "skip"
-    weights: str | None = None
-    virtual_stages: int = 1
-    trains: bool = True
-    has_loss: bool = True
-
-    def check(self, policy: Policy | None, *, scaled: bool) -> None:
-        """Raise ScheduleError for settings that do not fit an asynchronous schedule with ``policy``.
-
-        ``policy``: the versions that stages keep of their weights; None for a synchronous schedule, which fits all
-        settings. ``scaled``: whether the loss is scaled.
-        """
-        if policy is None:
-            return
-        if scaled:
-            raise ScheduleError(
-                "autocast=torch.float16 scales the loss, and whether a gradient overflowed is to be known on all stages"
-                " before any of them updates: use torch.bfloat16, or a synchronous schedule"
-            )
-        if self.accumulate > 1:
-            raise ScheduleError(
-                f"accumulate={self.accumulate} does not fit an asynchronous schedule; pipedream-2bw makes one update of"
-                " all micro-batches of a batch: pass it larger batches and more chunks"
-            )
-        if self.batch_norm == "deferred":
-            raise ScheduleError(
-                "batch_norm='deferred' waits for the end of a batch, and an asynchronous schedule has begun the next by"
-                " then: use batch_norm='micro_batch', or a synchronous schedule"
-            )
-
-
 class Runtime:
     """The state of a pipeline, shared by steps, streams and inference passes. At most one of them is active.
 
@@ -117,7 +78,8 @@ class Runtime:
     targets to the nest that is cut into micro-batches. ``parts``: by name, further state that lasts from step to step
     and that save writes and load restores. ``busy``: by worker, its busy share of the last step. ``offsets``: by
     worker, the nanoseconds by which its clock is ahead. ``loss_is_mean``: whether the loss of the last step
-    was a mean, and no (sum, count); None before the first one.
+    was a mean, and no (sum, count); None before the first one. ``by_hand``: the number of a step that its with-block
+    has not ended yet.
     """
 
     def __init__(
@@ -130,6 +92,7 @@ class Runtime:
         policy: Policy | None,
         prepare: Callable[[Nest], Nest],
         scaler: torch.amp.GradScaler | None,
+        turn: Turn | None = None,
     ) -> None:
         self.cluster, self.driver, self.settings = cluster, driver, settings
         self.policy, self.prepare, self.scaler = policy, prepare, scaler
@@ -139,7 +102,10 @@ class Runtime:
         self.loss_is_mean: bool | None = None
         self.progress = Progress(settings.accumulate)
         self.callbacks: list[Callback] = []
-        self.active: Active | None = None
+        self.turn = turn or Turn(cluster.timeout)
+        self._active: weakref.ref[Active] | None = None
+        self._entered_by = ""
+        self.by_hand: int | None = None
         self.stream: OpenStream | None = None
         self.tracer: Tracer | None = None
         self.busy: dict[str, float] = {}
@@ -178,6 +144,7 @@ class Runtime:
                     stage,
                     {name: infos[name][stage] for name in deployment.layout.replicas_of(holder)},
                     self.execute,
+                    self.turn,
                 )
                 for stage, holder in enumerate(deployment.schedule.placement)
             )
@@ -232,22 +199,36 @@ class Runtime:
             yield self.tracer.timeline
         finally:
             if self.stream is not None:
-                self.stream.flush()
+                self.turn.run("trace", self.stream.flush)
             self.tracer = None
 
     # --- one thing at a time ---
+
+    @property
+    def active(self) -> Active | None:
+        """The active object, if there is one; an object that the user has forgotten is not active any more."""
+        return None if self._active is None else self._active()
 
     def enter(self, active: Active) -> None:
         """Make ``active`` the active object; raise StateError if another object is active."""
         if self.active is not None:
             raise StateError(
-                "a step of this pipeline is open already; first leave its with-block, or finish the iterator of predict"
+                f"a step of this pipeline is open already, since thread {self._entered_by!r} entered it; first leave"
+                " its with-block (at a prompt, step.__exit__(None, None, None)), or finish the iterator of predict"
             )
-        self.active = active
+        self._roll_back_forgotten()
+        self._active, self._entered_by = weakref.ref(active), threading.current_thread().name
 
     def leave(self, active: Active) -> None:
         """End the activity of ``active``; do nothing if it is not active."""
-        self.active = None if self.active is active else self.active
+        if self.active is active:
+            self._active = self.by_hand = None
+
+    def _roll_back_forgotten(self) -> None:
+        """Roll back a step by hand that was entered and never left, and to which nobody refers any more."""
+        if self.active is None and self.by_hand is not None:
+            number, self.by_hand = self.by_hand, None
+            self.driver.roll_back(number, updating=True)
 
     def note(self, timeline: Timeline) -> None:
         """Keep the workers' busy shares of a step's ``timeline``, for the table."""
@@ -262,9 +243,10 @@ class Runtime:
 
     def apply_active(self) -> None:
         """Carry out ``pipe.optimizer.step()``; raise StateError if nothing is active."""
-        if self.active is None:
+        active = self.active
+        if active is None:
             raise StateError("no step is open; call train_step, or optimize inside `with pipe.step() as s:`")
-        self.active.apply()
+        self.turn.run("optimizer.step", active.apply)
 
     # --- life ---
 
@@ -275,6 +257,7 @@ class Runtime:
         if a worker has died and is not replaced.
         """
         self.mend()
+        self._roll_back_forgotten()
         if self.stream is not None:
             self.stream.flush()
 
@@ -287,8 +270,8 @@ class Runtime:
 
     def revive(self) -> None:
         """Let the successors of dead workers go on with what those have kept."""
-        if not self.succession.is_broken:
-            return
+        if self.turn.is_elsewhere or not self.succession.is_broken:
+            return  # the call of another thread does it itself: this one is of another pipeline
         for lost in (self.active, self.stream):
             if lost is not None:
                 lost.lose()

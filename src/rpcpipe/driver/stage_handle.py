@@ -10,6 +10,7 @@ from torch import nn
 
 from rpcpipe import _tables
 from rpcpipe.driver.driver import Driver
+from rpcpipe.driver.turn import Turn, in_turn
 from rpcpipe.errors import StateError
 from rpcpipe.model.microbatch import Nest, map_tensors
 from rpcpipe.model.sendable import as_argument, sendable
@@ -33,8 +34,9 @@ class StageHandle:
         index: int,
         infos: Mapping[str, StageInfo],
         execute: Callable[[Sequence[str], CallModule], Mapping[str, Any]],
+        turn: Turn,
     ) -> None:
-        self.index = index
+        self.index, self.turn = index, turn
         self.workers = tuple(infos)
         self.worker = self.workers[0]
         self._infos = infos
@@ -65,10 +67,12 @@ class StageHandle:
         ]  # fmt: skip
 
     @property
+    @in_turn
     def rref(self) -> Any:
         """An RRef to the stage's module, on its worker."""
         return self._driver.remote(self.worker, GetModule(self.index))
 
+    @in_turn
     def call(self, function: Callable[[nn.Module], Any]) -> Any:
         """Return ``function(module)``, run on the stage's worker; the function may change the weights.
 
@@ -79,6 +83,7 @@ class StageHandle:
         seed = None if len(self.workers) == 1 else int(torch.randint(1 << 62, ()))
         return loads(self._execute(self.workers, CallModule(self.index, data, seed))[self.worker])
 
+    @in_turn
     def forward(self, inputs: Nest) -> Any:
         """Return an RRef to the module's output for ``inputs``: a nest of tensors, or another RRef.
 
@@ -94,6 +99,7 @@ class StageHandle:
             sent = map_tensors(lambda tensor: sendable(tensor, "the stage's input").cpu(), inputs)
         return self._driver.remote_chained(self.worker, self.index, sent)
 
+    @in_turn
     def parameter_rrefs(self) -> list[Any]:
         """Return an RRef to every trainable parameter of the stage on every replica; all replicas' gradients are equal.
 

@@ -13,7 +13,7 @@ import torch
 from rpcpipe import schedules
 from rpcpipe.cluster.cluster import PipelineCluster
 from rpcpipe.driver.layout import Layout, stage_parts
-from rpcpipe.driver.runtime import Settings
+from rpcpipe.driver.settings import Settings
 from rpcpipe.errors import (
     ArgumentError,
     CheckpointError,

@@ -51,7 +51,9 @@ def resized(old: Runtime, options: Options, workers: int | None) -> Runtime:
     names, cluster, identity = deployment.layout.names, old.cluster, uuid.uuid4().hex
     batched = options.dispatch == "batched"
     driver = Driver(cluster.transport, identity, names, timeout=cluster.timeout, batched=batched)
-    new = Runtime(cluster, driver, deployment, settings, policy=policy, prepare=old.prepare, scaler=old.scaler)
+    new = Runtime(
+        cluster, driver, deployment, settings, policy=policy, prepare=old.prepare, scaler=old.scaler, turn=old.turn
+    )
     new.spec = dataclasses.replace(
         old.spec,
         last_stage=deployment.schedule.stages - 1,
