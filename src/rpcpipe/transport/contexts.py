@@ -7,13 +7,12 @@ import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Any
 
 from rpcpipe.errors import StateError
 
 
 class Contexts(threading.local):
-    """Makes this thread's contexts by torch's ``make``. ``current()`` is the one that it is in, or None.
+    """Makes this thread's contexts by torch's ``make``. ``current()`` is the id of the one that it is in, or None.
 
     One that was entered and that nobody can leave any more, as its owner is gone, is left before the next is made.
     """
@@ -21,7 +20,7 @@ class Contexts(threading.local):
     def __init__(
         self,
         make: Callable[[], AbstractContextManager[int]],
-        current: Callable[[], Any],
+        current: Callable[[], int | None],
         release: Callable[[int], None],
     ) -> None:
         self._make, self._current, self._release = make, current, release
@@ -31,13 +30,13 @@ class Contexts(threading.local):
     def new(self) -> AbstractContextManager[int]:
         """Return a context to enter. Raises StateError if the thread is in one."""
         current = self._current()
-        if current is not None and self._last() is None and current._context_id() == self._number:
+        if current is not None and self._last() is None and current == self._number:
             self._release(self._number)
         elif current is not None:
             raise StateError(
                 f"thread {threading.current_thread().name!r} is in a distributed-autograd context already, your own or"
-                " that of a step of another pipeline, and torch does not nest them: leave it first, or open this step in"
-                " another thread"
+                " that of a step of another pipeline, and torch does not nest them: leave it first, or open this step"
+                " in another thread"
             )
         context = _Context(self._make(), self)
         self._last = weakref.ref(context)

@@ -279,11 +279,11 @@ def _invoke(send: Any, to: str, function: Any, args: tuple[Any, ...]) -> Any:
     return send(api._to_worker_info(to), buffer.getvalue(), pickler.tensors, 0.0, later)  # type: ignore[no-untyped-call]
 
 
-def _context() -> Any:
-    """Return this thread's distributed-autograd context or None; only a message by RPC makes it known."""
+def _context() -> int | None:
+    """Return the id of this thread's distributed-autograd context, if any; only a message by RPC makes it known."""
     if int(_AUTOGRAD._get_debug_info()["num_autograd_contexts"]):  # of any thread: the quicker question
         with contextlib.suppress(RuntimeError):
-            return _AUTOGRAD._current_context()
+            return int(_AUTOGRAD._current_context()._context_id())
     return None
 
 
