@@ -13,6 +13,7 @@ import torch
 
 from rpcpipe.checkpoint.plain_state import Stateful
 from rpcpipe.cluster.cluster import PipelineCluster
+from rpcpipe.driver import optimizer_state
 from rpcpipe.driver.batch import Batch, input_gradients
 from rpcpipe.driver.callbacks import Callback
 from rpcpipe.driver.deployment import Deployment
@@ -24,7 +25,7 @@ from rpcpipe.driver.settings import Settings
 from rpcpipe.driver.stage_handle import StageHandle
 from rpcpipe.driver.succession import AS_BEFORE, Succession, healed
 from rpcpipe.driver.tracing import Tracer
-from rpcpipe.driver.turn import Turn
+from rpcpipe.driver.turn import Turn, in_turn
 from rpcpipe.errors import Failure, StateError, WorkerLost, require
 from rpcpipe.model.layers import check_inputs
 from rpcpipe.model.microbatch import Nest
@@ -153,7 +154,7 @@ class Runtime:
 
     def make_optimizer(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Create the driver's optimizer for workers' optimizers with the parameter groups ``groups``."""
-        self.optimizer = PipelineOptimizer(groups, self.apply_active, self.forget_accumulated)
+        self.optimizer = PipelineOptimizer(groups, self)
 
     def stages_on(self, worker: str) -> list[int]:
         """Return the stages that ``worker`` holds."""
@@ -247,6 +248,20 @@ class Runtime:
         if active is None:
             raise StateError("no step is open; call train_step, or optimize inside `with pipe.step() as s:`")
         self.turn.run("optimizer.step", active.apply)
+
+    @in_turn
+    def optimizer_state(self) -> dict[str, Any]:
+        """Return the state of the workers' optimizers, as torch's ``state_dict``."""
+        self.check()
+        return self.healed(lambda: optimizer_state.gather(self.driver, self.deployment, self.optimizer.changes()))
+
+    @in_turn
+    def load_optimizer_state(self, state: Mapping[str, Any]) -> None:
+        """Load the state of the workers' optimizers; raises StateError within a step, CheckpointError if it differs."""
+        self.check()
+        self.check_no_step("optimizer.load_state_dict")
+        after = "Some workers may have loaded their part, and some not: load again"
+        self.optimizer.adopt(self.healed(lambda: optimizer_state.load(self.driver, self.deployment, state), after))
 
     # --- life ---
 

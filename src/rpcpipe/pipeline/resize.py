@@ -141,7 +141,7 @@ def _hand_over(old: Runtime, new: Runtime) -> None:
     new.callbacks, new.tracer, new.offsets = old.callbacks, None, dict.fromkeys(new.names, 0)
     if new.settings.trains:
         new.optimizer = old.optimizer
-        new.optimizer.serve(new.apply_active, new.forget_accumulated)
+        new.optimizer.serve(new)
     old.callbacks = []  # theirs is the new one's to close
     old.close()
     new.cluster.relabel()

@@ -39,11 +39,11 @@ from rpcpipe.worker.operations import (
     ReviveActor,
     RunAction,
     Task,
-    title,
 )
 from rpcpipe.worker.programs import Sent
 from rpcpipe.worker.revival import Restored, restore
 from rpcpipe.worker.stage_set import StageSet
+from rpcpipe.worker.titles import title
 
 _SWITCH_SECONDS = 2e-4
 
