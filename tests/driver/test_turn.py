@@ -17,7 +17,7 @@ from support.misuse import SCHEDULES, assert_as_new, pipeline
 from support.models import batches
 
 BATCH = next(batches(1))
-SECONDS = 60.0
+SECONDS = 30.0
 
 
 @pytest.fixture

@@ -16,6 +16,8 @@ from rpcpipe.transport.message_pickling import in_bounds
 
 _ORDINARY = (torch.Tensor, nn.Parameter)
 _NO_DISPATCH = torch.Tensor.__torch_dispatch__
+# What else to do about what a layer has made.
+_ONE_STAGE = ", or keep what makes and what takes it in one stage"
 
 
 def sendable(tensor: torch.Tensor, source: str) -> torch.Tensor:
@@ -45,8 +47,7 @@ def _check_kind(tensor: torch.Tensor, source: str) -> None:
         kind, advice = "a sparse tensor that requires a gradient", "its to_dense()"
     if kind:
         raise ModelError(
-            f"{source} has {kind} that would have to be sent to another process; give {advice}, or keep what makes"
-            " and what takes it in one stage"
+            f"{source} has {kind} that would have to be sent to another process; give {advice}{_ONE_STAGE}"
         )
 
 
@@ -69,7 +70,7 @@ def as_argument(kind: type[RpcPipeError] = ArgumentError) -> Iterator[None]:
     try:
         yield
     except ModelError as error:
-        raise kind(str(error)) from None
+        raise kind(str(error).removesuffix(_ONE_STAGE)) from None
 
 
 def _sound(tensor: torch.Tensor, source: str, change: Any) -> torch.Tensor:
