@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -106,3 +107,45 @@ def test_many_hand_made_chains_do_not_block_the_handlers(cluster: rp.Cluster) ->
     for x, output in zip(inputs, outputs, strict=True):
         torch.testing.assert_close(output.to_here(timeout=20), model(x))
     pipe.close()
+
+
+def test_steps_inside_of_other_contexts_work_or_say_why_not(cluster: rp.Cluster, pipe: rp.Pipeline) -> None:
+    """Of another pipeline's step, of the user's own, and of a step that was entered and forgotten."""
+    batch, loop = next(batches(1)), Oracle(mlp(), sgd, cross_entropy, 3)
+    other = rp.Pipeline(mlp(), cluster, loss=cross_entropy, optimizer=sgd, chunks=3)
+    with pipe.step() as step:
+        first = other.train_step(*batch).loss
+        with pytest.raises(rp.StateError, match="in a distributed-autograd context already"):
+            other.step().__enter__()
+        assert step.forward_backward(*batch) == first == loop.train_step(*batch)
+        step.optimize()
+    with dist_autograd.context():
+        second = loop.train_step(*batch)
+        assert pipe.train_step(*batch).loss == second
+        with pytest.raises(rp.StateError, match="'MainThread' is in a distributed-autograd context already"):
+            pipe.step().__enter__()
+    assert other.train_step(*batch).loss == second
+    pipe.step().__enter__()
+    third = loop.train_step(*batch)
+    assert other.train_step(*batch).loss == third
+    with pipe.step() as step:
+        assert step.forward_backward(*batch) == third
+    other.close()
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "pipedream"])
+def test_several_threads_train_through_real_workers(cluster: rp.Cluster, schedule: str) -> None:
+    batch = next(batches(1))
+    pipes = [
+        rp.Pipeline(mlp(), cluster, loss=cross_entropy, optimizer=sgd, schedule=schedule, chunks=3) for _ in range(2)
+    ]
+    with ThreadPoolExecutor(3) as threads:
+        calls = [
+            threads.submit(call)
+            for _ in range(4)
+            for call in (lambda: pipes[0].train_step(*batch).loss, lambda: pipes[0].evaluate([batch]))
+        ]
+        losses = {call.result(60) for call in calls[::2]}
+    assert losses == {pipes[1].train_step(*batch).loss for _ in range(4)}
+    for pipe in pipes:
+        pipe.close()

@@ -33,7 +33,7 @@ def test_the_private_names_are_there() -> None:
     assert hasattr(internal, "_thread_local_tensor_tables")
     for name in ("_invoke_rpc_python_udf", "_invoke_remote_python_udf"):
         assert callable(getattr(transport._BINDINGS, name))
-    for name in ("_get_debug_info", "_current_context"):
+    for name in ("_get_debug_info", "_current_context", "_release_context"):
         assert callable(getattr(transport._AUTOGRAD, name))
 
 

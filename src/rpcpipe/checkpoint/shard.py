@@ -147,7 +147,7 @@ def read(modules: Sequence[nn.Module], optimizer: LocalOptimizer | None, folder:
     with Reader(folder, manifest.tensors) as reader:
         groups = decode(manifest.groups, reader.get)
         state = {
-            parameter: _placed(_saved_state(folder, manifest, name, reader), parameter.device, group_of[parameter])
+            parameter: placed(_saved_state(folder, manifest, name, reader), parameter.device, group_of[parameter])
             for parameter, name in _names(modules, group_of)[0].items()
         }
     return Loaded(list(modules), weights, optimizer, groups, state, loss)
@@ -161,7 +161,7 @@ def _saved_state(folder: Path, manifest: Manifest, name: str, reader: Reader) ->
     return dict(decode(state, reader.get))
 
 
-def _placed(state: dict[str, Any], device: torch.device, group: Mapping[str, Any]) -> dict[str, Any]:
+def placed(state: dict[str, Any], device: torch.device, group: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``state`` on the devices that torch's ``Optimizer.load_state_dict`` chooses.
 
     Tensors are on the parameter's ``device``; step counters stay on the CPU, except for capturable and fused

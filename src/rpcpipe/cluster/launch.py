@@ -8,6 +8,7 @@ import os
 import resource
 import sys
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from rpcpipe.cluster.rendezvous import Worker, WorkerGroup, form, worker_names
 from rpcpipe.cluster.starters import LocalStarter, devices
 from rpcpipe.cluster.template import PRELOADED, templates
 from rpcpipe.cluster.worker_logs import WorkerLogs
-from rpcpipe.errors import ArgumentError, StateError, require_positive, require_whole
+from rpcpipe.errors import ArgumentError, StateError, require, require_positive, require_whole
 from rpcpipe.transport.roster import DRIVERS_SEAT
 from rpcpipe.transport.rpc import this_process
 from rpcpipe.transport.user_pickling import worker_imports
@@ -120,9 +121,11 @@ def launch(
     ``rp.connect``: 3 times; False or 0: not), kept as ``cluster.heal``.
 
     A live cluster that was launched alike is returned again; another one is closed first. Raises
-    ArgumentError for arguments that cannot work and RendezvousError when workers do not start.
+    ArgumentError for arguments that cannot work, StateError in one of several ranks of torchrun (each would train a
+    copy; that is for ``rp.connect``), and RendezvousError when workers do not start.
     """
     refuse_on_worker("rp.launch")
+    _check_alone(os.environ)
     workers, spares = require_whole("workers", workers), require_whole("spares", spares, least=0)
     count = max(1, (os.cpu_count() or 1) // workers) if threads is None else require_whole("threads", threads)
     timeout = require_positive("timeout", timeout)
@@ -139,6 +142,18 @@ def launch(
     cluster = live.keep(_start(workers, names, device, count, timeout, directory, tries), shape)
     preloading.join()  # bounded by the imports; it takes no longer than the first workers do
     return cluster
+
+
+def _check_alone(environ: Mapping[str, str]) -> None:
+    """Raise StateError if this process is one of several that torchrun, or the like, has started of one script."""
+    rank, size = environ.get("RANK", ""), environ.get("WORLD_SIZE", "")
+    require(
+        not (rank.isdecimal() and size.isdecimal() and int(size) > 1),
+        f"this process is rank {rank} of {size} (RANK, WORLD_SIZE; torchrun sets them), and rp.launch in each of them"
+        " would train as many copies of the model; use rp.connect(), which makes rank 0 the driver and the others"
+        " workers, or start the script by python alone (unset RANK and WORLD_SIZE)",
+        error=StateError,
+    )
 
 
 def _preload() -> threading.Thread:

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import torch
 
-from rpcpipe.errors import ArgumentError, ModelError, require
+from rpcpipe.errors import require
 from rpcpipe.model.microbatch import MicroBatches, Nest, cut, flatten, map_tensors, merge_gradients, tensors, unflatten
-from rpcpipe.model.sendable import checked
+from rpcpipe.model.sendable import as_argument, checked
 from rpcpipe.model.wiring import DRIVER, Flow, ValueRoute, link
 from rpcpipe.schedules import Action
 from rpcpipe.stage.autograd import StageInput, leave
@@ -20,14 +20,19 @@ from rpcpipe.worker.messages import Port, Report
 class Batch(NamedTuple):
     """A batch's micro-batches in order, the share of the batch that each is, and how many each replica has.
 
-    ``size``: the samples of the batch. ``by_caller``: the caller has cut it.
+    ``samples``: of each micro-batch. ``by_caller``: the caller has cut it.
     """
 
     parts: list[Nest]
     weights: tuple[float, ...]
     counts: tuple[int, ...]
-    size: float
+    samples: tuple[float, ...]
     by_caller: bool
+
+    @property
+    def size(self) -> float:
+        """The samples of the batch."""
+        return sum(self.samples)
 
 
 def cut_inputs(inputs: Nest, replicas: int, chunks: int) -> Batch:
@@ -35,12 +40,12 @@ def cut_inputs(inputs: Nest, replicas: int, chunks: int) -> Batch:
     shares, samples, by_caller = cut(inputs, replicas, chunks)
     parts, total = [_sendable(part, "inputs") for share in shares for part in share], sum(samples)
     weights = tuple(count / total for count in samples)
-    return Batch(parts, weights, tuple(map(len, shares)), total, by_caller)
+    return Batch(parts, weights, tuple(map(len, shares)), tuple(samples), by_caller)
 
 
 def cut_targets(targets: Nest, inputs: Batch, replicas: int, chunks: int) -> list[Nest]:
-    """Return the targets of ``inputs``, detached; ArgumentError unless they make as many micro-batches."""
-    shares, _, by_caller = cut(targets, replicas, chunks)
+    """Return the targets of ``inputs``, detached; ArgumentError unless they are of as many samples."""
+    shares, samples, by_caller = cut(targets, replicas, chunks)
     _check_weights(targets, inputs)
     parts = [_sendable(map_tensors(torch.Tensor.detach, part), "targets") for share in shares for part in share]
     require(
@@ -50,6 +55,13 @@ def cut_targets(targets: Nest, inputs: Batch, replicas: int, chunks: int) -> lis
     require(
         len(inputs.parts) == len(parts),
         f"inputs make {len(inputs.parts)} micro-batches and targets {len(parts)}: their batch sizes differ",
+    )
+    require(
+        by_caller or tuple(samples) == inputs.samples,
+        f"inputs have {inputs.size:g} samples and targets {sum(samples):g}: a loss would stretch one to the other, or"
+        " compare the wrong ones. Give both the same size in dimension 0; say rp.Batched(value, dim=…) where the batch"
+        " is in another dimension, rp.Replicated(value) of what all micro-batches share, or cut both yourself with"
+        " rp.MicroBatches([…])",
     )
     return parts
 
@@ -67,10 +79,8 @@ def _check_weights(targets: Nest, inputs: Batch) -> None:
 
 def _sendable(part: Nest, what: str) -> Nest:
     """Return a micro-batch as it is sent, in host memory; ArgumentError for what cannot be."""
-    try:
+    with as_argument():
         return checked(part, f"the batch's {what}", torch.Tensor.cpu)
-    except ModelError as error:
-        raise ArgumentError(str(error)) from None
 
 
 def entering(part: Nest, chunk: int, value_routes: Sequence[ValueRoute]) -> dict[Port, StageInput]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -53,7 +54,16 @@ class JsonLines:
         _cut_torn_line(self.path)
 
     def __call__(self, result: StepResult) -> None:
-        self._file.write(json.dumps({**record(result), "time": time.time()}).encode() + b"\n")
+        """Write the record of ``result``, or nothing of it: a torn line would be glued to the next record."""
+        rest = memoryview(json.dumps({**record(result), "time": time.time()}).encode() + b"\n")
+        size = len(rest)
+        try:
+            while rest:  # a disk that is nearly full, or a signal, may take only a part
+                rest = rest[self._file.write(rest) or 0 :]
+        except BaseException:
+            if len(rest) < size and stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):
+                self._file.truncate(self._file.tell() - size + len(rest))
+            raise
 
     def close(self) -> None:
         """Close the file."""

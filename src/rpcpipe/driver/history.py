@@ -183,12 +183,13 @@ class History:
     def _as_then(self) -> Iterator[None]:
         """Let the driver's state be that of each step in turn; afterwards it is as before."""
         runtime = self._runtime
-        names = "active", "tracer", "settings", "trained", "busy"
+        names = "tracer", "settings", "trained", "busy"
         before, progress = {name: getattr(runtime, name) for name in names}, runtime.progress
         scale = None if runtime.scaler is None else runtime.scaler.state_dict()
-        runtime.active = runtime.tracer = None
+        runtime.tracer = None
         try:
-            yield
+            with runtime.nothing_active():
+                yield
             if progress.done:  # the step that has accumulated last has another number now
                 progress = runtime.progress
         finally:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
@@ -162,7 +162,7 @@ class Passes:
         return oldest.passed._replace(reports=reports)
 
 
-def outputs(runtime: Runtime, batches: Iterable[Nest]) -> Iterator[Nest]:
+def outputs(runtime: Runtime, batches: Iterable[Nest]) -> Generator[Nest, None, None]:
     """Yield the model's output for every batch of inputs."""
     for passed in Passes(runtime, keep_outputs=True).run((inputs, None) for inputs in batches):
         yield passed.output

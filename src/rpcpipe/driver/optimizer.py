@@ -2,41 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 from rpcpipe.errors import ArgumentError, ModelError, StateError, require
+from rpcpipe.model.sendable import as_argument, checked
 from rpcpipe.stage.hyperparameters import Groups, copied, hyperparameters, is_own, options, same, update
+
+
+class Remote(Protocol):
+    """The workers' optimizers."""
+
+    def apply_active(self) -> None:
+        """Apply the gradients of the active step."""
+        ...
+
+    def forget_accumulated(self) -> None:
+        """Drop the accumulated gradients."""
+        ...
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """Gather the state."""
+        ...
+
+    def load_optimizer_state(self, state: Mapping[str, Any]) -> None:
+        """Load the state."""
+        ...
 
 
 class PipelineOptimizer(torch.optim.Optimizer):
     """The type of ``pipe.optimizer``: reads and sets the workers' param_groups on the driver.
 
     Learning-rate schedulers and ``param_groups[i]["lr"] = …`` work as on any torch optimizer; a changed value
-    reaches all workers with the next step. The parameters are empty stand-ins. ``apply`` applies the gradients
-    of the active step, ``forget`` drops the accumulated gradients. ``past``: while a step of the past is done again,
-    the changes that it was sent.
+    reaches all workers with the next step. The parameters are empty stand-ins. ``past``: while a step of the past is
+    done again, the changes that it was sent.
     """
 
-    def __init__(
-        self, groups: Sequence[Mapping[str, Any]], apply: Callable[[], None], forget: Callable[[], None]
-    ) -> None:
+    def __init__(self, groups: Sequence[Mapping[str, Any]], remote: Remote) -> None:
         stand_ins = [{**group, "params": [nn.Parameter(torch.empty(0))]} for group in copied(options(groups))]
         self._complete = False
         super().__init__(stand_ins, options(groups)[0] if groups else {})
         self._complete = True
-        self._apply = apply
-        self._forget = forget
+        self._remote = remote
         self.past: Groups | None = None
         self._initial = copied(hyperparameters(self))
+        self._stand_ins = [group["params"] for group in self.param_groups]
 
-    def serve(self, apply: Callable[[], None], forget: Callable[[], None]) -> None:
+    def serve(self, remote: Remote) -> None:
         """Stand for the optimizers of other workers from now on, with the same groups."""
-        self._apply, self._forget = apply, forget
+        self._remote = remote
 
     @property
     def lr(self) -> tuple[float, ...]:
@@ -61,6 +79,14 @@ class PipelineOptimizer(torch.optim.Optimizer):
             return self.past
         current = hyperparameters(self)
         _check_complete(self._initial, current)
+        for index, (group, stand_ins) in enumerate(zip(self.param_groups, self._stand_ins, strict=True)):
+            require(
+                group.get("params") is stand_ins,
+                f"'params' of group {index} of pipe.optimizer.param_groups has been replaced, and what is there is only"
+                " a stand-in: the parameters are the workers'. Set options alone; the factory, Pipeline(optimizer=…),"
+                " puts parameters into groups",
+            )
+        _check_sendable(self._initial, current)
         # A value may return to its initial one after another value was sent, so every key that ever differed
         # is sent from then on. A scheduler may also add keys (initial_lr).
         for initial, now in zip(self._initial, current, strict=True):
@@ -85,7 +111,7 @@ class PipelineOptimizer(torch.optim.Optimizer):
             raise ArgumentError(
                 "a pipeline's optimizer takes no closure: its gradients come from train_step or pipe.step()"
             )
-        self._apply()
+        self._remote.apply_active()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refuse: the workers' optimizers have the parameters. Raises StateError."""
@@ -98,22 +124,24 @@ class PipelineOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """Refuse: the state is on the workers. Raises StateError."""
-        raise StateError(
-            "the optimizer's state is on the workers, and pipe.optimizer has only the options of its groups: use"
-            " pipe.save(directory), and pipe.load(directory) to go on"
-        )
+        """Return the workers' state in torch's format, on the CPU, for the unsplit model's trainable parameters.
+
+        They are numbered by group, and in a group in the model's order; ``param_names`` of each group names them. Any
+        other cut, schedule or number of replicas loads it. ``pipe.trained`` and ``pipe.scaler`` are not in it.
+        """
+        return self._remote.optimizer_state()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuse: the state is on the workers. Raises StateError."""
-        raise StateError(
-            "the optimizer's state is on the workers and cannot be loaded through pipe.optimizer: use"
-            " pipe.load(directory) of what pipe.save has written; set options by pipe.optimizer.param_groups"
-        )
+        """Give the workers the state that ``state_dict`` returned, or that of torch's optimizer of the same kind.
+
+        Parameters are found by ``param_names``, or without them by their numbers. Raises CheckpointError, before
+        anything changes, for another model's or optimizer's.
+        """
+        self._remote.load_optimizer_state(state_dict)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients that calls of ``train_step`` have accumulated since the last update."""
-        self._forget()
+        self._remote.forget_accumulated()
 
 
 def _check_complete(initial: Groups, current: Groups) -> None:
@@ -126,6 +154,15 @@ def _check_complete(initial: Groups, current: Groups) -> None:
     for index, (before, now) in enumerate(zip(initial, current, strict=True)):
         missing = sorted(before.keys() - now.keys())
         require(not missing, f"group {index} of pipe.optimizer.param_groups lacks {missing}: set values, do not remove")
+
+
+def _check_sendable(initial: Groups, current: Groups) -> None:
+    """Raise ArgumentError for an entry, set by the user, that no worker could be sent."""
+    for index, (before, now) in enumerate(zip(initial, current, strict=True)):
+        for key, value in now.items():
+            if key not in before or value is not before[key]:
+                with as_argument():
+                    checked(value, f"{key!r} in group {index} of pipe.optimizer.param_groups")
 
 
 def check_alike(changed: Mapping[str, Sequence[Mapping[str, Any] | None]]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -11,6 +13,7 @@ import torch
 
 from rpcpipe.checkpoint.plain_state import Stateful
 from rpcpipe.cluster.tenancy import PipelineCluster
+from rpcpipe.driver import optimizer_state
 from rpcpipe.driver.batch import Batch, input_gradients
 from rpcpipe.driver.callbacks import Callback
 from rpcpipe.driver.deployment import Deployment
@@ -23,6 +26,7 @@ from rpcpipe.driver.settings import Settings
 from rpcpipe.driver.stage_handle import StageHandle
 from rpcpipe.driver.succession import AS_BEFORE, Succession, healed
 from rpcpipe.driver.tracing import Tracer, clock_offset
+from rpcpipe.driver.turn import Turn, in_turn
 from rpcpipe.errors import Failure, StateError, WorkerLost, require
 from rpcpipe.model.layers import check_inputs
 from rpcpipe.model.microbatch import Nest
@@ -44,7 +48,8 @@ class Runtime:
     targets to the nest that is cut into micro-batches. ``parts``: by name, further state that lasts from step to step
     and that save writes and load restores. ``busy``: by worker, its busy share of the last step. ``offsets``: by
     worker, the nanoseconds by which its clock is ahead. ``loss_is_mean``: whether the loss of the last step
-    was a mean, and no (sum, count); None before the first one.
+    was a mean, and no (sum, count); None before the first one. ``by_hand``: the number of a step that its with-block
+    has not ended yet.
     """
 
     def __init__(
@@ -57,6 +62,7 @@ class Runtime:
         policy: Policy | None,
         prepare: Callable[[Nest], Nest],
         scaler: torch.amp.GradScaler | None,
+        turn: Turn | None = None,
     ) -> None:
         self.cluster, self.driver, self.settings = cluster, driver, settings
         self.policy, self.prepare, self.scaler = policy, prepare, scaler
@@ -67,7 +73,10 @@ class Runtime:
         self.loss_is_mean: bool | None = None
         self.progress = Progress(settings.accumulate)
         self.callbacks: list[Callback] = []
-        self.active: Active | None = None
+        self.turn = turn or Turn(cluster.timeout)
+        self._active: weakref.ref[Active] | None = None
+        self._entered_by = ""
+        self.by_hand: int | None = None
         self.stream: OpenStream | None = None
         self.tracer: Tracer | None = None
         self.busy: dict[str, float] = {}
@@ -106,6 +115,7 @@ class Runtime:
                     stage,
                     {name: infos[name][stage] for name in deployment.layout.replicas_of(holder)},
                     self.execute,
+                    self.turn,
                 )
                 for stage, holder in enumerate(deployment.schedule.placement)
             )
@@ -114,7 +124,7 @@ class Runtime:
 
     def make_optimizer(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Create the driver's optimizer for workers' optimizers with the parameter groups ``groups``."""
-        self.optimizer = PipelineOptimizer(groups, self.apply_active, self.forget_accumulated)
+        self.optimizer = PipelineOptimizer(groups, self)
 
     def stages_on(self, worker: str) -> list[int]:
         """Return the stages that ``worker`` holds."""
@@ -166,22 +176,46 @@ class Runtime:
             yield self.tracer.timeline
         finally:
             if self.stream is not None:
-                self.stream.flush()
+                self.turn.run("trace", self.stream.flush)
             self.tracer = None
 
     # --- one thing at a time ---
+
+    @property
+    def active(self) -> Active | None:
+        """The active object, if there is one; an object that the user has forgotten is not active any more."""
+        return None if self._active is None else self._active()
 
     def enter(self, active: Active) -> None:
         """Make ``active`` the active object; raise StateError if another object is active."""
         if self.active is not None:
             raise StateError(
-                "a step of this pipeline is open already; first leave its with-block, or finish the iterator of predict"
+                f"a step of this pipeline is open already, since thread {self._entered_by!r} entered it; first leave"
+                " its with-block (at a prompt, step.__exit__(None, None, None)), or finish the iterator of predict"
             )
-        self.active = active
+        self._roll_back_forgotten()
+        self._active, self._entered_by = weakref.ref(active), threading.current_thread().name
+
+    @contextmanager
+    def nothing_active(self) -> Iterator[None]:
+        """Let other objects be active in the block, whatever is active around it."""
+        before = self._active, self._entered_by, self.by_hand
+        self._active = self.by_hand = None
+        try:
+            yield
+        finally:
+            self._active, self._entered_by, self.by_hand = before
 
     def leave(self, active: Active) -> None:
         """End the activity of ``active``; do nothing if it is not active."""
-        self.active = None if self.active is active else self.active
+        if self.active is active:
+            self._active = self.by_hand = None
+
+    def _roll_back_forgotten(self) -> None:
+        """Roll back a step by hand that was entered and never left, and to which nobody refers any more."""
+        if self.active is None and self.by_hand is not None:
+            number, self.by_hand = self.by_hand, None
+            self.driver.roll_back(number, updating=True)
 
     def note(self, timeline: Timeline) -> None:
         """Keep the workers' busy shares of a step's ``timeline``, for the table."""
@@ -196,9 +230,26 @@ class Runtime:
 
     def apply_active(self) -> None:
         """Carry out ``pipe.optimizer.step()``; raise StateError if nothing is active."""
-        if self.active is None:
+        active = self.active
+        if active is None:
             raise StateError("no step is open; call train_step, or optimize inside `with pipe.step() as s:`")
-        self.active.apply()
+        self.turn.run("optimizer.step", active.apply)
+
+    @in_turn
+    def optimizer_state(self) -> dict[str, Any]:
+        """Return the state of the workers' optimizers, as torch's ``state_dict``."""
+        self.check()
+        return self.healed(lambda: optimizer_state.gather(self.driver, self.deployment, self.optimizer.changes()))
+
+    @in_turn
+    def load_optimizer_state(self, state: Mapping[str, Any]) -> None:
+        """Load the state of the workers' optimizers; raises StateError within a step, CheckpointError if it differs."""
+        self.check()
+        self.check_no_step("optimizer.load_state_dict")
+        after = "Some workers may have loaded their part, and some not: load again"
+        self.optimizer.adopt(self.healed(lambda: optimizer_state.load(self.driver, self.deployment, state), after))
+        self.history.cut()
+        self.history.tick()
 
     # --- life ---
 
@@ -209,6 +260,7 @@ class Runtime:
         if a worker has died and is not replaced.
         """
         self.mend()
+        self._roll_back_forgotten()
         if self.stream is not None:
             self.stream.flush()
 
@@ -221,8 +273,8 @@ class Runtime:
 
     def revive(self) -> None:
         """Let the successors of dead workers go on with what those have kept."""
-        if not self.succession.is_broken and not self.history.behind:
-            return
+        if self.turn.is_elsewhere or not (self.succession.is_broken or self.history.behind):
+            return  # the call of another thread does it itself: this one is of another pipeline
         for lost in (self.active, self.stream):
             if lost is not None:
                 lost.lose()

@@ -53,9 +53,10 @@ class Sender:
 
     def post(self, worker: str, step: int, sent: Sequence[Sent], values: Values = ()) -> Future[Any]:
         """Send tasks of ``step``, and ``values`` for them; return the last task's reply."""
-        with shield_interrupts():  # a place that is taken but not sent would block the worker's sequence
+        with shield_interrupts():
             arguments, apart = self._arguments(worker, step, sent, values)
             reply = self._transport.call(worker, "submit", *arguments)
+            self.next[worker] += places(sent)
             self._supply(worker, step, apart)
             return reply
 
@@ -63,13 +64,16 @@ class Sender:
         """Send a task of no step; keep its result on the worker and return an RRef to it."""
         with shield_interrupts():
             arguments, _ = self._arguments(worker, -1, [task], ())
-            return self._transport.remote(worker, "submit", *arguments, later=True)
+            handle = self._transport.remote(worker, "submit", *arguments, later=True)
+            self.next[worker] += places([task])
+            return handle
 
     def hold(self, worker: str, step: int, sent: Sequence[Sent], values: Values = ()) -> object:
         """Send tasks by a call that is answered at once; return its RRef."""
         with shield_interrupts():
             arguments, apart = self._arguments(worker, step, sent, values)
             handle = self._transport.remote(worker, "accept", *arguments)
+            self.next[worker] += places(sent)
             self._supply(worker, step, apart)
             return handle
 
@@ -129,17 +133,17 @@ class Sender:
         return [Kept(number, start, start + len(tasks)) if known else Keep(number, start, tuple(tasks))]
 
     def _arguments(self, worker: str, step: int, sent: Sequence[Sent], values: Values) -> tuple[Arguments, Values]:
-        """Take the tasks' places in the worker's sequence; return the arguments of ``submit`` and ``accept``.
+        """Return the arguments of ``submit`` and ``accept``, with the tasks' place in the worker's sequence.
 
-        Also returns the values to be sent apart, after the tasks: the worker begins meanwhile.
+        Also returns the values to be sent apart, after the tasks: the worker begins meanwhile. The caller takes the
+        places once the message is on its way: what cannot be pickled raises before, and a place that is taken and not
+        sent would block the worker for ever.
         """
         self._before(step)
         apart: Values = ()
         if values and self._transport.is_near(worker):
             values, apart = apart, values
-        place = self.next[worker]
-        self.next[worker] += places(sent)
-        return (self._pipeline, step, place, sent, values), apart
+        return (self._pipeline, step, self.next[worker], sent, values), apart
 
     def _supply(self, worker: str, step: int, values: Values) -> None:
         if values:

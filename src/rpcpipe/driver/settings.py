@@ -1,4 +1,4 @@
-"""The settings of training."""
+"""The settings of training, which hold for a pipeline whatever its stages are."""
 
 from __future__ import annotations
 

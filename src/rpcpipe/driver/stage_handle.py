@@ -10,8 +10,10 @@ from torch import nn
 
 from rpcpipe import _tables
 from rpcpipe.driver.driver import Driver
+from rpcpipe.driver.turn import Turn, in_turn
 from rpcpipe.errors import StateError
-from rpcpipe.model.microbatch import Nest
+from rpcpipe.model.microbatch import Nest, map_tensors
+from rpcpipe.model.sendable import as_argument, sendable
 from rpcpipe.transport.user_pickling import loads, named_dumps
 from rpcpipe.worker.messages import StageInfo
 from rpcpipe.worker.operations import CallModule, GetModule, GetParameter
@@ -32,8 +34,9 @@ class StageHandle:
         index: int,
         infos: Mapping[str, StageInfo],
         execute: Callable[[Sequence[str], CallModule], Mapping[str, Any]],
+        turn: Turn,
     ) -> None:
-        self.index = index
+        self.index, self.turn = index, turn
         self.workers = tuple(infos)
         self.worker = self.workers[0]
         self._infos = infos
@@ -64,10 +67,12 @@ class StageHandle:
         ]  # fmt: skip
 
     @property
+    @in_turn
     def rref(self) -> Any:
         """An RRef to the stage's module, on its worker."""
         return self._driver.remote(self.worker, GetModule(self.index))
 
+    @in_turn
     def call(self, function: Callable[[nn.Module], Any]) -> Any:
         """Return ``function(module)``, run on the stage's worker; the function may change the weights.
 
@@ -78,19 +83,23 @@ class StageHandle:
         seed = None if len(self.workers) == 1 else int(torch.randint(1 << 62, ()))
         return loads(self._execute(self.workers, CallModule(self.index, data, seed))[self.worker])
 
+    @in_turn
     def forward(self, inputs: Nest) -> Any:
         """Return an RRef to the module's output for ``inputs``: a nest of tensors, or another RRef.
 
-        Inside ``dist_autograd.context()`` the autograd graph is recorded across the workers. Raises
-        StateError for a stage with Wired layers, whose named values only a step delivers.
+        Inside ``dist_autograd.context()`` the autograd graph is recorded across the workers. Raises ArgumentError for
+        a tensor that cannot be sent, StateError for a stage with Wired layers, whose named values only a step delivers.
         """
         if self._info.wired:
             raise StateError(
                 f"stage {self.index} has layers that take or give named values; it runs in steps only (train_step,"
                 " evaluate, pipe(inputs)), or by pipe.stages[k].call(function)"
             )
-        return self._driver.remote_chained(self.worker, self.index, inputs)
+        with as_argument():
+            sent = map_tensors(lambda tensor: sendable(tensor, "the stage's input").cpu(), inputs)
+        return self._driver.remote_chained(self.worker, self.index, sent)
 
+    @in_turn
     def parameter_rrefs(self) -> list[Any]:
         """Return an RRef to every trainable parameter of the stage on every replica; all replicas' gradients are equal.
 

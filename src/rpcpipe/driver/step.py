@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -21,7 +22,8 @@ from rpcpipe.driver.roles import StepRecord
 from rpcpipe.driver.runtime import Runtime
 from rpcpipe.driver.succession import healed
 from rpcpipe.driver.tracing import spans
-from rpcpipe.errors import StateError, WorkerLost
+from rpcpipe.driver.turn import Turn, in_turn
+from rpcpipe.errors import StateError, WorkerLost, require
 from rpcpipe.model.microbatch import Nest
 from rpcpipe.schedules import Timeline
 from rpcpipe.stage import precision
@@ -75,36 +77,48 @@ class Step:
         self._updated = self._has_updated = False
         self._overflowed = False
         self._context: AbstractContextManager[int] | None = None
+        self._thread = threading.current_thread()  # whose context it is
         self._lost = False
         # What to run again if a worker dies in an update that the driver sends.
         self._given: tuple[Nest, Nest] | None = None
         self._changes: Sequence[Mapping[str, Any]] = ()  # of hyperparameters, as sent for the update
 
+    @property
+    def turn(self) -> Turn:
+        """The pipeline's."""
+        return self._runtime.turn
+
     def __enter__(self) -> Step:
         try:
             with shield_interrupts():
-                self._runtime.enter(self)
-                if not self._course.updates_at_once:
-                    self._open_context()
+                self.turn.run("step", self._enter)
         except BaseException as error:
             self.__exit__(type(error), error, None)
             raise
         return self
 
+    def _enter(self) -> None:
+        self._runtime.enter(self)
+        if not self._course.updates_at_once:
+            self._open_context()
+
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         with shield_interrupts():
-            self._runtime.leave(self)
-            self._close_context()
-            # A Ctrl-C may come after the last worker has updated and before the caller can know of the update.
-            unknown = isinstance(error, KeyboardInterrupt) or self._course.updates_at_once
-            if kind is not None and (unknown or not self._updated):
-                updating = self._updated or self._course.updates_at_once
-                self._runtime.driver.roll_back(self._message, updating=updating)
-            elif self.done and self._updated == self._has_updated:  # not, if the update failed and was rolled back
-                self._advance()
+            self.turn.take("step", self._exit, kind, error)
+
+    def _exit(self, kind: type[BaseException] | None, error: BaseException | None) -> None:
+        self._runtime.leave(self)
+        self._close_context()
+        # A Ctrl-C may come after the last worker has updated and before the caller can know of the update.
+        unknown = isinstance(error, KeyboardInterrupt) or self._course.updates_at_once
+        if kind is not None and (unknown or not self._updated):
+            updating = self._updated or self._course.updates_at_once
+            self._runtime.driver.roll_back(self._message, updating=updating)
+        elif self.done and self._updated == self._has_updated:  # not, if the update failed and was rolled back
+            self._advance()
 
     def _open_context(self) -> None:
-        self._context = self._runtime.cluster.transport.context()
+        self._context, self._thread = self._runtime.cluster.transport.context(), threading.current_thread()
         self.context_id = self._context.__enter__()
 
     def _close_context(self) -> None:
@@ -128,6 +142,7 @@ class Step:
         """Whether a batch has been run."""
         return self._result is not None
 
+    @in_turn
     def forward_backward(self, inputs: Nest, targets: Nest) -> float:
         """Run the batch, put the gradients of its mean loss into the context, and return the loss."""
         self._runtime.driver.settle(self._message, self.run(inputs, targets))
@@ -150,12 +165,14 @@ class Step:
             what = "was called in this step already" if self.done else "has failed in this step"
             raise StateError(f"forward_backward {what}; open another step")
         self._check_lost()
+        self._check_thread()
         runtime, driver = self._runtime, self._runtime.driver
         if issued is not None and issued.came_true(runtime, self._course):
             cut, self._message = issued.cut, issued.terms.plan.step
         else:
             cut, issued = Cut.of(runtime, inputs, targets), None
         self._began, self._given = True, (inputs, targets) if self._course.updates_at_once else None
+        runtime.by_hand = None if self._course.updates_at_once else self._message
         done = self._execute(cut, issued, meanwhile)
         plan, verdict = done.plan, done.verdict
         sound = verdict.sound and not self._progress.spoiled
@@ -243,6 +260,7 @@ class Step:
             "step %d: loss %s, norm of the gradient %s; no weight changes", self._course.number, verdict.loss, norm
         )
 
+    @in_turn
     def optimize(self) -> None:
         """Apply the gradients on all workers, or on none; do nothing while they accumulate further."""
         if self.done and self.result().accumulated:
@@ -256,6 +274,7 @@ class Step:
     def apply(self) -> None:
         """Update the weights. ``optimize`` leads here through the optimizer, whose calls schedulers count."""
         self._check_lost()
+        self._check_thread()
         if not self.result().applied:
             return
         self._updated = True
@@ -291,6 +310,15 @@ class Step:
         if not self._has_updated:
             self._lost = True
             self._runtime.driver.roll_back(self._message, updating=True)
+
+    def _check_thread(self) -> None:
+        """Raise StateError in another thread: a distributed-autograd context is its thread's."""
+        require(
+            self._context is None or self._thread is threading.current_thread(),
+            f"thread {self._thread.name!r} entered this step and thread {threading.current_thread().name!r} runs it:"
+            " its distributed-autograd context is the first one's; run all of a step in one thread",
+            error=StateError,
+        )
 
     def _check_lost(self) -> None:
         if self._lost:

@@ -219,7 +219,7 @@ class Stream:
 
         try:
             return healed(runtime.cluster, mend, go_on, after="A note below says which minibatches are in the weights")
-        except WorkerLost as error:
+        except Exception as error:  # of what was to be sent some workers know, and some do not
             if self._is_open:
                 self._abort(error)
             raise

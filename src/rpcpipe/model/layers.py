@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -189,14 +189,40 @@ def named_layers(model: Model) -> OrderedDict[str, Layer]:
         return OrderedDict((name, Wired(layer, *model.wirings[name])) for name, layer in model.named_children())
     if isinstance(model, nn.Sequential):
         check_container(model, nn.Sequential)
-        return _distinct(model._modules)  # named_children omits a module's second use
+        return _separate(_distinct(model._modules))  # named_children omits a module's second use
     if isinstance(model, nn.Module) or not isinstance(model, (Sequence, Mapping)):
         raise ArgumentError(
             "model must be an nn.Sequential, or a list or dict of nn.Module, function or rp.LayerSpec, not"
             f" {type(model).__name__}; write its forward as a chain of layers"
         )
     named = dict(model) if isinstance(model, Mapping) else {str(index): layer for index, layer in enumerate(model)}
-    return _distinct({name: as_layer(layer, f"layer {name}") for name, layer in named.items()})
+    return _separate(_distinct({name: as_layer(layer, f"layer {name}") for name, layer in named.items()}))
+
+
+def _separate(layers: OrderedDict[str, Layer]) -> OrderedDict[str, Layer]:
+    """Return ``layers``; raises ModelError if two give a weight or buffer the same name in the model's state_dict.
+
+    A layer may be named inside of another's name, as "encoder" and "encoder.norm".
+    """
+    check_names((name, key) for name, layer in layers.items() for key in _state_names(name, unwired(layer)))
+    return layers
+
+
+def _state_names(name: str, layer: nn.Module | LayerSpec) -> Iterator[str]:
+    if isinstance(layer, nn.Module):
+        yield from (f"{name}.{key}" for key in layer.state_dict())
+
+
+def check_names(owned: Iterable[tuple[str, str]]) -> None:
+    """Raise ModelError if two owners have the same name in the model's state_dict; ``owned``: (owner, name)."""
+    owners = dict[str, str]()
+    for owner, key in owned:
+        first = owners.setdefault(key, owner)
+        if first != owner:
+            raise ModelError(
+                f"{key!r} in the model's state_dict is of layer {first!r} and of layer {owner!r}: one would be saved"
+                " and loaded for both; rename one of these layers"
+            )
 
 
 def as_layer(layer: Any, what: str) -> Layer:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from rpcpipe.errors import ModelError, require
+from rpcpipe.model.microbatch import tensors
 
 
 def check(loss: Any) -> None:
@@ -49,6 +50,16 @@ def value_and_count(returned: Any) -> tuple[torch.Tensor, Any]:
             " (sum, count) with a number; what else is of interest goes into metrics={…} of train_step"
         )
     return value, count
+
+
+def check_graph(value: torch.Tensor, outputs: Any) -> None:
+    """Raise ModelError for a loss that requires a gradient and was computed from nothing."""
+    made = value.grad_fn is not None or not value.requires_grad
+    if not made and all(value is not output for output in tensors(outputs)):
+        raise ModelError(
+            "the loss requires a gradient and does not depend on the model's output, so nothing would be trained; it is"
+            " a new tensor (torch.tensor(…, requires_grad=True)?): compute it from the output by torch's operations"
+        )
 
 
 def state(loss: Any) -> dict[str, Any]:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from rpcpipe.errors import ModelError
+from rpcpipe.errors import ArgumentError, ModelError, RpcPipeError
 from rpcpipe.model import nest_types
 from rpcpipe.model.microbatch import Nest, flatten, unflatten
 from rpcpipe.transport.message_pickling import in_bounds
 
 _ORDINARY = (torch.Tensor, nn.Parameter)
 _NO_DISPATCH = torch.Tensor.__torch_dispatch__
+# What else to do about what a layer has made.
+_ONE_STAGE = ", or keep what makes and what takes it in one stage"
 
 
 def sendable(tensor: torch.Tensor, source: str) -> torch.Tensor:
@@ -43,8 +47,7 @@ def _check_kind(tensor: torch.Tensor, source: str) -> None:
         kind, advice = "a sparse tensor that requires a gradient", "its to_dense()"
     if kind:
         raise ModelError(
-            f"{source} has {kind} that would have to be sent to another process; give {advice}, or keep what makes"
-            " and what takes it in one stage"
+            f"{source} has {kind} that would have to be sent to another process; give {advice}{_ONE_STAGE}"
         )
 
 
@@ -59,6 +62,15 @@ def checked(nest: Nest, source: str, change: Any = None) -> Nest:
         elif type(leaf) not in nest_types.plain:
             nest_types.check_leaf(leaf, source)
     return unflatten(leaves, spec)
+
+
+@contextmanager
+def as_argument(kind: type[RpcPipeError] = ArgumentError) -> Iterator[None]:
+    """Raise what the block refuses to send as an error of ``kind``: the user gave it, and no layer made it."""
+    try:
+        yield
+    except ModelError as error:
+        raise kind(str(error).removesuffix(_ONE_STAGE)) from None
 
 
 def _sound(tensor: torch.Tensor, source: str, change: Any) -> torch.Tensor:

@@ -26,9 +26,10 @@ from rpcpipe.errors import (
 )
 from rpcpipe.model import losses
 from rpcpipe.model.batchnorm import MODES
-from rpcpipe.model.extra_state import shape_differs
+from rpcpipe.model.extra_state import is_extra, shape_differs
 from rpcpipe.model.layers import Layer, Loss, parameter_counts
 from rpcpipe.model.microbatch import Nest
+from rpcpipe.model.sendable import as_argument, sendable
 from rpcpipe.model.tied_weights import Tie
 from rpcpipe.planning import Plan, partition
 from rpcpipe.planning.layer_cost import balancing_costs
@@ -308,11 +309,38 @@ def _check_tied_groups(infos: Mapping[str, Sequence[StageInfo]]) -> None:
                 )
 
 
+def loadable(state: Any) -> dict[str, Any]:
+    """Return a ``state_dict`` as it is sent, in host memory; raises CheckpointError for what cannot be sent."""
+    require(
+        isinstance(state, Mapping),
+        f"load_state_dict takes a state_dict, a mapping of names to tensors, not {state!r:.80}",
+    )
+    loaded = dict(state)
+    for key, value in state.items():
+        if not is_extra(key):
+            require(
+                isinstance(value, torch.Tensor),
+                f"{key} is {value!r:.80}, not a tensor; nothing has changed",
+                error=CheckpointError,
+            )
+            with as_argument(CheckpointError):
+                loaded[key] = sendable(value.detach(), f"{key} of the state_dict").cpu()
+    return loaded
+
+
 def check_state(live: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-    """Raise CheckpointError unless ``state`` has the names and shapes of ``live``, the model's state."""
+    """Raise CheckpointError unless ``state`` has the names, shapes and layouts of ``live``, the model's state."""
     missing, extra = sorted(live.keys() - state.keys()), sorted(state.keys() - live.keys())
     wrong = [key for key in live.keys() & state.keys() if shape_differs(key, live[key], state[key])]
     if missing or extra or wrong:
         raise CheckpointError(
             f"the state does not fit the model: missing {missing[:5]}, unexpected {extra[:5]}, wrong shape {wrong[:5]}"
+        )
+    for key in (key for key in live if not is_extra(key)):
+        kinds = [(tensor.layout, tensor.is_quantized, tensor.is_complex()) for tensor in (live[key], state[key])]
+        require(
+            kinds[0] == kinds[1],
+            f"{key} is {state[key].dtype} in the layout {state[key].layout}, the model's {live[key].dtype} in"
+            f" {live[key].layout}, and torch does not copy one into the other; nothing has changed",
+            error=CheckpointError,
         )

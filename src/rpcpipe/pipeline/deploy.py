@@ -31,7 +31,7 @@ from rpcpipe.errors import (
     require_whole,
 )
 from rpcpipe.model.containers import check_global_hooks, shared_buffers
-from rpcpipe.model.layers import Layer, check_embeddings, find_ties, unpicklable, unwired, wiring_of
+from rpcpipe.model.layers import Layer, check_embeddings, check_names, find_ties, unpicklable, unwired, wiring_of
 from rpcpipe.model.microbatch import MicroBatches, Nest
 from rpcpipe.model.torch_settings import TorchSettings
 from rpcpipe.pipeline.arguments import (
@@ -168,6 +168,8 @@ def _create(runtime: Runtime, identity: str, layers: OrderedDict[str, Layer]) ->
     )
     runtime.install(deployment, infos)
     runtime.succession.begin(infos)
+    # Of specs' layers the names are known only now.
+    check_names((f"of stage {stage.index}", name) for stage in runtime.stages for name in stage.trainable)
     if runtime.settings.trains:
         runtime.make_optimizer(check_groups({worker: list(stages.values()) for worker, stages in infos.items()}))
 

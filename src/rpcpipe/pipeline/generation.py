@@ -95,12 +95,26 @@ def generate(
         all(isinstance(row, torch.Tensor) and row.dim() == 1 and len(row) for row in prompts),
         "every prompt must be a tensor of one dimension, of at least one token",
     )
+    rows = [_row(prompt, new_tokens, rng.derive(seed, index)) for index, prompt in enumerate(prompts)]
+    pipe.turn.run("generate", _generate, pipe, rows, Sampling(temperature, top_k), context, stop, inputs, logits)
+    return [row.ids for row in rows]
+
+
+def _generate(
+    pipe: Pipeline,
+    rows: Sequence[_Row],
+    sampling: Sampling,
+    context: int | None,
+    stop: int | None,
+    inputs: Callable[[torch.Tensor], Nest],
+    logits: Callable[[Nest], torch.Tensor],
+) -> None:
+    """Add their tokens to ``rows``."""
     pipe.runtime.check()
     tell_last_stage(pipe.runtime, SetSelection(named_dumps(_LastLogits(logits), "what to select")))
-    rows = [_row(prompt, new_tokens, rng.derive(seed, index)) for index, prompt in enumerate(prompts)]
-    passes, sampling = Passes(pipe.runtime, keep_outputs=True), Sampling(temperature, top_k)
+    passes = Passes(pipe.runtime, keep_outputs=True)
     groups = passes.ahead + 1
-    waiting = deque(group for group in (rows[start::groups] for start in range(groups)) if group and new_tokens)
+    waiting = deque(group for group in (list(rows[start::groups]) for start in range(groups)) if _unfinished(group))
     under_way = deque[list[_Row]]()
 
     def feed() -> Iterator[tuple[Nest, torch.Tensor]]:
@@ -113,7 +127,6 @@ def generate(
         for passed in passes.run(feed()):
             if group := _grow(under_way.popleft(), passed.output, sampling, stop):
                 waiting.append(group)
-    return [row.ids for row in rows]
 
 
 class _LastLogits:
@@ -145,4 +158,8 @@ def _grow(rows: list[_Row], logits: torch.Tensor, sampling: Sampling, stop: int 
         token = sampling.draw(scores, row.generator)
         row.ids = torch.cat([row.ids, torch.tensor([token])])
         row.left = 0 if token == stop else row.left - 1
+    return _unfinished(rows)
+
+
+def _unfinished(rows: list[_Row]) -> list[_Row]:
     return [row for row in rows if row.left]

@@ -4,30 +4,32 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import closing, contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, overload
 
 import torch
-from tqdm import tqdm
 
 from rpcpipe import _tables
 from rpcpipe.checkpoint.plain_state import Holders
 from rpcpipe.cluster.tenancy import PipelineCluster
 from rpcpipe.driver import inference
 from rpcpipe.driver.ahead import train
-from rpcpipe.driver.callbacks import Callback, JsonLines, tell
+from rpcpipe.driver.callbacks import Callback, JsonLines
 from rpcpipe.driver.optimizer import PipelineOptimizer
 from rpcpipe.driver.result import StepResult
 from rpcpipe.driver.stage_handle import HEADER, StageHandle
-from rpcpipe.driver.step import Step, train_once
-from rpcpipe.driver.stream import Stream
-from rpcpipe.errors import ScheduleError, require_whole
+from rpcpipe.driver.step import Step
+from rpcpipe.driver.training import new_step, train_batch
+from rpcpipe.driver.turn import EachInTurn, Turn, in_turn
+from rpcpipe.errors import require_whole
 from rpcpipe.model.layers import Loss, Model, named_layers
 from rpcpipe.model.microbatch import Nest
 from rpcpipe.pipeline import deploy, resize, state
 from rpcpipe.pipeline.arguments import Options, pairs
+from rpcpipe.pipeline.hints import Hints
+from rpcpipe.pipeline.progress_bar import NOT_TRAINED, shown
 from rpcpipe.pipeline.recipe import Recipe
 from rpcpipe.pipeline.setting import Setting
 from rpcpipe.planning.plan import Plan
@@ -38,7 +40,7 @@ from rpcpipe.stage.optimizer import Factory
 from rpcpipe.stage.recompute import Checkpoint
 
 
-class Pipeline:
+class Pipeline(Hints):
     """A model cut into stages on a cluster's workers, trained from this process.
 
     Args:
@@ -132,6 +134,11 @@ class Pipeline:
         return self.runtime.cluster
 
     @property
+    def turn(self) -> Turn:
+        """Return what lets one thread at a time call the pipeline."""
+        return self.runtime.turn
+
+    @property
     def optimizer(self) -> PipelineOptimizer:
         """Return a ``torch.optim.Optimizer`` on the driver; ``param_groups`` and torch's schedulers work unchanged.
 
@@ -151,6 +158,7 @@ class Pipeline:
         return self.runtime.trained
 
     @trained.setter
+    @in_turn
     def trained(self, steps: int) -> None:
         self.runtime.check()
         self.runtime.trained = require_whole("trained", steps, least=0)
@@ -161,6 +169,7 @@ class Pipeline:
         return self.runtime.chunks
 
     @chunks.setter
+    @in_turn
     def chunks(self, count: int) -> None:
         self.runtime.check()
         deploy.change_chunks(self.runtime, count)
@@ -191,10 +200,12 @@ class Pipeline:
         return self.runtime.schedule
 
     @schedule.setter
+    @in_turn
     def schedule(self, schedule: str | Schedule) -> None:
         self.runtime.check()
         deploy.change_schedule(self.runtime, schedule)
 
+    @in_turn
     def resize(
         self,
         workers: int | None = None,
@@ -214,6 +225,7 @@ class Pipeline:
         self.runtime = self.runtime.healed(lambda: resize.resized(self.runtime, options, workers))
         self.recipe.options = options
 
+    @in_turn
     def close(self) -> None:
         """Free the stages on the workers; closing twice is allowed."""
         self.runtime.close()
@@ -228,6 +240,7 @@ class Pipeline:
 
     # --- training ---
 
+    @in_turn
     def train_step(
         self, inputs: Nest, targets: Nest, metrics: Mapping[str, Metric] | None = None, outputs: bool = False
     ) -> StepResult:
@@ -240,19 +253,7 @@ class Pipeline:
         Raises ArgumentError, StageError, WorkerLost or DeadlineExceeded; the weights are then as before.
         """
         self.runtime = resize.settled(self.runtime, self.recipe.options)
-        self.runtime.check_trains()
-        if self.runtime.policy is not None:
-            self.runtime.check()
-            stream = Stream(self.runtime, inference.Wanted.of(self.runtime, metrics, outputs))
-            stream.feed(inputs, targets)
-            stream.flush()
-            return stream.take()
-        result = self.runtime.healed(
-            lambda: train_once(self._step(metrics, outputs, updates_at_once=True), inputs, targets)
-        )
-        self.runtime.history.tick()
-        tell(self.callbacks, result)
-        return result
+        return train_batch(self.runtime, inputs, targets, metrics, outputs)
 
     def train(
         self, batches: Iterable[tuple[Nest, Nest]], progress: bool = False, *, ahead: int = 0
@@ -268,11 +269,7 @@ class Pipeline:
         self.runtime = resize.settled(self.runtime, self.recipe.options)
         self.runtime.check_trains()
         results = train(self.runtime, pairs(batches, "train"), self.train_step, ahead)
-        total = len(batches) if isinstance(batches, Sized) else None
-        with closing(results), tqdm(results, total=total, disable=not progress, unit="step") as bar:
-            for result in bar:
-                bar.set_postfix(loss=f"{result.loss:.4f}", bubble=f"{result.bubble:.0%}", refresh=False)
-                yield result
+        return EachInTurn(self.turn, "train", shown(results, batches, progress), NOT_TRAINED)
 
     def on_step(self, callback: Callback | str | os.PathLike[str]) -> Callback:
         """Call ``callback(result)`` on the driver after every step of ``train_step`` and ``train``; return it.
@@ -285,6 +282,7 @@ class Pipeline:
         self.callbacks.append(function)
         return function
 
+    @in_turn
     def step(self) -> Step:
         """Return a step to run by hand, ``with pipe.step() as s:``, inside a distributed-autograd context.
 
@@ -292,28 +290,18 @@ class Pipeline:
         with ``s.optimize()``, or with torch's ``DistributedOptimizer`` on ``parameter_rrefs()``. Raises ScheduleError
         under an asynchronous schedule.
         """
-        return self._step(None, False)
-
-    def _step(self, metrics: Mapping[str, Metric] | None, outputs: bool, *, updates_at_once: bool = False) -> Step:
-        """Return a step that reports ``metrics`` and ``outputs``; ``updates_at_once`` as for ``Step``."""
-        self.runtime.check()
-        self.runtime.check_trains()
-        if self.runtime.policy is not None:
-            raise ScheduleError(
-                f"{self.schedule.name!r} updates as it goes; a step by hand needs a synchronous schedule"
-            )
-        wanted = inference.Wanted.of(self.runtime, metrics, outputs)
-        return Step(self.runtime, self.trained, wanted, updates_at_once=updates_at_once)
+        return new_step(self.runtime)
 
     @contextmanager
     def trace(self) -> Iterator[Timeline]:
         """Yield a timeline that the block's steps fill with actions, transfers and updates, on the driver's clock."""
-        self.runtime.check()
+        self.turn.run("trace", self.runtime.check)
         with self.runtime.traced() as timeline:
             yield timeline
 
     # --- inference ---
 
+    @in_turn
     def __call__(self, inputs: Nest) -> Nest:
         """Return the model's output for ``inputs`` in eval mode, gathered in this process."""
         [output] = self.predict([inputs])
@@ -325,8 +313,8 @@ class Pipeline:
         The iterator reads some batches ahead. Until it is finished or closed, other calls of the pipeline that run
         batches raise StateError.
         """
-        self.runtime.check()
-        return inference.outputs(self.runtime, batches)
+        self.turn.run("predict", self.runtime.check)
+        return EachInTurn(self.turn, "predict", inference.outputs(self.runtime, batches))
 
     @overload
     def evaluate(self, batches: Iterable[tuple[Nest, Nest]]) -> float: ...
@@ -334,6 +322,7 @@ class Pipeline:
     @overload
     def evaluate(self, batches: Iterable[tuple[Nest, Nest]], metrics: Mapping[str, Metric]) -> dict[str, float]: ...
 
+    @in_turn
     def evaluate(
         self, batches: Iterable[tuple[Nest, Nest]], metrics: Mapping[str, Metric] | None = None
     ) -> float | dict[str, float]:
@@ -349,17 +338,20 @@ class Pipeline:
 
     # --- weights ---
 
+    @in_turn
     def parameter_rrefs(self) -> list[Any]:
         """Return RRefs to every replica's trainable parameters, in the model's order, for ``DistributedOptimizer``."""
         self.runtime.check()
         self.runtime.check_trains()
         return [rref for stage in self.stages for rref in stage.parameter_rrefs()]
 
+    @in_turn
     def state_dict(self) -> OrderedDict[str, Any]:
         """Return all parameters, buffers and extra state under the unsplit model's names, on the CPU."""
         self.runtime.check()
         return self.runtime.healed(lambda: state.state_dict(self.runtime))
 
+    @in_turn
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load what ``state_dict`` of this pipeline or of the unsplit model returned.
 
@@ -369,6 +361,7 @@ class Pipeline:
         after = "Some workers may have loaded their part, and some not: load again"
         self.runtime.healed(lambda: state.load_state_dict(self.runtime, state_dict), after)
 
+    @in_turn
     def save(
         self,
         directory: str | Path,
@@ -388,6 +381,7 @@ class Pipeline:
         self.runtime.check()
         return self.runtime.healed(lambda: state.save(self.runtime, directory, stateful or {}, position, keep))
 
+    @in_turn
     def load(self, directory: str | Path, *, stateful: Holders | None = None) -> Any:
         """Go on from the newest checkpoint in ``directory``, or from that very checkpoint; return its ``position``.
 

@@ -55,7 +55,9 @@ def resized(old: Runtime, options: Options, workers: Sequence[Worker] | int | No
     names, cluster, identity = deployment.layout.names, old.cluster, uuid.uuid4().hex
     batched = options.dispatch == "batched"
     driver = Driver(cluster.transport, identity, names, timeout=cluster.timeout, batched=batched)
-    new = Runtime(cluster, driver, deployment, settings, policy=policy, prepare=old.prepare, scaler=old.scaler)
+    new = Runtime(
+        cluster, driver, deployment, settings, policy=policy, prepare=old.prepare, scaler=old.scaler, turn=old.turn
+    )
     new.spec = dataclasses.replace(
         old.spec,
         last_stage=deployment.schedule.stages - 1,
@@ -168,7 +170,7 @@ def _hand_over(old: Runtime, new: Runtime) -> None:
     new.callbacks, new.tracer, new.offsets = old.callbacks, None, dict.fromkeys(new.names, 0)
     if new.settings.trains:
         new.optimizer = old.optimizer
-        new.optimizer.serve(new.apply_active, new.forget_accumulated)
+        new.optimizer.serve(new)
     old.callbacks = []  # theirs is the new one's to close
     old.close()
     new.cluster.relabel()

@@ -31,4 +31,5 @@ class Setting(Generic[T]):
         return value
 
     def __set__(self, instance: Any, value: T) -> None:
-        change_settings(instance.runtime, **{self._name: value})
+        runtime = instance.runtime
+        runtime.turn.run(self._name, change_settings, runtime, **{self._name: value})

@@ -21,14 +21,14 @@ from rpcpipe.checkpoint.manifest import Manifest
 from rpcpipe.checkpoint.plain_state import Holders, Stateful, decode, encode
 from rpcpipe.checkpoint.shard import Written, some
 from rpcpipe.checkpoint.tensor_file import Reader
+from rpcpipe.driver.optimizer_state import merged
 from rpcpipe.driver.replies import raise_loss
 from rpcpipe.driver.runtime import Runtime
 from rpcpipe.errors import CheckpointError, Failure, StageError, StateError, require, require_whole
 from rpcpipe.model.extra_state import packed, unpacked
 from rpcpipe.model.layers import layer_of
 from rpcpipe.model.tied_weights import Tie, completed
-from rpcpipe.pipeline.arguments import check_state
-from rpcpipe.stage.hyperparameters import same
+from rpcpipe.pipeline.arguments import check_state, loadable
 from rpcpipe.transport.interrupts import shield_interrupts
 from rpcpipe.worker.operations import (
     ApplyCheckpoint,
@@ -58,7 +58,7 @@ def load_state_dict(runtime: Runtime, state: Mapping[str, Any]) -> None:
     A tied weight may be given under one of its names or, with the same value, under several. Raises CheckpointError,
     before anything changes, unless names and shapes are the model's.
     """
-    state = completed(runtime.deployment.ties, state)
+    state = completed(runtime.deployment.ties, loadable(state))
     check_state(state_dict(runtime), state)
     owner = {layer: stage for stage in runtime.stages for layer in stage.layers}
     parts: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in runtime.names}
@@ -99,7 +99,8 @@ def save(runtime: Runtime, directory: str | Path, stateful: Holders, position: A
         )
         with draft(directory) as folder:
             written = _write_shards(runtime, folder)
-            manifest.groups = encode(_merged(written, runtime.optimizer.changes()), "groups", tensors)
+            used = zip(*(zip(own.groups, own.used, strict=True) for own in written if own.groups), strict=True)
+            manifest.groups = encode(merged(used, runtime.optimizer.changes()), "groups", tensors)
             _fill(manifest, written, runtime.deployment.ties)
             if tensors:
                 manifest.tensors |= tensor_file.write(folder / _DRIVER_FILE, tensors)
@@ -237,29 +238,6 @@ def _fill(manifest: Manifest, written: Sequence[Written], ties: Sequence[Tie]) -
     manifest.shared |= {holder.name: tie.holders[0].name for tie in ties for holder in tie.holders[1:]}
     manifest.seed = written[0].seed
     manifest.optimizer = next((shard.optimizer for shard in written if shard.optimizer), None)
-
-
-def _merged(written: Sequence[Written], changes: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the hyperparameters of the next step by parameter group.
-
-    These are ``changes``, set on the driver since the last update, and otherwise the values that all workers have in
-    common. A value that the factory makes different on each worker is left out: the factory makes it again.
-    """
-    rows = zip(*(zip(shard.groups, shard.used, strict=True) for shard in written if shard.groups), strict=True)
-    return [_common(list(row)) | dict(changes[at]) for at, row in enumerate(rows)]
-
-
-def _common(row: Sequence[tuple[dict[str, Any], bool]]) -> dict[str, Any]:
-    """Return what the workers' versions of one group have in common, of those with a parameter in it if there are any.
-
-    An optimizer may count in its groups, and not in one without parameters.
-    """
-    first, *others = [group for group, used in row if used] or [group for group, _ in row]
-    return {
-        key: value
-        for key, value in first.items()
-        if all(key in other and same(value, other[key]) for other in others)
-    }  # fmt: skip
 
 
 def _check_driver(runtime: Runtime, folder: Path, manifest: Manifest, stateful: Holders) -> None:

@@ -96,6 +96,10 @@ def verify(pipe: Pipeline, inputs: Nest, targets: Nest, steps: int = 2) -> Verif
     Raises ArgumentError, StateError within an accumulation, ScheduleError for an asynchronous schedule, StageError if a
     step fails, ModelError if the plain loop fails, and DeadlineExceeded.
     """
+    return pipe.turn.run("verify", _verify, pipe, inputs, targets, steps)
+
+
+def _verify(pipe: Pipeline, inputs: Nest, targets: Nest, steps: int) -> Verification:
     runtime, recipe = pipe.runtime, pipe.recipe
     runtime.check()
     require(steps >= 1, f"steps must be at least 1, not {steps}")

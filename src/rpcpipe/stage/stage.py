@@ -254,6 +254,7 @@ class Stage:
         assert self.loss is not None
         value = self.loss(outputs, map_tensors(lambda leaf: leaf.to(self.device), target))
         value, count = losses.value_and_count(value)
+        losses.check_graph(value, outputs)
         self.losses[chunk] = (value.detach(), count)
         return value
 

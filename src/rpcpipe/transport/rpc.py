@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 
 from rpcpipe.errors import Failure, RpcPipeError, StageError, StateError, WorkerLost
 from rpcpipe.transport.base import Endpoint
+from rpcpipe.transport.contexts import Contexts
 from rpcpipe.transport.gate import Gate
 from rpcpipe.transport.lane_calls import LaneCalls
 from rpcpipe.transport.lanes import Lanes
@@ -45,9 +46,8 @@ _GRACE = 0.5  # seconds that the monitor has to report that a worker has died
 
 _BINDINGS: Any = torch._C._distributed_rpc  # rpc_async and remote end in its functions
 _AUTOGRAD: Any = torch._C._distributed_autograd
-# Verbs whose messages only file values: they may wait in a lane until the compute thread wants one.
+# Verbs whose messages only file values, which the compute thread takes from the lane, and of calls, for it alone.
 _BY_LANE = ("deliver", "deliver_tensors", "supply")
-# And of calls, whose tasks only the compute thread takes: nothing else need hear of them before.
 _CALLS_BY_LANE = ("submit",)
 
 _SHUT_DOWN = (
@@ -188,8 +188,7 @@ def _receive_later(stamp: str, verb: str, args: tuple[Any, ...]) -> torch.future
 def _receive_chained(stamp: str, verb: str, args: tuple[Any, ...]) -> torch.futures.Future[Any]:
     """Do as ``_receive_later`` once the RRefs among ``args`` have been fetched.
 
-    The fetches are issued on this handler's thread, where the caller's distributed-autograd context is in force, so the
-    graph spans the workers; nothing waits here.
+    They are fetched on this handler's thread, where the caller's context is in force, so the graph spans the workers.
     """
     leaves, spec = pytree.tree_flatten(args)
     fetches = [_fetch(leaf) if isinstance(leaf, _BINDINGS.PyRRef) else None for leaf in leaves]
@@ -266,7 +265,7 @@ def _tensor(index: int) -> torch.Tensor:
 def _invoke(send: Any, to: str, function: Any, args: tuple[Any, ...]) -> Any:
     """Call ``send``, the binding in which ``rpc_async`` or ``remote`` ends; return its future or RRef.
 
-    A call costs the compute thread 0.5 ms through the public functions (caches are cold), 0.27 ms this way.
+    A call costs the compute thread 0.5 ms through the public functions, 0.27 ms this way.
     """
     buffer = io.BytesIO()
     pickler = _Pickler(buffer)
@@ -277,12 +276,15 @@ def _invoke(send: Any, to: str, function: Any, args: tuple[Any, ...]) -> Any:
     return send(api._to_worker_info(to), buffer.getvalue(), pickler.tensors, 0.0, later)  # type: ignore[no-untyped-call]
 
 
-def _in_context() -> bool:
-    """Return whether this thread is in a distributed-autograd context, which only a message by RPC makes known."""
+def _context() -> int | None:
+    """Return the id of this thread's distributed-autograd context, if any; only a message by RPC makes it known."""
     if int(_AUTOGRAD._get_debug_info()["num_autograd_contexts"]):  # of any thread: the quicker question
         with contextlib.suppress(RuntimeError):
-            return _AUTOGRAD._current_context() is not None
-    return False
+            return int(_AUTOGRAD._current_context()._context_id())
+    return None
+
+
+_contexts = Contexts(dist_autograd.context, _context, _AUTOGRAD._release_context)
 
 
 class RpcTransport:
@@ -354,7 +356,7 @@ class RpcTransport:
 
     def call(self, to: str, verb: str, *args: Any) -> Future[Any]:
         reply = self._replies.open(to)
-        by_lane = verb in _CALLS_BY_LANE and not _in_context() and self._calls.call(to, reply, verb, args)
+        by_lane = verb in _CALLS_BY_LANE and _context() is None and self._calls.call(to, reply, verb, args)
         if not (by_lane or reply.done()):
             answer = self._invoke_call(to, _receive_later, verb, args)
             answer.add_done_callback(lambda done: self._complete(to, reply, done))
@@ -365,11 +367,10 @@ class RpcTransport:
         return _invoke(_BINDINGS._invoke_rpc_python_udf, self.roster.seats[to].wire, function, message)
 
     def _complete(self, to: str, reply: Future[Any], answer: torch.futures.Future[Any]) -> None:
-        """Runs on a thread of the agent."""
-        try:
+        try:  # on a thread of the agent
             outcome = answer.value()
         except Exception as raised:
-            # Usually a death, which the monitor reports in a moment with its cause; what is none is reported as it is.
+            # Usually a death, which the monitor reports in a moment; only what is no death is reported as it is.
             self._replies.fail(to, reply, RpcPipeError(f"the call to {to} failed: {raised}"), after=_GRACE)
         else:
             self._replies.complete(to, reply, outcome)
@@ -378,8 +379,7 @@ class RpcTransport:
         how, message = _receive_later if later else _receive, (self.roster.stamp(to), verb, args)
         try:
             return _invoke(_BINDINGS._invoke_remote_python_udf, self.roster.seats[to].wire, how, message)
-        except RuntimeError as broken:
-            # Unlike a call, `remote` raises at once on a broken connection. What a call makes of it is the cause.
+        except RuntimeError as broken:  # unlike a call, at once; a call tells the cause
             raise self.call(to, "clock").exception() or broken from None
 
     def remote_chained(self, to: str, verb: str, *args: Any) -> object:
@@ -390,7 +390,7 @@ class RpcTransport:
         return self._waiting.wait(replies, timeout)
 
     def context(self) -> AbstractContextManager[int]:
-        return dist_autograd.context()
+        return _contexts.new()
 
     def accumulate(self, context_id: int, root: torch.Tensor) -> None:
         dist_autograd.backward(context_id, [root])  # type: ignore[attr-defined]

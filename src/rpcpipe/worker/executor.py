@@ -29,10 +29,11 @@ from rpcpipe.worker.actor import Actor
 from rpcpipe.worker.actor_spec import ActorSpec
 from rpcpipe.worker.mailbox import Entry, Mailbox
 from rpcpipe.worker.messages import ORDERS, Port, as_tensors, from_tensors
-from rpcpipe.worker.operations import Operation, RunAction, Task, title
+from rpcpipe.worker.operations import Operation, RunAction, Task
 from rpcpipe.worker.programs import Sent
 from rpcpipe.worker.revival import Restored, restore
 from rpcpipe.worker.stage_set import StageSet
+from rpcpipe.worker.titles import title
 from rpcpipe.worker.vault import Vault
 from rpcpipe.worker.worker_operations import (
     CallFunction,

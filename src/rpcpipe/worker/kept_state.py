@@ -39,6 +39,7 @@ from rpcpipe.worker.operations import (
     ApplyCheckpoint,
     CallModule,
     CommitStep,
+    LoadOptimizer,
     LoadState,
     Operation,
     Repartition,
@@ -56,7 +57,7 @@ log = logging.getLogger("rpcpipe.worker")
 
 
 # Operations that change values in place and are not taken back: a death leaves them half done.
-_IN_PLACE = CallModule, LoadState, ApplyCheckpoint, RestoreState
+_IN_PLACE = CallModule, LoadState, LoadOptimizer, ApplyCheckpoint, RestoreState
 # Others after which anything may be different.
 _OTHERS = Repartition, SetMetrics, SetSelection
 # Those that end a step or a part of it that the driver is told of.

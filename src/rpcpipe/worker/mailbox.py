@@ -18,8 +18,9 @@ from typing import Any
 from rpcpipe.errors import Failure
 from rpcpipe.schedules import Action
 from rpcpipe.worker.messages import Port
-from rpcpipe.worker.operations import RunAction, Task, title
+from rpcpipe.worker.operations import RunAction, Task
 from rpcpipe.worker.programs import KEPT_PROGRAMS, Keep, Kept, Sent
+from rpcpipe.worker.titles import title
 
 
 @dataclass(eq=False)

@@ -16,6 +16,7 @@ import torch
 from rpcpipe.model.microbatch import Packed
 from rpcpipe.schedules import Action
 from rpcpipe.stage.autograd import StageInput
+from rpcpipe.stage.hyperparameters import Groups
 from rpcpipe.stage.metrics import Sums
 from rpcpipe.stage.progress import Progress
 
@@ -183,6 +184,20 @@ class Report:
             joined.sends += report.sends
             joined.arrivals += report.arrivals
         return joined
+
+
+class OptimizerPart(NamedTuple):
+    """A worker's part of the optimizer.
+
+    ``groups``: the entries of its groups, and ``used``: whether each has a parameter of this worker. ``members``: by
+    stage, in the model's order, each trainable parameter's shape and its group, None for one that another replica
+    updates. ``states``: by name.
+    """
+
+    groups: Groups
+    used: list[bool]
+    members: dict[int, dict[str, tuple[tuple[int, ...], int | None]]]
+    states: dict[str, dict[str, Any]]
 
 
 class KeptAt(NamedTuple):

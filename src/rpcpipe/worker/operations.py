@@ -2,7 +2,8 @@
 
 They are named tuples because a step carries hundreds of them and named tuples pickle fastest. A new operation
 needs a class here, a place in a union, a case in what executes that union (``Actor``, ``StageState`` or ``StageSet``,
-where mypy says that it is missing; ``Updater`` or ``Executor``), and a title if messages to users name it.
+where mypy says that it is missing; ``Updater`` or ``Executor``), and a title (``worker.titles``) if messages to users
+name it.
 """
 
 from __future__ import annotations
@@ -13,11 +14,10 @@ from typing import Any, NamedTuple
 
 from rpcpipe.checkpoint.manifest import Manifest
 from rpcpipe.model.wiring import StageLinks
-from rpcpipe.schedules.action import NAMES
 from rpcpipe.stage.context import MicroBatch, StepContext
 from rpcpipe.worker.agreement import Agreement
 from rpcpipe.worker.messages import Orders, Port, Route, Update
-from rpcpipe.worker.worker_operations import CallFunction, CreateActor, ForwardByHand, WorkerOperation
+from rpcpipe.worker.worker_operations import WorkerOperation
 
 # --- operations of a step, in the order of their execution ---
 
@@ -300,6 +300,19 @@ class Repartition(NamedTuple):
     others: Mapping[str, Mapping[str, Any]]
 
 
+class GetOptimizer(NamedTuple):
+    """Reply with the worker's ``OptimizerPart``; ``with_state``: and its state, on the CPU."""
+
+    with_state: bool
+
+
+class LoadOptimizer(NamedTuple):
+    """Replace the optimizer's groups, and its state by the parameter's name in the unsplit model."""
+
+    groups: Sequence[Mapping[str, Any]]
+    states: Mapping[str, Mapping[str, Any]]
+
+
 class KeepState(NamedTuple):
     """Copy weights, buffers and the optimizer's state for ``RestoreState``; reply with the seed of random numbers."""
 
@@ -310,7 +323,8 @@ class RestoreState(NamedTuple):
 
 StateOperation = (
     GetState | LoadState | SaveShard | ReadCheckpoint | ApplyCheckpoint | DropCheckpoint | KeepState | RestoreState
-)
+    | GetOptimizer | LoadOptimizer
+)  # fmt: skip
 
 StageOperation = (
     GetModule | GetParameter | CallModule | SetMetrics | SetSelection | ReleaseLayers | ReceiveLayers
@@ -335,20 +349,3 @@ class Task(NamedTuple):
 
 # A worker, and the tasks that one call sends to it.
 Call = tuple[str, list[Task]]
-
-_TITLES: Mapping[type, str] = {
-    UpdateWeights: "optimizer", CreateActor: "building the stage", CallModule: "call", CallFunction: "run",
-    ForwardByHand: "forward", SaveShard: "save", GetState: "state dict", LoadState: "load state dict",
-    ReadCheckpoint: "read checkpoint", ApplyCheckpoint: "apply checkpoint", Repartition: "moving layers",
-    ReleaseLayers: "moving layers", ReceiveLayers: "moving layers", PublishGradients: "hand over",
-    ReportStep: "report", CommitStep: "optimizer",
-}  # fmt: skip
-
-
-def title(operation: Operation) -> str:
-    """Return the name of ``operation`` in messages to users."""
-    if isinstance(operation, RunAction):
-        return NAMES[operation.route.action.kind]
-    name = type(operation).__name__
-    words = "".join(f" {letter.lower()}" if letter.isupper() else letter for letter in name).strip()
-    return _TITLES.get(type(operation), words)

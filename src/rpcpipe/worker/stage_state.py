@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from rpcpipe.checkpoint import shard
 from rpcpipe.checkpoint.manifest import Manifest
 from rpcpipe.errors import CheckpointError, ModelError
 from rpcpipe.model import extra_state, losses, rng
+from rpcpipe.model.microbatch import map_tensors
 from rpcpipe.stage.attributes import Attributes
 from rpcpipe.stage.hyperparameters import same
 from rpcpipe.stage.rollback import Buffers, Undo
+from rpcpipe.worker.messages import OptimizerPart
 from rpcpipe.worker.operations import (
     ApplyCheckpoint,
     DropCheckpoint,
+    GetOptimizer,
     GetState,
     HoldingOperation,
     KeepState,
+    LoadOptimizer,
     LoadState,
     ReadCheckpoint,
     RestoreState,
@@ -53,6 +59,10 @@ class StageState:
                 self._apply(seed)
             case DropCheckpoint():
                 self._loaded = None
+            case GetOptimizer(with_state):
+                return self._optimizer_part(with_state)
+            case LoadOptimizer(groups, states):
+                self._load_optimizer(groups, states)
             case KeepState():
                 return self._keep()
             case RestoreState():
@@ -103,6 +113,35 @@ class StageState:
         self._loaded = None
         self._held.reseed(seed)
         self._held.weights_changed()
+
+    def _optimizer_part(self, with_state: bool) -> OptimizerPart:
+        optimizer, parts = self._held.optimizer, dict[int, dict[str, tuple[tuple[int, ...], int | None]]]()
+        if optimizer is None:
+            return OptimizerPart([], [], parts, {})
+        indices, states = optimizer.index_of, dict[str, dict[str, Any]]()
+        for stage, name, parameter in self._trained():
+            parts.setdefault(stage, {})[name] = tuple(parameter.shape), indices.get(parameter)
+            if with_state and parameter in optimizer.optimizer.state:
+                states[name] = map_tensors(lambda t: t.detach().cpu(), dict(optimizer.optimizer.state[parameter]))
+        used = [group is not None for group in optimizer.used_groups()]
+        return OptimizerPart(optimizer.groups(), used, parts, states)
+
+    def _trained(self) -> Iterator[tuple[int, str, nn.Parameter]]:
+        """Yield (stage, name in the unsplit model, parameter) for all that require gradients."""
+        for index, stage in self._held.stages.items():
+            for name, parameter in stage.module.named_parameters():
+                if parameter.requires_grad:
+                    yield index, name, parameter
+
+    def _load_optimizer(self, groups: Sequence[Mapping[str, Any]], states: Mapping[str, Mapping[str, Any]]) -> None:
+        if (optimizer := self._held.optimizer) is not None:
+            group_of = optimizer.group_of
+            placed = {
+                parameter: shard.placed(dict(states[name]), parameter.device, group_of[parameter])
+                for _, name, parameter in self._trained()
+                if parameter in group_of
+            }
+            optimizer.adopt(groups, placed)
 
     def check_loss(self) -> None:
         """Raise ModelError if the loss remembers something, which every replica's would do for itself."""

@@ -1,0 +1,27 @@
+"""A small pipeline to misuse, and the proof that it is as good as new afterwards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+import rpcpipe as rp
+from support.local_cluster import LocalCluster
+from support.models import batches, cross_entropy, mlp, sgd
+
+SCHEDULES = ("1f1b", "pipedream")
+
+
+def pipeline(schedule: str = "1f1b", cluster: Any = None, **arguments: Any) -> rp.Pipeline:
+    arguments = {"loss": cross_entropy, "optimizer": sgd, "chunks": 2} | arguments
+    return rp.Pipeline(mlp(4, dropout=0.0), cluster or LocalCluster(2), schedule=schedule, **arguments)
+
+
+def assert_as_new(pipe: rp.Pipeline, **arguments: Any) -> None:
+    """Two ordinary steps of ``pipe``, which has trained nothing, have the bits of a pipeline that was never misused."""
+    fresh = pipeline(pipe.schedule.name, **arguments)
+    for batch in batches(2):
+        assert pipe.train_step(*batch).loss == fresh.train_step(*batch).loss
+    state = fresh.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in pipe.state_dict().items())
