@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from rpcpipe.checkpoint import directory as checkpoints
+from rpcpipe.checkpoint.lock import LOCK
 from rpcpipe.errors import CheckpointError, DeadlineExceeded
 
 
@@ -17,7 +18,7 @@ def save(directory: Path, step: int, keep: int | None = 2) -> Path:
 
 
 def names(directory: Path) -> list[str]:
-    return sorted(path.name for path in directory.iterdir())
+    return sorted(path.name for path in directory.iterdir() if path.name != LOCK)
 
 
 def test_saves_are_numbered_whatever_their_steps(tmp_path: Path) -> None:
@@ -86,8 +87,9 @@ def test_two_that_save_to_one_folder_do_not_replace_each_other(tmp_path: Path, m
     assert (other / checkpoints.MANIFEST).read_text() == "the other's"
 
 
-def test_without_a_checkpoint_the_error_says_what_was_looked_for(tmp_path: Path) -> None:
+def test_without_a_checkpoint_there_is_no_newest_and_a_file_is_no_directory(tmp_path: Path) -> None:
     (tmp_path / ".rpcpipe-0123").mkdir()
-    for folder in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(CheckpointError, match=f"no checkpoint in {folder}: neither checkpoint.json nor a folder"):
-            checkpoints.newest(folder)
+    (tmp_path / "00009-step-000001").write_text("")
+    assert [checkpoints.newest(folder) for folder in (tmp_path, tmp_path / "nowhere")] == [None, None]
+    with pytest.raises(CheckpointError, match="00009-step-000001 cannot be looked into for checkpoints"):
+        checkpoints.newest(tmp_path / "00009-step-000001")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -60,6 +60,49 @@ def decode(value: Any, tensor: Callable[[str], torch.Tensor]) -> Any:
         pairs = {decode(key, tensor): decode(item, tensor) for key, item in content}
         return pairs if tag == "$dict" else Counter(pairs)
     return {key: decode(item, tensor) for key, item in value.items()}
+
+
+_FLOATS = ("nan", "inf", "-inf")
+
+
+def check_encoded(value: Any, path: str, tensors: Container[str], *, hashable: bool = False) -> None:
+    """Raise CheckpointError with the place under ``path`` where ``value`` is not what ``encode`` returns.
+
+    ``tensors``: the names of those that are stored. ``hashable``: for the key of a dict.
+    """
+    if isinstance(value, list) and not hashable:
+        for index, item in enumerate(value):
+            check_encoded(item, f"{path}/{index}", tensors)
+    elif isinstance(value, (list, dict)):
+        tag = next((key for key in value if isinstance(key, str) and key.startswith("$")), "")
+        if isinstance(value, dict) and tag and len(value) == 1:
+            _check_tagged(tag, value[tag], path, tensors, hashable)
+        elif isinstance(value, dict) and not tag and not hashable:
+            for key, item in value.items():
+                check_encoded(item, f"{path}/{key}", tensors)
+        else:
+            raise CheckpointError(f"{path} is {value!r:.80}, which rpcpipe does not write")
+
+
+def _check_tagged(tag: str, content: Any, path: str, tensors: Container[str], hashable: bool) -> None:
+    """Check the ``content`` of an object with the one key ``tag``."""
+    fine = False
+    if tag == "$float":
+        fine = content in _FLOATS
+    elif tag == "$tensor":
+        fine = not hashable and isinstance(content, str) and content in tensors
+    elif tag == "$tuple" and isinstance(content, list):
+        fine = True
+        for index, item in enumerate(content):
+            check_encoded(item, f"{path}/{index}", tensors, hashable=hashable)
+    elif tag in ("$dict", "$counter") and isinstance(content, list) and not hashable:
+        fine = all(isinstance(pair, list) and len(pair) == 2 for pair in content)
+        for key, item in content if fine else ():
+            check_encoded(key, f"{path}/key", tensors, hashable=True)
+            check_encoded(item, f"{path}/{key}", tensors)
+            fine = fine and (tag == "$dict" or isinstance(item, (int, float)))
+    if not fine:
+        raise CheckpointError(f"{path} is {tag} of {content!r:.80}, which rpcpipe does not write")
 
 
 class HasState(Protocol):

@@ -368,7 +368,7 @@ class Pipeline:
 
     def save(
         self,
-        directory: str | Path,
+        directory: str | os.PathLike[str],
         *,
         stateful: Holders | None = None,
         position: Any = None,
@@ -383,13 +383,18 @@ class Pipeline:
         and path.
         """
         self.runtime.check()
-        return self.runtime.healed(lambda: state.save(self.runtime, directory, stateful or {}, position, keep))
+        holders = {} if stateful is None else stateful
+        return self.runtime.healed(lambda: state.save(self.runtime, directory, holders, position, keep))
 
-    def load(self, directory: str | Path, *, stateful: Holders | None = None) -> Any:
+    def load(
+        self, directory: str | os.PathLike[str], *, stateful: Holders | None = None, missing_ok: bool = False
+    ) -> Any:
         """Go on from the newest checkpoint in ``directory``, or from that very checkpoint; return its ``position``.
 
-        ``stateful``: objects by the names given to ``save``. Training goes on with the same bits, also with another
-        cut, schedule or number of workers. Raises CheckpointError with file and tensor, before anything changes.
+        ``stateful``: objects by the names given to ``save``. With ``missing_ok`` a directory without a checkpoint, or
+        none, is no error, and whether something was loaded is returned: one script begins and resumes. Training goes on
+        with the same bits, also with another cut, schedule or number of workers. Raises CheckpointError with file and
+        tensor, before anything changes.
         """
         self.runtime.check()
-        return state.load(self.runtime, directory, stateful or {})
+        return state.load(self.runtime, directory, {} if stateful is None else stateful, missing_ok=missing_ok)
