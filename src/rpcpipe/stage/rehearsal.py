@@ -48,6 +48,8 @@ def _check_entries(
 ) -> None:
     for key, value in saved.items():
         how = unlike(live.get(key), value) if takes(optimizer, key) else "is no option of a group"
+        if key == "differentiable" and value and not live.get(key):
+            how = f"is {value!r:.60}, and a pipeline cannot differentiate its updates"
         if how:
             raise CheckpointError(f"option {key!r} of group {index} of the optimizer {how}")
 
