@@ -16,10 +16,10 @@ ROOT = Path(__file__).parent.parent / "src" / "rpcpipe"
 FILES = sorted(ROOT.rglob("*.py"))
 # From the bottom up: a package imports what stands before it, and itself.
 LAYERS = [
-    "errors", "_tables", "schedules", "planning", "transport", "model", "stage", "checkpoint", "cluster", "worker",
-    "driver", "pipeline", "__init__", "__main__",
+    "errors", "_arguments", "_tables", "schedules", "planning", "transport", "model", "stage", "checkpoint", "cluster",
+    "worker", "driver", "pipeline", "__init__", "__main__",
 ]  # fmt: skip
-NO_TORCH = ("errors", "_tables", "schedules", "planning")
+NO_TORCH = ("errors", "_arguments", "_tables", "schedules", "planning")
 
 
 def module_of(path: Path) -> str:

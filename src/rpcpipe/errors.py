@@ -23,12 +23,10 @@ from __future__ import annotations
 import functools
 import math
 import numbers
-import os
 import pickle
 import sys
 import traceback
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import cloudpickle
@@ -317,63 +315,23 @@ def require_whole(name: str, value: Any, least: float = 1, otherwise: str = "") 
     """
     bound = "" if least == -math.inf else f" of at least {least}"
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-        raise ArgumentError(f"{name} must be a whole number{bound}{otherwise}, not {_short(value)}")
+        raise ArgumentError(f"{name} must be a whole number{bound}{otherwise}, not {shown(value)}")
     whole = int(value)
     require(whole >= least, f"{name} must be at least {least}{otherwise}, not {whole}")
     return whole
 
 
-def require_number(name: str, value: Any, least: float = -math.inf, otherwise: str = "") -> float:
-    """Return argument ``name`` as a float; raises ArgumentError unless it is a finite number of at least ``least``."""
-    bound = "" if least == -math.inf else f" of at least {least:g}"
-    number = _float(value)
-    require(
-        number is not None and math.isfinite(number) and number >= least,
-        f"{name} must be a finite number{bound}{otherwise}, not {_short(value)}",
-    )
-    return float(value)
-
-
 def require_positive(name: str, value: Any, otherwise: str = "", *, finite: bool = False) -> float:
     """Return argument ``name`` as a float; raises ArgumentError unless it is a number above 0, and ``finite`` if so."""
-    number = _float(value)
+    number = real(value)
     require(
         number is not None and number > 0 and not (finite and math.isinf(number)),
-        f"{name} must be a {'finite ' * finite}number above 0{otherwise}, not {_short(value)}",
+        f"{name} must be a {'finite ' * finite}number above 0{otherwise}, not {shown(value)}",
     )
     return float(value)
 
 
-def require_flag(name: str, value: Any) -> bool:
-    """Return argument ``name``; raises ArgumentError unless it is True or False."""
-    require(isinstance(value, bool), f"{name} must be True or False, not {_short(value)}")
-    return bool(value)
-
-
-def require_callable(name: str, value: Any, purpose: str = "") -> None:
-    """Raise ArgumentError unless argument ``name`` can be called; ``purpose``: as what, such as ``as f(x)``."""
-    require(callable(value), f"{name} must be a function{' ' * bool(purpose)}{purpose}, not {_short(value)}")
-
-
-def require_path(name: str, value: Any, otherwise: str = "") -> Path:
-    """Return argument ``name`` as a path; raises ArgumentError unless it is a string or an os.PathLike of one."""
-    path = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
-    require(
-        isinstance(path, str) and path != "" and "\0" not in path,
-        f"{name} must be a path, as a string or a pathlib.Path{otherwise}, not {_short(value)}",
-    )
-    return Path(str(path))
-
-
-def require_iterable(name: str, value: Any, of: str) -> None:
-    """Raise ArgumentError unless argument ``name`` can be iterated over; ``of``: what it gives."""
-    try:
-        iter(value)
-    except TypeError as error:
-        raise ArgumentError(f"{name} must be an iterable of {of}, not {_short(value)}") from error
-
-
-def _float(value: Any) -> float | None:
+def real(value: Any) -> float | None:
     """Return ``value`` as a float; None unless it is a number, and no bool."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         return None
@@ -383,7 +341,7 @@ def _float(value: Any) -> float | None:
         return math.inf if bool(value > 0) else -math.inf  # type: ignore[operator]
 
 
-def _short(value: Any) -> str:
+def shown(value: Any) -> str:
     """Return ``value`` for a message, or its type where it is long or cannot be printed."""
     try:
         text = repr(value)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rpcpipe._arguments import require_kind, require_path, require_seconds
 from rpcpipe.cluster import host_agent
 from rpcpipe.cluster.authentication import read_secret, version_complaint
 from rpcpipe.cluster.cluster import Cluster
@@ -42,11 +43,13 @@ def connect(
     3, False 0. ``log_dir`` gets, on the driver's host, a file per worker with what it prints. Raises
     RendezvousError, on all ranks, when they cannot come together.
     """
+    timeout = require_seconds("timeout", timeout)
+    require_kind("bind", bind, (str, type(None)), "an interface, an address or a CIDR, as a string, or None")
+    directory = None if log_dir is None else require_path("log_dir", log_dir).absolute()
+    tries = heal_tries(heal)
     env = RankEnvironment.read(os.environ)
     if env.rank > 0:
         host_agent.serve(env, timeout=timeout, bind=bind)
-    directory = None if log_dir is None else Path(log_dir).absolute()
-    tries = heal_tries(heal)
     shape = ("connect", env, bind, directory, tries)
     return live.reuse(shape) or live.keep(_gather(env, timeout, bind, directory, tries), shape)
 

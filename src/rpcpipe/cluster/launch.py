@@ -13,18 +13,21 @@ from typing import Any
 
 import torch
 
+from rpcpipe._arguments import require_count, require_path, require_seconds
 from rpcpipe.cluster.cluster import Cluster
 from rpcpipe.cluster.monitor import Monitor
-from rpcpipe.cluster.process import WorkerProcess, worker_environment
+from rpcpipe.cluster.process import WorkerProcess, strings, worker_environment
 from rpcpipe.cluster.rendezvous import Member, Starter, Worker, WorkerGroup, form, worker_names
 from rpcpipe.cluster.template import PRELOADED, templates
 from rpcpipe.cluster.worker_logs import WorkerLogs
-from rpcpipe.errors import ArgumentError, StateError, require_positive, require_whole
+from rpcpipe.errors import ArgumentError, StateError, require_whole, shown
 from rpcpipe.transport.rpc import this_process
 from rpcpipe.transport.user_pickling import worker_imports
 
 _INTERFACE = "lo"
 _HEAL_TRIES = 3
+# More than any host runs; a number that is mistyped is refused before names are made for it.
+_MOST_WORKERS, _MOST_THREADS = 1024, 4096
 
 
 class LiveCluster:
@@ -110,11 +113,13 @@ def launch(
     A live cluster that was launched alike is returned again; another one is closed first. Raises
     ArgumentError for arguments that cannot work and RendezvousError when workers do not start.
     """
-    workers, spares = require_whole("workers", workers), require_whole("spares", spares, least=0)
-    count = max(1, (os.cpu_count() or 1) // workers) if threads is None else require_whole("threads", threads)
-    timeout = require_positive("timeout", timeout)
+    workers = require_count("workers", workers, _MOST_WORKERS)
+    spares = require_count("spares", spares, _MOST_WORKERS, least=0)
+    cores = os.cpu_count() or 1
+    count = max(1, cores // workers) if threads is None else require_count("threads", threads, _MOST_THREADS)
+    timeout = require_seconds("timeout", timeout)
     devices = _devices(device, workers + spares)
-    directory = None if log_dir is None else Path(log_dir).absolute()
+    directory = None if log_dir is None else require_path("log_dir", log_dir).absolute()
     names = [*worker_names(workers), *(f"spare{index}" for index in range(spares))]
     tries = heal_tries(heal)
     shape = (names, devices, count, timeout, directory, tries)
@@ -151,7 +156,7 @@ def _devices(device: str, workers: int) -> list[str]:
     """Return every worker's device; raises ArgumentError for one that is not there."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     kind = ("cuda" if gpus else "cpu") if device == "auto" else device
-    wanted = torch.device(kind)
+    wanted = _parsed(kind)
     if wanted.type not in ("cpu", "cuda"):
         raise ArgumentError(f"device={device!r}: rpcpipe runs on cpu and cuda")
     if wanted.type == "cpu":
@@ -161,13 +166,24 @@ def _devices(device: str, workers: int) -> list[str]:
     return [kind if wanted.index is not None else f"cuda:{index % gpus}" for index in range(workers)]
 
 
+def _parsed(device: Any) -> torch.device:
+    """Return the device of that name; raises ArgumentError for what is no name of one."""
+    try:
+        if isinstance(device, str):
+            return torch.device(device)
+    except RuntimeError:
+        pass
+    raise ArgumentError(f"device must be 'auto', 'cpu', 'cuda' or such as 'cuda:1', not {shown(device)}")
+
+
 def _start(
     workers: int, names: list[str], device: str, threads: int, timeout: float, directory: Path | None, heal: int
 ) -> Cluster:
     devices = dict(zip(names, _devices(device, len(names)), strict=True))
     group = WorkerGroup(Monitor(), WorkerLogs(directory), timeout, names)
-    worker_imports.adopt(sys.path)
-    local = {"threads": threads, "interface": _INTERFACE, "path": list(sys.path), "argv": list(sys.argv)}
+    path = strings(sys.path)
+    worker_imports.adopt(path)
+    local = {"threads": threads, "interface": _INTERFACE, "path": path, "argv": strings(sys.argv)}
 
     def start(config: Mapping[str, Any], predecessor: Member | None = None) -> WorkerProcess:
         if predecessor is not None:

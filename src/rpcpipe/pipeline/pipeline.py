@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, overload
 
 import torch
-from tqdm import tqdm
 
 from rpcpipe import _tables
+from rpcpipe._arguments import require_path
 from rpcpipe.checkpoint.plain_state import Holders
 from rpcpipe.cluster.cluster import PipelineCluster
 from rpcpipe.driver import inference
@@ -28,6 +28,7 @@ from rpcpipe.model.layers import Loss, Model, named_layers
 from rpcpipe.model.microbatch import Nest
 from rpcpipe.pipeline import deploy, resize, state
 from rpcpipe.pipeline.arguments import Options, pairs
+from rpcpipe.pipeline.progress_bar import with_bar
 from rpcpipe.pipeline.recipe import Recipe
 from rpcpipe.pipeline.setting import Setting
 from rpcpipe.planning.plan import Plan
@@ -265,11 +266,8 @@ class Pipeline:
         """
         self.runtime.check_trains()
         results = train(self.runtime, pairs(batches, "train"), self.train_step, ahead)
-        total = len(batches) if isinstance(batches, Sized) else None
-        with closing(results), tqdm(results, total=total, disable=not progress, unit="step") as bar:
-            for result in bar:
-                bar.set_postfix(loss=f"{result.loss:.4f}", bubble=f"{result.bubble:.0%}", refresh=False)
-                yield result
+        with closing(results):
+            yield from with_bar(results, batches, progress)
 
     def on_step(self, callback: Callback | str | os.PathLike[str]) -> Callback:
         """Call ``callback(result)`` on the driver after every step of ``train_step`` and ``train``; return it.
@@ -278,7 +276,7 @@ class Pipeline:
         other callbacks have been called; by then the step is done and counted, and the pipeline is usable.
         ``callbacks`` lists them; ``close`` closes those that have a method ``close``.
         """
-        function = callback if callable(callback) else JsonLines(callback)
+        function = callback if callable(callback) else JsonLines(require_path("callback", callback, ", or a function"))
         self.callbacks.append(function)
         return function
 
@@ -341,7 +339,7 @@ class Pipeline:
         is counted in any batch.
         """
         self.runtime.check()
-        loss, means = inference.evaluate(self.runtime, pairs(batches, "evaluate"), metrics or {})
+        loss, means = inference.evaluate(self.runtime, pairs(batches, "evaluate"), {} if metrics is None else metrics)
         return loss if metrics is None else {"loss": loss, **means}
 
     # --- weights ---

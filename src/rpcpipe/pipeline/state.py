@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from rpcpipe._arguments import require_flag, require_kind, require_path
 from rpcpipe.checkpoint import tensor_file
 from rpcpipe.checkpoint.directory import MANIFEST, draft, newest, prune, publish
 from rpcpipe.checkpoint.manifest import Manifest
@@ -30,8 +31,6 @@ from rpcpipe.errors import (
     StageError,
     StateError,
     require,
-    require_flag,
-    require_path,
     require_whole,
 )
 from rpcpipe.model.extra_state import packed, unpacked
@@ -69,6 +68,7 @@ def load_state_dict(runtime: Runtime, state: Mapping[str, Any]) -> None:
     A tied weight may be given under one of its names or, with the same value, under several. Raises CheckpointError,
     before anything changes, unless names and shapes are the model's.
     """
+    require_kind("state_dict", state, Mapping, "a dict of tensors by name, as pipe.state_dict() returns")
     state = completed(runtime.deployment.ties, state)
     check_state(state_dict(runtime), state)
     owner = {layer: stage for stage in runtime.stages for layer in stage.layers}

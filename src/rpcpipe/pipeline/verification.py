@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
+from rpcpipe._arguments import require_kind
 from rpcpipe.driver.runtime import Runtime
-from rpcpipe.errors import ScheduleError, StateError, require
+from rpcpipe.errors import ScheduleError, StateError, require, require_whole
 from rpcpipe.model import tied_weights
 from rpcpipe.model.layers import Layer, Wired
 from rpcpipe.model.microbatch import Nest
@@ -96,9 +97,10 @@ def verify(pipe: Pipeline, inputs: Nest, targets: Nest, steps: int = 2) -> Verif
     Raises ArgumentError, StateError within an accumulation, ScheduleError for an asynchronous schedule, StageError if a
     step fails, ModelError if the plain loop fails, and DeadlineExceeded.
     """
+    require_kind("pipe", pipe, Pipeline, "a Pipeline")
+    steps = require_whole("steps", steps)
     runtime, recipe = pipe.runtime, pipe.recipe
     runtime.check()
-    require(steps >= 1, f"steps must be at least 1, not {steps}")
     require(
         runtime.progress.done == 0,
         "calls of an accumulation are done: verify after the one that updates",
