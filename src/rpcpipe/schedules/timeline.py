@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rpcpipe._arguments import require_flag, require_kind, require_path
-from rpcpipe.errors import require_whole
+from rpcpipe._arguments import require_count, require_flag, require_kind, require_path
 from rpcpipe.schedules.render import save, to_text
 from rpcpipe.schedules.spans import Spans
+
+_WIDEST = 10_000  # columns of a text
 
 
 class Timeline(Spans):
@@ -24,7 +25,7 @@ class Timeline(Spans):
 
     def to_text(self, width: int = 100) -> str:
         """Return the timeline as lines of at most ``width`` characters."""
-        return to_text([self], require_whole("width", width))
+        return to_text([self], require_count("width", width, _WIDEST))
 
     def save(self, path: str | Path) -> None:
         """Write a picture: .svg, .png (need matplotlib), .html, or .json for Perfetto and Chrome.
@@ -53,7 +54,7 @@ def compare(
         planned = _stretched(planned, measured.makespan / planned.makespan)
     if path is not None:
         save([planned, measured], require_path("path", path))
-    return to_text([planned, measured], require_whole("width", width))
+    return to_text([planned, measured], require_count("width", width, _WIDEST))
 
 
 def _stretched(timeline: Timeline, factor: float) -> Timeline:
