@@ -22,7 +22,7 @@ def require_number(name: str, value: Any, least: float = -math.inf, otherwise: s
         number is not None and math.isfinite(number) and number >= least,
         f"{name} must be a finite number{bound}{otherwise}, not {shown(value)}",
     )
-    return float(value)
+    return number or 0.0
 
 
 def require_seconds(name: str, value: Any) -> float:

@@ -328,7 +328,7 @@ def require_positive(name: str, value: Any, otherwise: str = "", *, finite: bool
         number is not None and number > 0 and not (finite and math.isinf(number)),
         f"{name} must be a {'finite ' * finite}number above 0{otherwise}, not {shown(value)}",
     )
-    return float(value)
+    return number or 0.0
 
 
 def real(value: Any) -> float | None:

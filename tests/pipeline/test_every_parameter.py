@@ -209,3 +209,33 @@ def test_afterwards_a_step_has_its_bits() -> None:
     pipe().load_state_dict(untouched.state_dict())
     pipe().trained = untouched.trained
     assert pipe().train_step(*other).loss == untouched.train_step(*other).loss
+
+
+HUGE = 10**9
+
+
+def test_nothing_is_built_for_huge_sizes() -> None:
+    """Each is refused at once; built, they would take the machine's memory."""
+    model, made = mlp(4), pipeline()
+    calls: dict[str, Callable[[], Any]] = {
+        "chunks=": lambda: pipeline(chunks=HUGE),
+        "chunks= ": lambda: setattr(made, "chunks", HUGE),
+        "virtual_stages=": lambda: pipeline(schedule="interleaved", virtual_stages=HUGE),
+        "replicas": lambda: pipeline(replicas=HUGE),
+        "workers": lambda: launch(workers=HUGE),
+        "spares": lambda: launch(workers=1, spares=HUGE),
+        "threads": lambda: launch(workers=1, threads=HUGE),
+        "timeout": lambda: launch(workers=1, timeout=1e300),
+        "WORLD_SIZE|timeout": lambda: connect(timeout=10**400),
+        "workers ": lambda: rp.schedules.get("1f1b", HUGE, 2),
+        "chunks=  ": lambda: rp.schedules.get("gpipe", 2, HUGE),
+        "width": lambda: timeline().to_text(HUGE),
+        "stages": lambda: rp.balance_by_parameters(model, HUGE),
+        "workers  ": lambda: plan(workers=HUGE),
+        "replicas ": lambda: plan(replicas=HUGE),
+        "count": lambda: of_cluster("add_workers")(count=HUGE),
+    }
+    for name, call in calls.items():
+        with pytest.raises(rp.RpcPipeError, match=name.strip()):
+            call()
+    assert made.chunks == 2

@@ -21,6 +21,7 @@ from rpcpipe.errors import RendezvousError
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _SLURM_PORT, _SLURM_PORTS = 29500, 10000
+_MOST_RANKS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ class RankEnvironment:
                 f"RANK={rank} contradicts WORLD_SIZE={world_size}: ranks count from 0, the driver's, to WORLD_SIZE - 1"
             )
         ranks = next((name for name in ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE") if environ.get(name)), None)
+        if world_size > _MOST_RANKS:
+            raise RendezvousError(f"WORLD_SIZE={world_size} is more than {_MOST_RANKS}, and surely a slip")
         port = _number(values, "MASTER_PORT", 1)
         if port > 65535:
             raise RendezvousError(f"MASTER_PORT={port} is no port")
