@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,14 @@ def test_what_does_not_end_leaves_nothing_and_what_was_killed_is_cleaned_up(tmp_
         assert not killed.exists()
         raise KeyboardInterrupt
     assert names(tmp_path) == [first.name]
+
+
+def test_where_another_process_saves_its_draft_stays(tmp_path: Path) -> None:
+    (tmp_path / LOCK).write_text(json.dumps({"host": "elsewhere", "pid": 1, "started": 1.0, "since": 1.0}))
+    (tmp_path / ".rpcpipe-0123").mkdir()
+    with pytest.raises(CheckpointError, match="process 1 on elsewhere saves to"), checkpoints.draft(tmp_path):
+        pass
+    assert names(tmp_path) == [".rpcpipe-0123"]
 
 
 def test_refusals_of_the_file_system_name_the_folder(tmp_path: Path) -> None:

@@ -377,8 +377,8 @@ class Pipeline:
         ``stateful``: by name, objects to save beside weights, optimizer, seed and ``trained``: learning-rate
         schedulers, a ``torch.Generator``, anything with ``state_dict`` and ``load_state_dict``. ``position``: plain
         values that say where in the data training is. A save that is killed, at any moment, leaves the checkpoints
-        before it readable. The newest ``keep`` checkpoints stay, all if it is None. Raises CheckpointError with worker
-        and path.
+        before it readable. The newest ``keep`` checkpoints stay, all if it is None. Until this process ends no other
+        one saves to ``directory``. Raises CheckpointError with worker and path.
         """
         self.runtime.check()
         holders = {} if stateful is None else stateful
