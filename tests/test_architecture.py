@@ -235,7 +235,7 @@ INTERNAL = {
     "cluster/control_channel.py": {"EOFError", "ValueError"}, "cluster/template.py": {"EOFError", "TemplateError"},
     "model/nest_types.py": {"_Held"}, "transport/local.py": {"RuntimeError"}, "transport/slots.py": {"OSError"},
     "transport/user_pickling.py": {"PicklingError"}, "transport/lane_receiver.py": {"OSError"},
-    "checkpoint/files.py": {"OSError"},
+    "checkpoint/files.py": {"OSError"}, "__main__.py": {"ArgumentTypeError"},
 }  # fmt: skip
 
 
