@@ -68,3 +68,63 @@ def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert "What would do" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["plan", "gpt", *sizes, *machine, "--memory", "much"])
+
+
+SIZES = ["--layers", "4", "--hidden", "64", "--heads", "4", "--vocab", "100", "--seq", "16", "--workers", "2"]
+SIZES += ["--memory", "1GiB", "--flops", "1e12", "--bandwidth", "1e9", "--batch", "8"]
+WRONG = {
+    "whole": ("0", "-1", "1.5", "nan", "x", "", "9" * 30, "True"),
+    "positive": ("0", "-1", "nan", "inf", "x", ""),
+    "not negative": ("-1", "nan", "inf", "x", ""),
+    "share": ("0", "-1", "nan", "inf", "1.01", "x"),
+    "bytes": ("lots", "0", "-1", "1.2.3", "", "5XB", "nan"),
+}
+PLAN = {
+    **dict.fromkeys(("layers", "hidden", "heads", "vocab", "seq", "workers", "batch", "chunks", "replicas"), "whole"),
+    "flops": "positive", "bandwidth": "positive", "latency": "not negative", "efficiency": "share", "memory": "bytes",
+}  # fmt: skip
+DRAW = {"workers": "whole", "chunks": "whole", "virtual": "whole", "width": "whole", "latency": "not negative"}
+COMMANDS = [(["plan", "gpt", *SIZES], name, kind) for name, kind in PLAN.items()]
+COMMANDS += [(["schedule", "interleaved"], name, kind) for name, kind in DRAW.items()]
+
+
+def refusal(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
+    """Return the one line that the command prints, which exits with 2."""
+    try:
+        status = main(arguments)
+    except SystemExit as error:  # argparse's
+        status = int(str(error.code))
+    captured = capsys.readouterr()
+    assert (status, captured.out) == (2, ""), arguments
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("rpcpipe")
+    return captured.err
+
+
+@pytest.mark.parametrize(("command", "name", "kind"), COMMANDS, ids=lambda value: str(value)[:12])
+def test_every_number_is_refused_in_one_sentence(
+    command: list[str], name: str, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for value in WRONG[kind]:
+        said = refusal(capsys, [*command, f"--{name}={value}"])
+        assert f"--{name}" in said
+        assert value[:100] in said
+
+
+def test_costs_other_words_and_large_sizes_are_refused_in_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    for value in WRONG["not negative"]:
+        assert "--costs" in refusal(capsys, ["schedule", "1f1b", "--costs", "1", value, "1"])
+    assert "write such as 80GiB" in refusal(capsys, ["plan", "gpt", *SIZES, "--memory", "lots"])
+    assert "a schedule has at most 1,048,576" in refusal(capsys, ["schedule", "1f1b", "--chunks", str(10**9)])
+    assert "cannot be shared among heads" in refusal(capsys, ["plan", "gpt", *SIZES, "--heads", "7"])
+    for arguments in ([], ["zigzag"], ["plan", "bert", *SIZES], ["plan", "gpt"], ["schedule", "1f1b", "--what"]):
+        refusal(capsys, arguments)
+
+
+def test_files_that_are_no_csv_are_refused_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "s.csv"
+    for content in (b"", b"x", b"0F0,\xff", b"0F0\n\x00", b'"' + b"x" * 200_000, b"0F0,0B0\n0F0,0B0", b"9999999999F0"):
+        file.write_bytes(content)
+        refusal(capsys, ["schedule", str(file)])
+    refusal(capsys, ["schedule", str(tmp_path)])
+    refusal(capsys, ["schedule", f"{tmp_path}.csv"])

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 from rpcpipe import _tables, schedules
+from rpcpipe._arguments import require_count, require_number
 from rpcpipe.cluster import doctor
 from rpcpipe.cluster.host_agent import serve_rank
-from rpcpipe.errors import RpcPipeError
+from rpcpipe.errors import ArgumentError, RpcPipeError, require, require_positive
 from rpcpipe.planning import CostModel, Search
 from rpcpipe.planning.cost_model import Machine
 from rpcpipe.planning.gpt import GPT
@@ -34,9 +37,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence; ``--help`` shows the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def _checked(check: Callable[[Any], Any], kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Return the type of an argument that ``check`` accepts once ``kind`` has read it, else the text itself."""
+
+    def read(text: str) -> Any:
+        try:
+            value: Any = kind(text)
+        except ValueError as error:
+            value = text
+            if isinstance(error, ArgumentError):
+                raise argparse.ArgumentTypeError(str(error)) from error
+        try:
+            return check(value)
+        except ArgumentError as error:  # of a ValueError argparse would keep the message to itself
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return read
+
+
+def _share(value: Any) -> float:
+    require(require_positive("it", value) <= 1, f"it must be at most 1, not {value}")
+    return float(value)
+
+
+# The largest numbers that are no slip of the hand; a schedule's size is checked when it is made.
+_WHOLE = _checked(functools.partial(require_count, "it", most=1 << 48), int)
+_COUNT = _checked(functools.partial(require_count, "it", most=1 << 16), int)  # of what is listed one by one
+_POSITIVE = _checked(functools.partial(require_positive, "it", finite=True), float)
+_NOT_NEGATIVE = _checked(functools.partial(require_number, "it", least=0), float)
+_SHARE = _checked(_share, float)
+_BYTES = _checked(functools.partial(require_positive, "it", finite=True), _tables.parse_bytes)
+
+
 def _parser() -> argparse.ArgumentParser:
     """Return the parser of all subcommands."""
-    parser = argparse.ArgumentParser(prog="rpcpipe", description="Pipeline parallelism from one Python process.")
+    parser = _Parser(prog="rpcpipe", description="Pipeline parallelism from one Python process.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("doctor", help="examine this machine; exit status 1 if a cluster would not form")
     commands.add_parser("worker", help="serve as the rank that the environment says, for a driver's rp.connect()")
@@ -44,12 +86,12 @@ def _parser() -> argparse.ArgumentParser:
     show = commands.add_parser("schedule", help="draw a schedule: its timeline, bubble and peaks")
     show.add_argument("name", nargs="?", help="a schedule's name, or a .csv file of actions")
     show.add_argument("--list", action="store_true", help="a table of all schedules for these sizes")
-    show.add_argument("--workers", type=int, default=4)
-    show.add_argument("--chunks", type=int, default=8, help="micro-batches")
-    show.add_argument("--virtual", type=int, default=None, help="stages per worker, for looped schedules")
-    show.add_argument("--costs", type=float, nargs=3, default=(1, 1, 1), metavar=("F", "I", "W"))
-    show.add_argument("--latency", type=float, default=0.0, help="time a value takes between workers")
-    show.add_argument("--width", type=int, default=100, help="columns of the text")
+    show.add_argument("--workers", type=_COUNT, default=4)
+    show.add_argument("--chunks", type=_WHOLE, default=8, help="micro-batches")
+    show.add_argument("--virtual", type=_WHOLE, default=None, help="stages per worker, for looped schedules")
+    show.add_argument("--costs", type=_NOT_NEGATIVE, nargs=3, default=(1, 1, 1), metavar=("F", "I", "W"))
+    show.add_argument("--latency", type=_NOT_NEGATIVE, default=0.0, help="time a value takes between workers")
+    show.add_argument("--width", type=_WHOLE, default=100, help="columns of the text")
     for suffix in ("csv", "svg", "png", "html", "json"):
         show.add_argument(f"--{suffix}", type=Path, metavar="FILE")
     return parser
@@ -58,17 +100,22 @@ def _parser() -> argparse.ArgumentParser:
 def _plan_parser(plan: argparse.ArgumentParser) -> None:
     """Add the arguments of ``rpcpipe plan``."""
     plan.add_argument("model", choices=["gpt"])
-    for size in ("layers", "hidden", "heads", "vocab", "seq"):
-        plan.add_argument(f"--{size}", type=int, required=True)
-    plan.add_argument("--workers", type=int, required=True)
-    plan.add_argument("--memory", type=_tables.parse_bytes, required=True, help="of each worker, such as 80GiB")
-    plan.add_argument("--flops", type=float, required=True, help="a worker's peak operations a second, such as 312e12")
-    plan.add_argument("--efficiency", type=float, default=0.5, help="the share of the peak that kernels reach")
-    plan.add_argument("--bandwidth", type=float, required=True, help="bytes a second between workers, such as 300e9")
-    plan.add_argument("--latency", type=float, default=1e-5, help="seconds from one worker to another")
-    plan.add_argument("--batch", type=int, default=1536, help="sequences a step")
-    plan.add_argument("--chunks", type=int, default=None, help="micro-batches, instead of trying several numbers")
-    plan.add_argument("--replicas", type=int, default=None, help="instead of trying all numbers")
+    plan.add_argument("--layers", type=_COUNT, required=True)
+    for size in ("hidden", "heads", "vocab", "seq"):
+        plan.add_argument(f"--{size}", type=_WHOLE, required=True)
+    plan.add_argument("--workers", type=_COUNT, required=True)
+    plan.add_argument("--memory", type=_BYTES, required=True, help="of each worker, such as 80GiB")
+    plan.add_argument(
+        "--flops", type=_POSITIVE, required=True, help="a worker's peak operations a second, such as 312e12"
+    )
+    plan.add_argument("--efficiency", type=_SHARE, default=0.5, help="the share of the peak that kernels reach")
+    plan.add_argument(
+        "--bandwidth", type=_POSITIVE, required=True, help="bytes a second between workers, such as 300e9"
+    )
+    plan.add_argument("--latency", type=_NOT_NEGATIVE, default=1e-5, help="seconds from one worker to another")
+    plan.add_argument("--batch", type=_WHOLE, default=1536, help="sequences a step")
+    plan.add_argument("--chunks", type=_WHOLE, default=None, help="micro-batches, instead of trying several numbers")
+    plan.add_argument("--replicas", type=_WHOLE, default=None, help="instead of trying all numbers")
     plan.add_argument("--draw", action="store_true", help="the step's timeline, too; of a long step its beginning")
 
 

@@ -36,7 +36,7 @@ _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "
 
 def parse_bytes(text: str) -> float:
     """Return the bytes that ``text`` says, such as 80GiB, 1.5 TB or 4096; raises ArgumentError for other text."""
-    match = re.fullmatch(r"([0-9.]+) *([kMGT]?i?)B?", text.strip())
+    match = re.fullmatch(r"([0-9]+[.]?[0-9]*|[.][0-9]+) *([kMGT]?i?)B?", text.strip(), re.ASCII)
     if match is None or match[2] not in _UNITS:
         raise ArgumentError(f"{text!r} is no number of bytes: write such as 80GiB, 80GB or 85899345920")
     return float(match[1]) * _UNITS[match[2]]

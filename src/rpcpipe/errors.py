@@ -315,14 +315,36 @@ def require_whole(name: str, value: Any, least: float = 1, otherwise: str = "") 
     """
     bound = "" if least == -math.inf else f" of at least {least}"
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-        raise ArgumentError(f"{name} must be a whole number{bound}{otherwise}, not {value!r}")
+        raise ArgumentError(f"{name} must be a whole number{bound}{otherwise}, not {shown(value)}")
     whole = int(value)
     require(whole >= least, f"{name} must be at least {least}{otherwise}, not {whole}")
     return whole
 
 
-def require_positive(name: str, value: Any, otherwise: str = "") -> float:
-    """Return argument ``name`` as a float; raises ArgumentError unless it is a number above 0."""
-    number = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else 0.0
-    require(number > 0, f"{name} must be a number above 0{otherwise}, not {value!r}")
-    return number
+def require_positive(name: str, value: Any, otherwise: str = "", *, finite: bool = False) -> float:
+    """Return argument ``name`` as a float; raises ArgumentError unless it is a number above 0, and ``finite`` if so."""
+    number = real(value)
+    require(
+        number is not None and number > 0 and not (finite and math.isinf(number)),
+        f"{name} must be a {'finite ' * finite}number above 0{otherwise}, not {shown(value)}",
+    )
+    return number or 0.0
+
+
+def real(value: Any) -> float | None:
+    """Return ``value`` as a float; None unless it is a number, and no bool."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if bool(value > 0) else -math.inf  # type: ignore[operator]
+
+
+def shown(value: Any) -> str:
+    """Return ``value`` for a message, or its type where it is long or cannot be printed."""
+    try:
+        text = repr(value)
+    except Exception:
+        text = ""
+    return text if 0 < len(text) <= 200 else f"a {type(value).__name__}"

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from rpcpipe.checkpoint import directory as checkpoints
+from rpcpipe.checkpoint.lock import LOCK
 from rpcpipe.errors import CheckpointError, DeadlineExceeded
 
 
@@ -17,7 +19,7 @@ def save(directory: Path, step: int, keep: int | None = 2) -> Path:
 
 
 def names(directory: Path) -> list[str]:
-    return sorted(path.name for path in directory.iterdir())
+    return sorted(path.name for path in directory.iterdir() if path.name != LOCK)
 
 
 def test_saves_are_numbered_whatever_their_steps(tmp_path: Path) -> None:
@@ -48,6 +50,14 @@ def test_what_does_not_end_leaves_nothing_and_what_was_killed_is_cleaned_up(tmp_
         assert not killed.exists()
         raise KeyboardInterrupt
     assert names(tmp_path) == [first.name]
+
+
+def test_where_another_process_saves_its_draft_stays(tmp_path: Path) -> None:
+    (tmp_path / LOCK).write_text(json.dumps({"host": "elsewhere", "pid": 1, "started": 1.0, "since": 1.0}))
+    (tmp_path / ".rpcpipe-0123").mkdir()
+    with pytest.raises(CheckpointError, match="process 1 on elsewhere saves to"), checkpoints.draft(tmp_path):
+        pass
+    assert names(tmp_path) == [".rpcpipe-0123"]
 
 
 def test_refusals_of_the_file_system_name_the_folder(tmp_path: Path) -> None:
@@ -86,8 +96,9 @@ def test_two_that_save_to_one_folder_do_not_replace_each_other(tmp_path: Path, m
     assert (other / checkpoints.MANIFEST).read_text() == "the other's"
 
 
-def test_without_a_checkpoint_the_error_says_what_was_looked_for(tmp_path: Path) -> None:
+def test_without_a_checkpoint_there_is_no_newest_and_a_file_is_no_directory(tmp_path: Path) -> None:
     (tmp_path / ".rpcpipe-0123").mkdir()
-    for folder in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(CheckpointError, match=f"no checkpoint in {folder}: neither checkpoint.json nor a folder"):
-            checkpoints.newest(folder)
+    (tmp_path / "00009-step-000001").write_text("")
+    assert [checkpoints.newest(folder) for folder in (tmp_path, tmp_path / "nowhere")] == [None, None]
+    with pytest.raises(CheckpointError, match="00009-step-000001 cannot be looked into for checkpoints"):
+        checkpoints.newest(tmp_path / "00009-step-000001")

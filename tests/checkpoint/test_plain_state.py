@@ -56,6 +56,18 @@ def test_what_is_neither_plain_nor_a_tensor_is_named() -> None:
         there_and_back({"a": [1, nn.Linear(1, 1)]})
 
 
+def test_what_is_too_deep_or_too_long_is_named() -> None:
+    itself: list[Any] = []
+    itself.append(itself)
+    for value, message in ((itself, "more than 50 values in each other"), (10**5000, "a number of that many digits")):
+        with pytest.raises(CheckpointError, match=f"it/a.* is {message}"):
+            there_and_back({"a": value})
+    deep: Any = 1
+    for _ in range(50):
+        deep = (deep,)
+    assert there_and_back(deep) == deep
+
+
 SCHEDULERS: list[Any] = [
     lambda o: lr_scheduler.MultiStepLR(o, [2, 4]),
     lambda o: lr_scheduler.OneCycleLR(o, 0.1, 10),

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 
 from rpcpipe.checkpoint import tensor_file
 from rpcpipe.checkpoint.tensor_file import Reader, Stored
-from rpcpipe.errors import CheckpointError, DependencyError
+from rpcpipe.errors import CheckpointError
 
 FILE = "some.safetensors"
 WEIGHT = torch.arange(12.0).reshape(3, 4)
@@ -84,9 +83,3 @@ def test_what_cannot_be_written_is_an_error_with_the_path(tmp_path: Path) -> Non
         tensor_file.write(tmp_path / "missing" / FILE, TENSORS)
     with pytest.raises(CheckpointError, match=r"odd is a torch.sparse_coo tensor"):
         tensor_file.write(tmp_path / FILE, {"odd": torch.eye(2).to_sparse()})
-
-
-def test_without_safetensors_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "safetensors", None)
-    with pytest.raises(DependencyError, match=r"pip install 'rpcpipe\[hf\]'"):
-        tensor_file.require()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import socket
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 from rpcpipe.cluster.authentication import read_secret
 from rpcpipe.cluster.environment import RankEnvironment, find_driver, first_host
 from rpcpipe.cluster.network import addresses, choose_interface
+from rpcpipe.cluster.process import strings
 from rpcpipe.errors import RendezvousError
 
 FOUR = {"RANK": "1", "WORLD_SIZE": "3", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
@@ -55,6 +57,11 @@ def test_slurms_list_of_nodes(nodes: str, host: str) -> None:
         ({"WORLD_SIZE": "1"}, "WORLD_SIZE='1' must be the driver and at least one worker"),
         ({"MASTER_PORT": "70000"}, "MASTER_PORT=70000 is no port"),
         ({"MASTER_PORT": ""}, "MASTER_PORT not set"),
+        ({"LOCAL_WORLD_SIZE": "abc"}, "LOCAL_WORLD_SIZE='abc' must be a whole number from 1 on"),
+        ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE='0' must be"),
+        ({"SLURM_NTASKS_PER_NODE": "2(x3)"}, r"SLURM_NTASKS_PER_NODE='2\(x3\)' must be a whole number"),
+        ({"RANK": None, "MASTER_PORT": None, "SLURM_PROCID": "1", "SLURM_JOB_ID": "x"}, "SLURM_JOB_ID='x' must be"),
+        ({"WORLD_SIZE": "1000000000"}, "WORLD_SIZE=1000000000 is more than 65536"),
     ],
 )
 def test_what_is_missing_or_contradictory_is_named(change: dict[str, str | None], message: str) -> None:
@@ -123,3 +130,13 @@ def test_the_secret(tmp_path: Path) -> None:
         read_secret({})
     with pytest.raises(RendezvousError, match="has 5 characters"):
         read_secret({"RPCPIPE_SECRET": "short"})
+    # It need not be text: the environment has its bytes as surrogates.
+    binary = bytes(range(128, 160))
+    assert read_secret({"RPCPIPE_SECRET": os.fsdecode(binary)}) == binary
+    path.write_bytes(binary)
+    path.chmod(0o600)
+    assert read_secret({"RPCPIPE_SECRET_FILE": str(path)}) == binary
+
+
+def test_paths_and_arguments_of_other_types_become_strings() -> None:
+    assert strings(["a", Path("b/c"), os.fsencode("d"), None, 5]) == ["a", "b/c", "d"]

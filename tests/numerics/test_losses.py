@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import pytest
@@ -284,6 +285,15 @@ def test_replicas_refuse_a_loss_that_remembers(kind: Any) -> None:
     assert all(torch.equal(value, before[name]) for name, value in pipe.state_dict().items())
 
 
+class Alternating:
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, value: torch.Tensor, output: torch.Tensor) -> Any:
+        self.calls += 1
+        return value if self.calls % 2 else (value, 5)
+
+
 RETURNS: dict[str, tuple[Any, str]] = {
     "three": (lambda v, o: (v, 1, 2), r"or \(sum, count\), not \("),
     "a dict": (lambda v, o: {"loss": v}, r"or \(sum, count\), not \{"),
@@ -291,12 +301,25 @@ RETURNS: dict[str, tuple[Any, str]] = {
     "a scalar with a graph beside": (lambda v, o: (v, o.sum()), "is not a count of samples"),
     "a word beside": (lambda v, o: (v, "mean"), "not a count of samples, but 'mean'"),
     "a dict beside": (lambda v, o: (v, {}), "is not a count of samples, but {}"),
-}
+    **{f"{count!r} beside": (lambda v, o, count=count: (v, count), "is not a count of samples, but") for count in (
+        math.nan, math.inf, -1, 1j, torch.tensor(math.nan), torch.tensor(-1), torch.tensor(1j), torch.ones(2),
+    )},
+    "nothing": (lambda v, o: None, r"or \(sum, count\), not None"),
+    "a number": (lambda v, o: 1.5, r"or \(sum, count\), not 1.5"),
+    "a vector": (lambda v, o: v.reshape(1), r"not a tensor of shape \(1,\)"),
+    "a complex number": (lambda v, o: v * 1j, "must return a real number on the model's device, not torch.complex64"),
+    "a loss elsewhere": (lambda v, o: v.to("meta"), "must return a real number on the model's device, not .* on meta"),
+    "now this, now that": (Alternating(), "the mean for one micro-batch of a batch and"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", RETURNS)
 def test_what_is_no_mean_and_no_sum_and_count_is_refused(name: str) -> None:
     make, message = RETURNS[name]
     pipe = rp.Pipeline(mlp(), LocalCluster(2), loss=lambda o, t: make(cross_entropy(o, t), o), optimizer=sgd, chunks=2)  # type: ignore[arg-type]
-    with pytest.raises(rp.ModelError, match=message):
-        pipe.train_step(*next(batches(1)))
+    before = pipe.state_dict()
+    calls = (pipe.train_step, lambda x, y: pipe.evaluate([(x, y)]))
+    for call in calls[: 1 if "graph" in name else 2]:
+        with pytest.raises(rp.ModelError, match=message):
+            call(*next(batches(1)))
+    assert all(torch.equal(value, before[key]) for key, value in pipe.state_dict().items())

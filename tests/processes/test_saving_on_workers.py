@@ -20,6 +20,7 @@ import rpcpipe as rp
 from rpcpipe.checkpoint import directory as checkpoints
 from support.killed_saves import Kills
 from support.models import adamw, batches, cross_entropy, mlp
+from support.saving import contents
 
 
 @pytest.fixture
@@ -42,12 +43,23 @@ def test_a_worker_that_cannot_write_is_named_and_the_checkpoint_before_stays(pip
     pipe.stages[2].call(partial(limit_files, size=4096))
     with pytest.raises(rp.CheckpointError, match=r"^worker2 on .*: cannot write .*model-00003-of-00004.*large"):
         pipe.save(tmp_path)
-    assert list(tmp_path.iterdir()) == [first]
+    assert contents(tmp_path) == [first]
     pipe.stages[2].call(partial(limit_files, size=resource.RLIM_INFINITY))
     pipe.load(tmp_path)
     assert all(torch.equal(value, before[name]) for name, value in pipe.state_dict().items())
     pipe.train_step(*data[2])
     pipe.save(tmp_path)
+
+
+def test_a_pipe_among_the_files_is_refused_and_the_workers_live(pipe: rp.Pipeline, tmp_path: Path) -> None:
+    folder, pids = pipe.save(tmp_path), [worker.pid for worker in pipe.cluster.workers]
+    (folder / "model-00003-of-00004.safetensors").unlink()
+    os.mkfifo(folder / "model-00003-of-00004.safetensors")
+    before = pipe.state_dict()
+    with pytest.raises(rp.CheckpointError, match=r"^worker2 on .*model-00003-of-00004.* it is no regular file \(prw"):
+        pipe.load(tmp_path)
+    assert [worker.pid for worker in pipe.cluster.workers] == pids
+    assert all(torch.equal(value, before[name]) for name, value in pipe.state_dict().items())
 
 
 def test_ctrl_c_in_a_save_leaves_it_done_or_not_done_and_the_pipeline_usable(pipe: rp.Pipeline, tmp_path: Path) -> None:
@@ -69,7 +81,7 @@ def test_ctrl_c_in_a_save_leaves_it_done_or_not_done_and_the_pipeline_usable(pip
     assert done < 20, "none came in time"
     state, trained = pipe.state_dict(), pipe.trained
     pipe.save(tmp_path, position="end", keep=1)
-    assert len(list(tmp_path.iterdir())) == 1
+    assert len(contents(tmp_path)) == 1
     assert pipe.load(tmp_path) == "end"
     assert pipe.trained == trained
     assert all(torch.equal(value, state[name]) for name, value in pipe.state_dict().items())
@@ -84,7 +96,7 @@ def test_ctrl_c_in_a_load_leaves_all_of_one_state(pipe: rp.Pipeline, tmp_path: P
         pipe.train_step(*data[attempt % 4])
         before = pipe.trained
         states[before] = pipe.state_dict()
-        timer = threading.Timer(draw.uniform(0.0, 0.03), os.kill, (os.getpid(), signal.SIGINT))
+        timer = threading.Timer(draw.uniform(0.0, 0.1), os.kill, (os.getpid(), signal.SIGINT))
         with pytest.raises(KeyboardInterrupt):  # noqa: PT012
             timer.start()
             pipe.load(tmp_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 
 import rpcpipe as rp
+from rpcpipe.checkpoint.lock import LOCK
 from rpcpipe.stage.optimizer import hyperparameters
 from support.local_cluster import LocalCluster
 from support.models import adamw, cross_entropy, mlp
@@ -48,3 +50,8 @@ def pipeline_of(*layers: nn.Module, optimizer: Any = adamw) -> rp.Pipeline:
 def assert_same_state(one: rp.Pipeline, other: rp.Pipeline) -> None:
     found = one.state_dict()
     assert all(torch.equal(found[name], value) for name, value in other.state_dict().items())
+
+
+def contents(directory: Path) -> list[Path]:
+    """What is in ``directory`` beside the lock of the process that saves there."""
+    return [path for path in directory.iterdir() if path.name != LOCK]

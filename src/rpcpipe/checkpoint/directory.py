@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from rpcpipe.checkpoint import lock
+from rpcpipe.checkpoint.files import sync
 from rpcpipe.errors import CheckpointError, RpcPipeError
 
 MANIFEST = "checkpoint.json"
@@ -27,11 +29,13 @@ _HIDDEN = ".rpcpipe-"
 def draft(directory: Path) -> Iterator[Path]:
     """Yield a new folder in ``directory`` to write a checkpoint into; delete it afterwards unless it was published.
 
-    Raises CheckpointError for an error of the file system.
+    From then on no other process saves to ``directory`` until this one ends. Raises CheckpointError for a directory
+    that another process saves to, and for an error of the file system.
     """
     path = directory / f"{_HIDDEN}{uuid.uuid4().hex}"
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        lock.acquire(directory)
         _clean(directory)
         path.mkdir()
         yield path
@@ -51,7 +55,7 @@ def publish(path: Path, step: int) -> Path:
     directory = path.parent
     number = max(_published(directory), default=0) + 1
     sync(path)
-    # The name is new, so the rename replaces nothing. Two drivers that save to one directory collide here.
+    # The name is new, so the rename replaces nothing, even if another process has broken the lock.
     final = path.rename(directory / f"{number:05}-step-{step:06}")
     sync(directory)
     sync(directory.parent)
@@ -69,32 +73,26 @@ def prune(directory: Path, keep: int | None) -> None:
     _clean(directory)
 
 
-def newest(directory: Path) -> Path:
-    """Return ``directory`` if it is a checkpoint, else the newest checkpoint in it.
+def newest(directory: Path) -> Path | None:
+    """Return ``directory`` if it is a checkpoint, else the newest checkpoint in it; None if there is none.
 
-    Raises CheckpointError if ``directory`` neither is nor holds a checkpoint.
+    Raises CheckpointError for what is no folder, and for one that cannot be looked into.
     """
-    if (directory / MANIFEST).exists():
-        return directory
-    checkpoints = _published(directory) if directory.is_dir() else {}
-    if not checkpoints:
-        raise CheckpointError(f"no checkpoint in {directory}: neither {MANIFEST} nor a folder like 00001-step-000100")
-    return checkpoints[max(checkpoints)]
-
-
-def sync(path: Path) -> None:
-    """Write the file or folder ``path`` through to the disk; return once it is there."""
-    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        if os.path.lexists(directory / MANIFEST):
+            return directory
+        checkpoints = _published(directory)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise CheckpointError(f"{directory} cannot be looked into for checkpoints: {error}") from error
+    return checkpoints[max(checkpoints)] if checkpoints else None
 
 
 def _published(directory: Path) -> dict[int, Path]:
     """Return the checkpoints in ``directory`` by their numbers."""
     matches = ((_NAME.fullmatch(path.name), path) for path in directory.iterdir())
-    return {int(match[1]): path for match, path in matches if match}
+    return {int(match[1]): path for match, path in matches if match and path.is_dir()}
 
 
 def _clean(directory: Path) -> None:

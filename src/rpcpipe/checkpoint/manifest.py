@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import zlib
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from rpcpipe.checkpoint.directory import MANIFEST, sync
+from rpcpipe.checkpoint.directory import MANIFEST
+from rpcpipe.checkpoint.files import read_text, sync
+from rpcpipe.checkpoint.manifest_check import check
 from rpcpipe.checkpoint.tensor_file import Stored
 from rpcpipe.errors import CheckpointError
 
@@ -60,16 +62,21 @@ class Manifest:
         """Return the manifest in ``folder``. Raises CheckpointError with the path for one that is not intact."""
         path = folder / MANIFEST
         try:
-            document = json.loads(path.read_text())
+            document = json.loads(read_text(path))
             version, checksum, content = document["format"], document["crc32"], document["content"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            intact = checksum == _checksum(content)
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
         if version != _FORMAT:
             raise CheckpointError(
                 f"{path} has format {version!r}, this rpcpipe reads {_FORMAT}; use the one that wrote it"
             )
-        if checksum != _checksum(content):
+        if not intact:
             raise CheckpointError(f"{path} is damaged: its checksum is not the one that was saved")
+        try:
+            check(content, [one.name for one in fields(cls)])
+        except (CheckpointError, RecursionError) as error:
+            raise CheckpointError(f"{path} is not of rpcpipe: {error}; load another checkpoint") from error
         for kind in ("weights", "tensors"):
             content[kind] = {
                 name: Stored(file, dtype, tuple(shape), crc)

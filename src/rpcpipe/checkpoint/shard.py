@@ -5,6 +5,7 @@ Reading has two phases, so that no worker changes its state before all workers h
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,6 +138,8 @@ def read(modules: Sequence[nn.Module], optimizer: LocalOptimizer | None, folder:
             for module in modules
         ]
         loss = decode(manifest.loss, extra.get)
+    for module, state in zip(modules, weights, strict=True):
+        _try_extra_state(folder, module, state)
     if optimizer is None:
         return Loaded(list(modules), weights, None, [], {}, loss)
     if optimizer.kind != manifest.optimizer:
@@ -146,11 +149,33 @@ def read(modules: Sequence[nn.Module], optimizer: LocalOptimizer | None, folder:
     group_of = optimizer.group_of
     with Reader(folder, manifest.tensors) as reader:
         groups = decode(manifest.groups, reader.get)
-        state = {
+        states = {
             parameter: placed(_saved_state(folder, manifest, name, reader), parameter.device, group_of[parameter])
             for parameter, name in _names(modules, group_of)[0].items()
         }
-    return Loaded(list(modules), weights, optimizer, groups, state, loss)
+    try:
+        optimizer.check(groups, states)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+    return Loaded(list(modules), weights, optimizer, groups, states, loss)
+
+
+def _try_extra_state(folder: Path, module: nn.Module, state: Mapping[str, Any]) -> None:
+    """Raise CheckpointError if a part of ``module`` does not take its extra state; it has its own again afterwards."""
+    parts = dict(module.named_modules(remove_duplicate=False))
+    for name in filter(is_extra, state):
+        part = parts[name.rpartition(".")[0]]
+        if type(part).get_extra_state is nn.Module.get_extra_state:
+            continue  # a hook has made it
+        own = copy.deepcopy(part.get_extra_state())
+        try:
+            part.set_extra_state(copy.deepcopy(state[name]))
+        except Exception as error:
+            raise CheckpointError(
+                f"{folder}: {type(part).__name__} does not take {name!r}: {type(error).__name__}: {error}"
+            ) from error
+        finally:
+            part.set_extra_state(own)
 
 
 def _saved_state(folder: Path, manifest: Manifest, name: str, reader: Reader) -> dict[str, Any]:

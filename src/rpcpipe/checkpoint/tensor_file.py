@@ -10,9 +10,11 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
-from rpcpipe.checkpoint.directory import sync
-from rpcpipe.errors import CheckpointError, DependencyError
+from rpcpipe.checkpoint.files import opened, sync
+from rpcpipe.errors import CheckpointError
 
 
 class Stored(NamedTuple):
@@ -24,22 +26,11 @@ class Stored(NamedTuple):
     crc32: int
 
 
-def require() -> None:
-    """Raise DependencyError unless safetensors is installed."""
-    try:
-        import safetensors  # noqa: F401
-    except ImportError as error:
-        raise DependencyError("pipe.save and pipe.load need safetensors: pip install 'rpcpipe[hf]'") from error
-
-
 def write(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, Stored]:
     """Write ``tensors`` to ``path``; return their locations once they are on the disk.
 
     Raises CheckpointError with the path.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     dense = _dense(tensors)
     try:
         save_file(dense, path, {"format": "pt"})  # transformers requires this key
@@ -90,13 +81,11 @@ class Reader:
 
     def get(self, name: str) -> torch.Tensor:
         """Return a copy of tensor ``name`` in memory. Raises CheckpointError with file and tensor."""
-        from safetensors import SafetensorError
-
         wanted = self._stored[name]
         where = f"{self._folder / wanted.file}: tensor {name!r}"
         try:
             tensor: torch.Tensor = self._file(wanted.file).get_tensor(name).clone()
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
             raise CheckpointError(f"{where} cannot be read: {type(error).__name__}: {error}") from error
         if (str(tensor.dtype), tuple(tensor.shape)) != (wanted.dtype, wanted.shape):
             raise CheckpointError(
@@ -109,8 +98,8 @@ class Reader:
 
     def _file(self, name: str) -> Any:
         """Return the open file ``name``; ``__exit__`` closes it."""
-        from safetensors import safe_open
-
         if name not in self._files:
-            self._files[name] = self._open.enter_context(safe_open(self._folder / name, framework="pt"))
+            # By the descriptor that was looked at: what has the name may be another file by now.
+            descriptor = self._open.enter_context(opened(self._folder / name))
+            self._files[name] = self._open.enter_context(safe_open(f"/proc/self/fd/{descriptor}", framework="pt"))
         return self._files[name]

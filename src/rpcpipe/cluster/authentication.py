@@ -42,7 +42,10 @@ class AuthenticationError(RendezvousError):
 
 
 def read_secret(environ: Mapping[str, str]) -> bytes:
-    """Return RPCPIPE_SECRET, or the content of the file RPCPIPE_SECRET_FILE; raises RendezvousError."""
+    """Return RPCPIPE_SECRET, or the content of the file RPCPIPE_SECRET_FILE; raises RendezvousError.
+
+    It may be any bytes; what is no text is taken as the bytes that it is.
+    """
     secret, path = environ.get("RPCPIPE_SECRET"), environ.get("RPCPIPE_SECRET_FILE")
     if secret is None and path is not None:
         secret = _read_private(Path(path))
@@ -55,12 +58,12 @@ def read_secret(environ: Mapping[str, str]) -> bytes:
         raise RendezvousError(
             f"the secret has {len(secret)} characters, too few to withstand guessing: use {_SECRET_LENGTH} or more"
         )
-    return secret.encode()
+    return os.fsencode(secret)
 
 
 def _read_private(path: Path) -> str:
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8", errors="surrogateescape") as file:
             mode = os.fstat(file.fileno()).st_mode
             if mode & (stat.S_IRWXG | stat.S_IRWXO):
                 raise RendezvousError(f"RPCPIPE_SECRET_FILE={path} is open to others: chmod 600 {path}")

@@ -11,12 +11,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rpcpipe import _tables
+from rpcpipe._arguments import require_callable, require_count
 from rpcpipe.cluster.admission import REPORTS
 from rpcpipe.cluster.liveness import ClusterEvent, Liveness
 from rpcpipe.cluster.rendezvous import Kept, Member, Worker, WorkerGroup, describe
 from rpcpipe.cluster.supervisor import Supervisor
 from rpcpipe.cluster.tenancy import Tenant
-from rpcpipe.errors import ArgumentError, DeadlineExceeded, Failure, StageError, StateError, WorkerLost, require_whole
+from rpcpipe.errors import ArgumentError, DeadlineExceeded, Failure, StageError, StateError, WorkerLost, shown
 from rpcpipe.transport.owner import Owner
 from rpcpipe.transport.user_pickling import loads, named_dumps
 
@@ -147,9 +148,9 @@ class Cluster:
     def call(self, worker: str | int | Worker, function: Callable[..., Any], *args: Any) -> Any:
         """Return ``function(*args)``, run on a worker or spare (its name, rank from 1, or ``Worker``).
 
-        Raises StageError for what the function raises, DeadlineExceeded if it takes longer than ``timeout``, and
-        WorkerLost.
+        Raises StageError for what the function raises, DeadlineExceeded after ``timeout`` seconds, and WorkerLost.
         """
+        require_callable("function", function)
         self.check()
         name = self._name(worker)
         reply = self.transport.call(name, "run", named_dumps((function, args), "the call's function"))
@@ -164,9 +165,9 @@ class Cluster:
     def _name(self, worker: str | int | Worker) -> str:
         everybody = self.workers + self.spares
         for known in everybody:
-            if worker in (known, known.name, known.rank):
+            if not isinstance(worker, bool) and worker in (known, known.name, known.rank):
                 return known.name
-        raise ArgumentError(f"no worker {worker!r}; there are {', '.join(known.name for known in everybody)}")
+        raise ArgumentError(f"no worker {shown(worker)}; there are {', '.join(known.name for known in everybody)}")
 
     def replace(self, *workers: str | int | Worker) -> tuple[Worker, ...]:
         """Put new processes in the place of ``workers`` and of all that are lost; return them as they are now, by rank.
@@ -187,7 +188,7 @@ class Cluster:
         they do not join.
         """
         self.check()
-        return self._supervisor.add(require_whole("count", count))
+        return self._supervisor.add(require_count("count", count, most=1024))
 
     def remove_workers(self, *workers: str | int | Worker) -> None:
         """End ``workers``, which may be spares, and with a rank's worker its agent.
@@ -238,9 +239,7 @@ class Cluster:
         after = "Its layers went with it: launch (or connect) again and make a new Pipeline"
         if self.heal:
             after = "Another process takes its place as soon as the cluster is used again"
-        error = WorkerLost(
-            story + after, worker=member.name, stages=stages, host=member.host, pid=member.pid
-        )  # fmt: skip
+        error = WorkerLost(story + after, worker=member.name, stages=stages, host=member.host, pid=member.pid)
         self._liveness.lose(member, error)
         self.events.append(ClusterEvent(kind, member.name, member.host, member.pid, how))
         self.transport.lose(member.name, error)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
+from rpcpipe._arguments import require_kind, require_path, require_seconds
 from rpcpipe.cluster import host_agent
 from rpcpipe.cluster.authentication import read_secret, version_complaint
 from rpcpipe.cluster.cluster import Cluster
@@ -51,11 +51,13 @@ def connect(
     when they cannot come together.
     """
     refuse_on_worker("rp.connect")
+    timeout = require_seconds("timeout", timeout)
+    require_kind("bind", bind, (str, type(None)), "an interface, an address or a CIDR, as a string, or None")
+    directory = None if log_dir is None else require_path("log_dir", log_dir).absolute()
+    tries = heal_tries(heal)
     env = RankEnvironment.read(os.environ)
     if env.rank > 0:
         host_agent.serve(env, timeout=timeout, bind=bind)
-    directory = None if log_dir is None else Path(log_dir).absolute()
-    tries = heal_tries(heal)
     names = _names(env, spares)
     shape = ("connect", env, bind, directory, heal, names)
     if (cluster := live.reuse(shape)) is not None:

@@ -21,6 +21,7 @@ from rpcpipe.errors import RendezvousError
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _SLURM_PORT, _SLURM_PORTS = 29500, 10000
+_MOST_RANKS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,9 @@ class RankEnvironment:
             raise RendezvousError(
                 f"RANK={rank} contradicts WORLD_SIZE={world_size}: ranks count from 0, the driver's, to WORLD_SIZE - 1"
             )
+        ranks = next((name for name in ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE") if environ.get(name)), None)
+        if world_size > _MOST_RANKS:
+            raise RendezvousError(f"WORLD_SIZE={world_size} is more than {_MOST_RANKS}, and surely a slip")
         port = _number(values, "MASTER_PORT", 1)
         if port > 65535:
             raise RendezvousError(f"MASTER_PORT={port} is no port")
@@ -66,7 +70,7 @@ class RankEnvironment:
             world_size,
             values["MASTER_ADDR"],
             port,
-            int(environ.get("LOCAL_WORLD_SIZE") or environ.get("SLURM_NTASKS_PER_NODE") or 1),
+            1 if ranks is None else _number(environ, ranks, 1),
             environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
             f"{environ.get('TORCHELASTIC_RUN_ID', '')}/{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}",
         )
@@ -93,7 +97,7 @@ def _slurm(environ: Mapping[str, str]) -> dict[str, str]:
         values["MASTER_ADDR"] = first_host(hosts)
     if "SLURM_JOB_ID" in environ:
         # The same on all hosts, another for every job.
-        values["MASTER_PORT"] = str(_SLURM_PORT + int(environ["SLURM_JOB_ID"]) % _SLURM_PORTS)
+        values["MASTER_PORT"] = str(_SLURM_PORT + _number(environ, "SLURM_JOB_ID", 0) % _SLURM_PORTS)
     return values
 
 
@@ -108,7 +112,7 @@ def first_host(nodes: str) -> str:
 def thread_count(environ: Mapping[str, str], local_size: int) -> int:
     """Return torch's threads per worker: OMP_NUM_THREADS (torchrun sets it), or this rank's share of the cores."""
     given = environ.get("OMP_NUM_THREADS", "")
-    return int(given) if given.isdigit() and int(given) else max(1, (os.cpu_count() or 1) // local_size)
+    return int(given) if given.isdecimal() and int(given) else max(1, (os.cpu_count() or 1) // local_size)
 
 
 # --- torchrun's store, which holds MASTER_PORT where torchrun has one ---

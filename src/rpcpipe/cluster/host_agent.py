@@ -23,7 +23,7 @@ from rpcpipe.cluster.environment import RankEnvironment, find_driver, thread_cou
 from rpcpipe.cluster.kept_descriptor import KeptDescriptor
 from rpcpipe.cluster.monitor import Monitor, heartbeat_seconds
 from rpcpipe.cluster.network import choose_interface, enable_keepalive
-from rpcpipe.cluster.process import Reader, WorkerProcess, worker_environment
+from rpcpipe.cluster.process import Reader, WorkerProcess, strings, worker_environment
 from rpcpipe.cluster.template import templates
 from rpcpipe.errors import RendezvousError
 
@@ -62,7 +62,7 @@ def serve(env: RankEnvironment, *, timeout: float, bind: str | None = None) -> N
     threads = thread_count(os.environ, env.local_size)
     templates.prepare(worker_environment(threads))  # it starts while the other ranks join
     config = _expect_config(channel, deadline)
-    local = {"path": list(sys.path), "argv": list(sys.argv), "interface": interface.name, "threads": threads}
+    local = {"path": strings(sys.path), "argv": strings(sys.argv), "interface": interface.name, "threads": threads}
     relay = _Relay(channel, local)
     try:
         relay.start(config)

@@ -12,14 +12,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from rpcpipe._arguments import require_count, require_path, require_seconds
 from rpcpipe.cluster.cluster import Cluster
 from rpcpipe.cluster.monitor import Monitor
-from rpcpipe.cluster.process import worker_environment
+from rpcpipe.cluster.process import strings, worker_environment
 from rpcpipe.cluster.rendezvous import Worker, WorkerGroup, form, worker_names
 from rpcpipe.cluster.starters import LocalStarter, devices
 from rpcpipe.cluster.template import PRELOADED, templates
 from rpcpipe.cluster.worker_logs import WorkerLogs
-from rpcpipe.errors import ArgumentError, StateError, require, require_positive, require_whole
+from rpcpipe.errors import ArgumentError, StateError, require, require_whole
 from rpcpipe.transport.roster import DRIVERS_SEAT
 from rpcpipe.transport.rpc import this_process
 from rpcpipe.transport.user_pickling import worker_imports
@@ -27,6 +28,8 @@ from rpcpipe.transport.user_pickling import worker_imports
 _INTERFACE = "lo"
 _HEAL_TRIES = 3
 SHRINK = "shrink"
+# More than any host runs; a number that is mistyped is refused before names are made for it.
+_MOST_WORKERS, _MOST_THREADS = 1024, 4096
 
 
 class LiveCluster:
@@ -126,11 +129,13 @@ def launch(
     """
     refuse_on_worker("rp.launch")
     _check_alone(os.environ)
-    workers, spares = require_whole("workers", workers), require_whole("spares", spares, least=0)
-    count = max(1, (os.cpu_count() or 1) // workers) if threads is None else require_whole("threads", threads)
-    timeout = require_positive("timeout", timeout)
+    workers = require_count("workers", workers, _MOST_WORKERS)
+    spares = require_count("spares", spares, _MOST_WORKERS, least=0)
+    cores = os.cpu_count() or 1
+    count = max(1, cores // workers) if threads is None else require_count("threads", threads, _MOST_THREADS)
+    timeout = require_seconds("timeout", timeout)
     placed = devices(device, workers + spares)
-    directory = None if log_dir is None else Path(log_dir).absolute()
+    directory = None if log_dir is None else require_path("log_dir", log_dir).absolute()
     names = [*worker_names(workers), *(f"spare{index}" for index in range(spares))]
     tries = heal_tries(heal)
     shape = (names, placed, count, timeout, directory, tries)
@@ -208,7 +213,7 @@ def _start(
     workers: int, names: list[str], device: str, threads: int, timeout: float, directory: Path | None, heal: int
 ) -> Cluster:
     placed = dict(zip(names, devices(device, len(names)), strict=True))
-    worker_imports.adopt(sys.path)
+    worker_imports.adopt(strings(sys.path))
     starter = LocalStarter(device, threads, _INTERFACE)
     group = WorkerGroup(Monitor(), WorkerLogs(directory), timeout, names, starter)
     try:

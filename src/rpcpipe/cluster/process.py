@@ -11,7 +11,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from io import FileIO
 from typing import Any
 
@@ -33,9 +33,14 @@ _INIT = 1
 Reader = Callable[[], "list[Message] | None"]
 
 
+def strings(values: Sequence[Any]) -> list[str]:
+    """Return the entries of ``sys.path`` or ``sys.argv`` that are strings or paths, as strings."""
+    return [os.fsdecode(value) for value in values if isinstance(value, (str, bytes, os.PathLike))]
+
+
 def worker_environment(threads: int) -> dict[str, str]:
     """Return the environment that a worker starts with: this process's, and what makes ``threads`` compute well."""
-    paths = dict.fromkeys(os.path.abspath(path) for path in sys.path)  # '' is the working directory
+    paths = dict.fromkeys(os.path.abspath(path) for path in strings(sys.path))  # '' is the working directory
     return {
         **_ALLOCATOR,
         **os.environ,

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from rpcpipe.cluster.process import WorkerProcess
+from rpcpipe.cluster.process import WorkerProcess, strings
 from rpcpipe.cluster.remote_worker import RemoteWorker
 from rpcpipe.cluster.rendezvous import Member
-from rpcpipe.errors import ArgumentError
+from rpcpipe.errors import ArgumentError, shown
 
 
 def devices(device: str, workers: int) -> list[str]:
@@ -21,7 +21,7 @@ def devices(device: str, workers: int) -> list[str]:
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     kind = ("cuda" if gpus else "cpu") if device == "auto" else device
-    wanted = torch.device(kind)
+    wanted = _parsed(kind)
     if wanted.type not in ("cpu", "cuda"):
         raise ArgumentError(f"device={device!r}: rpcpipe runs on cpu and cuda")
     if wanted.type == "cpu":
@@ -31,12 +31,22 @@ def devices(device: str, workers: int) -> list[str]:
     return [kind if wanted.index is not None else f"cuda:{index % gpus}" for index in range(workers)]
 
 
+def _parsed(device: Any) -> torch.device:
+    """Return the device of that name; raises ArgumentError for what is no name of one."""
+    try:
+        if isinstance(device, str):
+            return torch.device(device)
+    except RuntimeError:
+        pass
+    raise ArgumentError(f"device must be 'auto', 'cpu', 'cuda' or such as 'cuda:1', not {shown(device)}")
+
+
 class LocalStarter:
     """Starts processes of this host, on ``device`` (``rp.launch``'s), with ``threads`` each, over ``interface``."""
 
     def __init__(self, device: str, threads: int, interface: str) -> None:
         self._device = device
-        self._local = {"threads": threads, "interface": interface, "path": list(sys.path), "argv": list(sys.argv)}
+        self._local = {"threads": threads, "interface": interface, "path": strings(sys.path), "argv": strings(sys.argv)}
 
     def start(self, config: Mapping[str, Any], predecessor: Member | None) -> WorkerProcess:
         if predecessor is not None:

@@ -41,7 +41,7 @@ def train(
     ahead: int,
 ) -> Generator[StepResult, None, None]:
     """Return the results of training on ``batches``: streamed, ``ahead`` of the caller by one step, or one by one."""
-    require(ahead in (0, 1), f"ahead must be 0 or 1, not {ahead!r}")
+    require(not isinstance(ahead, bool) and ahead in (0, 1), f"ahead must be 0 or 1, not {ahead!r}")
     if runtime.policy is not None:
         return Stream(runtime).run(batches, runtime.settings.flush_every)
     if ahead:

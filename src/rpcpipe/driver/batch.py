@@ -8,8 +8,18 @@ from typing import NamedTuple
 
 import torch
 
-from rpcpipe.errors import require
-from rpcpipe.model.microbatch import MicroBatches, Nest, cut, flatten, map_tensors, merge_gradients, tensors, unflatten
+from rpcpipe.errors import ArgumentError, require
+from rpcpipe.model.microbatch import (
+    Cut,
+    MicroBatches,
+    Nest,
+    cut,
+    flatten,
+    map_tensors,
+    merge_gradients,
+    tensors,
+    unflatten,
+)
 from rpcpipe.model.sendable import as_argument, checked
 from rpcpipe.model.wiring import DRIVER, Flow, ValueRoute, link
 from rpcpipe.schedules import Action
@@ -37,7 +47,7 @@ class Batch(NamedTuple):
 
 def cut_inputs(inputs: Nest, replicas: int, chunks: int) -> Batch:
     """Return ``inputs`` in micro-batches; ArgumentError for what cannot be cut or sent."""
-    shares, samples, by_caller = cut(inputs, replicas, chunks)
+    shares, samples, by_caller = _cut("inputs", inputs, replicas, chunks)
     parts, total = [_sendable(part, "inputs") for share in shares for part in share], sum(samples)
     weights = tuple(count / total for count in samples)
     return Batch(parts, weights, tuple(map(len, shares)), tuple(samples), by_caller)
@@ -45,7 +55,7 @@ def cut_inputs(inputs: Nest, replicas: int, chunks: int) -> Batch:
 
 def cut_targets(targets: Nest, inputs: Batch, replicas: int, chunks: int) -> list[Nest]:
     """Return the targets of ``inputs``, detached; ArgumentError unless they are of as many samples."""
-    shares, samples, by_caller = cut(targets, replicas, chunks)
+    shares, samples, by_caller = _cut("targets", targets, replicas, chunks)
     _check_weights(targets, inputs)
     parts = [_sendable(map_tensors(torch.Tensor.detach, part), "targets") for share in shares for part in share]
     require(
@@ -64,6 +74,14 @@ def cut_targets(targets: Nest, inputs: Batch, replicas: int, chunks: int) -> lis
         " rp.MicroBatches([…])",
     )
     return parts
+
+
+def _cut(what: str, nest: Nest, replicas: int, chunks: int) -> Cut:
+    """Return ``nest`` in micro-batches; raises ArgumentError, which says that it is about ``what``."""
+    try:
+        return cut(nest, replicas, chunks)
+    except ArgumentError as error:
+        raise ArgumentError(f"{what}: {error}") from None
 
 
 def _check_weights(targets: Nest, inputs: Batch) -> None:

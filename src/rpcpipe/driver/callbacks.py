@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rpcpipe._arguments import require_path
 from rpcpipe.driver.result import StepResult
 from rpcpipe.errors import DependencyError
 
@@ -49,7 +50,7 @@ class JsonLines:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        self.path = require_path("path", path)
         self._file = self.path.open("ab", buffering=0)
         _cut_torn_line(self.path)
 
@@ -102,7 +103,7 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise DependencyError("rp.callbacks.TensorBoard needs tensorboard: pip install 'rpcpipe[track]'") from error
-        self.directory = Path(directory)
+        self.directory = require_path("directory", directory)
         self._make: Any = SummaryWriter
         self._writer: Any = None
 

@@ -12,6 +12,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
+from rpcpipe._arguments import require_flag, require_functions, require_iterable
 from rpcpipe.driver.result import mean_loss, merged_outputs
 from rpcpipe.driver.runtime import Runtime
 from rpcpipe.driver.succession import healed
@@ -25,6 +26,7 @@ from rpcpipe.worker.messages import Report
 from rpcpipe.worker.operations import SetMetrics, SetSelection
 
 T = TypeVar("T")
+METRIC = "called as metric(output, target)"
 
 
 class Wanted(NamedTuple):
@@ -36,10 +38,12 @@ class Wanted(NamedTuple):
     @classmethod
     def of(cls, runtime: Runtime, metrics: Mapping[str, Metric] | None, outputs: bool) -> Wanted:
         """Tell the last stage which ``metrics`` to compute, and return what the step is to report."""
+        require_flag("outputs", outputs)
+        if metrics is None:
+            return cls(outputs=outputs)
+        require_functions("metrics", metrics, METRIC)
         if not metrics:
             return cls(outputs=outputs)
-        for name, metric in metrics.items():
-            require(callable(metric), f"metric {name!r} must be callable as metric(output, target), not {metric!r}")
         tell_last_stage(runtime, SetMetrics(named_dumps(dict(metrics), "what to measure")))
         return cls(measures=True, outputs=outputs)
 
@@ -164,6 +168,7 @@ class Passes:
 
 def outputs(runtime: Runtime, batches: Iterable[Nest]) -> Generator[Nest, None, None]:
     """Yield the model's output for every batch of inputs."""
+    require_iterable("batches", batches, "inputs")
     for passed in Passes(runtime, keep_outputs=True).run((inputs, None) for inputs in batches):
         yield passed.output
 
@@ -189,6 +194,7 @@ def evaluate(
         " pipe.predict with the targets",
         error=StateError,
     )
+    require_functions("metrics", metrics, METRIC)
     require("loss" not in metrics, "a metric cannot be named 'loss': the loss is reported beside the metrics")
     tell_last_stage(runtime, SetMetrics(named_dumps(dict(metrics), "what to measure")))
     total, samples, sums = 0.0, 0.0, list[Sums]()
@@ -200,5 +206,5 @@ def evaluate(
         if share:
             total, samples = total + loss * share, samples + share
     if not samples:
-        raise ArgumentError("evaluate needs at least one batch in which something counts")
+        raise ArgumentError("evaluate needs at least one of batches in which something counts")
     return total / samples, means(sums)

@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 from torch.nn.parameter import is_lazy
 
-from rpcpipe.errors import ArgumentError, CheckpointError, ModelError, PartitionError
+from rpcpipe._arguments import require_callable, require_kind, require_names
+from rpcpipe.errors import ArgumentError, CheckpointError, ModelError, PartitionError, require, shown
 from rpcpipe.model import nest_types, rng, tied_weights
 from rpcpipe.model.containers import check_container
 from rpcpipe.model.microbatch import Nest
@@ -35,6 +36,8 @@ class LayerSpec:
     """
 
     def __init__(self, cls: Any, *args: Any, tied: str | Mapping[str, str] | None = None, **kwargs: Any) -> None:
+        require_callable("cls", cls, "or class that makes an nn.Module")
+        require_kind("tied", tied, (str, Mapping, type(None)), "a key, a dict of parameters' names by key, or None")
         self.cls = cls
         self.tied = {tied: "weight"} if isinstance(tied, str) else dict(tied or {})
         self.args = args
@@ -73,7 +76,7 @@ class Wired:
         if isinstance(layer, Wired) or (not callable(layer) and not isinstance(layer, LayerSpec)):
             raise ArgumentError(f"Wired takes an nn.Module, a function or rp.LayerSpec, not a {type(layer).__name__}")
         self.layer = unwired(as_layer(layer, "the layer of rp.Wired"))
-        self.wiring = Wiring(*((names,) if isinstance(names, str) else tuple(names) for names in (takes, gives)))
+        self.wiring = Wiring(require_names("takes", takes), require_names("gives", gives))
 
     def __repr__(self) -> str:
         return f"Wired({self.layer!r}, takes={self.wiring.takes}, gives={self.wiring.gives})"
@@ -182,20 +185,29 @@ def named_layers(model: Model) -> OrderedDict[str, Layer]:
     """Return the model's layers, in order, by their names in the unsplit model's ``state_dict``.
 
     A function becomes a layer without parameters. Raises ArgumentError for anything but an ``nn.Sequential``, or a
-    sequence or mapping of layers, and ModelError for an ``nn.Sequential`` that does more than to call its layers.
+    sequence or mapping of layers, and for none of them, and ModelError for an ``nn.Sequential`` that does more than to
+    call its layers.
     """
+    layers = _named(model)
+    require(bool(layers), "the model has no layers: pass at least one")
+    return layers
+
+
+def _named(model: Any) -> OrderedDict[str, Layer]:
     if isinstance(model, Sequential):
         check_container(model, Sequential)
         return OrderedDict((name, Wired(layer, *model.wirings[name])) for name, layer in model.named_children())
     if isinstance(model, nn.Sequential):
         check_container(model, nn.Sequential)
         return _separate(_distinct(model._modules))  # named_children omits a module's second use
-    if isinstance(model, nn.Module) or not isinstance(model, (Sequence, Mapping)):
+    if isinstance(model, (nn.Module, str)) or not isinstance(model, (Sequence, Mapping)):
         raise ArgumentError(
             "model must be an nn.Sequential, or a list or dict of nn.Module, function or rp.LayerSpec, not"
             f" {type(model).__name__}; write its forward as a chain of layers"
         )
     named = dict(model) if isinstance(model, Mapping) else {str(index): layer for index, layer in enumerate(model)}
+    for name in named:
+        require(isinstance(name, str), f"the names of the model's layers must be strings, not {shown(name)}")
     return _separate(_distinct({name: as_layer(layer, f"layer {name}") for name, layer in named.items()}))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import numbers
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -35,7 +36,7 @@ def check(loss: Any) -> None:
 
 
 def value_and_count(returned: Any) -> tuple[torch.Tensor, Any]:
-    """Return the loss and the count, or None, that a loss has returned; raises TypeError for anything else."""
+    """Return the loss and the count, or None, that a loss has returned; raises ModelError for anything else."""
     value, count = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, None)
     if not isinstance(value, torch.Tensor) or value.dim():
         shape = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
@@ -43,11 +44,15 @@ def value_and_count(returned: Any) -> tuple[torch.Tensor, Any]:
             f"loss must return a scalar tensor (the mean), or (sum, count), not {shape}; reduce it, for instance by"
             " .mean(), and return what else is of interest as metrics={…} of train_step"
         )
-    one = isinstance(count, torch.Tensor) and count.numel() == 1 and not count.requires_grad
-    if not (count is None or one or isinstance(count, numbers.Real)):
+    if value.is_complex() or value.is_meta:
         raise ModelError(
-            f"the second value that loss returned is not a count of samples, but {count!r}: return the mean alone, or"
-            " (sum, count) with a number; what else is of interest goes into metrics={…} of train_step"
+            f"loss must return a real number on the model's device, not {value.dtype} on {value.device}; for complex"
+            " values return for instance .abs().mean()"
+        )
+    if not (count is None or _is_count(count)):
+        raise ModelError(
+            f"the second value that loss returned is not a count of samples, but {count!r:.100}: return the mean alone,"
+            " or (sum, count) with a number; what else is of interest goes into metrics={…} of train_step"
         )
     return value, count
 
@@ -60,6 +65,27 @@ def check_graph(value: torch.Tensor, outputs: Any) -> None:
             "the loss requires a gradient and does not depend on the model's output, so nothing would be trained; it is"
             " a new tensor (torch.tensor(…, requires_grad=True)?): compute it from the output by torch's operations"
         )
+
+
+def check_alike(count: Any, other: Any) -> None:
+    """Raise ModelError for counts of two micro-batches of a batch of which only one is None."""
+    require(
+        (count is None) == (other is None),
+        "loss returned the mean for one micro-batch of a batch and (sum, count) for another, which cannot be added up:"
+        " return the same kind for all",
+        error=ModelError,
+    )
+
+
+def _is_count(count: Any) -> bool:
+    """Return whether ``count`` is a finite number and not negative; on a GPU its value is not waited for."""
+    if isinstance(count, torch.Tensor):
+        if count.numel() != 1 or count.requires_grad or count.is_complex() or count.is_meta:
+            return False
+        if count.device.type != "cpu":
+            return True
+        count = count.item()
+    return isinstance(count, numbers.Real) and 0 <= float(count) < math.inf
 
 
 def state(loss: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from rpcpipe import schedules
+from rpcpipe._arguments import require_flag, require_iterable, require_kind
 from rpcpipe.cluster.tenancy import PipelineCluster
 from rpcpipe.driver.layout import Layout, stage_parts
 from rpcpipe.driver.settings import Settings
@@ -23,6 +24,7 @@ from rpcpipe.errors import (
     require,
     require_positive,
     require_whole,
+    shown,
 )
 from rpcpipe.model import losses
 from rpcpipe.model.batchnorm import MODES
@@ -74,6 +76,7 @@ class Options:
         """Return the options with the values that ``plan`` has decided; the same options if there is no plan."""
         if plan is None:
             return self
+        require_kind("plan", plan, Plan, "what rp.plan returns, or None")
         return replace(
             self, schedule=plan.schedule, chunks=plan.chunks, balance=plan.balance, checkpoint=plan.checkpoint,
             virtual_stages=plan.virtual_stages, replicas=plan.replicas, shard_optimizer=plan.shard_optimizer,
@@ -219,11 +222,16 @@ def check_types(schedule: Any, balance: Any, shard_optimizer: Any) -> None:
         isinstance(schedule, (str, Schedule)),
         f"schedule must be one of {', '.join(schedules.names())}, or a Schedule, not {schedule!r}",
     )
+    check_balance(balance)
+    require_flag("shard_optimizer", shard_optimizer)
+
+
+def check_balance(balance: Any) -> None:
+    """Raise ArgumentError for what is neither a name nor a list."""
     require(
         isinstance(balance, (str, Sequence)) and len(balance) > 0,
-        f"balance must be one of {_BALANCES} or a list of layers per stage, not {balance!r}",
+        f"balance must be one of {_BALANCES} or a list of layers per stage, not {shown(balance)}",
     )
-    require(isinstance(shard_optimizer, bool), f"shard_optimizer must be True or False, not {shard_optimizer!r}")
 
 
 def check_settings(settings: Settings) -> Settings:
@@ -260,6 +268,7 @@ def check_ties(policy: Policy | None, ties: Sequence[Tie], layers: Sequence[str]
 
 def pairs(batches: Iterable[Any], call: str) -> Iterator[tuple[Nest, Nest]]:
     """Yield each batch as (inputs, targets); raises ArgumentError for anything but a pair."""
+    require_iterable("batches", batches, "pairs (inputs, targets)")
     for batch in batches:
         if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
             about = f" of {len(batch)}" if isinstance(batch, (tuple, list)) else ""
@@ -331,7 +340,10 @@ def loadable(state: Any) -> dict[str, Any]:
 def check_state(live: Mapping[str, Any], state: Mapping[str, Any]) -> None:
     """Raise CheckpointError unless ``state`` has the names, shapes and layouts of ``live``, the model's state."""
     missing, extra = sorted(live.keys() - state.keys()), sorted(state.keys() - live.keys())
-    wrong = [key for key in live.keys() & state.keys() if shape_differs(key, live[key], state[key])]
+    both = sorted(live.keys() & state.keys())
+    no_tensors = [key for key in both if not is_extra(key) and not isinstance(state[key], torch.Tensor)]
+    require(not no_tensors, f"the state has no tensor for {no_tensors[:5]}", error=CheckpointError)
+    wrong = [key for key in both if shape_differs(key, live[key], state[key])]
     if missing or extra or wrong:
         raise CheckpointError(
             f"the state does not fit the model: missing {missing[:5]}, unexpected {extra[:5]}, wrong shape {wrong[:5]}"

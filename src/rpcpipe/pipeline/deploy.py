@@ -29,6 +29,7 @@ from rpcpipe.errors import (
     WorkerLost,
     require,
     require_whole,
+    shown,
 )
 from rpcpipe.model.containers import check_global_hooks, shared_buffers
 from rpcpipe.model.layers import Layer, check_embeddings, check_names, find_ties, unpicklable, unwired, wiring_of
@@ -62,6 +63,8 @@ def start(layers: OrderedDict[str, Layer], cluster: PipelineCluster, options: Op
     before any worker is asked to build a stage, StageError for a layer or optimizer that fails on its worker, and
     WorkerLost.
     """
+    if not all(hasattr(cluster, name) for name in ("workers", "transport", "check")):
+        raise ArgumentError(f"cluster must be the Cluster that rp.launch or rp.connect returns, not {shown(cluster)}")
     cluster.check()
     return healed(
         cluster,

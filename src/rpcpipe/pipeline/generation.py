@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from rpcpipe._arguments import require_callable, require_iterable, require_kind, require_number
 from rpcpipe.driver.inference import Passes, tell_last_stage
 from rpcpipe.errors import require, require_whole
 from rpcpipe.model import rng
@@ -84,13 +85,18 @@ def generate(
     The model must be causal: shorter rows are padded on the right with zeros, which earlier positions must not see.
     Raises ArgumentError for a wrong argument, and StageError, WorkerLost or DeadlineExceeded.
     """
+    require_kind("pipe", pipe, Pipeline, "a Pipeline")
     require_whole("new_tokens", new_tokens, least=0)
     require_whole("seed", seed, least=-math.inf)
-    number = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
-    require(number and temperature >= 0, f"temperature must be a number and not negative, is {temperature!r}")
+    require_number("temperature", temperature, least=0)
     for name, value in (("top_k", top_k), ("context", context)):
         if value is not None:
             require_whole(name, value, otherwise=", or None")
+    if stop is not None:
+        require_whole("stop", stop, least=-math.inf, otherwise=", or None")
+    require_callable("inputs", inputs, "that makes the model's inputs of token ids")
+    require_callable("logits", logits, "that returns the logits in the model's output")
+    require_iterable("prompts", prompts, "tensors of token ids")
     require(
         all(isinstance(row, torch.Tensor) and row.dim() == 1 and len(row) for row in prompts),
         "every prompt must be a tensor of one dimension, of at least one token",

@@ -12,6 +12,7 @@ from typing import Any, overload
 import torch
 
 from rpcpipe import _tables
+from rpcpipe._arguments import require_path
 from rpcpipe.checkpoint.plain_state import Holders
 from rpcpipe.cluster.tenancy import PipelineCluster
 from rpcpipe.driver import inference
@@ -278,7 +279,7 @@ class Pipeline(Hints):
         other callbacks have been called; by then the step is done and counted, and the pipeline is usable.
         ``callbacks`` lists them; ``close`` closes those that have a method ``close``.
         """
-        function = callback if callable(callback) else JsonLines(callback)
+        function = callback if callable(callback) else JsonLines(require_path("callback", callback, ", or a function"))
         self.callbacks.append(function)
         return function
 
@@ -333,7 +334,7 @@ class Pipeline(Hints):
         is counted in any batch.
         """
         self.runtime.check()
-        loss, means = inference.evaluate(self.runtime, pairs(batches, "evaluate"), metrics or {})
+        loss, means = inference.evaluate(self.runtime, pairs(batches, "evaluate"), {} if metrics is None else metrics)
         return loss if metrics is None else {"loss": loss, **means}
 
     # --- weights ---
@@ -364,7 +365,7 @@ class Pipeline(Hints):
     @in_turn
     def save(
         self,
-        directory: str | Path,
+        directory: str | os.PathLike[str],
         *,
         stateful: Holders | None = None,
         position: Any = None,
@@ -375,18 +376,23 @@ class Pipeline(Hints):
         ``stateful``: by name, objects to save beside weights, optimizer, seed and ``trained``: learning-rate
         schedulers, a ``torch.Generator``, anything with ``state_dict`` and ``load_state_dict``. ``position``: plain
         values that say where in the data training is. A save that is killed, at any moment, leaves the checkpoints
-        before it readable. The newest ``keep`` checkpoints stay, all if it is None. Raises CheckpointError with worker
-        and path.
+        before it readable. The newest ``keep`` checkpoints stay, all if it is None. Until this process ends no other
+        one saves to ``directory``. Raises CheckpointError with worker and path.
         """
         self.runtime.check()
-        return self.runtime.healed(lambda: state.save(self.runtime, directory, stateful or {}, position, keep))
+        holders = {} if stateful is None else stateful
+        return self.runtime.healed(lambda: state.save(self.runtime, directory, holders, position, keep))
 
     @in_turn
-    def load(self, directory: str | Path, *, stateful: Holders | None = None) -> Any:
+    def load(
+        self, directory: str | os.PathLike[str], *, stateful: Holders | None = None, missing_ok: bool = False
+    ) -> Any:
         """Go on from the newest checkpoint in ``directory``, or from that very checkpoint; return its ``position``.
 
-        ``stateful``: objects by the names given to ``save``. Training goes on with the same bits, also with another
-        cut, schedule or number of workers. Raises CheckpointError with file and tensor, before anything changes.
+        ``stateful``: objects by the names given to ``save``. With ``missing_ok`` a directory without a checkpoint, or
+        none, is no error, and whether something was loaded is returned: one script begins and resumes. Training goes on
+        with the same bits, also with another cut, schedule or number of workers. Raises CheckpointError with file and
+        tensor, before anything changes.
         """
         self.runtime.check()
-        return state.load(self.runtime, directory, stateful or {})
+        return state.load(self.runtime, directory, {} if stateful is None else stateful, missing_ok=missing_ok)

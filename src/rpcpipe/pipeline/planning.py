@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from rpcpipe._arguments import require_callable, require_count, require_entries, require_kind, require_number
 from rpcpipe.cluster import Cluster, Worker
-from rpcpipe.errors import require, require_positive, require_whole
+from rpcpipe.errors import ArgumentError, require, require_positive, require_whole, shown
 from rpcpipe.model.layers import Layer, Model, named_layers, parameter_counts
 from rpcpipe.model.microbatch import Nest, batch_size, split, tensors
 from rpcpipe.pipeline.calibration import measure_overheads
@@ -30,6 +31,7 @@ from rpcpipe.stage.profiler import estimate, profile
 
 # Seconds and bytes per second from one worker to another of the same host, without CUDA, where nothing was measured.
 _LATENCY, _BANDWIDTH = 0.4e-3, 3.5e9
+_MOST_WORKERS = 1 << 16
 
 
 def plan(
@@ -67,12 +69,12 @@ def plan(
 
     Raises PartitionError, which says what would fit, if nothing fits, and ArgumentError for a wrong argument.
     """
-    for name, value in (("memory", memory), ("flops", flops)):
-        if value is not None:
-            require_positive(name, value, ", or None")
-    require(
-        bool(schedules) and set(SIMPLEST).issuperset(schedules), f"schedules must be among {SIMPLEST}, not {schedules}"
-    )
+    if memory is not None:
+        require_positive("memory", memory, ", or None")
+    if replicas is not None:
+        require_whole("replicas", replicas, otherwise=", or None to try all")
+    require_entries("schedules", schedules, SIMPLEST)
+    require_entries("checkpoints", checkpoints, CHECKPOINTS)
     costs = cost_model(
         model, sample, workers, memory=memory, loss=loss, targets=targets, optimizer=optimizer, moments=moments,
         chunks=chunks, flops=flops, latency=latency, bandwidth=bandwidth, device=device, seed=seed,
@@ -99,8 +101,12 @@ def cost_model(
     seed: int = 0,
 ) -> CostModel:
     """Measure or estimate what ``plan``, which has the same arguments, chooses by."""
-    count = len(workers.workers) if isinstance(workers, Cluster) else require_whole("workers", workers)
-    layers, size = named_layers(model), batch_size(sample)
+    _check_measuring(loss, optimizer, moments, flops, latency, bandwidth, seed)
+    count = len(workers.workers) if isinstance(workers, Cluster) else require_count("workers", workers, _MOST_WORKERS)
+    device = _device(device)
+    layers, size = named_layers(model), _size("sample", sample)
+    if targets is not None:
+        _size("targets", targets)
     parts = _micro_batches(size, count, chunks)
     if flops is None:
         run = functools.partial(profile, loss=loss, optimizer=optimizer, seed=seed)
@@ -111,6 +117,42 @@ def cost_model(
     machine = _machine(workers, device, flops, latency, bandwidth)
     machine = replace(machine, memory=math.inf if memory is None else memory, moments=moments)
     return CostModel(layer_costs, machine, input_bytes=sum(leaf.nbytes for leaf in tensors(sample)) // size)
+
+
+def _check_measuring(
+    loss: Any, optimizer: Any, moments: Any, flops: Any, latency: Any, bandwidth: Any, seed: Any
+) -> None:
+    """Raise ArgumentError for a value of a wrong kind of what ``cost_model`` measures with."""
+    for name, function in (("loss", loss), ("optimizer", optimizer)):
+        if function is not None:
+            require_callable(name, function, "or None")
+    require_whole("moments", moments, least=0)
+    require_whole("seed", seed, least=-math.inf)
+    if flops is not None:
+        require_positive("flops", flops, ", or None", finite=True)
+    if latency is not None:
+        require_number("latency", latency, least=0, otherwise=", or None")
+    if bandwidth is not None:
+        require_positive("bandwidth", bandwidth, ", or None")
+
+
+def _size(name: str, nest: Nest) -> int:
+    """Return the batch size of argument ``name``; raises ArgumentError if it has none."""
+    try:
+        return batch_size(nest)
+    except ArgumentError as error:
+        raise ArgumentError(f"{name}: {error}") from None
+
+
+def _device(device: Any) -> torch.device:
+    """Return argument ``device`` as a device of this process; raises ArgumentError for anything else."""
+    try:
+        if isinstance(device, (str, torch.device)):
+            torch.empty(0, device=device)
+            return torch.device(device)
+    except RuntimeError:
+        pass
+    raise ArgumentError(f"device must be a device of this process, such as 'cpu' or 'cuda:0', not {shown(device)}")
 
 
 def _machine(
@@ -135,7 +177,11 @@ def _machine(
 
 def _micro_batches(size: int, workers: int, chunks: Sequence[int] | None) -> list[int]:
     """Return the sizes of micro-batches to profile, in samples, largest first."""
-    counts = [require_whole("chunks", count) for count in chunks or [workers * factor for factor in (1, 2, 4, 8)]]
+    if chunks is None:
+        chunks = [workers * factor for factor in (1, 2, 4, 8)]
+    require_kind("chunks", chunks, Sequence, "a list of numbers of micro-batches, or None")
+    counts = [require_whole("chunks", count, otherwise=" each") for count in chunks]
+    require(bool(counts), "chunks must be a list of one or more numbers of micro-batches, or None, not []")
     return sorted({-(-size // min(count, size)) for count in counts}, reverse=True)
 
 
@@ -180,7 +226,8 @@ def balance_by_parameters(model: Model, stages: int) -> list[int]:
 
     LayerSpecs are built on the meta device. Raises PartitionError if the model has fewer layers than ``stages``.
     """
-    return partition.balance(parameter_counts(named_layers(model)), stages)
+    layers = named_layers(model)
+    return partition.balance(parameter_counts(layers), require_whole("stages", stages))
 
 
 def balance_by_time(model: Model, stages: int, sample: Nest) -> list[int]:
@@ -204,7 +251,9 @@ def balance_by_memory(model: Model, stages: int, sample: Nest) -> list[int]:
 
 def _measured_cut(model: Model, stages: int, sample: Nest, balance: str) -> list[int]:
     """Return the number of layers of each stage, balanced by "time" or "memory"."""
-    layer_costs = profile(named_layers(model), sample)
+    layers, stages = named_layers(model), require_whole("stages", stages)
+    require(bool(tensors(sample)), f"sample must be one micro-batch of inputs, with tensors, not {shown(sample)}")
+    layer_costs = profile(layers, sample)
     return partition.balance(
         balancing_costs(layer_costs, balance), stages, communication=[layer.output_bytes for layer in layer_costs]
     )

@@ -20,6 +20,12 @@ def shown(
     results: Generator[StepResult, Any, Any], batches: Iterable[Any], progress: bool
 ) -> Generator[StepResult, None, None]:
     """Yield ``results`` of training on ``batches``; with ``progress`` a bar shows them."""
+    return _with_bar(results, batches, require_flag("progress", progress))
+
+
+def _with_bar(
+    results: Generator[StepResult, Any, Any], batches: Iterable[Any], progress: bool
+) -> Generator[StepResult, None, None]:
     total = len(batches) if isinstance(batches, Sized) else None
     with closing(results), tqdm(results, total=total, disable=not progress, unit="step") as bar:
         for result in bar:

@@ -18,7 +18,7 @@ from rpcpipe.driver.driver import Driver
 from rpcpipe.driver.layout import Layout
 from rpcpipe.driver.runtime import Runtime
 from rpcpipe.errors import ArgumentError, PartitionError, ScheduleError, StateError, require, require_whole
-from rpcpipe.pipeline.arguments import Options, check_groups, check_ties, layout_of, make_schedule
+from rpcpipe.pipeline.arguments import Options, check_balance, check_groups, check_ties, layout_of, make_schedule
 from rpcpipe.pipeline.deploy import balanced, create_actors, optimizer_states, repartition, watch
 from rpcpipe.planning import partition
 from rpcpipe.schedules import weight_versions
@@ -30,6 +30,7 @@ log = logging.getLogger("rpcpipe")
 
 def wanted(options: Options, runtime: Runtime, balance: str | Sequence[int], replicas: int | None) -> Options:
     """Return the options of a pipeline, made with ``options``, as they have become, with another cut."""
+    check_balance(balance)
     schedule, settings = runtime.schedule, runtime.settings
     own = schedule.name not in schedules.names()
     return dataclasses.replace(

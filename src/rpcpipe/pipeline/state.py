@@ -6,6 +6,7 @@ Random numbers are a function of (seed, step, micro-batch, layer), so seed and s
 from __future__ import annotations
 
 import copy
+import os
 import socket
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,8 +16,9 @@ from typing import Any
 
 import torch
 
+from rpcpipe._arguments import require_flag, require_path
 from rpcpipe.checkpoint import tensor_file
-from rpcpipe.checkpoint.directory import draft, newest, prune, publish
+from rpcpipe.checkpoint.directory import MANIFEST, draft, newest, prune, publish
 from rpcpipe.checkpoint.manifest import Manifest
 from rpcpipe.checkpoint.plain_state import Holders, Stateful, decode, encode
 from rpcpipe.checkpoint.shard import Written, some
@@ -24,11 +26,19 @@ from rpcpipe.checkpoint.tensor_file import Reader
 from rpcpipe.driver.optimizer_state import merged
 from rpcpipe.driver.replies import raise_loss
 from rpcpipe.driver.runtime import Runtime
-from rpcpipe.errors import CheckpointError, Failure, StageError, StateError, require, require_whole
+from rpcpipe.errors import (
+    CheckpointError,
+    Failure,
+    StageError,
+    StateError,
+    require,
+    require_whole,
+)
 from rpcpipe.model.extra_state import packed, unpacked
 from rpcpipe.model.layers import layer_of
 from rpcpipe.model.tied_weights import Tie, completed
 from rpcpipe.pipeline.arguments import check_state, loadable
+from rpcpipe.stage.likeness import unlike
 from rpcpipe.transport.interrupts import shield_interrupts
 from rpcpipe.worker.operations import (
     ApplyCheckpoint,
@@ -71,12 +81,13 @@ def load_state_dict(runtime: Runtime, state: Mapping[str, Any]) -> None:
     runtime.history.tick()
 
 
-def save(runtime: Runtime, directory: str | Path, stateful: Holders, position: Any, keep: int | None) -> Path:
+def save(
+    runtime: Runtime, directory: str | os.PathLike[str], stateful: Holders, position: Any, keep: int | None
+) -> Path:
     """Write a checkpoint into a new folder of ``directory``, keep the newest ``keep`` ones, and return the folder.
 
     Ctrl-C is delivered while waiting for workers (the save is abandoned) or at the end (the save is complete). Raises
-    StateError within a step or an accumulation, ArgumentError for a wrong ``keep``, DependencyError without
-    safetensors, and CheckpointError.
+    StateError within a step or an accumulation, ArgumentError for a wrong value, and CheckpointError.
     """
     runtime.check_no_step("save")
     require(
@@ -87,8 +98,8 @@ def save(runtime: Runtime, directory: str | Path, stateful: Holders, position: A
     runtime.check_accumulated("save")
     if keep is not None:
         require_whole("keep", keep, otherwise=", or None for all")
-    tensor_file.require()
-    directory = Path(directory).absolute()
+    directory = absolute(directory)
+    check_stateful(stateful)
     with shield_interrupts():
         tensors: dict[str, torch.Tensor] = {}
         manifest = Manifest(
@@ -111,21 +122,31 @@ def save(runtime: Runtime, directory: str | Path, stateful: Holders, position: A
     return final
 
 
-def load(runtime: Runtime, directory: str | Path, stateful: Holders) -> Any:
+def load(runtime: Runtime, directory: str | os.PathLike[str], stateful: Holders, *, missing_ok: bool = False) -> Any:
     """Load the newest checkpoint in ``directory``, or that very checkpoint; return its ``position``.
 
-    All workers and the driver read and check their parts before any of them changes. If a worker dies, all load again;
-    an error once some have changed closes the pipeline. Raises StateError within a step, DependencyError without
-    safetensors, and CheckpointError.
+    With ``missing_ok``, return instead whether there was one to load. All workers and the driver read and check their
+    parts before any of them changes. If a worker dies, all load again; an error once some have changed closes the
+    pipeline. Raises StateError within a step, ArgumentError for a wrong value, and CheckpointError.
     """
     runtime.check_no_step("load")
-    tensor_file.require()
+    require_flag("missing_ok", missing_ok)
+    path = absolute(directory)
+    check_stateful(stateful)
     halfway = False
 
     def once() -> Any:
         nonlocal halfway
+        if (folder := newest(path)) is None:
+            require(
+                missing_ok,
+                f"no checkpoint in {path}: neither {MANIFEST} nor a folder like 00001-step-000100; with"
+                " missing_ok=True training begins anew there",
+                error=CheckpointError,
+            )
+            return False
         with shield_interrupts():
-            manifest, position, groups = _read(runtime, newest(Path(directory).absolute()), stateful)
+            manifest, position, groups = _read(runtime, folder, stateful)
             replies, halfway = _apply(runtime, manifest, groups), True
             try:
                 runtime.driver.collect(replies)
@@ -135,7 +156,7 @@ def load(runtime: Runtime, directory: str | Path, stateful: Holders) -> Any:
             halfway = False
             runtime.history.cut()
             runtime.history.tick()
-        return position
+        return missing_ok or position
 
     try:
         return runtime.healed(once, after="")
@@ -166,7 +187,7 @@ def _read(runtime: Runtime, folder: Path, stateful: Holders) -> tuple[Manifest, 
         own_parts = [
             (part, parts[name], f"the pipeline's {name}") for name, part in runtime.parts.items() if name in parts
         ]
-        _restore([*own_parts, *((holder, states[name], repr(name)) for name, holder in stateful.items())], folder)
+        _restore(own_parts + [(holder, states[name], repr(name)) for name, holder in stateful.items()], folder)
     except BaseException:
         if runtime.cluster.healthy:
             for name in runtime.names:
@@ -272,6 +293,44 @@ def _state(holder: Stateful) -> Any:
     return holder.get_state() if isinstance(holder, torch.Generator) else holder.state_dict()
 
 
+def absolute(directory: Any) -> Path:
+    """Return the argument ``directory`` as an absolute path; raises ArgumentError for what is none."""
+    path = require_path("directory", directory)
+    try:
+        return path.absolute()
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} is a path in a folder that no longer exists: {error}; pass a whole path"
+        ) from error
+
+
+def check_stateful(stateful: Any) -> None:
+    """Raise ArgumentError unless ``stateful`` maps names to objects whose state can be had and set."""
+    require(
+        isinstance(stateful, Mapping),
+        f"stateful must be a dict of objects by name, such as {{'lr': scheduler}}, not {stateful!r:.100}",
+    )
+    for name, holder in stateful.items():
+        require(
+            isinstance(name, str) and not name.startswith("$"),
+            f"the names in stateful must be strings that do not begin with '$', not {name!r:.100}",
+        )
+        require(
+            isinstance(holder, torch.Generator)
+            or all(callable(getattr(holder, method, None)) for method in ("state_dict", "load_state_dict")),
+            f"stateful[{name!r}] must be a torch.Generator or have the methods state_dict and load_state_dict, and is"
+            f" {holder!r:.100}; plain values go into position=",
+        )
+
+
+def _check_kind(holder: Stateful, before: Any, state: Any) -> None:
+    """Raise CheckpointError if torch's own ``holder`` would take ``state`` and fail later, when it is used."""
+    if isinstance(holder, (torch.amp.GradScaler, torch.optim.lr_scheduler.LRScheduler)):
+        missing = sorted(before.keys() - state.keys()) if isinstance(state, dict) else []
+        how = f"lacks {missing}" if missing else unlike(before, state)
+        require(not how, how, error=CheckpointError)
+
+
 def _restore(saved: Sequence[tuple[Stateful, Any, str]], folder: Path) -> None:
     """Set the state of every object; ``saved``: (object, state, its name in messages).
 
@@ -281,6 +340,7 @@ def _restore(saved: Sequence[tuple[Stateful, Any, str]], folder: Path) -> None:
     before = [copy.deepcopy(_state(holder)) for holder, _, _ in saved]
     for count, (holder, state, name) in enumerate(saved, 1):
         try:
+            _check_kind(holder, before[count - 1], state)
             _set_state(holder, state)
         except Exception as error:
             for (changed, _, _), old in zip(saved[:count], before, strict=False):

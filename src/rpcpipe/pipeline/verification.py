@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
+from rpcpipe._arguments import require_kind
 from rpcpipe.driver.runtime import Runtime
-from rpcpipe.errors import ScheduleError, StateError, require
+from rpcpipe.errors import ScheduleError, StateError, require, require_whole
 from rpcpipe.model import tied_weights
 from rpcpipe.model.layers import Layer, Wired
 from rpcpipe.model.microbatch import Nest
@@ -96,13 +97,13 @@ def verify(pipe: Pipeline, inputs: Nest, targets: Nest, steps: int = 2) -> Verif
     Raises ArgumentError, StateError within an accumulation, ScheduleError for an asynchronous schedule, StageError if a
     step fails, ModelError if the plain loop fails, and DeadlineExceeded.
     """
-    return pipe.turn.run("verify", _verify, pipe, inputs, targets, steps)
+    require_kind("pipe", pipe, Pipeline, "a Pipeline")
+    return pipe.turn.run("verify", _verify, pipe, inputs, targets, require_whole("steps", steps))
 
 
 def _verify(pipe: Pipeline, inputs: Nest, targets: Nest, steps: int) -> Verification:
     runtime, recipe = pipe.runtime, pipe.recipe
     runtime.check()
-    require(steps >= 1, f"steps must be at least 1, not {steps}")
     require(
         runtime.progress.done == 0,
         "calls of an accumulation are done: verify after the one that updates",

@@ -279,6 +279,8 @@ def layouts(workers: int, layers: int, replicas: int | None) -> list[tuple[int, 
 
     ``replicas``: how many, or None for any number.
     """
+    if replicas is not None and replicas > workers:
+        raise PartitionError(f"replicas={replicas} need as many workers, and there are {workers}: use fewer replicas")
     counts = range(1, workers + 1) if replicas is None else [replicas]
     rows = [(workers // count, count) for count in counts if workers % count == 0 and workers // count <= layers]
     fewest = -(-workers // layers)  # replicas that are needed where rows are as long as possible

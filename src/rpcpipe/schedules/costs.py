@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rpcpipe.errors import ArgumentError
+from rpcpipe._arguments import require_number
+from rpcpipe.errors import ArgumentError, require_positive
 from rpcpipe.schedules.action import Action
 from rpcpipe.schedules.spans import Spans
 
@@ -14,6 +15,9 @@ PerStage = float | Sequence[float]
 _PER_STAGE = (
     "forward", "input_gradient", "weight_gradient", "backward", "output_bytes", "recompute_seconds", "send_overhead",
 )  # fmt: skip
+
+
+_DURATIONS = ("latency", "optimizer", "action_overhead", "receive_overhead")
 
 
 @dataclass(frozen=True)
@@ -49,10 +53,20 @@ class Costs:
     update_alone: bool = False
 
     def check(self, stages: int) -> None:
-        """Raise ArgumentError if a sequence has not one entry for each of ``stages`` stages."""
+        """Raise ArgumentError for what is no duration, or no sequence of one for each of ``stages`` stages."""
+        for name in _DURATIONS:
+            require_number(f"costs.{name}", getattr(self, name), least=0)
+        require_positive("costs.bandwidth", self.bandwidth)
+        if self.cores is not None:
+            require_positive("costs.cores", self.cores, ", or None for one of each worker")
         for name in _PER_STAGE:
             value = getattr(self, name)
-            if isinstance(value, Sequence) and len(value) != stages:
+            if name == "backward" and value is None:
+                continue
+            several = isinstance(value, Sequence) and not isinstance(value, str)
+            for entry in value if several else (value,):
+                require_number(f"costs.{name}", entry, least=0)
+            if several and len(value) != stages:
                 raise ArgumentError(
                     f"costs.{name} has {len(value)} entries for {stages} stages;"
                     " give one for each stage, or one number for all"

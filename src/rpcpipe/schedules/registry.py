@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import NamedTuple
 
-from rpcpipe.errors import ArgumentError, ScheduleError
+from rpcpipe.errors import ArgumentError, ScheduleError, shown
 from rpcpipe.schedules import asynchronous, linear, looped, vshaped
 from rpcpipe.schedules.action import Action
 from rpcpipe.schedules.schedule import Schedule
 from rpcpipe.schedules.weight_versions import POLICIES, choose
 
+_LARGEST = 1 << 20  # workers × micro-batches × virtual stages of a schedule, which takes seconds to make
 _LARGEST_CACHED = 1 << 10  # workers × micro-batches × virtual stages of a schedule that is cached
 
 _Rows = Callable[[int, int, int], Sequence[Iterable[Action]]]  # (workers, chunks, virtual stages)
@@ -154,6 +155,12 @@ def get(name: str, workers: int, chunks: int, virtual_stages: int = 1) -> Schedu
             "workers, chunks and virtual_stages must be whole numbers and at least 1, not"
             f" {workers!r}, {chunks!r}, {virtual_stages!r}"
         )
+    if (pairs := workers * chunks * virtual_stages) > _LARGEST:
+        raise ScheduleError(
+            f"{workers} workers, chunks={chunks} and virtual_stages={virtual_stages} make {pairs:,} pairs of a stage"
+            f" and a micro-batch, and a schedule has at most {_LARGEST:,}: use fewer micro-batches; a batch never makes"
+            " more of them than it has samples"
+        )
     virtual = virtual_stages_of(name, virtual_stages)
     if chunks < entry.fewest_chunks(workers):
         raise ScheduleError(
@@ -204,6 +211,6 @@ def forward_only(schedule: Schedule, chunks: int) -> Schedule:
 
 
 def _entry(name: str) -> _Entry:
-    if name not in _REGISTRY:
-        raise ArgumentError(f"unknown schedule {name!r}; known are {', '.join(names())}")
+    if not isinstance(name, str) or name not in _REGISTRY:
+        raise ArgumentError(f"unknown schedule {shown(name)}; known are {', '.join(names())}")
     return _REGISTRY[name]

@@ -7,6 +7,8 @@ import io
 import re
 
 from rpcpipe import _tables
+from rpcpipe._arguments import require_kind
+from rpcpipe.errors import ScheduleError
 from rpcpipe.schedules.action import Action
 from rpcpipe.schedules.costs import Costs
 from rpcpipe.schedules.order import Order
@@ -47,6 +49,7 @@ class Schedule(Order):
         Raises ScheduleError where the schedule would deadlock, ArgumentError where ``costs`` has another number of
         stages.
         """
+        require_kind("costs", costs, (Costs, type(None)), "rp.schedules.Costs, or None")
         return simulate(self, costs)
 
     def to_csv(self) -> str:
@@ -62,12 +65,21 @@ class Schedule(Order):
         ``(0F7;7B3)OVERLAP_F_B`` is its actions in order. Sends, receives and what shards parameters follow from the
         placement and are dropped. Raises ScheduleError for another cell, and as ``from_actions`` does.
         """
+        require_kind("text", text, str, "the text of a CSV file")
         rows = [
             [action for cell in row for action in _actions(cell.strip())]
-            for row in csv.reader(io.StringIO(text))
+            for row in _cells(text)
             if any(cell.strip() for cell in row)
         ]
         return cls.from_actions(rows, name=name)
+
+
+def _cells(text: str) -> list[list[str]]:
+    """Return the rows of a CSV file; raises ScheduleError for a text that is none."""
+    try:
+        return list(csv.reader(io.StringIO(text)))
+    except csv.Error as error:
+        raise ScheduleError(f"the text is no CSV of actions: {error}; write it as Schedule.to_csv() does") from error
 
 
 def _actions(cell: str) -> list[Action]:

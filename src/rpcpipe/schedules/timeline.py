@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rpcpipe._arguments import require_count, require_flag, require_kind, require_path
 from rpcpipe.schedules.render import save, to_text
 from rpcpipe.schedules.spans import Spans
+
+_WIDEST = 10_000  # columns of a text
 
 
 class Timeline(Spans):
@@ -22,14 +25,14 @@ class Timeline(Spans):
 
     def to_text(self, width: int = 100) -> str:
         """Return the timeline as lines of at most ``width`` characters."""
-        return to_text([self], width)
+        return to_text([self], require_count("width", width, _WIDEST))
 
     def save(self, path: str | Path) -> None:
         """Write a picture: .svg, .png (need matplotlib), .html, or .json for Perfetto and Chrome.
 
         Raises ArgumentError for another suffix, DependencyError where matplotlib is needed and missing.
         """
-        save([self], Path(path))
+        save([self], require_path("path", path))
 
 
 def compare(
@@ -45,11 +48,13 @@ def compare(
     ``stretch``: ``planned`` is in other units (unit costs); it is drawn as long as the measured one, and its name says
     so.
     """
-    if stretch and planned.makespan:
+    for name, value in (("planned", planned), ("measured", measured)):
+        require_kind(name, value, Timeline, "a Timeline")
+    if require_flag("stretch", stretch) and planned.makespan:
         planned = _stretched(planned, measured.makespan / planned.makespan)
     if path is not None:
-        save([planned, measured], Path(path))
-    return to_text([planned, measured], width)
+        save([planned, measured], require_path("path", path))
+    return to_text([planned, measured], require_count("width", width, _WIDEST))
 
 
 def _stretched(timeline: Timeline, factor: float) -> Timeline:

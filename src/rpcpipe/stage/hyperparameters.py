@@ -58,6 +58,21 @@ def own(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return attributes | state
 
 
+def takes(optimizer: torch.optim.Optimizer, key: Any) -> bool:
+    """Return whether ``key`` may name an entry of the optimizer's: no parameters, and no attribute that torch uses.
+
+    Some options and attributes appear with the first update that needs them.
+    """
+    if not isinstance(key, str) or key in _PARAMETERS:
+        return False
+    if not is_own(key) or key.startswith(_STATE):
+        return True
+    name = key.removeprefix(_OWN)
+    return name not in _attributes_of_torch() and all(
+        _is_plain(getattr(at, name, 0)) for at in (optimizer, type(optimizer))
+    )
+
+
 def _is_plain(value: Any) -> bool:
     """Return whether ``value`` is made of plain values and of tensors that are no parameters."""
     if isinstance(value, (list, tuple)):

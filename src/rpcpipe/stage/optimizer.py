@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from rpcpipe.errors import ModelError, require
+from rpcpipe.stage import rehearsal
 from rpcpipe.stage.hyperparameters import Groups, changed, copied, entries, hyperparameters, own, same, update
 from rpcpipe.stage.rollback import Undo
 from rpcpipe.stage.separable import is_separable
@@ -188,6 +189,11 @@ class LocalOptimizer:
             for index, group in enumerate(self.optimizer.param_groups)
             for parameter in group["params"]
         }  # fmt: skip
+
+    def check(self, groups: Sequence[Mapping[str, Any]], state: Mapping[nn.Parameter, dict[str, Any]]) -> None:
+        """Raise CheckpointError unless ``adopt`` would lead to an optimizer that can go on; nothing changes."""
+        names = {parameter: name for name, parameter in self.parameters.named()}
+        rehearsal.check(self.optimizer, [self._fresh | dict(group) for group in groups], state, names)
 
     def adopt(self, groups: Sequence[Mapping[str, Any]], state: Mapping[nn.Parameter, dict[str, Any]]) -> None:
         """Replace entries and state by those of another optimizer of the same class."""

@@ -6,15 +6,13 @@ some; what these get must be the same. Nothing of the optimizer itself, its para
 
 from __future__ import annotations
 
-import copy
-import warnings
-from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from rpcpipe.stage.hyperparameters import entries, same
+from rpcpipe.stage.twin import stand_in, step, trial, twin
 
 # An update that differs by less than this share of itself may be a matter of rounding.
 _TOLERANCE = 0.01
@@ -31,42 +29,27 @@ def is_separable(optimizer: torch.optim.Optimizer) -> bool:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if len(parameters) < 2:
         return True
-    random = torch.default_generator.get_state()
     try:
-        # On the CPU whatever the default device is: values are compared.
-        with warnings.catch_warnings(), torch.no_grad(), torch.device("cpu"):
-            warnings.simplefilter("ignore")
+        with trial():
             whole, groups = _updated(optimizer, parameters, 1)
             some, other = _updated(optimizer, parameters, 2)
             alike = all(same(one[key], two.get(key)) for one, two in zip(groups, other, strict=True) for key in one)
             return not alike or all(map(_close, whole[::2], some[::2]))
     except Exception:
         return True
-    finally:
-        torch.default_generator.set_state(random)
 
 
 def _updated(
     optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], every: int
 ) -> tuple[list[torch.Tensor], list[dict[str, object]]]:
     """Return the stand-ins after an update with the gradient of one in ``every``, and the optimizer's entries."""
-    stand_ins = [nn.Parameter(torch.full([min(size, 2) for size in p.shape], 0.5, dtype=p.dtype)) for p in parameters]
-    kind = type(optimizer)
-    twin = kind.__new__(kind)
-    memo: dict[int, object] = {id(p): stand_in for p, stand_in in zip(parameters, stand_ins, strict=True)}
-    # Not deepcopy(optimizer), which leaves attributes out. A step of the object itself is a scheduler's, and hooks may
-    # refer to anything.
-    own = {
-        name: OrderedDict() if name.endswith("_hooks") else value
-        for name, value in vars(optimizer).items()
-        if name != "step"
-    }
-    vars(twin).update(copy.deepcopy(own, memo | {id(optimizer): twin}))
-    for index, stand_in in enumerate(stand_ins):
+    stand_ins = {parameter: stand_in(parameter) for parameter in parameters}
+    made = twin(optimizer, stand_ins)
+    for index, parameter in enumerate(stand_ins.values()):
         if index % every == 0:
-            stand_in.grad = torch.full_like(stand_in, _GRADIENT * (1 + index % 3))
-    kind.step(twin)
-    return [stand_in.detach() for stand_in in stand_ins], entries(twin)
+            parameter.grad = torch.full_like(parameter, _GRADIENT * (1 + index % 3))
+    step(made)
+    return [parameter.detach() for parameter in stand_ins.values()], entries(made)
 
 
 def _close(one: torch.Tensor, other: torch.Tensor) -> bool:

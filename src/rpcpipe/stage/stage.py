@@ -5,6 +5,7 @@ A stage does not depend on the transport, the schedule or other stages.
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
@@ -255,6 +256,8 @@ class Stage:
         value = self.loss(outputs, map_tensors(lambda leaf: leaf.to(self.device), target))
         value, count = losses.value_and_count(value)
         losses.check_graph(value, outputs)
+        for _, other in itertools.islice(self.losses.values(), 1):
+            losses.check_alike(count, other)
         self.losses[chunk] = (value.detach(), count)
         return value
 

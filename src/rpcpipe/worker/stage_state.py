@@ -102,6 +102,12 @@ class StageState:
         """Read what the stages need of a checkpoint, for ``ApplyCheckpoint``; return the names of their weights."""
         self._loaded = None  # free what an interrupted load may have left, before more is read
         self._loaded = shard.read(self._held.stage_modules, self._held.optimizer, folder, manifest)
+        try:
+            self._try_loss(self._loaded.loss)
+        except Exception as error:
+            raise CheckpointError(
+                f"{folder}: the loss does not take its saved state: {type(error).__name__}: {error}"
+            ) from error
         return [name for weights in self._loaded.weights for name in weights]
 
     def _apply(self, seed: int) -> None:
@@ -142,6 +148,18 @@ class StageState:
                 if parameter in group_of
             }
             optimizer.adopt(groups, placed)
+
+    def _try_loss(self, saved: Mapping[str, Any]) -> None:
+        """Raise what the loss raises when it loads ``saved``; it has its own state again afterwards."""
+        if self._held.loss is None or not saved:
+            return
+        before: dict[str, Any] = losses.state(self._held.loss)
+        if unknown := saved.keys() - before.keys():
+            raise CheckpointError(f"this pipeline's has no {sorted(map(str, unknown))}")
+        try:
+            self._held.loss.load_state_dict({**self.fresh_loss, **saved})  # type: ignore[attr-defined]
+        finally:
+            self._held.loss.load_state_dict(before)  # type: ignore[attr-defined]
 
     def check_loss(self) -> None:
         """Raise ModelError if the loss remembers something, which every replica's would do for itself."""
