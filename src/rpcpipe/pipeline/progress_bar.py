@@ -8,6 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from rpcpipe._arguments import require_flag
 from rpcpipe.driver.result import StepResult
 
 NOT_TRAINED = (
