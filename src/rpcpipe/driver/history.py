@@ -24,11 +24,10 @@ from rpcpipe.driver.snapshots import Snapshots
 from rpcpipe.driver.step import Step
 from rpcpipe.errors import StageError, WorkerLost
 from rpcpipe.model.microbatch import Nest, copied
+from rpcpipe.planning.losses import SNAPSHOT_SHARE
 from rpcpipe.stage.progress import Progress
 from rpcpipe.transport.interrupts import shield_interrupts
 from rpcpipe.worker.operations import Operation
-
-_SHARE = 0.02  # of the time, at most, snapshots are under way
 
 log = logging.getLogger("rpcpipe")
 
@@ -133,7 +132,7 @@ class History:
         if self._snapshots.settle():
             del self._log[: self._mark]
             self._whole = True
-            self._next = time.monotonic() + self._snapshots.seconds / _SHARE
+            self._next = time.monotonic() + self._snapshots.seconds / SNAPSHOT_SHARE
         elif (failure := self._snapshots.refusal) is not None:
             log.warning(
                 "if a host dies its workers cannot be replaced: %s cannot take a snapshot: %s",

@@ -14,7 +14,8 @@ from itertools import accumulate, pairwise
 
 from rpcpipe import schedules
 from rpcpipe.planning.activation_peaks import Drops, peak_activation_bytes, peak_worker_bytes
-from rpcpipe.planning.layer_cost import LayerCost, parameter_copies
+from rpcpipe.planning.layer_cost import LayerCost, parameter_copies, state_copies
+from rpcpipe.planning.losses import LossCost
 from rpcpipe.planning.overheads import Overheads
 from rpcpipe.schedules import Costs, Schedule, Timeline
 
@@ -204,10 +205,20 @@ class CostModel:
 
     def parameter_memory(self, candidate: Candidate, ends: Sequence[int]) -> list[float]:
         """Return bytes by worker of the parameters in all their copies, whatever the micro-batches."""
+        return self._in_copies(candidate, ends, candidate.parameter_copies(self.machine.moments))
+
+    def _in_copies(self, candidate: Candidate, ends: Sequence[int], copies: float) -> list[float]:
         sums, held = self.sums[candidate.micro_batch], [0.0] * candidate.depth
         for worker, (a, b) in zip(candidate.placement, pairwise(ends), strict=True):
-            held[worker] += candidate.parameter_copies(self.machine.moments) * (sums.parameters[b] - sums.parameters[a])
+            held[worker] += copies * (sums.parameters[b] - sums.parameters[a])
         return held
+
+    def loss_of(self, estimate: Estimate) -> LossCost:
+        """Return what the loss of a worker costs."""
+        candidate, machine = estimate.candidate, self.machine
+        copies = state_copies(machine.moments, candidate.replicas if candidate.sharded else 1)
+        state = self._in_copies(candidate, [0, *accumulate(estimate.balance)], copies)
+        return LossCost.of(estimate.seconds, state, machine.latency, machine.bandwidth)
 
     def timeline(self, candidate: Candidate, balance: Sequence[int]) -> Timeline:
         """Simulate the step without the updates, with ``balance[k]`` layers in stage k."""

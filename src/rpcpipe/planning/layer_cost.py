@@ -16,6 +16,11 @@ def parameter_copies(moments: int, shards: int = 1) -> float:
     return 2 + (moments + 1 + moments) / shards
 
 
+def state_copies(moments: int, shards: int = 1) -> float:
+    """Return how many times the bytes of its parameters the weights and moments take, which cannot be made anew."""
+    return 1 + moments / shards
+
+
 @dataclass(frozen=True)
 class LayerCost:
     """The costs of one layer for one micro-batch: seconds (medians of warm runs, or estimates) and bytes.

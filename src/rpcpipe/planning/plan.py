@@ -11,6 +11,7 @@ from rpcpipe import _tables, schedules
 from rpcpipe.errors import PartitionError
 from rpcpipe.planning.cost_model import Estimate
 from rpcpipe.planning.explain import reasons, refusal
+from rpcpipe.planning.losses import LossCost
 from rpcpipe.planning.search import Search
 from rpcpipe.schedules import Timeline, bubble_fraction, optimal_microbatches
 
@@ -24,7 +25,7 @@ class Plan:
 
     ``best``: the candidate chosen, its partition and figures. ``limit``: bytes that a worker may hold.
     ``exact``: whether every possibility was tried. ``beaten``: the best of every other schedule.
-    ``timeline``: the step, of a long one the beginning.
+    ``timeline``: the step, of a long one the beginning. ``loss``: what the loss of a worker costs.
     """
 
     best: Estimate
@@ -33,6 +34,7 @@ class Plan:
     why: tuple[str, ...]
     beaten: tuple[Estimate, ...]
     timeline: Timeline = field(compare=False)
+    loss: LossCost
 
     @property
     def schedule(self) -> str:
@@ -134,12 +136,20 @@ class Plan:
             ("checkpoint", self.checkpoint),
             ("replicas", f"{self.replicas}{', the optimizer sharded over them' if self.shard_optimizer else ''}"),
             ("memory", f"at most {_tables.mebibytes(max(self.memory))}{limit} a worker"),
+            ("a lost worker", f"sets training back by {self.loss.worker_seconds:.3g} s at most, and takes no memory"),
+            ("a lost host", self._host_loss()),
             (
                 "formulas",
                 f"bubble of gpipe and 1f1b (K - 1)/(K - 1 + M) = {bubble_fraction(depth, self.chunks):.1%};"
                 f" {optimal_microbatches(depth, _TARGET)} micro-batches bring it to {_TARGET:.0%}",
             ),
         ]
+
+    def _host_loss(self) -> str:
+        extra = _tables.mebibytes(max(self.loss.snapshot_bytes))
+        seconds = self.loss.host_seconds
+        back = f"by {seconds:.3g} s at most" if seconds < math.inf else "by as much as snapshots are apart"
+        return f"sets training back {back}; snapshots take {extra} more a worker, with several hosts"
 
     def _rows(self) -> list[list[str]]:
         return [_row(estimate) for estimate in sorted(self.beaten, key=lambda estimate: estimate.seconds)]
@@ -182,6 +192,7 @@ def decide(search: Search) -> Plan:
         tuple(reasons(search, best)),
         tuple(_beaten(search, best)),
         search.cost_model.timeline(shown, best.balance),
+        search.cost_model.loss_of(best),
     )
 
 
