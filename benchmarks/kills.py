@@ -208,7 +208,8 @@ def _ways(phase: str) -> tuple[str, ...]:
 
 def options(args: argparse.Namespace) -> dict[str, Any]:
     """Return what the pipeline is made with."""
-    return {"width": args.width, "replicas": args.replicas, "shard_optimizer": args.replicas > 1}
+    shared = {"width": args.width, "schedule": args.schedule}
+    return {**shared, "replicas": args.replicas, "shard_optimizer": args.replicas > 1}
 
 
 def undisturbed(
@@ -260,6 +261,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 30))
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--replicas", type=int, default=1, help="with more than 1 the optimizer is sharded")
+    parser.add_argument("--schedule", default="1f1b", help="with pipedream it streams")
     parser.add_argument("--width", type=int, default=192)
     args = parser.parse_args()
     print(f"seed {args.seed}, {args.workers} workers, {args.replicas} replicas, {_load()}", flush=True)

@@ -27,8 +27,8 @@ def free_port() -> int:
 def popen(stack: ExitStack, command: list[str], environ: Mapping[str, str | None]) -> subprocess.Popen[str]:
     """Start a process that is gone once ``stack`` is left; a variable that is None is not set."""
     env = {key: value for key, value in environ.items() if value is not None}
-    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    process = subprocess.Popen(command, env=env, text=True, **pipes)
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, env=env, text=True, stdin=pipe, stdout=pipe, stderr=pipe)
     stack.enter_context(process)
     stack.callback(process.kill)
     return process
