@@ -322,7 +322,9 @@ def test_memory_that_a_layer_uses_again_is_copied_or_refused(where: str, last: b
         with pytest.raises(rp.ModelError, match=rf"the output of layer {int(last)} is in memory that also held"):
             pipe(x)
         return
-    assert torch.equal(pipe(x), nn.Sequential(*copy.deepcopy(layers))[-1](x) if not last else x)
+    # Whole batches have other bits on some processors.
+    expected = torch.cat([copy.deepcopy(layers[-1])(part) for part in x.chunk(4)]) if not last else x
+    assert torch.equal(pipe(x), expected)
     if not last:
         pipe.train_step(x, x)
 
