@@ -169,10 +169,13 @@ def test_messages_and_actions_occupy_their_workers() -> None:
     assert [(span.kind, span.start) for span in row[:2]] == [("F", 0), ("F", 2 + 1 + 0.25)]
 
 
+_RECOMPUTATION = 0.5
+
+
 def some_costs(stages: int, sizes: tuple[float, float, float], overheads: tuple[float, float, float]) -> Costs:
     action, send, receive = overheads
     return Costs(
-        *sizes, latency=0.25, recompute_seconds=[0.5] * stages, action_overhead=action,
+        *sizes, latency=0.25, recompute_seconds=[_RECOMPUTATION] * stages, action_overhead=action,
         send_overhead=[send * (1 + stage % 2) for stage in range(stages)], receive_overhead=receive,
     )  # fmt: skip
 
@@ -216,7 +219,11 @@ def test_overheads_are_the_same_with_a_core_for_each_worker(
     found = {span[:4]: (span.start, span.end) for span in shared}
     assert found.keys() == {span[:4] for span in plain.spans}
     for span in plain.spans:
-        assert found[span[:4]] == pytest.approx((span.start, span.end))
+        start, end = found[span[:4]]
+        assert end == pytest.approx(span.end)
+        # An input that comes when its recomputation could begin, but for rounding: it is the action's, or is before it.
+        earlier = abs(start - span.start) == pytest.approx(_RECOMPUTATION) and span.kind in "BI"
+        assert earlier or start == pytest.approx(span.start)
     arrivals = {move.producer: move.arrived for move in transfers}
     assert arrivals == pytest.approx({move.producer: move.arrived for move in plain.transfers})
     assert max(ends) == pytest.approx(plain.makespan)
