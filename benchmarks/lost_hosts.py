@@ -40,10 +40,10 @@ class Killer:
         self._group, self._cluster, self.random = group, cluster, random.Random(seed)
 
     def told(self, result: rp.StepResult) -> None:
-        """Note the first action after a kill."""
-        began = min(span.start for span in result.timeline.spans)
-        if len(self.actions) < len(self.kills) and began > self.kills[-1]:
-            self.actions.append(began)
+        """Note the first action after a kill was healed: an agent's worker outlives it by a moment."""
+        used = sum(event.kind == "spare used" for event in self._cluster.events)
+        if len(self.actions) < used:
+            self.actions.append(min(span.start for span in result.timeline.spans))
 
     def strike(self) -> None:
         """Kill the agent of a worker, and start the rank again."""

@@ -109,8 +109,12 @@ def _checked(given: Any, whole: _Whole) -> tuple[Groups, dict[str, dict[str, Any
     try:
         saved, state = list(given["param_groups"]), dict(given["state"])
         groups = [{key: value for key, value in group.items() if key not in _PARAMETERS} for group in saved]
-        numbers = [list(group["params"]) for group in saved]
-    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        numbers = [list(map(int, group["params"])) for group in saved]
+        names_of = [
+            list(map(str, group.get("param_names") or members))
+            for group, members in zip(saved, whole.members, strict=False)
+        ]
+    except Exception as error:  # whatever a strange object raises
         raise CheckpointError(
             f"pipe.optimizer.load_state_dict takes what state_dict() of it, or of torch's optimizer over the unsplit"
             f" model's trainable parameters, returned, not {given!r:.80} ({type(error).__name__}: {error})"
@@ -122,8 +126,7 @@ def _checked(given: Any, whole: _Whole) -> tuple[Groups, dict[str, dict[str, Any
         missing = [key for key in own if key not in group and not is_own(key)]
         _require(not missing, f"lacks {missing} in group {index}: it is another optimizer's")
     found: dict[str, dict[str, Any]] = {}
-    for group, row, members in zip(saved, numbers, whole.members, strict=True):
-        names = group.get("param_names") or list(members)
+    for names, row, members in zip(names_of, numbers, whole.members, strict=True):
         _require(set(names) == members.keys(), f"is of other parameters: {sorted(set(names) ^ members.keys())[:5]}")
         for name, number in zip(names, row, strict=True):
             found[name] = _fitting(name, state.get(number, {}), members[name])

@@ -269,6 +269,10 @@ def check_ties(policy: Policy | None, ties: Sequence[Tie], layers: Sequence[str]
 def pairs(batches: Iterable[Any], call: str) -> Iterator[tuple[Nest, Nest]]:
     """Yield each batch as (inputs, targets); raises ArgumentError for anything but a pair."""
     require_iterable("batches", batches, "pairs (inputs, targets)")
+    return _each_pair(batches, call)
+
+
+def _each_pair(batches: Iterable[Any], call: str) -> Iterator[tuple[Nest, Nest]]:
     for batch in batches:
         if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
             about = f" of {len(batch)}" if isinstance(batch, (tuple, list)) else ""

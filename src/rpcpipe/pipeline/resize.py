@@ -12,7 +12,6 @@ import uuid
 from collections.abc import Mapping, Sequence
 
 from rpcpipe import schedules
-from rpcpipe.cluster.rendezvous import Worker
 from rpcpipe.driver.deployment import Deployment
 from rpcpipe.driver.driver import Driver
 from rpcpipe.driver.layout import Layout
@@ -40,10 +39,10 @@ def wanted(options: Options, runtime: Runtime, balance: str | Sequence[int], rep
     )  # fmt: skip
 
 
-def resized(old: Runtime, options: Options, workers: Sequence[Worker] | int | None) -> Runtime:
-    """Return a runtime that goes on where ``old`` is, over ``workers``: these, the cluster's first ones, None for all.
+def resized(old: Runtime, options: Options, workers: Layout | int | None) -> Runtime:
+    """Return a runtime that goes on where ``old`` is, over other workers.
 
-    ``options`` say how to cut. Raises StateError within a step or an accumulation, and ArgumentError, ScheduleError or
+    ``workers``: these, so many of the cluster's first ones, None for all. ``options`` say how to cut. Raises StateError within a step or an accumulation, and ArgumentError, ScheduleError or
     PartitionError for what does not fit, before anything moves.
     """
     old.check_no_step("resize")
@@ -83,11 +82,13 @@ def settled(old: Runtime, options: Options) -> Runtime:
     cluster, standing = old.cluster, {worker.name for worker in old.cluster.stand_ins}
     if old.closed or old.progress.done or standing.isdisjoint(old.names):
         return old
-    others = [worker for worker in cluster.workers if worker.name not in standing]
+    others = [worker.name for worker in cluster.workers if worker.name not in standing]
     own = wanted(options, old, "parameters", None)
     old.check()
     try:
-        new = old.healed(lambda: resized(old, own, others[: len(others) // own.replicas * own.replicas]))
+        require(len(others) >= own.replicas, f"too few workers for replicas={own.replicas} are left", error=StateError)
+        layout = Layout(tuple(others[: len(others) // own.replicas * own.replicas]), own.replicas)
+        new = old.healed(lambda: resized(old, own, layout))
     except (ArgumentError, PartitionError, ScheduleError, StateError) as error:
         log.warning("%s stay on the driver's host, for the model cannot go on without: %s", sorted(standing), error)
         return old
@@ -97,7 +98,7 @@ def settled(old: Runtime, options: Options) -> Runtime:
     return new
 
 
-def _deployment(old: Runtime, options: Options, workers: Sequence[Worker] | int | None) -> Deployment:
+def _deployment(old: Runtime, options: Options, workers: Layout | int | None) -> Deployment:
     before, layout = old.deployment, _layout(old, options, workers)
     virtual = options.virtual_stages
     if isinstance(options.schedule, str):
@@ -117,13 +118,12 @@ def _deployment(old: Runtime, options: Options, workers: Sequence[Worker] | int 
     return Deployment(layout, schedule, balance, before.wirings, before.ties, options.shard_optimizer)
 
 
-def _layout(old: Runtime, options: Options, workers: Sequence[Worker] | int | None) -> Layout:
+def _layout(old: Runtime, options: Options, workers: Layout | int | None) -> Layout:
     given = options.schedule, options.balance, options.virtual_stages, options.replicas
     if workers is None:
         return layout_of(old.cluster, *given)
-    if not isinstance(workers, int):
-        require(bool(workers), f"too few workers for replicas={options.replicas} are left", error=PartitionError)
-        return Layout(tuple(worker.name for worker in workers), options.replicas)
+    if isinstance(workers, Layout):
+        return workers
     count, known = require_whole("workers", workers), old.cluster.workers
     require(
         count <= len(known) and count % options.replicas == 0,
