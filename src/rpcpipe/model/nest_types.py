@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import inspect
 import io
+import pickle
 import threading
 from collections.abc import Callable, Collection, Iterable
 from types import NoneType, SimpleNamespace
@@ -144,6 +145,7 @@ def check_leaf(leaf: Any, source: str) -> None:
     name = type(leaf).__qualname__
     try:
         _Finder(lambda part: isinstance(part, (torch.Tensor, torch.UntypedStorage))).dump(leaf)
+        pickle.dumps(leaf)  # as messages do: no function that is not found by its name
     except _Held:
         raise ModelError(
             f"{source} holds tensors inside of a {name}, where their gradients would be lost; give them in tuples,"

@@ -42,8 +42,9 @@ def wanted(options: Options, runtime: Runtime, balance: str | Sequence[int], rep
 def resized(old: Runtime, options: Options, workers: Layout | int | None) -> Runtime:
     """Return a runtime that goes on where ``old`` is, over other workers.
 
-    ``workers``: these, so many of the cluster's first ones, None for all. ``options`` say how to cut. Raises StateError within a step or an accumulation, and ArgumentError, ScheduleError or
-    PartitionError for what does not fit, before anything moves.
+    ``workers``: these, so many of the cluster's first ones, None for all. ``options`` say how to cut. Raises
+    StateError within a step or an accumulation, and ArgumentError, ScheduleError or PartitionError for what does not
+    fit, before anything moves.
     """
     old.check_no_step("resize")
     old.check_accumulated("resize")
