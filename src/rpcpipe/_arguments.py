@@ -27,8 +27,8 @@ def require_number(name: str, value: Any, least: float = -math.inf, otherwise: s
 
 def require_seconds(name: str, value: Any) -> float:
     """Return argument ``name`` as a float; raises ArgumentError unless it is above 0 and at most 1e8 seconds."""
-    seconds = require_positive(name, value, f" of seconds, at most {_LONGEST:.0e}")
-    require(seconds <= _LONGEST, f"{name} must be at most {_LONGEST:.0e} seconds, not {shown(value)}")
+    seconds = require_positive(name, value, " (seconds)")
+    require(seconds <= _LONGEST, f"{name} must be at most {_LONGEST:.0e} (seconds), not {shown(value)}")
     return seconds
 
 

@@ -95,8 +95,8 @@ def test_calls_of_several_threads_take_turns(schedule: str, others: ThreadPoolEx
             lambda: pipe.train_step(*BATCH).loss, lambda: pipe.evaluate([BATCH]), lambda: len(pipe.state_dict()),
         )
     ]  # fmt: skip
-    losses = {call.result(SECONDS) for call in calls[::3]}
-    assert losses == {fresh.train_step(*BATCH).loss for _ in range(4)}
+    results = [call.result(SECONDS) for call in calls]  # of all: fresh uses the same generator in this process
+    assert set(results[::3]) == {fresh.train_step(*BATCH).loss for _ in range(4)}
     assert pipe.train_step(*BATCH).loss == fresh.train_step(*BATCH).loss
 
 

@@ -57,6 +57,7 @@ def launch(**arguments: Any) -> Any:
 
 def connect(**arguments: Any) -> Any:
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(connecting, "_listen_interface", lambda *given: SimpleNamespace(name="lo", address="127.0.0.1"))
         patch.setattr(connecting, "_gather", lambda *given: SimpleNamespace(workers=[], spares=[]))
         patch.setattr(connecting, "live", launching.LiveCluster())
         for name, value in {"RANK": 0, "WORLD_SIZE": 3, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}.items():

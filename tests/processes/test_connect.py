@@ -98,7 +98,7 @@ def test_torchrun(script: Path) -> None:
         assert [node.wait(30) for node in nodes] == [0, 0]
 
 
-def refusal(process: subprocess.Popen[str], within: float = 15.0) -> str:
+def refusal(process: subprocess.Popen[str], within: float = 40.0) -> str:
     """The one line of error of a process that ends with status 1."""
     _, err = process.communicate(timeout=within)
     assert process.returncode == 1, err

@@ -180,7 +180,7 @@ def test_an_optimizer_that_is_none_is_refused(cluster: rp.Cluster) -> None:
         ({"workers": 0}, "workers must be at least 1"),
         ({"workers": 2, "threads": 0}, "threads must be at least 1, not 0"),
         ({"workers": 2.0}, "workers must be a whole number of at least 1, not 2.0"),
-        ({"workers": 2, "timeout": 0}, "timeout must be a number above 0, not 0"),
+        ({"workers": 2, "timeout": 0}, r"timeout must be a number above 0 \(seconds\), not 0"),
         ({"workers": 2, "device": "cuda:7"}, r"is not there: this host has \d CUDA"),
         ({"workers": 2, "device": "mps"}, "runs on cpu and cuda"),
     ],

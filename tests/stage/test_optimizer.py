@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 from torch import nn
@@ -59,7 +61,7 @@ def test_copies_are_made_one_at_a_time_and_kept_up_to_date() -> None:
 
 def test_changed_hyperparameters_reach_the_worker_and_may_come_back() -> None:
     worker = local()
-    driver = PipelineOptimizer(worker.groups(), lambda: None, lambda: None)
+    driver = PipelineOptimizer(worker.groups(), Mock())
     assert driver.changes() == [{}]
     driver.param_groups[0]["lr"] = 0.5
     apply(worker, driver.changes())

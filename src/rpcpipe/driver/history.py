@@ -24,7 +24,7 @@ from rpcpipe.driver.snapshots import Snapshots
 from rpcpipe.driver.step import Step
 from rpcpipe.errors import StageError, WorkerLost
 from rpcpipe.model.microbatch import Nest, copied
-from rpcpipe.planning.losses import SNAPSHOT_SHARE
+from rpcpipe.planning.loss_cost import SNAPSHOT_SHARE
 from rpcpipe.stage.progress import Progress
 from rpcpipe.transport.interrupts import shield_interrupts
 from rpcpipe.worker.operations import Operation

@@ -206,5 +206,5 @@ def evaluate(
         if share:
             total, samples = total + loss * share, samples + share
     if not samples:
-        raise ArgumentError("evaluate needs at least one of batches in which something counts")
+        raise ArgumentError("evaluate needs at least one batch in which something counts, and batches has none")
     return total / samples, means(sums)

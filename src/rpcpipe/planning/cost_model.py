@@ -15,7 +15,7 @@ from itertools import accumulate, pairwise
 from rpcpipe import schedules
 from rpcpipe.planning.activation_peaks import Drops, peak_activation_bytes, peak_worker_bytes
 from rpcpipe.planning.layer_cost import LayerCost, parameter_copies, state_copies
-from rpcpipe.planning.losses import LossCost
+from rpcpipe.planning.loss_cost import LossCost
 from rpcpipe.planning.overheads import Overheads
 from rpcpipe.schedules import Costs, Schedule, Timeline
 

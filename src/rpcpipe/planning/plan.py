@@ -11,7 +11,7 @@ from rpcpipe import _tables, schedules
 from rpcpipe.errors import PartitionError
 from rpcpipe.planning.cost_model import Estimate
 from rpcpipe.planning.explain import reasons, refusal
-from rpcpipe.planning.losses import LossCost
+from rpcpipe.planning.loss_cost import LossCost
 from rpcpipe.planning.search import Search
 from rpcpipe.schedules import Timeline, bubble_fraction, optimal_microbatches
 

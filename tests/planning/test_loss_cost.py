@@ -8,7 +8,7 @@ import pytest
 
 from rpcpipe.planning.cost_model import CostModel, Machine
 from rpcpipe.planning.layer_cost import LayerCost
-from rpcpipe.planning.losses import REPLACEMENT_SECONDS, LossCost
+from rpcpipe.planning.loss_cost import REPLACEMENT_SECONDS, LossCost
 from rpcpipe.planning.plan import decide
 from rpcpipe.planning.search import Search
 
