@@ -146,3 +146,23 @@ def test_generation_is_refused_before_it_starts(arguments: dict[str, Any]) -> No
     [name] = arguments
     with pytest.raises(rp.errors.ArgumentError, match=f"{name} must"):
         rp.generate(pipeline(), torch.zeros(1, 2, dtype=torch.long), **{"new_tokens": 1, **arguments})
+
+
+class Spoken(list[Any]):
+    """Counts how often it is put into words."""
+
+    times = 0
+
+    def __repr__(self) -> str:
+        Spoken.times += 1
+        return "…"
+
+
+def test_what_is_taken_is_not_put_into_words() -> None:
+    """That of many batches, or of a large model's state, takes seconds."""
+    pipe = rp.Pipeline(mlp(4), LocalCluster(2), loss=cross_entropy, optimizer=sgd, chunks=2)
+    data = Spoken(batches(2))
+    assert len(list(pipe.train(data))) == 2
+    assert pipe.evaluate(data) > 0
+    assert len(list(pipe.predict(Spoken(inputs for inputs, _ in data)))) == 2
+    assert Spoken.times == 0

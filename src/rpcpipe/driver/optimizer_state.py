@@ -136,7 +136,8 @@ def _checked(given: Any, whole: _Whole) -> tuple[Groups, dict[str, dict[str, Any
 
 def _fitting(name: str, state: Any, shape: tuple[int, ...]) -> dict[str, Any]:
     """Return one parameter's state as it is sent; a tensor of as many dimensions has its size, or 1, in each."""
-    _require(isinstance(state, Mapping), f"has {state!r:.80} as the state of {name}")
+    if not isinstance(state, Mapping):
+        _require(False, f"has {state!r:.80} as the state of {name}")
     for key, value in state.items():
         if isinstance(value, torch.Tensor) and value.dim() == len(shape):
             fits = all(size in (1, own) for size, own in zip(value.shape, shape, strict=True))

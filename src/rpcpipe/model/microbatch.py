@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils import _pytree as pytree
 
-from rpcpipe._arguments import require_iterable
-from rpcpipe.errors import ArgumentError, real, require, require_whole, shown
+from rpcpipe._arguments import require_iterable, require_numbers
+from rpcpipe.errors import ArgumentError, require, require_whole
 from rpcpipe.model import nest_types
 from rpcpipe.transport import user_pickling
 
@@ -127,7 +127,7 @@ class MicroBatches:
     def __init__(self, parts: Sequence[Nest], weights: Sequence[float] | None = None) -> None:
         require_iterable("parts", parts, "micro-batches")
         self.parts = list(parts)
-        self.weights = None if weights is None else _numbers("weights", weights)
+        self.weights = None if weights is None else require_numbers("weights", weights)
         require(bool(self.parts), "rp.MicroBatches needs at least one micro-batch")
         require(
             self.weights is None
@@ -138,14 +138,6 @@ class MicroBatches:
 
     def __repr__(self) -> str:
         return f"MicroBatches({self.parts!r})"
-
-
-def _numbers(name: str, values: Any) -> list[float]:
-    """Return argument ``name`` as a list of floats; raises ArgumentError unless it is one of numbers."""
-    require_iterable(name, values, "numbers, or None")
-    found = [real(value.item() if isinstance(value, torch.Tensor) else value) for value in values]
-    require(None not in found, f"{name} must be a list of numbers, or None, not {shown(values)}")
-    return [value for value in found if value is not None]
 
 
 class _One(NamedTuple):

@@ -207,7 +207,8 @@ def check_functions(loss: Any, optimizer: Any, dispatch: str) -> None:
         "optimizer=… needs loss=… to train; leave both out for a pipeline that only infers, or the optimizer for one"
         " that evaluates as well",
     )
-    require(loss is None or callable(loss), f"loss must be callable as loss(output, target), not {loss!r}")
+    if loss is not None and not callable(loss):
+        raise ArgumentError(f"loss must be callable as loss(output, target), not {loss!r}")
     if optimizer is not None:
         losses.check(loss)
     require(
@@ -228,10 +229,8 @@ def check_types(schedule: Any, balance: Any, shard_optimizer: Any) -> None:
 
 def check_balance(balance: Any) -> None:
     """Raise ArgumentError for what is neither a name nor a list."""
-    require(
-        isinstance(balance, (str, Sequence)) and len(balance) > 0,
-        f"balance must be one of {_BALANCES} or a list of layers per stage, not {shown(balance)}",
-    )
+    if not isinstance(balance, (str, Sequence)) or len(balance) == 0:
+        raise ArgumentError(f"balance must be one of {_BALANCES} or a list of layers per stage, not {shown(balance)}")
 
 
 def check_settings(settings: Settings) -> Settings:
@@ -324,18 +323,13 @@ def _check_tied_groups(infos: Mapping[str, Sequence[StageInfo]]) -> None:
 
 def loadable(state: Any) -> dict[str, Any]:
     """Return a ``state_dict`` as it is sent, in host memory; raises CheckpointError for what cannot be sent."""
-    require(
-        isinstance(state, Mapping),
-        f"load_state_dict takes a state_dict, a mapping of names to tensors, not {state!r:.80}",
-    )
+    if not isinstance(state, Mapping):
+        raise ArgumentError(f"load_state_dict takes a state_dict, a mapping of names to tensors, not {state!r:.80}")
     loaded = dict(state)
     for key, value in state.items():
         if not is_extra(key):
-            require(
-                isinstance(value, torch.Tensor),
-                f"{key} is {value!r:.80}, not a tensor; nothing has changed",
-                error=CheckpointError,
-            )
+            if not isinstance(value, torch.Tensor):
+                raise CheckpointError(f"{key} is {value!r:.80}, not a tensor; nothing has changed")
             with as_argument(CheckpointError):
                 loaded[key] = sendable(value.detach(), f"{key} of the state_dict").cpu()
     return loaded

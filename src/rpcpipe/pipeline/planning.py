@@ -252,7 +252,8 @@ def balance_by_memory(model: Model, stages: int, sample: Nest) -> list[int]:
 def _measured_cut(model: Model, stages: int, sample: Nest, balance: str) -> list[int]:
     """Return the number of layers of each stage, balanced by "time" or "memory"."""
     layers, stages = named_layers(model), require_whole("stages", stages)
-    require(bool(tensors(sample)), f"sample must be one micro-batch of inputs, with tensors, not {shown(sample)}")
+    if not tensors(sample):
+        raise ArgumentError(f"sample must be one micro-batch of inputs, with tensors, not {shown(sample)}")
     layer_costs = profile(layers, sample)
     return partition.balance(
         balancing_costs(layer_costs, balance), stages, communication=[layer.output_bytes for layer in layer_costs]
