@@ -198,7 +198,8 @@ def disturbed(args: argparse.Namespace, folder: Path) -> tuple[Killer, list[tupl
             usages.append(Usage.now(cluster))
         # The last kill may have come at the end of its act.
         done.append(("train", run.act("train")))
-        assert run.pipe.trained == run.steps, f"{run.steps} steps were asked for, {run.pipe.trained} are done"
+        updates = run.steps * (immortal.CHUNKS if args.schedule == "pipedream" else 1)
+        assert run.pipe.trained == updates, f"{updates} updates were asked for, {run.pipe.trained} are done"
         return killer, done, usages, run.pipe.state_dict()
 
 

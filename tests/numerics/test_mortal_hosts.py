@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +29,23 @@ def test_a_host_dies_between_two_steps() -> None:
     assert losses == [loss for _, loss, *_ in expected]
     assert same(pipe.state_dict(), after)
     assert pipe.runtime.history.restored == 1
+
+
+def test_snapshots_that_are_given_up_leave_the_newest_as_it_is() -> None:
+    cluster = MortalHosts(2, 0)
+    pipe, alone = pipeline(cluster, model=model()), pipeline(LocalCluster(2, 1), model=model())
+    history: Any = pipe.runtime.history
+    for number, batch in enumerate(batches(8, 24)):
+        if number == 5:
+            assert history.safe
+            for _ in range(2):  # of which one has the newest's place, if they have places in turn
+                history._snapshots.take()
+                pipe.evaluate([batch])  # by when the workers have taken it
+                history.lose()  # as a worker that dies does
+            cluster.lose_host("worker1")
+        assert pipe.train_step(*batch).loss == alone.train_step(*batch).loss
+    assert history.restored == 1
+    assert same(pipe.state_dict(), alone.state_dict())
 
 
 @pytest.mark.parametrize("name", OPTIONS)

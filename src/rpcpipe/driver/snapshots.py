@@ -77,14 +77,16 @@ class Snapshots:
 
     def take(self) -> None:
         """Have all workers take a snapshot, between two steps, and send it to each other; does not wait."""
-        hosts, number = self._hosts(), self._numbers
+        # Not in the place of the newest, which even and odd numbers take in turn: one in between may be given up.
+        number = self._numbers + (self._numbers % 2 == self._newest_number % 2)
+        hosts = self._hosts()
         names = list(hosts)
         # The next in turn that does not die with it.
         keepers = {
             name: next(other for other in (*names[at:], *names[:at]) if hosts[other] != hosts[name])
             for at, name in enumerate(names)
         }
-        self._numbers += 1
+        self._numbers = number + 1
         begun, ends = time.monotonic(), list[float]()
         taken = {name: self._driver.call(name, TakeSnapshot(number, keepers[name])) for name in names}
         stored = {name: self._driver.ask(keepers[name], "stored", name, number) for name in names}
