@@ -14,7 +14,6 @@ from rpcpipe.driver.driver import Driver
 from rpcpipe.driver.replies import is_done, outcome_of
 from rpcpipe.errors import Failure, WorkerLost
 from rpcpipe.worker.messages import KeptAt
-from rpcpipe.worker.vault import Taken
 from rpcpipe.worker.worker_operations import TakeSnapshot
 
 
@@ -51,20 +50,23 @@ class _Pending:
 class Snapshots:
     """Takes snapshots and knows where the newest lies that all workers have.
 
-    ``seconds``: how long it took, from the first message until the last worker had it. ``bytes``: by worker, its size.
-    ``refusal``: why none can be taken.
+    ``seconds``: how long it took, from the first message until the last worker had it. ``refusal``: why none can be
+    taken.
     """
 
     def __init__(self, cluster: PipelineCluster, driver: Driver) -> None:
-        self.pending = False
         self.refusal: Failure | None = None
         self.seconds = 0.0
-        self.bytes: dict[str, int] = {}
         self._cluster, self._driver = cluster, driver
         self._numbers = 0
         self._under_way: _Pending | None = None
         self._newest: dict[str, list[_Copy]] = {}
         self._newest_number = -1
+
+    @property
+    def pending(self) -> bool:
+        """Whether one is under way."""
+        return self._under_way is not None
 
     @property
     def possible(self) -> bool:
@@ -91,7 +93,6 @@ class Snapshots:
         taken = {name: self._driver.call(name, TakeSnapshot(number, keepers[name])) for name in names}
         stored = {name: self._driver.ask(keepers[name], "stored", name, number) for name in names}
         self._under_way = _Pending(number, begun, hosts, keepers, taken, stored, ends)
-        self.pending = True
         for reply in self._under_way.replies:
             reply.add_done_callback(lambda _: ends.append(time.monotonic()))
 
@@ -104,21 +105,17 @@ class Snapshots:
         if not all(map(is_done, now.replies)):
             self.refusal = now.failure
             return False
+        copies: dict[str, list[_Copy]] = {name: [] for name in now.hosts}
         try:
-            copies = {
-                name: [
-                    self._copy(name, now.hosts[name], now.taken[name].result().at),
-                    self._copy(now.keepers[name], now.hosts[now.keepers[name]], now.stored[name].result()),
-                ]
-                for name in now.hosts
-            }
+            for name, keeper in now.keepers.items():
+                for holder, replies in ((name, now.taken), (keeper, now.stored)):
+                    copies[name].append(self._copy(holder, now.hosts[holder], replies[name].result()))
         except (OSError, WorkerLost):
+            _let_go(copies)
             return False  # somebody has died since
-        self._let_go()
+        _let_go(self._newest)
         self._newest, self._newest_number = copies, now.number
         self.seconds = max(now.ends) - now.begun
-        taken: dict[str, Taken] = {name: reply.result() for name, reply in now.taken.items()}
-        self.bytes = {name: one.bytes for name, one in taken.items()}
         for name in now.hosts:
             self._driver.ask(name, "forget_snapshots", now.number - 1)
         return True
@@ -135,7 +132,7 @@ class Snapshots:
 
     def give_up(self) -> None:
         """Forget the snapshot under way."""
-        self._under_way, self.pending = None, False
+        self._under_way = None
 
     def bring(self) -> dict[str, str]:
         """Return by worker the path of its newest snapshot, there where it lives; have it sent there if need be.
@@ -167,10 +164,11 @@ class Snapshots:
     def close(self) -> None:
         """Let go of all snapshots."""
         self.give_up()
-        self._let_go()
-
-    def _let_go(self) -> None:
-        for copies in self._newest.values():
-            for copy in copies:
-                copy.kept.close()
+        _let_go(self._newest)
         self._newest = {}
+
+
+def _let_go(copies: Mapping[str, list[_Copy]]) -> None:
+    for own in copies.values():
+        for copy in own:
+            copy.kept.close()

@@ -140,13 +140,6 @@ class MicroBatches:
         return f"MicroBatches({self.parts!r})"
 
 
-class _One(NamedTuple):
-    """One micro-batch of a MicroBatches, and its weight."""
-
-    value: Nest
-    weight: float | None
-
-
 def map_batch(function: Any, nest: Nest) -> Nest:
     """Return inputs or targets with every tensor replaced by ``function(tensor)``, also inside of what says its cut."""
     leaves, spec = flatten(nest)

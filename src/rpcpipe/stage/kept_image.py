@@ -28,20 +28,20 @@ def pieces(descriptor: int) -> Iterator[Piece]:
             place += len(data)
 
 
-def write(descriptor: int, size: int, parts: Iterable[tuple[int, bytes | memoryview]]) -> int:
-    """Let the file ``descriptor`` be ``size`` bytes long, holes but for ``parts``; return the bytes of these."""
+def write(descriptor: int, size: int, parts: Iterable[tuple[int, bytes | memoryview]]) -> None:
+    """Let the file ``descriptor`` be ``size`` bytes long, holes but for ``parts``."""
     os.ftruncate(descriptor, 0)
     os.ftruncate(descriptor, size)
-    return sum(write_at(descriptor, offset, data) for offset, data in parts)
+    for offset, data in parts:
+        write_at(descriptor, offset, data)
 
 
-def write_at(descriptor: int, offset: int, data: bytes | memoryview) -> int:
-    """Write all of ``data`` at ``offset``, and return its length."""
+def write_at(descriptor: int, offset: int, data: bytes | memoryview) -> None:
+    """Write all of ``data`` at ``offset``."""
     left = memoryview(data)
     while left:
         done = os.pwrite(descriptor, left, offset)
         left, offset = left[done:], offset + done
-    return len(data)
 
 
 def copied(path: str) -> int:

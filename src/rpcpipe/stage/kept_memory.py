@@ -306,10 +306,10 @@ class KeptMemory:
         self._extents = Extents(_PAGE, used)
         return values
 
-    def write_image(self, descriptor: int, leave_out: Collection[int]) -> int:
+    def write_image(self, descriptor: int, leave_out: Collection[int]) -> None:
         """Write into the file ``descriptor`` what the current records but ``leave_out`` say, and the tensors there.
 
-        Return the bytes written. Whoever goes on from it has no update and no begin of a step to take back.
+        Whoever goes on from it has no update and no begin of a step to take back.
         """
         head = bytearray(ctypes.string_at(self._base, _PAGE))
         for word in (Word.UPDATING, Word.START, Word.OTHER_START):
@@ -320,7 +320,7 @@ class KeptMemory:
         for number in self._records.keys() - {*leave_out}:
             extents |= {self._records[number], *self._referred[number]}
         values = ((offset, self._bytes(offset, size)) for offset, size in sorted(extents))
-        return kept_image.write(descriptor, self._size, [(0, bytes(head)), *values])
+        kept_image.write(descriptor, self._size, [(0, bytes(head)), *values])
 
     def _bytes(self, offset: int, size: int) -> memoryview:
         return memoryview((ctypes.c_ubyte * size).from_address(self._base + offset)).cast("B")

@@ -107,14 +107,14 @@ class Actor:
         """Return the description of every stage of this worker, by stage."""
         return self.held.describe()
 
-    def write_image(self, descriptor: int) -> int:
-        """Write what the worker keeps of its stages, between two steps, into a file; return the bytes.
+    def write_image(self, descriptor: int) -> None:
+        """Write what the worker keeps of its stages, between two steps, into a file.
 
         Raises ModelError if it does not keep all.
         """
         require(self._kept is not None, "nothing of this worker is kept", error=ModelError)
         assert self._kept is not None
-        return self._kept.write_image(descriptor)
+        self._kept.write_image(descriptor)
 
     def module(self, stage: int) -> nn.Module:
         """Return the module of ``stage``, to run it under the pipeline's settings of torch."""

@@ -218,8 +218,8 @@ class KeptState:
             self._write_all({Part.SNAPSHOTS: self._memory.dumps(None)})
             self._memory[Word.CONDITION] = Condition.KEPT
 
-    def write_image(self, descriptor: int) -> int:
-        """Write what a successor on another host needs between two steps into a file; return the bytes.
+    def write_image(self, descriptor: int) -> None:
+        """Write what a successor on another host needs between two steps into a file.
 
         Raises ModelError if not all of it is kept.
         """
@@ -228,7 +228,7 @@ class KeptState:
             "not all of the stages' state is kept: the worker's log says what",
             error=ModelError,
         )
-        return self._memory.write_image(descriptor, _OF_STEPS_UNDER_WAY)
+        self._memory.write_image(descriptor, _OF_STEPS_UNDER_WAY)
 
     def resume(self) -> None:
         """Go on in a dead worker's memory, with what has been restored from it."""

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -23,16 +22,8 @@ from rpcpipe.stage.kept_image import Piece
 from rpcpipe.transport.base import Transport
 from rpcpipe.worker.messages import KeptAt
 
-# Writes an image into a file, given by its descriptor, and returns its bytes.
-WriteImage = Callable[[int], int]
-
-
-class Taken(NamedTuple):
-    """A snapshot that a worker has taken: where it lies, its bytes, and how many seconds training stood still."""
-
-    at: KeptAt
-    bytes: int
-    seconds: float
+# Writes an image into a file, given by its descriptor.
+WriteImage = Callable[[int], None]
 
 
 @dataclass(eq=False)
@@ -60,16 +51,18 @@ class Vault:
         self._lock = threading.Lock()
         self._files: dict[tuple[str, str, int], _File] = {}  # by pipeline, worker, and whether the number is odd
 
-    def take(self, pipeline: str, of: str, number: int, keeper: str, write_image: WriteImage) -> Taken:
-        """Take snapshot ``number`` of worker ``of``, which this process is now, and begin to send it to ``keeper``."""
-        start = time.monotonic()
+    def take(self, pipeline: str, of: str, number: int, keeper: str, write_image: WriteImage) -> KeptAt:
+        """Take snapshot ``number`` of worker ``of``, which this process is now, and begin to send it to ``keeper``.
+
+        Returns where it lies.
+        """
         with self._lock:
             file = self._file(pipeline, of, number)
             file.number, file.whole = number, False
-        size = write_image(file.descriptor)
+        write_image(file.descriptor)
         file.whole = True
         self.send(pipeline, of, number, f"/proc/self/fd/{file.descriptor}", keeper)
-        return Taken(file.at, size, time.monotonic() - start)
+        return file.at
 
     def send(self, pipeline: str, of: str, number: int, path: str, to: str) -> None:
         """Begin to send snapshot ``number`` of worker ``of``, which is in the file ``path``, to worker ``to``."""
@@ -122,7 +115,9 @@ class Vault:
                 del self._files[key]
 
     def _file(self, pipeline: str, of: str, number: int) -> _File:
-        return self._files.setdefault((pipeline, of, number % 2), _File())
+        if (key := (pipeline, of, number % 2)) not in self._files:
+            self._files[key] = _File()
+        return self._files[key]
 
 
 class _Sending:
