@@ -13,13 +13,11 @@ in another call, the rest of that call is in it; where it came between calls the
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import random
 import signal
 import statistics
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter, defaultdict
@@ -30,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 
 import rpcpipe as rp
 from rpcpipe import _tables
@@ -266,18 +263,14 @@ def main() -> int:
     parser.add_argument("--width", type=int, default=192)
     args = parser.parse_args()
     print(f"seed {args.seed}, {args.workers} workers, {args.replicas} replicas, {_load()}", flush=True)
-    torch.set_num_threads(1)
-    logging.getLogger("rpcpipe").setLevel(logging.ERROR)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / "armed").mkdir()
+    with immortal.ground() as folder:
         begun = time.monotonic()
         killer, done, usages, weights = disturbed(args, folder)
         seconds = time.monotonic() - begun
         differ, expected = undisturbed(args, folder, done)
     print(table(killer))
     print(growth(usages))
-    same = list(weights) == list(expected) and all(torch.equal(weights[name], expected[name]) for name in expected)
+    same = immortal.alike(weights, expected)
     ways = ", ".join(f"{count} by {how}" for how, count in Counter(kill.how for kill in killer.kills).items())
     print(f"{len(killer.kills)} kills ({ways}) in {len(done)} calls and {seconds:.0f} s, {_load()}")
     print(f"calls whose values differ: {differ}; weights as without kills, to the bit: {'yes' if same else 'NO'}")

@@ -9,22 +9,19 @@ go back to their snapshots, the steps since are done again, and the step under w
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import random
 import statistics
 import sys
-import tempfile
 import threading
 import time
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import rpcpipe as rp
 from rpcpipe import _tables
+from support import immortal
 from support.immortal import Run
 from support.ranks import Ranks, ranks
 
@@ -94,18 +91,14 @@ def main() -> int:
     parser.add_argument("--width", type=int, default=192)
     args = parser.parse_args()
     print(f"seed {args.seed}, load {os.getloadavg()[0]:.1f}", flush=True)
-    torch.set_num_threads(1)
-    logging.getLogger("rpcpipe").setLevel(logging.ERROR)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / "armed").mkdir()
+    with immortal.ground() as folder:
         killer, losses, weights = disturbed(args, folder)
         with rp.launch(3, threads=1, heal=False) as cluster:
             expected: list[float] = []
             run = Run(cluster, folder, lambda result: expected.append(result.loss), width=args.width)
             for _ in losses:
                 run.act("train")
-            same = all(torch.equal(weights[key], value) for key, value in run.pipe.state_dict().items())
+            same = immortal.alike(weights, run.pipe.state_dict())
     times = [action - kill for kill, action in zip(killer.kills, killer.actions, strict=True)]
     row = [str(len(times)), f"{statistics.median(times):.3f}", f"{max(times):.3f}"]
     print(_tables.text(("hosts lost", "action: median, s", "max, s"), [row]))

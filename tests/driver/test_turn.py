@@ -13,7 +13,7 @@ import torch
 
 import rpcpipe as rp
 from support.local_cluster import LocalCluster
-from support.misuse import SCHEDULES, assert_as_new, pipeline
+from support.misuse import SCHEDULES, assert_as_new, at_once, pipeline
 from support.models import batches
 
 BATCH = next(batches(1))
@@ -88,15 +88,8 @@ def test_a_call_that_waits_too_long_for_anothers_is_refused_by_name(schedule: st
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_calls_of_several_threads_take_turns(schedule: str, others: ThreadPoolExecutor) -> None:
     pipe, fresh = pipeline(schedule), pipeline(schedule)
-    calls = [
-        others.submit(call)
-        for _ in range(4)
-        for call in (
-            lambda: pipe.train_step(*BATCH).loss, lambda: pipe.evaluate([BATCH]), lambda: len(pipe.state_dict()),
-        )
-    ]  # fmt: skip
-    results = [call.result(SECONDS) for call in calls]  # of all: fresh uses the same generator in this process
-    assert set(results[::3]) == {fresh.train_step(*BATCH).loss for _ in range(4)}
+    losses = at_once(others, pipe, BATCH, SECONDS)  # all have ended: fresh uses the same generator in this process
+    assert set(losses) == {fresh.train_step(*BATCH).loss for _ in range(4)}
     assert pipe.train_step(*BATCH).loss == fresh.train_step(*BATCH).loss
 
 

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from numerics import test_steps_ahead
-from numerics.test_mortal_workers import MortalCalls, UncountedCalls, train
+from numerics.test_mortal_workers import check_calls, train
 from numerics.test_steps_ahead import OPTIONS, model, pipeline, same
 from support.local_cluster import LocalCluster
 from support.models import batches
@@ -69,13 +68,4 @@ def test_training_gives_the_bits_of_a_run_without_deaths(name: str) -> None:
 def test_calls_between_results_give_the_bits_of_a_run_without_deaths(name: str, tmp_path: Path) -> None:
     workers, number = 2 * OPTIONS[name].get("replicas", 1), list(OPTIONS).index(name)
     cluster = MortalHosts(workers, number, rarity=400 if workers == 2 else 1200)
-    figures, seen, state = test_steps_ahead.train(
-        OPTIONS[name], number, tmp_path / "mortal", ahead=number % 2, raises=False, cluster=cluster,
-        calling=MortalCalls,
-    )  # fmt: skip
-    expected, given, after = test_steps_ahead.train(
-        OPTIONS[name], number, tmp_path / "alive", ahead=0, raises=False, calling=UncountedCalls
-    )
-    assert repr(figures) == repr(expected)
-    assert repr(seen) == repr(given)
-    assert same(state, after)
+    check_calls(name, cluster, tmp_path, raises=False)

@@ -112,21 +112,26 @@ def again(call: Callable[[], T]) -> T:
     raise AssertionError("workers die in every try")
 
 
-@pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.timeout(120)
-def test_calls_between_results_give_the_bits_of_a_run_without_deaths(name: str, tmp_path: Path) -> None:
-    workers, number = 2 * OPTIONS[name].get("replicas", 1), list(OPTIONS).index(name)
-    mortal, odd = MortalCluster(workers, number, rarity=80 if workers == 2 else 400), number % 2
+def check_calls(name: str, mortal: MortalCluster, folder: Path, *, raises: bool) -> None:
+    """Random calls between results, on workers that die, give what they give on workers that do not."""
+    number = list(OPTIONS).index(name)
     figures, seen, state = test_steps_ahead.train(
-        OPTIONS[name], number, tmp_path / "mortal", ahead=odd, raises=number % 4 > 1, cluster=mortal,
-        calling=MortalCalls,
-    )  # fmt: skip
+        OPTIONS[name], number, folder / "mortal", ahead=number % 2, raises=raises, cluster=mortal, calling=MortalCalls
+    )
     expected, given, after = test_steps_ahead.train(
-        OPTIONS[name], number, tmp_path / "alive", ahead=0, raises=number % 4 > 1, calling=UncountedCalls
+        OPTIONS[name], number, folder / "alive", ahead=0, raises=raises, calling=UncountedCalls
     )
     assert repr(figures) == repr(expected)
     assert repr(seen) == repr(given)
     assert same(state, after)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.timeout(120)
+def test_calls_between_results_give_the_bits_of_a_run_without_deaths(name: str, tmp_path: Path) -> None:
+    workers, number = 2 * OPTIONS[name].get("replicas", 1), list(OPTIONS).index(name)
+    mortal = MortalCluster(workers, number, rarity=80 if workers == 2 else 400)
+    check_calls(name, mortal, tmp_path, raises=number % 4 > 1)
     assert mortal.deaths > 1
 
 

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 import rpcpipe as rp
+from support.misuse import at_once
 from support.models import batches, cross_entropy, mlp, sgd
 
 [BATCH] = batches(1)
@@ -16,15 +17,8 @@ from support.models import batches, cross_entropy, mlp, sgd
 def test_calls_of_several_threads_take_turns(cluster: rp.Cluster, options: dict[str, str]) -> None:
     pipe, fresh = (rp.Pipeline(mlp(), cluster, loss=cross_entropy, optimizer=sgd, **options) for _ in range(2))
     with ThreadPoolExecutor(6) as threads:
-        calls = [
-            threads.submit(call)
-            for _ in range(4)
-            for call in (
-                lambda: pipe.train_step(*BATCH).loss, lambda: pipe.evaluate([BATCH]), lambda: len(pipe.state_dict()),
-            )
-        ]  # fmt: skip
-        results = [call.result(60) for call in calls]
-    assert set(results[::3]) == {fresh.train_step(*BATCH).loss for _ in range(4)}
+        losses = at_once(threads, pipe, BATCH, 60.0)
+    assert set(losses) == {fresh.train_step(*BATCH).loss for _ in range(4)}
     assert pipe.train_step(*BATCH).loss == fresh.train_step(*BATCH).loss
     pipe.close()
     fresh.close()

@@ -5,10 +5,13 @@ The same acts without kills give the values and the weights that must be equal.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
+import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,21 @@ from support.models import batches, cross_entropy
 HOW = ("SIGKILL", "SIGSTOP", "exit")
 LAYERS, CHUNKS = 8, 4
 _DATA = 16
+
+
+@contextmanager
+def ground() -> Iterator[Path]:
+    """Yield a new folder for a run; deaths are no news to the log."""
+    torch.set_num_threads(1)
+    logging.getLogger("rpcpipe").setLevel(logging.ERROR)
+    with tempfile.TemporaryDirectory() as name:
+        (Path(name) / "armed").mkdir()
+        yield Path(name)
+
+
+def alike(weights: dict[str, Any], expected: dict[str, Any]) -> bool:
+    """Whether two models' weights have the same names, in order, and bits."""
+    return list(weights) == list(expected) and all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
 def arm(folder: Path, phase: str, how: str, skip: int = 0) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -16,6 +17,21 @@ SCHEDULES = ("1f1b", "pipedream")
 def pipeline(schedule: str = "1f1b", cluster: Any = None, **arguments: Any) -> rp.Pipeline:
     arguments = {"loss": cross_entropy, "optimizer": sgd, "chunks": 2} | arguments
     return rp.Pipeline(mlp(4, dropout=0.0), cluster or LocalCluster(2), schedule=schedule, **arguments)
+
+
+def at_once(threads: ThreadPoolExecutor, pipe: rp.Pipeline, batch: Any, seconds: float) -> list[float]:
+    """Have ``threads`` train on ``batch``, evaluate and gather the state, four times each; return the losses of steps.
+
+    All calls have ended then, within ``seconds`` each.
+    """
+    calls = [
+        threads.submit(call)
+        for _ in range(4)
+        for call in (
+            lambda: pipe.train_step(*batch).loss, lambda: pipe.evaluate([batch]), lambda: len(pipe.state_dict()),
+        )
+    ]  # fmt: skip
+    return [call.result(seconds) for call in calls][::3]
 
 
 def assert_as_new(pipe: rp.Pipeline, **arguments: Any) -> None:

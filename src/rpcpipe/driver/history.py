@@ -115,6 +115,11 @@ class History:
         self._cut()
         self._next = 0.0
 
+    def begin_anew(self) -> None:
+        """Note, between two calls, that the state has been replaced: take a snapshot of it."""
+        self.cut()
+        self.tick()
+
     def _cut(self) -> None:
         self._log.clear()
         self._whole = False

@@ -248,8 +248,7 @@ class Runtime:
         self.check_no_step("optimizer.load_state_dict")
         after = "Some workers may have loaded their part, and some not: load again"
         self.optimizer.adopt(self.healed(lambda: optimizer_state.load(self.driver, self.deployment, state), after))
-        self.history.cut()
-        self.history.tick()
+        self.history.begin_anew()
 
     # --- life ---
 
