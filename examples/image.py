@@ -129,7 +129,7 @@ def main() -> None:
             held_out = [(images[rows], labels[rows]) for rows in test.chunk(4)]
             accuracy = pipe.evaluate(held_out, {"accuracy": correct})["accuracy"]
             print(f"epoch {epoch}  loss {sum(losses) / len(losses):.3f}  accuracy {accuracy:.1%} on held-out digits")
-        model = rp.Sequential(resnet())  # the same in one process
+        model = rp.layers.Sequential(resnet())  # the same in one process
         model.load_state_dict(pipe.state_dict())
         with torch.no_grad():
             alone = (model.eval()(images[test]).argmax(-1) == labels[test]).float().mean()

@@ -8,7 +8,7 @@ import logging
 
 from rpcpipe import planning, schedules
 from rpcpipe.cluster import Cluster, connect, launch
-from rpcpipe.driver import StepResult, callbacks
+from rpcpipe.driver import RemoteBatches, StepResult, callbacks
 from rpcpipe.errors import (
     ArgumentError,
     CheckpointError,
@@ -24,7 +24,7 @@ from rpcpipe.errors import (
     StateError,
     WorkerLost,
 )
-from rpcpipe.model import Batched, LayerSpec, MicroBatches, Replicated, Sequential, Wired, layers
+from rpcpipe.model import Batched, LayerSpec, MicroBatches, Replicated, Wired, layers
 from rpcpipe.pipeline import (
     Pipeline,
     balance_by_memory,
@@ -55,12 +55,12 @@ __all__ = [
     "NonFiniteError",
     "PartitionError",
     "Pipeline",
+    "RemoteBatches",
     "RendezvousError",
     "Replicated",
     "RpcPipeError",
     "Schedule",
     "ScheduleError",
-    "Sequential",
     "StageError",
     "StateError",
     "StepResult",

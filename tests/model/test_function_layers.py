@@ -67,7 +67,7 @@ def test_a_function_is_a_layer_without_parameters(kind: str) -> None:
     x, y = torch.randn(8, 4), torch.randn(8, 4)
     states = []
     for model in models:
-        reference = rp.Sequential(copy.deepcopy(model))
+        reference = rp.layers.Sequential(copy.deepcopy(model))
         assert repr(list(reference)[1]) == name
         pipe = rp.Pipeline(
             copy.deepcopy(model), LocalCluster(3), loss=mse, optimizer=sgd, chunks=2, balance=[1, 1, 1]

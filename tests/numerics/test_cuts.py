@@ -270,7 +270,7 @@ def test_gradients_of_inputs_are_those_of_the_plain_loop(kind: str) -> None:
     """``mask`` is used by three layers, ``unused`` by none."""
     torch.manual_seed(2)
     model = [Start(), rp.Wired(Uses(), takes="mask"), nn.Linear(4, 4), rp.Wired(Uses(), takes="mask")]
-    reference = rp.Sequential(copy.deepcopy(model))
+    reference = rp.layers.Sequential(copy.deepcopy(model))
     t = tensors()
 
     def batch() -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from rpcpipe.driver.callbacks import JsonLines, TensorBoard
 from rpcpipe.driver.driver import Driver
+from rpcpipe.driver.remote_batches import RemoteBatches
 from rpcpipe.driver.result import StepResult, StreamResult
 from rpcpipe.driver.runtime import Runtime
 
-__all__ = ["Driver", "JsonLines", "Runtime", "StepResult", "StreamResult", "TensorBoard"]
+__all__ = ["Driver", "JsonLines", "RemoteBatches", "Runtime", "StepResult", "StreamResult", "TensorBoard"]

@@ -20,7 +20,7 @@ from rpcpipe.driver.result import StepResult
 from rpcpipe.driver.runtime import Runtime
 from rpcpipe.driver.step import Step, train_once
 from rpcpipe.driver.stream import Stream
-from rpcpipe.errors import require
+from rpcpipe.errors import WorkerLost, require
 from rpcpipe.model.microbatch import Nest, copied
 from rpcpipe.transport.interrupts import allow_interrupts
 
@@ -64,12 +64,13 @@ class StepsAhead:
     def run(self) -> Generator[StepResult, None, None]:
         """Yield the results in order."""
         try:
-            while (coming := self._coming or self._read()).batch is not None:
+            while (coming := self._coming or self._read()) is not None and coming.batch is not None:
                 self._coming = None
                 streams = self._runtime.policy is not None
                 yield self._train_step(*coming.batch) if streams else self._step(coming.batch, coming.issued)
+            assert coming is not None  # no step was under way
+            assert coming.error is not None
             if not isinstance(coming.error, StopIteration):
-                assert coming.error is not None
                 raise coming.error
         finally:
             if not self._runtime.closed and self._runtime.cluster.healthy:
@@ -101,7 +102,7 @@ class StepsAhead:
         if self._coming is None:
             with allow_interrupts():
                 self._coming = self._read()
-        if follower is None or (batch := self._coming.batch) is None:
+        if self._coming is None or follower is None or (batch := self._coming.batch) is None:
             return
         try:
             cut = Cut.of(self._runtime, *batch)
@@ -109,10 +110,15 @@ class StepsAhead:
             return  # its own step will raise it
         self._coming.issued = Issued.ahead(self._runtime, follower, cut)
 
-    def _read(self) -> _Coming:
+    def _read(self) -> _Coming | None:
+        """Return the next batch; None if a worker died in reading it while a step is under way: it is read later."""
         try:
             inputs, targets = next(self._batches)
             # The caller may fill the same tensors with the batch after this one, before this one has been sent.
             return _Coming((copied(inputs, with_gradients=True), copied(targets)))
+        except WorkerLost as error:
+            if self._runtime.active is not None:
+                return None  # the step will notice
+            return _Coming(error=error)
         except Exception as error:
             return _Coming(error=error)

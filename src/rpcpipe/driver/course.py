@@ -9,11 +9,12 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
-from rpcpipe.driver.batch import Batch
 from rpcpipe.driver.ending import REPORT, Committing, Ending
+from rpcpipe.driver.feeding import cut_pair
 from rpcpipe.driver.inference import Wanted
 from rpcpipe.driver.program import Program
 from rpcpipe.driver.runtime import Runtime
+from rpcpipe.model.batch import Batch
 from rpcpipe.model.microbatch import Nest
 from rpcpipe.stage.context import StepContext
 from rpcpipe.stage.progress import Progress
@@ -104,8 +105,8 @@ class Cut(NamedTuple):
     @classmethod
     def of(cls, runtime: Runtime, inputs: Nest, targets: Nest) -> Cut:
         """Cut a batch; raises ArgumentError for what cannot be cut or sent."""
-        batch = runtime.program.cut(inputs)
-        return cls(batch, runtime.given(batch.parts, runtime.program.cut_targets(runtime.prepare(targets), batch)))
+        batch, target_parts = cut_pair(runtime, inputs, targets)
+        return cls(batch, runtime.program.given(batch.parts, target_parts))
 
 
 class Issued(NamedTuple):

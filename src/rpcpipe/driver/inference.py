@@ -13,10 +13,13 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 from rpcpipe._arguments import require_flag, require_functions, require_iterable
+from rpcpipe.driver import feeding
+from rpcpipe.driver.remote_batches import Following, RemoteBatches, RemoteValue
 from rpcpipe.driver.result import mean_loss, merged_outputs
 from rpcpipe.driver.runtime import Runtime
 from rpcpipe.driver.succession import healed
 from rpcpipe.errors import ArgumentError, StateError, require
+from rpcpipe.model.batch import Batch
 from rpcpipe.model.microbatch import Nest, copied
 from rpcpipe.stage.context import StepContext
 from rpcpipe.stage.metrics import Metric, Sums, means
@@ -91,9 +94,11 @@ class Passes:
         self._has_lost = False  # a worker, since the oldest batch was fed
 
     def run(self, batches: Iterable[tuple[Nest, Nest | None]]) -> Iterator[Passed]:
-        """Run every (inputs, targets) and yield the results in order."""
+        """Run every (inputs, targets), or those of RemoteBatches, and yield the results in order."""
         self._runtime.enter(self)
         self._first = self._runtime.driver.places()
+        if isinstance(batches, RemoteBatches):
+            batches = Following(batches, self._is_there, paired=not self._keep_outputs)
         try:
             for inputs, targets in batches:
                 self._waiting.append(_Pass(copied(inputs), None if targets is None else copied(targets)))
@@ -107,6 +112,9 @@ class Passes:
             raise
         finally:
             self._runtime.leave(self)
+
+    def _is_there(self, inputs: RemoteValue) -> bool:
+        return self._healed(lambda: feeding.has(self._runtime, inputs))
 
     def _healed(self, call: Callable[[], T]) -> T:
         """Return ``call()``; made again where a worker has died, once all that is under way has been fed again."""
@@ -145,16 +153,17 @@ class Passes:
         for one in itertools.islice(self._waiting, 1 if self._has_lost else None):
             if one.replies:
                 continue
-            batch = runtime.program.cut(one.inputs)
-            target_parts = None
-            if (targets := one.targets) is not None:
-                prepared = targets if self._keep_outputs else runtime.prepare(targets)
-                target_parts = runtime.program.cut_targets(prepared, batch)
+            cut: tuple[Batch, list[Nest] | None]
+            if self._keep_outputs:
+                cut = feeding.cut_outputs(runtime, one.inputs, one.targets)
+            else:
+                cut = feeding.cut_pair(runtime, one.inputs, one.targets)
+            batch, target_parts = cut
             step = runtime.driver.new_step()
             plan = StepContext(step, runtime.trained, False, batch.weights, keep_outputs=self._keep_outputs)
-            program = runtime.program.forward(batch.counts, targets=targets is not None)
+            program = runtime.program.forward(batch.counts, targets=target_parts is not None)
             one.passed = Passed(batch.size, batch.weights, {})
-            one.replies = runtime.driver.issue(program, plan, runtime.given(batch.parts, target_parts))
+            one.replies = runtime.driver.issue(program, plan, runtime.program.given(batch.parts, target_parts))
 
     def _collect(self) -> Passed:
         """Return the oldest batch's results."""
@@ -168,8 +177,11 @@ class Passes:
 
 def outputs(runtime: Runtime, batches: Iterable[Nest]) -> Generator[Nest, None, None]:
     """Yield the model's output for every batch of inputs."""
-    require_iterable("batches", batches, "inputs")
-    for passed in Passes(runtime, keep_outputs=True).run((inputs, None) for inputs in batches):
+    if not isinstance(batches, RemoteBatches):
+        require_iterable("batches", batches, "inputs")
+    if not isinstance(batches, RemoteBatches):
+        batches = ((inputs, None) for inputs in batches)
+    for passed in Passes(runtime, keep_outputs=True).run(batches):
         yield passed.output
 
 

@@ -16,8 +16,11 @@ from functools import cached_property
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
-from rpcpipe.driver.batch import Batch, cut_inputs, cut_targets, entering
+from rpcpipe.driver.batch import entering
 from rpcpipe.driver.layout import Layout
+from rpcpipe.driver.remote_batches import RemoteBatches, RemoteValue
+from rpcpipe.errors import require
+from rpcpipe.model.batch import Batch, cut_inputs, cut_targets
 from rpcpipe.model.microbatch import Nest
 from rpcpipe.model.wiring import DRIVER, ValueRoute, link
 from rpcpipe.schedules import Action, Schedule, forward_only
@@ -114,6 +117,11 @@ class StepProgram:
 
     def cut(self, inputs: Nest) -> Batch:
         """Cut ``inputs`` into micro-batches; raises ArgumentError for what cannot be cut or sent."""
+        require(
+            not isinstance(inputs, RemoteBatches | RemoteValue),
+            "this call needs tensors, and the batches of rp.RemoteBatches are on the workers; pass those of"
+            " next(iter(make())), and to train_step one batch as *batches.batch(n)",
+        )
         return cut_inputs(inputs, self._layout.replicas, self._schedule.chunks)
 
     def cut_targets(self, targets: Nest, inputs: Batch) -> list[Nest]:

@@ -14,12 +14,13 @@ import torch
 from rpcpipe.checkpoint.plain_state import Stateful
 from rpcpipe.cluster.tenancy import PipelineCluster
 from rpcpipe.driver import optimizer_state
-from rpcpipe.driver.batch import Batch, input_gradients
+from rpcpipe.driver.batch import input_gradients
 from rpcpipe.driver.callbacks import Callback
 from rpcpipe.driver.deployment import Deployment
 from rpcpipe.driver.driver import Driver
 from rpcpipe.driver.layout import Layout
 from rpcpipe.driver.optimizer import PipelineOptimizer
+from rpcpipe.driver.reading import Readers
 from rpcpipe.driver.replies import raise_failure, raise_loss
 from rpcpipe.driver.roles import Active, OpenStream, Past
 from rpcpipe.driver.settings import Settings
@@ -28,14 +29,14 @@ from rpcpipe.driver.succession import AS_BEFORE, Succession, healed
 from rpcpipe.driver.tracing import Tracer, clock_offset
 from rpcpipe.driver.turn import Turn, in_turn
 from rpcpipe.errors import Failure, StateError, WorkerLost, require
-from rpcpipe.model.layers import check_inputs
+from rpcpipe.model.batch import Batch
 from rpcpipe.model.microbatch import Nest
 from rpcpipe.schedules import Schedule
 from rpcpipe.schedules.timeline import Timeline
 from rpcpipe.schedules.weight_versions import Policy
 from rpcpipe.stage.progress import Progress
 from rpcpipe.worker.actor_spec import ActorSpec
-from rpcpipe.worker.messages import Port, Report, StageInfo
+from rpcpipe.worker.messages import Report, StageInfo
 from rpcpipe.worker.operations import BeginCall, CallModule, RollBackStep
 
 T = TypeVar("T")
@@ -85,6 +86,7 @@ class Runtime:
         # Processes of one host share their monotonic clock.
         self.offsets = dict.fromkeys(self.names, 0)
         self.succession = Succession(cluster, driver)
+        self.readers = Readers(driver)
         self.deployment = deployment
         self.stages: tuple[StageHandle, ...] = ()
         self.program = deployment.program(self.stages)
@@ -133,14 +135,6 @@ class Runtime:
     def replica_of(self, worker: str) -> int | None:
         """Return the replica of ``worker``; None unless the pipeline has several replicas and uses ``worker``."""
         return self.layout.replica_of(worker)
-
-    def given(self, parts: list[Nest], targets: list[Nest] | None) -> dict[Port, Any]:
-        """Return the micro-batches' inputs and targets by the port that awaits them.
-
-        Raises ArgumentError if a named value is missing, or if inputs and targets differ in size.
-        """
-        check_inputs(parts[0], self.deployment.wirings)
-        return self.program.given(parts, targets)
 
     def input_gradients(self, batch: Batch, inputs: Nest, reports: Mapping[str, Report], factor: float) -> Nest:
         """Return the gradients of a step's ``inputs``, times ``factor``; None if no tensor of them requires one."""
@@ -274,6 +268,7 @@ class Runtime:
         """Let the successors of dead workers go on with what those have kept."""
         if self.turn.is_elsewhere or not (self.succession.is_broken or self.history.behind):
             return  # the call of another thread does it itself: this one is of another pipeline
+        self.readers.forget()
         for lost in (self.active, self.stream):
             if lost is not None:
                 lost.lose()

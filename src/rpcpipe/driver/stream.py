@@ -19,6 +19,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any, TypeVar
 
 from rpcpipe.driver.callbacks import tell
+from rpcpipe.driver.feeding import cut_pair
 from rpcpipe.driver.inference import NOTHING, Wanted
 from rpcpipe.driver.optimizer import check_alike
 from rpcpipe.driver.program import Fed
@@ -29,7 +30,6 @@ from rpcpipe.driver.stream_state import FedBatch, StreamState
 from rpcpipe.driver.succession import healed
 from rpcpipe.driver.tracing import spans
 from rpcpipe.errors import Failure, NonFiniteError, RpcPipeError, ScheduleError, StageError, WorkerLost
-from rpcpipe.model.layers import check_inputs
 from rpcpipe.model.microbatch import Nest, copied
 from rpcpipe.schedules import Action, Timeline
 from rpcpipe.schedules.action import NAMES
@@ -95,9 +95,7 @@ class Stream:
         Raises ArgumentError if inputs and targets differ in size or a named value is missing.
         """
         runtime = self._runtime
-        cut = runtime.program.cut(copied(inputs))
-        target_parts = runtime.program.cut_targets(runtime.prepare(copied(targets)), cut)
-        check_inputs(cut.parts[0], runtime.deployment.wirings)
+        cut, target_parts = cut_pair(runtime, copied(inputs), copied(targets))
         with shield_interrupts():
             self._healed(self._ensure_open)
             runtime.enter(self)
@@ -184,6 +182,8 @@ class Stream:
         state = self._open
         for batch in state.batches:
             if not batch.issued:
+                # A successor has read nothing; where nobody has died this was asked before.
+                self._runtime.readers.ensure(self._runtime.deployment, batch.parts[0].part)
                 batch.issued = True
                 for fed, last in batch.to_feed():
                     self._issue(state.order.feed(last=last), fed, batch.held)

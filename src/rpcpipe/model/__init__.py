@@ -1,6 +1,6 @@
 """A model as named layers in one process: building, wiring, tied weights, seeding, and splitting into micro-batches."""
 
-from rpcpipe.model.layers import LayerSpec, Sequential, Wired
+from rpcpipe.model.layers import LayerSpec, Wired
 from rpcpipe.model.microbatch import Batched, MicroBatches, Replicated
 
-__all__ = ["Batched", "LayerSpec", "MicroBatches", "Replicated", "Sequential", "Wired"]
+__all__ = ["Batched", "LayerSpec", "MicroBatches", "Replicated", "Wired"]

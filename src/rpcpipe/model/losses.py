@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from rpcpipe.errors import ModelError, require
-from rpcpipe.model.microbatch import tensors
+from rpcpipe.model.microbatch import MicroBatches, Nest, tensors
 
 
 def check(loss: Any) -> None:
@@ -33,6 +33,16 @@ def check(loss: Any) -> None:
         " reduction='sum', or return the count too: lambda output, target: (sum, target.numel())",
         error=ModelError,
     )
+
+
+def prepared(loss: Any, targets: Nest) -> Nest:
+    """Return what the loss's ``prepare``, if any, makes of ``targets``, or of each micro-batch of MicroBatches."""
+    prepare = getattr(loss, "prepare", None)
+    if prepare is None:
+        return targets
+    if isinstance(targets, MicroBatches):
+        return MicroBatches([prepare(part) for part in targets.parts], targets.weights)
+    return prepare(targets)
 
 
 def value_and_count(returned: Any) -> tuple[torch.Tensor, Any]:

@@ -38,6 +38,14 @@ def seed_init(seed: int, layer: int) -> None:
     _seed(derive(seed, _INITIAL, 0, layer))
 
 
+def seed_all(seed: int) -> None:
+    """Seed torch's generator on the CPU, Python's and numpy's, for reading batches; ``seed`` is at least 0."""
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    if (numpy := sys.modules.get("numpy")) is not None:
+        numpy.random.seed(seed & 0xFFFFFFFF)
+
+
 def _seed(value: int) -> None:
     # Not torch.manual_seed: that visits every backend and costs 20 times as much per layer.
     torch.default_generator.manual_seed(value)

@@ -14,6 +14,7 @@ from rpcpipe import schedules
 from rpcpipe._arguments import require_flag, require_iterable, require_kind
 from rpcpipe.cluster.tenancy import PipelineCluster
 from rpcpipe.driver.layout import Layout, stage_parts
+from rpcpipe.driver.remote_batches import Following, RemoteBatches, RemoteValue
 from rpcpipe.driver.settings import Settings
 from rpcpipe.errors import (
     ArgumentError,
@@ -27,6 +28,7 @@ from rpcpipe.errors import (
     shown,
 )
 from rpcpipe.model import losses
+from rpcpipe.model.batch import as_pair
 from rpcpipe.model.batchnorm import MODES
 from rpcpipe.model.extra_state import is_extra, shape_differs
 from rpcpipe.model.layers import Layer, Loss, parameter_counts
@@ -265,22 +267,22 @@ def check_ties(policy: Policy | None, ties: Sequence[Tie], layers: Sequence[str]
             )
 
 
-def pairs(batches: Iterable[Any], call: str) -> Iterator[tuple[Nest, Nest]]:
-    """Yield each batch as (inputs, targets); raises ArgumentError for anything but a pair."""
+def pairs(
+    batches: Iterable[Any], call: str, is_there: Callable[[RemoteValue], bool] | None = None
+) -> Iterable[tuple[Nest, Nest]]:
+    """Return each batch as (inputs, targets); raises ArgumentError, when it comes to it, for anything but a pair.
+
+    ``is_there`` asks the workers for a batch of RemoteBatches; without it these are returned themselves.
+    """
+    if isinstance(batches, RemoteBatches):
+        return batches if is_there is None else Following(batches, is_there)
     require_iterable("batches", batches, "pairs (inputs, targets)")
     return _each_pair(batches, call)
 
 
 def _each_pair(batches: Iterable[Any], call: str) -> Iterator[tuple[Nest, Nest]]:
     for batch in batches:
-        if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
-            about = f" of {len(batch)}" if isinstance(batch, (tuple, list)) else ""
-            about += f" with the keys {list(batch)}" if isinstance(batch, Mapping) else ""
-            raise ArgumentError(
-                f"pipe.{call} takes pairs (inputs, targets), and got a {type(batch).__name__}{about};"
-                " make pairs of the batches, for instance ((batch, batch['labels']) for batch in loader)"
-            )
-        yield batch[0], batch[1]
+        yield as_pair(batch, f"pipe.{call} takes")
 
 
 def check_groups(infos: Mapping[str, Sequence[StageInfo]]) -> list[dict[str, Any]]:

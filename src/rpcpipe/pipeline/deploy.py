@@ -31,9 +31,10 @@ from rpcpipe.errors import (
     require_whole,
     shown,
 )
+from rpcpipe.model import losses
 from rpcpipe.model.containers import check_global_hooks, shared_buffers
 from rpcpipe.model.layers import Layer, check_embeddings, check_names, find_ties, unpicklable, unwired, wiring_of
-from rpcpipe.model.microbatch import MicroBatches, Nest
+from rpcpipe.model.microbatch import Nest
 from rpcpipe.model.torch_settings import TorchSettings
 from rpcpipe.pipeline.arguments import (
     Options,
@@ -96,7 +97,7 @@ def _start(layers: OrderedDict[str, Layer], cluster: PipelineCluster, options: O
     identity = uuid.uuid4().hex
     batched = options.dispatch == "batched"
     driver = Driver(cluster.transport, identity, layout.names, timeout=cluster.timeout, batched=batched)
-    prepare = functools.partial(_prepared, getattr(options.loss, "prepare", None))
+    prepare = functools.partial(losses.prepared, options.loss)
     runtime = Runtime(cluster, driver, deployment, options.settings, policy=policy, prepare=prepare, scaler=scaler)
     runtime.spec = ActorSpec(
         stages={}, last_stage=schedule.stages - 1, loss=options.loss or _no_loss, optimizer=options.optimizer,
@@ -120,15 +121,6 @@ def watch(runtime: Runtime) -> None:
     runtime.cluster.pipelines.add(runtime)
     # In a REPL a pipeline is often replaced without being closed.
     weakref.finalize(runtime, release, runtime.cluster, runtime.driver).atexit = False
-
-
-def _prepared(prepare: Callable[[Nest], Nest] | None, targets: Nest) -> Nest:
-    """Return what the loss's ``prepare`` makes of ``targets``, or of each micro-batch that the caller has cut."""
-    if prepare is None:
-        return targets
-    if isinstance(targets, MicroBatches):
-        return MicroBatches([prepare(part) for part in targets.parts], targets.weights)
-    return prepare(targets)
 
 
 def measure(cluster: PipelineCluster, layers: OrderedDict[str, Layer], sample: Nest, seed: int) -> list[LayerCost]:

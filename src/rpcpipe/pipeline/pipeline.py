@@ -18,6 +18,7 @@ from rpcpipe.cluster.tenancy import PipelineCluster
 from rpcpipe.driver import inference
 from rpcpipe.driver.ahead import train
 from rpcpipe.driver.callbacks import Callback, JsonLines
+from rpcpipe.driver.feeding import has
 from rpcpipe.driver.optimizer import PipelineOptimizer
 from rpcpipe.driver.result import StepResult
 from rpcpipe.driver.stage_handle import HEADER, StageHandle
@@ -269,7 +270,8 @@ class Pipeline(Hints):
         """
         self.runtime = resize.settled(self.runtime, self.recipe.options)
         self.runtime.check_trains()
-        results = train(self.runtime, pairs(batches, "train"), self.train_step, ahead)
+        given = iter(pairs(batches, "train", lambda inputs: has(self.runtime, inputs)))
+        results = train(self.runtime, given, self.train_step, ahead)
         return EachInTurn(self.turn, "train", shown(results, batches, progress), NOT_TRAINED)
 
     def on_step(self, callback: Callback | str | os.PathLike[str]) -> Callback:

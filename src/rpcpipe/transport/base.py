@@ -32,7 +32,7 @@ class Endpoint(Protocol):
 
 
 class WorkerEndpoint(Endpoint, Protocol):
-    """The verbs that a worker serves. ``sent``, ``values`` and ``port`` are ``rpcpipe.worker.messages``."""
+    """The verbs that a worker serves. What they carry is in ``rpcpipe.worker.messages``."""
 
     def create(self, pipeline: str, spec: bytes) -> Future[Any]: ...
 
@@ -73,6 +73,8 @@ class WorkerEndpoint(Endpoint, Protocol):
     def run(self, call: bytes) -> Future[Any]: ...
 
     def forward(self, pipeline: str, number: int, nest: Any) -> Future[Any]: ...
+
+    def read(self, pipeline: str, order: Any) -> Future[Any]: ...
 
     def progress(self) -> tuple[int, str]: ...
 

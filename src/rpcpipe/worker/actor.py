@@ -44,6 +44,7 @@ from rpcpipe.worker.operations import (
     TakeBuffers,
     UpdateOperation,
 )
+from rpcpipe.worker.reader import Reader
 from rpcpipe.worker.revival import Restored
 from rpcpipe.worker.stage_set import StageSet
 from rpcpipe.worker.stage_state import StageState
@@ -65,6 +66,7 @@ class Actor:
         self._state = StageState(self.held, None if restored is None else restored.fresh_loss)
         self.name = name
         self._send = send
+        self.reader = Reader(held)
         self._updater = Updater(name, self.held, ledger, self._push)
         self._starts = StepStarts() if restored is None else restored.starts
         self._refusal: ModelError | None = None  # of what could not be rolled back, for the next step
@@ -210,6 +212,7 @@ class Actor:
             return self._update(stage, chunk, context, start)
         micro_batch = context or stage.micro_batches.get(chunk) or plan.micro_batch(chunk)
         if kind == "F":
+            values = self.reader.filled(values)
             parcels = {link: parcel for link, parcel in values.items() if link != "target"}
             if plan.policy is not None:
                 self.stream.before_forward(micro_batch)

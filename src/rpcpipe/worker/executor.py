@@ -28,12 +28,12 @@ from rpcpipe.transport.message_pickling import in_bounds
 from rpcpipe.worker.actor import Actor
 from rpcpipe.worker.actor_spec import ActorSpec
 from rpcpipe.worker.mailbox import Entry, Mailbox
-from rpcpipe.worker.messages import ORDERS, Port, as_tensors, from_tensors
-from rpcpipe.worker.operations import Operation, RunAction, Task
+from rpcpipe.worker.messages import ORDERS, Port, ReadOrder, as_tensors, from_tensors
+from rpcpipe.worker.operations import Operation, Task
 from rpcpipe.worker.programs import Sent
 from rpcpipe.worker.revival import Restored, restore
 from rpcpipe.worker.stage_set import StageSet
-from rpcpipe.worker.titles import title
+from rpcpipe.worker.titles import described, place_of, title
 from rpcpipe.worker.vault import Vault
 from rpcpipe.worker.worker_operations import (
     CallFunction,
@@ -41,6 +41,7 @@ from rpcpipe.worker.worker_operations import (
     DropActor,
     ForgetStep,
     ForwardByHand,
+    ReadBatch,
     ReviveActor,
     TakeSnapshot,
 )
@@ -107,12 +108,14 @@ class Executor:
             return self._enqueue(CallFunction(call))
 
     def forward(self, pipeline: str, number: int, nest: Any) -> Future[Any]:
-        """Apply stage ``number``'s module to ``nest`` with its autograd graph; reply with the output.
-
-        Serves distributed autograd by hand.
-        """
+        """Apply stage ``number``'s module to ``nest``, for distributed autograd by hand; reply with the output."""
         with self._changed:
             return self._enqueue(ForwardByHand(pipeline, number, nest))
+
+    def read(self, pipeline: str, order: ReadOrder) -> Future[Any]:
+        """Read a batch on the compute thread, between two tasks of any step; reply with a ReadAnswer."""
+        with self._changed:
+            return self._enqueue(ReadBatch(pipeline, order))
 
     def submit(
         self, pipeline: str, step: int, sequence: int, sent: Sequence[Sent], values: Sequence[tuple[Port, Any]] = ()
@@ -236,7 +239,7 @@ class Executor:
         """Return (tasks finished so far, what the worker runs or waits for now)."""
         with self._changed:
             if self._running is not None:
-                return self.finished, f"runs {_describe(self._running[1].task)}"
+                return self.finished, f"runs {described(self._running[1].task.operation)}"
             waits = [text for mailbox in self._mailboxes.values() if (text := mailbox.waiting_for())]
             return self.finished, "; ".join(waits) or "idle"
 
@@ -332,8 +335,7 @@ class Executor:
                 return self._vault.take(pipeline, self.name, number, keeper, self.actors[pipeline].write_image)
             return self._execute(operation) if not pipeline else self.actors[pipeline].execute(operation, entry.values)
         except BaseException as error:
-            action = operation.route.action if isinstance(operation, RunAction) else None
-            stage, chunk = (None, None) if action is None else (action.stage, action.chunk)
+            stage, chunk = place_of(operation)
             log.debug("%s failed", title(operation), exc_info=True)
             return Failure.of(
                 error, worker=self.name, action=title(operation), stage=stage, chunk=chunk, in_step=entry.step >= 0
@@ -357,6 +359,8 @@ class Executor:
                     torch_settings.forget()
             case ForwardByHand(pipeline, stage, inputs):
                 return map_tensors(in_bounds, self.actors[pipeline].module(stage)(inputs))
+            case ReadBatch(pipeline, order):
+                return self.actors[pipeline].reader.read(order)
             case ForgetStep(pipeline, step):
                 if (actor := self.actors.get(pipeline)) is not None:
                     actor.reset(step)
@@ -392,8 +396,3 @@ def _replied(outcome: Any) -> Future[Any]:
     reply: Future[Any] = Future()
     reply.set_result(outcome)
     return reply
-
-
-def _describe(task: Task) -> str:
-    operation = task.operation
-    return operation.route.action.describe() if isinstance(operation, RunAction) else title(operation)

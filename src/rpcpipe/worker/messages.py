@@ -186,6 +186,70 @@ class Report:
         return joined
 
 
+class BatchRef(NamedTuple):
+    """Batch ``number`` of the RemoteBatches ``source``, as it is cut for ``replicas`` and ``chunks``.
+
+    ``paired``: what is read is (inputs, targets), else inputs alone.
+    """
+
+    source: int
+    number: int
+    paired: bool
+    replicas: int
+    chunks: int
+
+
+class ReadPart(NamedTuple):
+    """Stands in a message for what a stage gets of micro-batch ``chunk``, which its worker has read.
+
+    ``slot``: "input", the inputs and those of them that are ``names``; "inputs", these alone; or "target".
+    """
+
+    ref: BatchRef
+    chunk: int
+    slot: str
+    names: tuple[str, ...] = ()
+
+
+class Source(NamedTuple):
+    """What a worker reads: the pickled ``make``, and the ``seed`` of random numbers in it."""
+
+    make: bytes
+    seed: int
+
+
+class ReadOrder(NamedTuple):
+    """Asks a worker to read a batch, for ``stage``, if it needs them with ``targets``.
+
+    ``source``: None if the worker should know it. ``sources``: those that may be asked for again; others are dropped.
+    ``keep``: the number of batches of a source that may be under way.
+    """
+
+    ref: BatchRef
+    stage: int
+    targets: bool
+    source: Source | None
+    sources: tuple[int, ...]
+    keep: int
+
+
+class BatchInfo(NamedTuple):
+    """A batch that was read: its shares, as those of ``model.batch.Batch``, and the ``digest`` of all that is in it."""
+
+    weights: tuple[float, ...]
+    counts: tuple[int, ...]
+    samples: tuple[float, ...]
+    by_caller: bool
+    digest: int
+
+
+class ReadAnswer(NamedTuple):
+    """Answers a ReadOrder. ``info``: None if there is no such batch; ``known``: False if the source is not known."""
+
+    info: BatchInfo | None
+    known: bool = True
+
+
 class OptimizerPart(NamedTuple):
     """A worker's part of the optimizer.
 

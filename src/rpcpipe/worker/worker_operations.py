@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from rpcpipe.worker.messages import ReadOrder
+
 
 class CreateActor(NamedTuple):
     """Build a pipeline's stages from a pickled ActorSpec; reply with their StageInfos."""
@@ -37,6 +39,13 @@ class ForwardByHand(NamedTuple):
     inputs: Any
 
 
+class ReadBatch(NamedTuple):
+    """Read a batch for a pipeline's stages; reply with a ReadAnswer."""
+
+    pipeline: str
+    order: ReadOrder
+
+
 class ForgetStep(NamedTuple):
     """Forget the failed ``step``."""
 
@@ -60,4 +69,6 @@ class TakeSnapshot(NamedTuple):
     keeper: str
 
 
-WorkerOperation = CreateActor | ReviveActor | CallFunction | ForwardByHand | ForgetStep | DropActor | TakeSnapshot
+WorkerOperation = (
+    CreateActor | ReviveActor | CallFunction | ForwardByHand | ReadBatch | ForgetStep | DropActor | TakeSnapshot
+)  # fmt: skip

@@ -1,0 +1,101 @@
+"""A batch cut into micro-batches, and what is refused to be one. Whoever reads a batch cuts it: driver or worker."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from rpcpipe.errors import ArgumentError, require
+from rpcpipe.model.microbatch import Cut, MicroBatches, Nest, cut, flatten, map_tensors
+from rpcpipe.model.sendable import as_argument, checked
+
+
+def as_pair(batch: Any, source: str) -> tuple[Nest, Nest]:
+    """Return ``batch`` as (inputs, targets); raises ArgumentError for anything but a pair.
+
+    ``source`` says who takes what, for the message.
+    """
+    if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
+        about = f" of {len(batch)}" if isinstance(batch, (tuple, list)) else ""
+        about += f" with the keys {list(batch)}" if isinstance(batch, Mapping) else ""
+        raise ArgumentError(
+            f"{source} pairs (inputs, targets), and got a {type(batch).__name__}{about};"
+            " make pairs of the batches, for instance ((batch, batch['labels']) for batch in loader)"
+        )
+    return batch[0], batch[1]
+
+
+class Batch(NamedTuple):
+    """A batch's micro-batches in order, the share of the batch that each is, and how many each replica has.
+
+    ``samples``: of each micro-batch. ``by_caller``: the caller has cut it.
+    """
+
+    parts: list[Nest]
+    weights: tuple[float, ...]
+    counts: tuple[int, ...]
+    samples: tuple[float, ...]
+    by_caller: bool
+
+    @property
+    def size(self) -> float:
+        """The samples of the batch."""
+        return sum(self.samples)
+
+
+def cut_inputs(inputs: Nest, replicas: int, chunks: int) -> Batch:
+    """Return ``inputs`` in micro-batches; ArgumentError for what cannot be cut or sent."""
+    shares, samples, by_caller = _cut("inputs", inputs, replicas, chunks)
+    parts, total = [_sendable(part, "inputs") for share in shares for part in share], sum(samples)
+    weights = tuple(count / total for count in samples)
+    return Batch(parts, weights, tuple(map(len, shares)), tuple(samples), by_caller)
+
+
+def cut_targets(targets: Nest, inputs: Batch, replicas: int, chunks: int) -> list[Nest]:
+    """Return the targets of ``inputs``, detached; ArgumentError unless they are of as many samples."""
+    shares, samples, by_caller = _cut("targets", targets, replicas, chunks)
+    _check_weights(targets, inputs)
+    parts = [_sendable(map_tensors(torch.Tensor.detach, part), "targets") for share in shares for part in share]
+    require(
+        inputs.by_caller == by_caller,
+        "rp.MicroBatches stand in the inputs or the targets alone; pass both as rp.MicroBatches",
+    )
+    require(
+        len(inputs.parts) == len(parts),
+        f"inputs make {len(inputs.parts)} micro-batches and targets {len(parts)}: their batch sizes differ",
+    )
+    require(
+        by_caller or tuple(samples) == inputs.samples,
+        f"inputs have {inputs.size:g} samples and targets {sum(samples):g}: a loss would stretch one to the other, or"
+        " compare the wrong ones. Give both the same size in dimension 0; say rp.Batched(value, dim=…) where the batch"
+        " is in another dimension, rp.Replicated(value) of what all micro-batches share, or cut both yourself with"
+        " rp.MicroBatches([…])",
+    )
+    return parts
+
+
+def _cut(what: str, nest: Nest, replicas: int, chunks: int) -> Cut:
+    """Return ``nest`` in micro-batches; raises ArgumentError, which says that it is about ``what``."""
+    try:
+        return cut(nest, replicas, chunks)
+    except ArgumentError as error:
+        raise ArgumentError(f"{what}: {error}") from None
+
+
+def _check_weights(targets: Nest, inputs: Batch) -> None:
+    """Raise ArgumentError for weights beside the targets that are not those of the inputs, which count."""
+    for leaf in flatten(targets)[0]:
+        if isinstance(leaf, MicroBatches) and leaf.weights is not None:
+            require(
+                tuple(weight / sum(leaf.weights) for weight in leaf.weights) == inputs.weights,
+                f"the targets' rp.MicroBatches have weights {leaf.weights}, and the inputs' say {list(inputs.weights)};"
+                " give weights=[…] to the inputs' rp.MicroBatches",
+            )
+
+
+def _sendable(part: Nest, what: str) -> Nest:
+    """Return a micro-batch as it is sent, in host memory; ArgumentError for what cannot be."""
+    with as_argument():
+        return checked(part, f"the batch's {what}", torch.Tensor.cpu)
