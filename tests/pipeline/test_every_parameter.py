@@ -183,6 +183,9 @@ CALLS: dict[str, Call] = {
     "Batched": Call(rp.Batched, {"value": INPUTS, "dim": 0}, {"dim": "-1 0"}),
     "MicroBatches": Call(rp.MicroBatches, {"parts": [INPUTS]}, {"parts": "", "weights": "None"},
                          {"parts": "parts|micro-batch"}),
+    "RemoteBatches": Call(rp.RemoteBatches, {"make": list}, {"make": "", "start": "0", "seed": "0"}),
+    "RemoteBatches.batch": Call(rp.RemoteBatches(list).batch, {}, {"number": "0"}),
+    "RemoteBatches.inputs": Call(rp.RemoteBatches(list).inputs, {}, {"number": "0"}),
     "JsonLines": Call(rp.callbacks.JsonLines, {}, {"path": "'x'"}),
     "TensorBoard": Call(rp.callbacks.TensorBoard, {}, {"directory": "'x'"}),
 }  # fmt: skip

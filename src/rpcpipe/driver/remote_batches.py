@@ -16,8 +16,8 @@ class RemoteBatches:
     """Batches that the workers read which need them; none passes through this process.
 
     ``make()`` is called on the workers of the first stage, of the last one, and of stages that take named inputs. It
-    returns an iterable of (inputs, targets), or something with ``__getitem__`` that returns batch n of them, and must
-    give the same batches on all of them: workers compare them before a step begins. ``pipe.train`` and
+    returns an iterable of (inputs, targets), or something with ``__len__`` and ``__getitem__``, which returns batch n,
+    and must give the same batches on all workers: they are compared before a step begins. ``pipe.train`` and
     ``pipe.evaluate`` take it in place of batches, and the results are those of ``make()``'s batches, to the bit.
     ``pipe.predict`` takes it if its batches are inputs alone.
 

@@ -260,7 +260,7 @@ class Pipeline(Hints):
     def train(
         self, batches: Iterable[tuple[Nest, Nest]], progress: bool = False, *, ahead: int = 0
     ) -> Iterator[StepResult]:
-        """Train on each (inputs, targets) of ``batches`` as ``train_step`` does, and yield each result.
+        """Train on each (inputs, targets) of ``batches``, or RemoteBatches, as ``train_step`` does; yield each result.
 
         ``progress`` shows a bar with the loss. With ``ahead=1`` a batch more is read than results are yielded, and its
         step is issued while the one before runs: the results are the same, and workers do not wait for this process.
@@ -329,7 +329,7 @@ class Pipeline(Hints):
     def evaluate(
         self, batches: Iterable[tuple[Nest, Nest]], metrics: Mapping[str, Metric] | None = None
     ) -> float | dict[str, float]:
-        """Return the mean loss over all samples of ``batches``, in eval mode.
+        """Return the mean loss over all samples of ``batches``, or RemoteBatches, in eval mode.
 
         ``metrics``: functions by name, each of the (output, target) of a micro-batch and returning (sum, count), called
         on the last stage's worker; then {"loss": …, name: sum / count, …} is returned. Raises ArgumentError if nothing

@@ -3,7 +3,7 @@
 Every worker that needs inputs or targets runs the same ``make`` with the same random numbers, so all have the same
 batches; the driver compares what they say of each before it issues a step. In a step's messages ``ReadPart`` stands
 for a micro-batch, and is replaced when its action runs. Batches that may be under way are held. Another one is read
-again, from the first on unless the source has ``__getitem__``: after a death, a successor has none.
+again, from the first on unless the source has ``__getitem__`` and ``__len__``: after a death, a successor has none.
 """
 
 from __future__ import annotations
@@ -143,9 +143,9 @@ class _Opened:
             rng.seed_all(self._source.seed)
             self._made = user_pickling.loads(self._source.make)()
         made = self._made
-        if hasattr(made, "__getitem__") and not isinstance(made, IterableDataset):
+        if hasattr(made, "__getitem__") and hasattr(made, "__len__") and not isinstance(made, IterableDataset):
             rng.seed_all(self._source.seed + number)
-            return made[number] if not hasattr(made, "__len__") or number < len(made) else _END
+            return made[number] if number < len(made) else _END
         if number < self._next:
             self._forget()
             return self._read(number)
