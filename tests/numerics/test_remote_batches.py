@@ -117,16 +117,16 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("ahead", [0, 1])
 @pytest.mark.parametrize("case", CASES)
-def test_an_epoch_has_the_bits_of_one_from_here(case: str, ahead: int) -> None:
+def test_an_epoch_has_the_bits_of_one_from_here(case: str) -> None:
+    """Step by step, and with a step ahead."""
     options = dict(CASES[case])
     workers = options.pop("workers", 2)
     remote, local = pipeline(workers, **options), pipeline(workers, **options)
     for epoch in range(2):
         given = rp.RemoteBatches(partial(shuffled, epoch), seed=epoch)
-        expected = figures(local.train(here(partial(shuffled, epoch), epoch), ahead=ahead))
-        assert figures(remote.train(given, ahead=ahead)) == expected
+        expected = figures(local.train(here(partial(shuffled, epoch), epoch), ahead=epoch))
+        assert figures(remote.train(given, ahead=epoch)) == expected
         assert len(expected) == 6
         assert remote.evaluate(rp.RemoteBatches(Stream)) == local.evaluate(Stream())
     assert_same_weights(remote, local)
@@ -291,13 +291,13 @@ def remote_train(cluster: Any, given: Any, ahead: int, **options: Any) -> tuple[
 def test_workers_die_and_their_successors_read_again(kind: Any, ahead: int) -> None:
     expected, alone = remote_train(LocalCluster(2, 1), here(shuffled), ahead)
     deaths = 0
-    for seed in range(4):
+    for seed in range(2):
         cluster = kind(2, seed, rarity=60)
         found, pipe = remote_train(cluster, rp.RemoteBatches(shuffled), ahead)
         assert repr(found) == repr(expected)
         assert_same_weights(pipe, alone)
         deaths += cluster.deaths
-    assert deaths > 8
+    assert deaths > 4
 
 
 @pytest.mark.parametrize("case", ["stash", "latest of two", "2bw"])
@@ -342,3 +342,20 @@ def test_sources_come_and_go() -> None:
     for number in range(3):
         for source, expected in zip(sources, data, strict=True):
             assert remote.train_step(*source.batch(number)).loss == local.train_step(*expected[number]).loss
+
+
+def test_calls_between_two_results() -> None:
+    """Each takes the step ahead back, whose batch is read again where it is not held any more."""
+    remote, local = pipeline(), pipeline()
+    found: list[list[float]] = []
+    for pipe, given, other in (
+        (remote, rp.RemoteBatches(shuffled), rp.RemoteBatches(Stream)),
+        (local, here(shuffled), here(Stream)),
+    ):
+        seen: list[float] = []
+        found.append(seen)
+        for number, result in enumerate(pipe.train(given, ahead=1)):
+            one = other.batch(number) if isinstance(other, rp.RemoteBatches) else other[number]
+            seen += [result.loss, pipe.evaluate(other), pipe.train_step(*one).loss]
+    assert found[0] == found[1]
+    assert_same_weights(remote, local)

@@ -20,6 +20,11 @@ CLUSTERS: list[LocalCluster] = []
 SEEN: list[str] = []
 
 
+@pytest.fixture(autouse=True)
+def _no_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "CALLS", itertools.count())
+
+
 def pipeline(workers: int = 2, **options: Any) -> rp.Pipeline:
     return rp.Pipeline(
         mlp(4), LocalCluster(workers), **{"loss": cross_entropy, "optimizer": sgd, "chunks": 2, **options}
@@ -39,6 +44,11 @@ def shorter_at_each_call() -> list[Any]:
 
 def different_at_each_call() -> list[Any]:
     return list(batches(3))[next(CALLS) % 2 :]
+
+
+def another_at_the_third_call() -> list[Any]:
+    """Two workers call twice."""
+    return list(batches(9))[5 * (next(CALLS) // 2) :]
 
 
 def watched() -> Iterator[Any]:
@@ -88,6 +98,19 @@ def test_readers_that_differ() -> None:
     with pytest.raises(rp.ArgumentError, match=r"different batches 0 .* checksum .* checksum .* seed what shuffles"):
         list(pipe.train(rp.RemoteBatches(different_at_each_call)))
     after(pipe, [], 0)
+
+
+def test_a_source_that_is_another_when_a_batch_is_read_again() -> None:
+    pipe, losses = pipeline(), list[float]()
+    given = rp.RemoteBatches(another_at_the_third_call)
+    first = given.batch(0)
+    pipe.on_step(lambda result: losses.append(result.loss))
+    pipe.train_step(*first)
+    for _ in range(4):
+        pipe.evaluate(rp.RemoteBatches(lambda: batches(1)))  # workers keep four sources
+    with pytest.raises(rp.StateError, match=r"batch 0 .* the same batches whenever it is called"):
+        pipe.train_step(*first)
+    after(pipe, losses, 1)
 
 
 def test_in_a_stream_what_was_fed_before_is_trained() -> None:

@@ -78,8 +78,8 @@ def order(number: int, make: Callable[[], Any] | None = counted, *, key: int = 0
     return ReadOrder(BatchRef(key, number, True, 1, 2), 0, True, source, (0, 1), keep)
 
 
-def part(number: int, slot: str = "input") -> ReadPart:
-    return ReadPart(order(number).ref, 1, slot)
+def part(number: int, slot: str = "input", batch: Any = None) -> ReadPart:
+    return ReadPart(order(number).ref, digest(batch or list(batches(9, 4))[number]), 1, slot)
 
 
 def test_a_source_that_it_does_not_know_is_asked_for(reader: Reader) -> None:
@@ -127,11 +127,13 @@ def test_the_end_of_a_source_with_numbers(reader: Reader) -> None:
     assert READ == [0, 1, 2, 3, 4, 5, 6]
 
 
-def test_another_source_under_the_same_number_is_noticed(reader: Reader) -> None:
+def test_a_batch_that_is_another_when_it_is_read_again_is_refused(reader: Reader) -> None:
     reader.read(order(0, keep=1))
     reader.read(order(1, keep=1))
-    with pytest.raises(StateError, match=r"batch 9 .* the same batches whenever it is called"):
-        reader.filled({"input": part(9)})
+    other = next(batches(1, 4))[0], torch.zeros(4)
+    for wrong in (part(8), part(0, batch=other), part(1, batch=other)):  # not there, read again, held
+        with pytest.raises(StateError, match=r"batch \d .* the same batches whenever it is called"):
+            reader.filled({"input": wrong})
 
 
 def test_random_numbers_are_its_own(reader: Reader) -> None:
@@ -149,7 +151,8 @@ def test_random_numbers_are_its_own(reader: Reader) -> None:
         np.random.seed(1)
         reader.read(order(number, drawn))
         assert ones == (torch.rand(1), random.random(), np.random.rand())
-        assert torch.equal(reader.filled({"input": part(number)})["input"].nest[0], expected[number][0][1:])
+        filled = reader.filled({"input": part(number, batch=expected[number])})
+        assert torch.equal(filled["input"].nest[0], expected[number][0][1:])
 
 
 def test_after_an_error_it_begins_anew(reader: Reader) -> None:

@@ -15,12 +15,10 @@ from rpcpipe.model.batch import Batch
 from rpcpipe.model.microbatch import Nest
 from rpcpipe.model.wiring import DRIVER
 from rpcpipe.transport.user_pickling import named_dumps
-from rpcpipe.worker.messages import BatchInfo, BatchRef, ReadAnswer, ReadOrder, ReadPart, Source
+from rpcpipe.worker.messages import CHANGED, BatchInfo, BatchRef, ReadAnswer, ReadOrder, ReadPart, Source
 
 # Sources that workers keep: batches to train on, and to evaluate on in between. Another one is begun anew.
 _SOURCES = 4
-# What the workers have said of so many batches is remembered, until one of them dies.
-_ANSWERS = 64
 
 
 class _Reading(NamedTuple):
@@ -81,7 +79,9 @@ class Readers:
         info = self._info(deployment, ref, targets=targets)
         if info is None:
             raise ArgumentError(f"{inputs.source!r} has no batch {inputs.number}: it ends before")
-        parts = [ReadPart(ref, chunk, "input") for chunk in range(len(info.weights))]
+        require(inputs.digest in (None, info.digest), CHANGED.format(inputs.number), error=StateError)
+        inputs.digest = info.digest
+        parts = [ReadPart(ref, info.digest, chunk, "input") for chunk in range(len(info.weights))]
         return Batch(parts, info.weights, info.counts, info.samples, info.by_caller)
 
     def ensure(self, deployment: Deployment, part: Nest) -> None:
@@ -100,10 +100,10 @@ class Readers:
 
     def _info(self, deployment: Deployment, ref: BatchRef, *, targets: bool) -> BatchInfo | None:
         """Return what all readers of a batch say of it; None if all have none."""
-        asked = ref, _readings(deployment, targets=targets)
+        asked, keep = (ref, _readings(deployment, targets=targets)), _keep(deployment)
         if asked not in self._said:
-            self._said[asked] = _agreed(ref, self._ask(asked, _keep(deployment)))
-            if len(self._said) > _ANSWERS:
+            self._said[asked] = _agreed(ref, self._ask(asked, keep))
+            while len(self._said) > keep:  # as long as workers hold it
                 self._said.popitem(last=False)
         return self._said[asked]
 

@@ -63,10 +63,14 @@ class RemoteBatches:
 
 
 class RemoteValue:
-    """Stands for the inputs or the targets of batch ``number`` of ``source``, or for a ``batch`` of inputs alone."""
+    """Stands for the inputs or the targets of batch ``number`` of ``source``, or for a ``batch`` of inputs alone.
+
+    ``digest``: the batch's, when it was used first; a step that is made again takes no other.
+    """
 
     def __init__(self, source: RemoteBatches, number: int, what: str) -> None:
         self.source, self.number, self.what = source, number, what
+        self.digest: int | None = None
 
     def belongs_to(self, targets: Any) -> bool:
         """Return whether ``targets`` are those of this batch of inputs."""

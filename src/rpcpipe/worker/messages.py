@@ -186,6 +186,12 @@ class Report:
         return joined
 
 
+CHANGED = (
+    "batch {} of rp.RemoteBatches was another one when it was read again: make() must give the same batches whenever it"
+    " is called; seed what shuffles"
+)
+
+
 class BatchRef(NamedTuple):
     """Batch ``number`` of the RemoteBatches ``source``, as it is cut for ``replicas`` and ``chunks``.
 
@@ -202,10 +208,12 @@ class BatchRef(NamedTuple):
 class ReadPart(NamedTuple):
     """Stands in a message for what a stage gets of micro-batch ``chunk``, which its worker has read.
 
-    ``slot``: "input", the inputs and those of them that are ``names``; "inputs", these alone; or "target".
+    ``digest``: the batch's when the driver compared it. ``slot``: "input", the inputs and those of them that are
+    ``names``; "inputs", these alone; or "target".
     """
 
     ref: BatchRef
+    digest: int
     chunk: int
     slot: str
     names: tuple[str, ...] = ()

@@ -26,7 +26,7 @@ from rpcpipe.model.microbatch import Nest, map_batch, map_tensors
 from rpcpipe.stage import autograd
 from rpcpipe.stage.autograd import StageInput
 from rpcpipe.transport import user_pickling
-from rpcpipe.worker.messages import BatchInfo, BatchRef, ReadAnswer, ReadOrder, ReadPart, Source
+from rpcpipe.worker.messages import CHANGED, BatchInfo, BatchRef, ReadAnswer, ReadOrder, ReadPart, Source
 from rpcpipe.worker.stage_set import StageSet
 
 _END = object()  # in place of a batch that there is not
@@ -35,6 +35,7 @@ _END = object()  # in place of a batch that there is not
 class _Read(NamedTuple):
     """A batch in micro-batches: its inputs and, where they are needed, its targets."""
 
+    digest: int
     batch: Batch
     targets: list[Nest] | None
 
@@ -63,7 +64,7 @@ class Reader:
         read = self._cut(ref, value, targets=order.targets)
         self._cuts = {one: cut for one, cut in self._cuts.items() if self._is_held(one)}
         batch = read.batch
-        return ReadAnswer(BatchInfo(batch.weights, batch.counts, batch.samples, batch.by_caller, digest(value)))
+        return ReadAnswer(BatchInfo(batch.weights, batch.counts, batch.samples, batch.by_caller, read.digest))
 
     def _is_held(self, ref: BatchRef) -> bool:
         return ref.source in self._sources and ref.number in self._sources[ref.source].held
@@ -76,7 +77,7 @@ class Reader:
         if targets:
             parts = cut_targets(losses.prepared(self._held.spec.loss, given), batch, ref.replicas, ref.chunks)
         check_inputs(batch.parts[0], self._held.spec.wirings)
-        self._cuts[ref] = read = _Read(batch, parts)
+        self._cuts[ref] = read = _Read(digest(value), batch, parts)
         return read
 
     def filled(self, values: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -91,6 +92,7 @@ class Reader:
         read = self._cuts.get(ref)
         if read is None or (is_target and read.targets is None):
             read = self._cut(ref, self._again(ref), targets=is_target)
+        require(read.digest == part.digest, CHANGED.format(ref.number), error=StateError)
         if is_target:
             assert read.targets is not None
             return map_tensors(torch.Tensor.clone, read.targets[part.chunk])
@@ -101,12 +103,7 @@ class Reader:
     def _again(self, ref: BatchRef) -> Any:
         opened = self._sources.get(ref.source)
         value = _END if opened is None else opened.batch(ref.number)
-        require(
-            value is not _END,
-            f"batch {ref.number} of rp.RemoteBatches, which was there, is not when it is read again: make() must give"
-            " the same batches whenever it is called",
-            error=StateError,
-        )
+        require(value is not _END, CHANGED.format(ref.number), error=StateError)
         return value
 
 
