@@ -19,7 +19,6 @@ from rpcpipe.driver.result import mean_loss, merged_outputs
 from rpcpipe.driver.runtime import Runtime
 from rpcpipe.driver.succession import healed
 from rpcpipe.errors import ArgumentError, StateError, require
-from rpcpipe.model.batch import Batch
 from rpcpipe.model.microbatch import Nest, copied
 from rpcpipe.stage.context import StepContext
 from rpcpipe.stage.metrics import Metric, Sums, means
@@ -153,12 +152,8 @@ class Passes:
         for one in itertools.islice(self._waiting, 1 if self._has_lost else None):
             if one.replies:
                 continue
-            cut: tuple[Batch, list[Nest] | None]
-            if self._keep_outputs:
-                cut = feeding.cut_outputs(runtime, one.inputs, one.targets)
-            else:
-                cut = feeding.cut_pair(runtime, one.inputs, one.targets)
-            batch, target_parts = cut
+            cut = feeding.cut_outputs if self._keep_outputs else feeding.cut_pair
+            batch, target_parts = cut(runtime, one.inputs, one.targets)
             step = runtime.driver.new_step()
             plan = StepContext(step, runtime.trained, False, batch.weights, keep_outputs=self._keep_outputs)
             program = runtime.program.forward(batch.counts, targets=target_parts is not None)
