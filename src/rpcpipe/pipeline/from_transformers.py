@@ -46,8 +46,10 @@ def from_transformers(
             f"rp.from_transformers needs transformers: pip install 'rpcpipe[hf]' ({error})"
         ) from error
     source = config_or_model if hasattr(config_or_model, "config") else copy.deepcopy(config_or_model)
-    layers, loss = cut(source)
+    layers, loss, language_model = cut(source)
     if stages is not None:
         require("balance" not in pipeline_arguments, "stages=… and balance=… say the same; pass one of them")
         pipeline_arguments["balance"] = balance_by_parameters(layers, stages)
-    return Pipeline(layers, cluster, **{"loss": loss, **pipeline_arguments})
+    pipe = Pipeline(layers, cluster, **{"loss": loss, **pipeline_arguments})
+    pipe.recipe.language_model = language_model
+    return pipe

@@ -60,7 +60,8 @@ class Anatomy:
     ``idle``: modules with weights that the forward does not call. ``inputs``: what the model may be given.
     ``blocks_see_ids`` and ``tail_sees_ids``: input_ids are needed behind the embedding. ``records``: router logits
     go along with the hidden states. ``direct``: which modules of ``tail`` are called with the result before them and
-    nothing else. ``shortcut``: what the last of them needs of the forward before it, if it is known.
+    nothing else. ``shortcut``: what the last of them needs of the forward before it, if it is known. ``cache``: the
+    argument of the forward that takes a key-value cache, "" if generation cannot use one.
     """
 
     recipe: Recipe
@@ -76,6 +77,7 @@ class Anatomy:
     records: bool
     direct: tuple[bool, ...]
     shortcut: Shortcut | None
+    cache: str
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Anatomy:
         return self

@@ -24,11 +24,12 @@ from rpcpipe.model.hf.losses import loss_of
 from rpcpipe.model.hf.recipe import Recipe
 from rpcpipe.model.hf.skeleton import Skeleton, skeleton
 from rpcpipe.model.hf.staged import INPUTS, Block, Embedding, Idle, Tail, on_stage
+from rpcpipe.model.language_model import LanguageModel
 from rpcpipe.model.layers import Layer, LayerSpec, Loss, Wired
 
 
-def cut(source: Any) -> tuple[dict[str, Layer], Loss]:
-    """Return the layers of ``source``, a config or a model of transformers, and its loss.
+def cut(source: Any) -> tuple[dict[str, Layer], Loss, LanguageModel]:
+    """Return the layers of ``source``, a config or a model of transformers, its loss, and how it generates.
 
     Raises ArgumentError for another object, and ModelError for a model that is no chain of blocks.
     """
@@ -44,7 +45,8 @@ def cut(source: Any) -> tuple[dict[str, Layer], Loss]:
         made = {
             path: LayerSpec(build, anatomy, path, part, tied=ties.get(path) or None) for path, part in parts.items()
         }
-    return {path: _wired(layer, parts[path]) for path, layer in made.items()}, loss_of(recipe)
+    language_model = LanguageModel(cached=bool(anatomy.cache), takes_positions="position_ids" in anatomy.inputs)
+    return {path: _wired(layer, parts[path]) for path, layer in made.items()}, loss_of(recipe), language_model
 
 
 def class_of(source: Any) -> type[PreTrainedModel]:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from rpcpipe.errors import ModelError
 from rpcpipe.model.hf.anatomy import Anatomy, Body, Shortcut
+from rpcpipe.model.hf.decoding import cache_of
 from rpcpipe.model.hf.probes import (
     EitherWay,
     WatchedIds,
@@ -77,6 +78,10 @@ def anatomy_of(recipe: Recipe) -> Anatomy:
         ) from error
 
 
+def _has(cache: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    return any(one is cache for one in (*args, *kwargs.values()))
+
+
 class _Examination:
     """Runs the forward of a model on a tiny batch, to see what its parts are called with."""
 
@@ -112,6 +117,7 @@ class _Examination:
             records=records_routers(self._recipe),
             direct=direct,
             shortcut=self._shortcut(),
+            cache=self._cache(),
         )
 
     def _error(self, what: str) -> ModelError:
@@ -331,6 +337,18 @@ class _Examination:
 
         self._run(body, {**dict.fromkeys(body.blocks, block), **dict.fromkeys(self._tail, stop_here)}, **inputs)
         return recorded
+
+    def _cache(self) -> str:
+        """Return the argument for a key-value cache, if every block takes the cache and nothing else is kept."""
+        arguments = inspect.signature(self._recipe.cls.forward).parameters
+        name = next((one for one in ("cache", "past_key_values") if one in arguments), "")
+        cache = cache_of(self._recipe.config, len(self._body.blocks)) if name else None
+        shares = bool(getattr(self._recipe.config, "num_kv_shared_layers", None))
+        if cache is None or "attention_mask" not in arguments or shares:
+            return ""
+        with torch.no_grad():
+            calls = self._arguments(**{name: cache, "use_cache": True})
+        return name if all(_has(cache, args, kwargs) for _, (args, kwargs) in calls) else ""
 
     def _blocks_see_ids(self) -> bool:
         """Return whether other input_ids of the same shape would change what the blocks are called with."""

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rpcpipe.model.hf.decoding import Decodings
 from rpcpipe.model.hf.recipe import Recipe, initialize, without_values
 
 # Called in place of a module with (args, kwargs) of its forward.
@@ -64,6 +65,7 @@ class Skeleton:
             self._put(self.model, path, StandIn(path, template, self._handlers))
         self.model.config.use_cache = False
         self.memo: OrderedDict[Any, Any] = OrderedDict()
+        self.decodings = Decodings()
 
     @staticmethod
     def _put(model: nn.Module, path: str, module: nn.Module) -> None:

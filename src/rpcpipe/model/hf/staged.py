@@ -19,8 +19,10 @@ from torch import nn
 
 from rpcpipe.errors import ArgumentError, ModelError
 from rpcpipe.model.hf.anatomy import Anatomy
+from rpcpipe.model.hf.decoding import Decoding
 from rpcpipe.model.hf.recording import record_routers, with_routers
 from rpcpipe.model.hf.skeleton import Handler, Reached, Skeleton, remembered, skeleton
+from rpcpipe.model.language_model import CACHED
 
 INPUTS = "model_inputs"  # the name of the wire that carries a micro-batch's inputs behind the embedding
 _DROPPED = ("loss", "cache", "past_key_values", "hidden_states", "attentions", "router_logits")
@@ -81,7 +83,8 @@ class Embedding:
         path, children = self.anatomy.embedding, self.anatomy.children
         parts = {f"{path}.{name}": module.get_submodule(name) for name in children}
         with skeleton.having(parts or {path: _Called(forward, module)}):
-            hidden = skeleton.run({body.blocks[0]: first}, module.training, **given)
+            cached = _with_cache(self.anatomy, skeleton, given, given["input_ids"])
+            hidden = skeleton.run({body.blocks[0]: first}, module.training, **cached)
         if not self.anatomy.blocks_see_ids:
             given = {name: value for name, value in given.items() if name != "input_ids"}
         return (hidden, ()) if self.anatomy.records else hidden, given
@@ -112,7 +115,7 @@ class Block:
     def __call__(self, module: nn.Module, forward: Callable[..., Any], x: Any, inputs: Mapping[str, Any]) -> Any:
         body = self.anatomy.body
         hidden, before = x if self.anatomy.records else (x, ())
-        args, kwargs = arguments(self.anatomy, hidden, inputs)[self.index]
+        args, kwargs = arguments(self.anatomy, hidden, inputs, self.index)
         if body.hidden:
             kwargs = {**kwargs, body.hidden: hidden}
         else:
@@ -129,19 +132,54 @@ def _hidden(result: Any) -> Any:
 
 
 def arguments(
-    anatomy: Anatomy, hidden: torch.Tensor, inputs: Mapping[str, Any]
-) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """Return what each block is called with beside ``hidden``, (batch, time, …), for a batch of ``inputs``.
+    anatomy: Anatomy, hidden: torch.Tensor, inputs: Mapping[str, Any], index: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return what block ``index`` is called with beside ``hidden``, (batch, time, …), for a batch of ``inputs``.
 
-    The blocks of a stage have the same ``inputs``, so what the last call returned is kept with them.
+    The blocks of a stage have the same ``inputs``, so what was found for the last of them is kept.
     """
     skeleton = _skeleton(anatomy, hidden.device)
+    decoding = _decoding(anatomy, skeleton, inputs, hidden)
+    if decoding is not None:
+        return _of_pass(anatomy, skeleton, decoding, hidden, inputs, index)
     key = (hidden.shape, hidden.dtype, *((name, id(value)) for name, value in inputs.items()))
 
     def make() -> Any:
         return dict(inputs), _arguments(anatomy, skeleton, hidden, inputs)  # the inputs too: their ids stay theirs
 
-    return remembered(skeleton.memo, key, make)[1]
+    return remembered(skeleton.memo, key, make)[1][index]
+
+
+def _of_pass(
+    anatomy: Anatomy,
+    skeleton: Skeleton,
+    decoding: Decoding,
+    hidden: torch.Tensor,
+    inputs: Mapping[str, Any],
+    index: int,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of block ``index`` in a pass over new tokens, with its own cache."""
+    if decoding.arguments is None:
+        decoding.arguments = _arguments(anatomy, skeleton, hidden, inputs)
+    args, kwargs = decoding.arguments[index]
+    cache = decoding.wide(index)
+    return (
+        tuple(cache if one is decoding.narrow else one for one in args),
+        {name: cache if one is decoding.narrow else one for name, one in kwargs.items()},
+    )
+
+
+def _decoding(anatomy: Anatomy, skeleton: Skeleton, inputs: Mapping[str, Any], tokens: torch.Tensor) -> Decoding | None:
+    return skeleton.decodings.current(anatomy.recipe.config, len(anatomy.body.blocks), inputs, tokens.shape[1])
+
+
+def _with_cache(
+    anatomy: Anatomy, skeleton: Skeleton, inputs: Mapping[str, Any], tokens: torch.Tensor
+) -> dict[str, Any]:
+    """Return ``inputs`` as the model's forward takes them, with the cache if there is one for these rows."""
+    given = {name: value for name, value in inputs.items() if name != CACHED}
+    decoding = _decoding(anatomy, skeleton, inputs, tokens)
+    return given if decoding is None else {**given, anatomy.cache: decoding.narrow, "use_cache": True}
 
 
 def _arguments(anatomy: Anatomy, skeleton: Skeleton, hidden: torch.Tensor, inputs: Mapping[str, Any]) -> list[Any]:
@@ -156,7 +194,8 @@ def _arguments(anatomy: Anatomy, skeleton: Skeleton, hidden: torch.Tensor, input
         return body.returned(states)
 
     with torch.no_grad():
-        skeleton.run(dict.fromkeys(body.blocks, block), False, **_with_ids(hidden, inputs))
+        given = _with_cache(anatomy, skeleton, _with_ids(hidden, inputs), hidden)
+        skeleton.run(dict.fromkeys(body.blocks, block), False, **given)
     return found
 
 
@@ -190,7 +229,8 @@ class Tail:
 
     def _begun(self, results: Mapping[int, Any], inputs: Mapping[str, Any]) -> tuple[Skeleton, dict[str, Any]]:
         sample = next(iter(results.values()))
-        return _skeleton(self.anatomy, sample.device), _with_ids(sample, inputs)
+        skeleton = _skeleton(self.anatomy, sample.device)
+        return skeleton, _with_cache(self.anatomy, skeleton, _with_ids(sample, inputs), sample)
 
     def _before_last(
         self,
@@ -272,7 +312,8 @@ def outputs(result: Any) -> Any:
 def _checked(inputs: Any, anatomy: Anatomy) -> dict[str, Any]:
     """Return the inputs without those that are None; raises ArgumentError unless the model takes them."""
     names = anatomy.inputs
-    if not isinstance(inputs, Mapping) or "input_ids" not in inputs or not inputs.keys() <= set(names):
+    known = {*names, CACHED}
+    if not isinstance(inputs, Mapping) or "input_ids" not in inputs or not inputs.keys() <= known:
         actual = sorted(inputs) if isinstance(inputs, Mapping) else f"a {type(inputs).__name__}"
         raise ArgumentError(f"inputs must be a dict with input_ids and at most {', '.join(names)}, not {actual}")
     return {name: value for name, value in inputs.items() if value is not None}
