@@ -33,6 +33,9 @@ def _same(value: Any) -> Any:
     return value
 
 
+_MOST_IN_VAIN = 3  # deaths one after the other, without a token between them
+
+
 @dataclass
 class _Row:
     """Holds a prompt with the tokens added to it, (time) ``ids``, and how many tokens are ``left`` to add.
@@ -151,12 +154,14 @@ def _generate(
         return
     model = pipe.recipe.language_model
     assert model is not None
+    in_vain = 0
     while unfinished := _unfinished(rows):
         left = sum(row.left for row in unfinished)
         try:
             _run(pipe, unfinished, drawn, _Cached(model))
         except CacheLost:  # a worker has died, and its successor has none; all tokens go through the stages again
-            if sum(row.left for row in rows) == left:
+            in_vain = in_vain + 1 if sum(row.left for row in rows) == left else 0
+            if in_vain == _MOST_IN_VAIN:
                 raise
     release_caches(pipe.runtime)
 

@@ -32,12 +32,14 @@ class Decoding:
     """What a worker keeps of one micro-batch of rows between passes.
 
     ``narrow``: the cache from which masks are made, of ``length`` tokens; ``width``: how many tokens the pass under
-    way adds; ``filled``: by block, its keys and values; ``arguments``: of the blocks in the pass under way.
+    way adds, in which the blocks ``called`` have been called; ``filled``: by block, its keys and values;
+    ``arguments``: of the blocks in the pass under way.
     """
 
     narrow: DynamicCache
     length: int = 0
     width: int = 0
+    called: set[int] = field(default_factory=set)
     filled: dict[int, Any] = field(default_factory=dict)
     arguments: Any = None
 
@@ -58,9 +60,17 @@ class Decoding:
         for index in range(len(self.narrow.layers)):
             self.narrow.update(new, new, index)
         self.length, self.width, self.arguments = past, width, None
+        self.called.clear()
 
     def wide(self, index: int) -> DynamicCache:
-        """Return the cache for block ``index``."""
+        """Return the cache for block ``index``.
+
+        Raises CacheLost the second time in a pass: the pass is made again because another worker has died, and the
+        block's keys and values are those after it.
+        """
+        if index in self.called:
+            raise CacheLost(f"block {index} has seen the tokens from {self.length} on of these rows already")
+        self.called.add(index)
         cache = copy.copy(self.narrow)
         cache.layers = list(self.narrow.layers)
         if index not in self.filled:
