@@ -110,11 +110,7 @@ def generate(
         require_callable("inputs", inputs, "that makes the model's inputs of token ids")
     if logits is not None:
         require_callable("logits", logits, "that returns the logits in the model's output")
-    require_iterable("prompts", prompts, "tensors of token ids")
-    require(
-        all(isinstance(row, torch.Tensor) and row.dim() == 1 and len(row) for row in prompts),
-        "every prompt must be a tensor of one dimension, of at least one token",
-    )
+    _check_prompts(prompts)
     rows = [_row(prompt, new_tokens, rng.derive(seed, index)) for index, prompt in enumerate(prompts)]
     longest = max((len(row.ids) + row.left for row in rows), default=0)
     cached = _uses_cache(pipe, cache, inputs, context is not None and longest > context)
@@ -123,6 +119,22 @@ def generate(
     drawn = _Drawn(Sampling(temperature, top_k), stop)
     pipe.turn.run("generate", _generate, pipe, rows, drawn, logits or _logits, None if cached else plain)
     return [row.ids for row in rows]
+
+
+def _check_prompts(prompts: Sequence[Any] | torch.Tensor) -> None:
+    """Raise ArgumentError unless every prompt is a (time) tensor; the message says how to make it of what it is."""
+    several = [prompts] if isinstance(prompts, str) else prompts
+    require_iterable("prompts", several, "tensors of token ids")
+    for row in several:
+        how = {
+            str: "a string, which the model's tokenizer makes a tensor of: tokenizer(text,"
+            " return_tensors='pt')['input_ids'][0]",
+            list: "a list: pass torch.tensor(prompt)",
+        }.get(type(row), f"a {type(row).__name__}")
+        require(isinstance(row, torch.Tensor), f"every prompt must be a tensor of token ids, not {how}")
+        require(
+            row.dim() == 1 and len(row) > 0, "every prompt must be a tensor of one dimension, of at least one token"
+        )
 
 
 def _uses_cache(pipe: Pipeline, asked: bool | None, inputs: Any, is_cut: bool) -> bool:

@@ -116,15 +116,15 @@ class Skeleton:
             vars(module).pop("forward", None)
 
 
-_MOST = 4  # skeletons and what they remember, of each thread
+_SKELETONS, _MEMORIES = 4, 2  # of each thread, and of each skeleton: a micro-batch's masks may be large
 _kept = threading.local()  # workers of one process compute in threads of their own
 
 
-def remembered(entries: OrderedDict[Any, Any], key: Any, make: Callable[[], Any]) -> Any:
-    """Return ``entries[key]``, made by ``make`` if it is not there; the entry used longest ago is dropped."""
+def remembered(entries: OrderedDict[Any, Any], key: Any, make: Callable[[], Any], most: int = _MEMORIES) -> Any:
+    """Return ``entries[key]``, made by ``make`` if it is not there; of more than ``most`` the oldest is dropped."""
     if key not in entries:
         entries[key] = make()
-        while len(entries) > _MOST:
+        while len(entries) > most:
             entries.popitem(last=False)
     entries.move_to_end(key)
     return entries[key]
@@ -133,4 +133,4 @@ def remembered(entries: OrderedDict[Any, Any], key: Any, make: Callable[[], Any]
 def skeleton(recipe: Recipe, paths: Sequence[str], device: torch.device) -> Skeleton:
     """Return this thread's skeleton of ``recipe`` on ``device``."""
     entries = vars(_kept).setdefault("skeletons", OrderedDict())
-    return remembered(entries, (recipe.key, device), lambda: Skeleton(recipe, paths, device))
+    return remembered(entries, (recipe.key, device), lambda: Skeleton(recipe, paths, device), _SKELETONS)
