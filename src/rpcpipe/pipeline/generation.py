@@ -19,7 +19,7 @@ import torch
 
 from rpcpipe._arguments import require_callable, require_flag, require_iterable, require_kind, require_number
 from rpcpipe.driver.inference import Passes, release_caches, tell_last_stage
-from rpcpipe.errors import CacheLost, require, require_whole
+from rpcpipe.errors import ArgumentError, CacheLost, require, require_whole
 from rpcpipe.model import rng
 from rpcpipe.model.language_model import CachedRows, LanguageModel
 from rpcpipe.model.microbatch import Nest
@@ -33,6 +33,10 @@ def _same(value: Any) -> Any:
     return value
 
 
+_OTHER_PROMPTS = {
+    "str": "a string, which the model's tokenizer makes a tensor of: tokenizer(text, return_tensors='pt')['input_ids'][0]",
+    "list": "a list: pass torch.tensor(prompt)",
+}
 _MOST_IN_VAIN = 3  # deaths one after the other, without a token between them
 
 
@@ -126,7 +130,7 @@ def _check_prompts(prompts: Sequence[Any] | torch.Tensor) -> None:
     several = [prompts] if isinstance(prompts, str) else prompts
     require_iterable("prompts", several, "tensors of token ids")
     for row in several:
-        how = {
+        how = {  # type: ignore[call-overload]
             str: "a string, which the model's tokenizer makes a tensor of: tokenizer(text,"
             " return_tensors='pt')['input_ids'][0]",
             list: "a list: pass torch.tensor(prompt)",
