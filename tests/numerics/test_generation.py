@@ -109,6 +109,11 @@ def test_sampling_draws_from_the_likeliest() -> None:
         ({"context": 0}, "context"),
         ({"prompts": torch.zeros(3)}, "of at least one token"),
         ({"prompts": [torch.zeros(0)]}, "of at least one token"),
+        ({"prompts": ["once"]}, "not a string, which the model's tokenizer makes a tensor of"),
+        ({"prompts": "once"}, "not a string"),
+        ({"prompts": [[1, 2]]}, r"not a list: pass torch\.tensor"),
+        ({"prompts": [3]}, "not a int"),
+        ({"cache": True}, "cache=True is for models of rp.from_transformers"),
     ],
 )
 def test_arguments_that_cannot_be(wrong: dict[str, Any], match: str) -> None:

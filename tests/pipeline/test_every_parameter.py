@@ -146,7 +146,7 @@ CALLS: dict[str, Call] = {
     "generate": Call(
         lambda **given: rp.generate(**{"pipe": pipe(), "prompts": IDS, "new_tokens": 0} | given), {},
         {"pipe": "", "prompts": "[]", "new_tokens": "0", "temperature": NONNEGATIVE, "top_k": "None",
-         "seed": "-1 0", "context": "None", "stop": "None -1 0", "inputs": "", "logits": ""},
+         "seed": "-1 0", "context": "None", "stop": "None -1 0", "inputs": "None", "logits": "None", "cache": "None"},
         {"prompts": "prompt"},
     ),
     "plan": Call(plan, {}, {

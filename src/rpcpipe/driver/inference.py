@@ -25,7 +25,7 @@ from rpcpipe.stage.metrics import Metric, Sums, means
 from rpcpipe.transport.interrupts import shield_interrupts
 from rpcpipe.transport.user_pickling import named_dumps
 from rpcpipe.worker.messages import Report
-from rpcpipe.worker.operations import SetMetrics, SetSelection
+from rpcpipe.worker.operations import ReleaseCaches, SetMetrics, SetSelection
 
 T = TypeVar("T")
 METRIC = "called as metric(output, target)"
@@ -185,6 +185,13 @@ def tell_last_stage(runtime: Runtime, operation: SetMetrics | SetSelection) -> N
     driver, workers = runtime.driver, runtime.stages[-1].workers
     runtime.healed(lambda: driver.collect({worker: driver.call(worker, operation) for worker in workers}))
     runtime.history.called(workers, operation)
+
+
+def release_caches(runtime: Runtime) -> None:
+    """Let all workers release the keys and values that they have kept of generation."""
+    driver = runtime.driver
+    workers = {worker for stage in runtime.stages for worker in stage.workers}
+    runtime.healed(lambda: driver.collect({worker: driver.call(worker, ReleaseCaches()) for worker in workers}))
 
 
 def evaluate(

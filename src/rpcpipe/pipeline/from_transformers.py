@@ -40,14 +40,16 @@ def from_transformers(
     does not support, and whatever Pipeline raises.
     """
     try:
-        from rpcpipe.model.hf.registry import family_of
+        from rpcpipe.model.hf.cut import cut
     except ImportError as error:
         raise DependencyError(
             f"rp.from_transformers needs transformers: pip install 'rpcpipe[hf]' ({error})"
         ) from error
     source = config_or_model if hasattr(config_or_model, "config") else copy.deepcopy(config_or_model)
-    layers, loss = family_of(source)(source)
+    layers, loss, language_model = cut(source)
     if stages is not None:
         require("balance" not in pipeline_arguments, "stages=… and balance=… say the same; pass one of them")
         pipeline_arguments["balance"] = balance_by_parameters(layers, stages)
-    return Pipeline(layers, cluster, **{"loss": loss, **pipeline_arguments})
+    pipe = Pipeline(layers, cluster, **{"loss": loss, **pipeline_arguments})
+    pipe.recipe.language_model = language_model
+    return pipe

@@ -9,15 +9,20 @@ from typing import Any
 
 from torch import nn
 
+from rpcpipe.model.language_model import LanguageModel
 from rpcpipe.model.layers import Layer, Wired, unwired, wiring_of
 from rpcpipe.pipeline.arguments import Options
 
 
 class Recipe:
-    """What a pipeline was made of. Modules are referred to weakly: the user may drop them to save memory."""
+    """What a pipeline was made of. Modules are referred to weakly: the user may drop them to save memory.
+
+    ``language_model``: how generation feeds it, known of those that ``from_transformers`` has made.
+    """
 
     def __init__(self, layers: Mapping[str, Layer], options: Options) -> None:
         self.options = options
+        self.language_model: LanguageModel | None = None
         self._layers = {name: (wiring_of(layer), _weak(unwired(layer))) for name, layer in layers.items()}
 
     def layers(self) -> OrderedDict[str, Layer] | None:

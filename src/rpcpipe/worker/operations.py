@@ -238,6 +238,10 @@ class SetSelection(NamedTuple):
     function: bytes
 
 
+class ReleaseCaches(NamedTuple):
+    """Let the keys and values that generation has kept go."""
+
+
 class GetState(NamedTuple):
     """Reply with each stage's state under the unsplit model's names, on the CPU."""
 
@@ -327,7 +331,7 @@ StateOperation = (
 )  # fmt: skip
 
 StageOperation = (
-    GetModule | GetParameter | CallModule | SetMetrics | SetSelection | ReleaseLayers | ReceiveLayers
+    GetModule | GetParameter | CallModule | SetMetrics | SetSelection | ReleaseCaches | ReleaseLayers | ReceiveLayers
     | GetOptimizerState | Repartition
 )  # fmt: skip
 

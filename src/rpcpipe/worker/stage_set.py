@@ -14,6 +14,7 @@ from torch import nn
 
 from rpcpipe.errors import ModelError, require
 from rpcpipe.model import batchnorm, layers, tied_weights, torch_settings
+from rpcpipe.model.language_model import release_caches
 from rpcpipe.model.wiring import StageLinks, Wiring, outgoing
 from rpcpipe.stage.accumulation import AccumulatedGradients
 from rpcpipe.stage.gradients import has_hooks, remove_hooks
@@ -31,6 +32,7 @@ from rpcpipe.worker.operations import (
     GetOptimizerState,
     GetParameter,
     ReceiveLayers,
+    ReleaseCaches,
     ReleaseLayers,
     Repartition,
     SetMetrics,
@@ -225,6 +227,8 @@ class StageSet:
                 self.stages[self.last_stage].metrics = user_pickling.loads(metrics)
             case SetSelection(function):
                 self.stages[self.last_stage].select = user_pickling.loads(function)
+            case ReleaseCaches():
+                release_caches()
             case ReleaseLayers(names):
                 return self._release(names)
             case ReceiveLayers(given):

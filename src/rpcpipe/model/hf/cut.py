@@ -1,0 +1,168 @@
+"""Cut a model of transformers, or the model that a config describes, into named layers."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_PRETRAINING_MAPPING,
+)
+
+from rpcpipe.errors import ArgumentError, ModelError
+from rpcpipe.model.hf.anatomy import Anatomy
+from rpcpipe.model.hf.examination import anatomy_of
+from rpcpipe.model.hf.losses import loss_of
+from rpcpipe.model.hf.recipe import Recipe
+from rpcpipe.model.hf.skeleton import Skeleton, skeleton
+from rpcpipe.model.hf.staged import INPUTS, Block, Embedding, Idle, Tail, on_stage
+from rpcpipe.model.language_model import LanguageModel
+from rpcpipe.model.layers import Layer, LayerSpec, Loss, Wired
+
+
+def cut(source: Any) -> tuple[dict[str, Layer], Loss, LanguageModel]:
+    """Return the layers of ``source``, a config or a model of transformers, its loss, and how it generates.
+
+    Raises ArgumentError for another object, and ModelError for a model that is no chain of blocks.
+    """
+    model = source if isinstance(source, PreTrainedModel) else None
+    recipe = Recipe.of(class_of(source), source if model is None else model.config)
+    anatomy = anatomy_of(recipe)
+    parts = _parts(anatomy)
+    if model is not None:
+        _check_unchanged(model, anatomy)
+        made: dict[str, Any] = {path: view(model, anatomy, path, part) for path, part in parts.items()}
+    else:
+        ties = _ties(anatomy, list(parts))
+        made = {
+            path: LayerSpec(build, anatomy, path, part, tied=ties.get(path) or None) for path, part in parts.items()
+        }
+    language_model = LanguageModel(cached=bool(anatomy.cache), takes_positions="position_ids" in anatomy.inputs)
+    return {path: _wired(layer, parts[path]) for path, layer in made.items()}, loss_of(recipe), language_model
+
+
+def class_of(source: Any) -> type[PreTrainedModel]:
+    """Return the class of the model, or the one that the config's ``architectures`` or its type means."""
+    if isinstance(source, PreTrainedModel):
+        return type(source)
+    if not isinstance(source, PreTrainedConfig):
+        raise ArgumentError(
+            f"from_transformers takes a model or a config of transformers, not a {type(source).__name__}; any other"
+            " model is a pipeline once it is written as a list of layers (docs/guide/models.md)"
+        )
+    named = [getattr(transformers, name, None) for name in source.architectures or ()]
+    mapped = [
+        mapping[type(source)]
+        for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_PRETRAINING_MAPPING, MODEL_FOR_MASKED_LM_MAPPING)
+        if type(source) in mapping
+    ]
+    if source.model_type == "bert" and not named:
+        named = [transformers.BertForPreTraining]
+    found = next((one for one in (*named, *mapped) if one is not None), None)
+    if found is None:
+        raise ArgumentError(f"the config's architectures name no model of transformers for a {type(source).__name__}")
+    return found
+
+
+Part = Embedding | Block | Tail | Idle
+
+
+def _parts(anatomy: Anatomy) -> dict[str, Part]:
+    """Return the parts by their paths, in the order of the layers."""
+    blocks = {path: Block(anatomy, index) for index, path in enumerate(anatomy.body.blocks)}
+    tail = {path: Tail(anatomy, index) for index, path in enumerate(anatomy.tail)}
+    return {anatomy.embedding: Embedding(anatomy), **dict.fromkeys(anatomy.idle, Idle()), **blocks, **tail}
+
+
+def _wired(layer: Any, part: Part) -> Layer:
+    match part:
+        case Embedding():
+            return Wired(layer, gives=INPUTS)
+        case Block():
+            return Wired(layer, takes=INPUTS)
+        case Tail(anatomy, index):
+            last = index == len(anatomy.tail) - 1
+            return Wired(layer, takes=(INPUTS, "input_ids") if last and anatomy.tail_sees_ids else INPUTS)
+        case Idle():
+            return layer
+
+
+def _pruned(module: nn.Module, anatomy: Anatomy, path: str) -> nn.Module:
+    """Drop the submodules of ``module``, a copy, that are not of the embedding, if it is this."""
+    return _only(module, anatomy.children) if path == anatomy.embedding and anatomy.children else module
+
+
+def _only(module: nn.Module, paths: Sequence[str]) -> nn.Module:
+    """Return ``module``, a copy, with the submodules ``paths`` alone."""
+    kept: dict[str, nn.Module] = {}
+    for name, inner in itertools.groupby(paths, lambda path: path.partition(".")[0]):
+        below = [path.partition(".")[2] for path in inner]
+        child = module.get_submodule(name)
+        kept[name] = child if below == [""] else _only(copy.copy(child), below)
+    vars(module)["_modules"] = kept
+    return module
+
+
+def view(model: PreTrainedModel, anatomy: Anatomy, path: str, part: Part) -> nn.Module:
+    """Return the model's module at ``path`` as a layer; the module itself stays as it is."""
+    return _pruned(on_stage(model.get_submodule(path), part), anatomy, path)
+
+
+def build(anatomy: Anatomy, path: str, part: Part) -> nn.Module:
+    """Return the layer at ``path`` with initial weights."""
+    frame = _frame(anatomy)
+    module = _pruned(frame.part(path), anatomy, path)
+    frame.initialize(module)
+    return on_stage(module, part)
+
+
+def _frame(anatomy: Anatomy) -> Skeleton:
+    return skeleton(anatomy.recipe, anatomy.stand_ins, torch.device("cpu"))
+
+
+def _ties(anatomy: Anatomy, paths: list[str]) -> dict[str, dict[str, str]]:
+    """Return for every layer the parameters that it shares with others, by a key for each."""
+    holders: dict[int, list[tuple[str, str]]] = {}
+    model = anatomy.recipe.weightless()
+    for full, parameter in model.named_parameters(remove_duplicate=False):
+        path = max((path for path in paths if full.startswith(f"{path}.")), key=len)
+        holders.setdefault(id(parameter), []).append((path, full.removeprefix(f"{path}.")))
+    ties: dict[str, dict[str, str]] = {}
+    for shared in holders.values():
+        by_layer = dict(reversed(shared))  # the first of a layer's own names
+        if len(by_layer) > 1:
+            key = ".".join(shared[0])
+            for path, name in by_layer.items():
+                ties.setdefault(path, {})[key] = name
+    return ties
+
+
+def _check_unchanged(model: PreTrainedModel, anatomy: Anatomy) -> None:
+    """Refuse a model whose modules outside of the layers differ from those that its config describes."""
+    frame = _frame(anatomy).model
+    taken = tuple(f"{path}." for path in _parts(anatomy) if path != anatomy.embedding or not anatomy.children)
+    for path, theirs in model.named_modules():
+        if f"{path}.".startswith(taken) or path not in dict(frame.named_modules()):
+            continue
+        ours = frame.get_submodule(path)
+        if any(True for _ in theirs.children()) or any(True for _ in theirs.parameters(recurse=False)):
+            continue
+        same = type(ours) is type(theirs) and theirs.extra_repr() == ours.extra_repr()
+        buffers = dict(ours.named_buffers())
+        if not same or any(not _same(buffers.get(name), value) for name, value in theirs.named_buffers()):
+            raise ModelError(
+                f"{path} of the {type(model).__name__} was changed after its config built it; say the change in the"
+                " config, from which stages make what is between the layers"
+            )
+
+
+def _same(one: Any, other: Mapping[str, Any] | torch.Tensor) -> bool:
+    return isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor) and torch.equal(one, other.cpu())
