@@ -34,7 +34,8 @@ def _same(value: Any) -> Any:
 
 
 _OTHER_PROMPTS = {
-    "str": "a string, which the model's tokenizer makes a tensor of: tokenizer(text, return_tensors='pt')['input_ids'][0]",
+    "str": "a string, which the model's tokenizer makes a tensor of:"
+    " tokenizer(text, return_tensors='pt')['input_ids'][0]",
     "list": "a list: pass torch.tensor(prompt)",
 }
 _MOST_IN_VAIN = 3  # deaths one after the other, without a token between them
@@ -130,12 +131,9 @@ def _check_prompts(prompts: Sequence[Any] | torch.Tensor) -> None:
     several = [prompts] if isinstance(prompts, str) else prompts
     require_iterable("prompts", several, "tensors of token ids")
     for row in several:
-        how = {  # type: ignore[call-overload]
-            str: "a string, which the model's tokenizer makes a tensor of: tokenizer(text,"
-            " return_tensors='pt')['input_ids'][0]",
-            list: "a list: pass torch.tensor(prompt)",
-        }.get(type(row), f"a {type(row).__name__}")
-        require(isinstance(row, torch.Tensor), f"every prompt must be a tensor of token ids, not {how}")
+        if not isinstance(row, torch.Tensor):
+            how = _OTHER_PROMPTS.get(type(row).__name__, f"a {type(row).__name__}")
+            raise ArgumentError(f"every prompt must be a tensor of token ids, not {how}")
         require(
             row.dim() == 1 and len(row) > 0, "every prompt must be a tensor of one dimension, of at least one token"
         )
