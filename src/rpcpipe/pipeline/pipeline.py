@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, overload
 
 import torch
+from torch import nn
 
 from rpcpipe import _tables
 from rpcpipe._arguments import require_path
@@ -25,8 +26,9 @@ from rpcpipe.driver.step import Step
 from rpcpipe.driver.training import new_step, train_batch
 from rpcpipe.driver.turn import EachInTurn, Turn, in_turn
 from rpcpipe.errors import require_whole
-from rpcpipe.model.layers import Loss, Model, named_layers
+from rpcpipe.model.layers import Loss, Model
 from rpcpipe.model.microbatch import Nest
+from rpcpipe.model.splitting import layers_for
 from rpcpipe.pipeline import deploy, resize, state
 from rpcpipe.pipeline.arguments import Options, pairs
 from rpcpipe.pipeline.hints import Hints
@@ -46,7 +48,8 @@ class Pipeline(Hints):
 
     Args:
         model: An ``nn.Sequential``, or a list of ``nn.Module``, ``LayerSpec`` and ``Wired``, or a dict of them by
-            their names in the unsplit model's ``state_dict`` (``encoder.layer.0``).
+            their names in the unsplit model's ``state_dict`` (``encoder.layer.0``). With ``sample`` also any other
+            ``nn.Module``, which ``rp.split(model, sample)`` then cuts into layers.
         cluster: The workers, of ``rp.launch`` or ``rp.connect``.
         loss: ``loss(output, target)`` returns the mean over its samples as a scalar tensor, or (sum, count), which is
             normalized over the whole batch. If it has a method ``prepare``, the driver cuts ``loss.prepare(targets)``
@@ -78,7 +81,7 @@ class Pipeline(Hints):
         accumulate: The number of calls of ``train_step`` that make one update.
         batch_norm: When BatchNorm's running statistics move: with every "micro_batch", or "deferred", once per batch by
             the statistics of the unsplit batch.
-        sample: One micro-batch of inputs, for ``balance="time"`` or ``"memory"``.
+        sample: One micro-batch of inputs, for ``balance="time"`` or ``"memory"``, and to split a module.
         plan: A plan of ``rp.plan``. Its schedule, chunks, balance, virtual stages, checkpoint, replicas and sharding
             replace these arguments.
 
@@ -89,7 +92,7 @@ class Pipeline(Hints):
 
     def __init__(
         self,
-        model: Model,
+        model: Model | nn.Module,
         cluster: PipelineCluster,
         *,
         loss: Loss | None = None,
@@ -119,7 +122,7 @@ class Pipeline(Hints):
             flush_every=flush_every, clip_grad_norm=clip_grad_norm, nonfinite=nonfinite, seed=seed, dispatch=dispatch,
             autocast=autocast, accumulate=accumulate, batch_norm=batch_norm, sample=sample,
         )  # fmt: skip
-        options, layers = options.planned(plan).checked(), named_layers(model)
+        options, layers = options.planned(plan).checked(), layers_for(model, sample)
         self.recipe = Recipe(layers, options)
         self.runtime = deploy.start(layers, cluster, options)
 
