@@ -11,10 +11,9 @@ from torch import nn
 
 import rpcpipe as rp
 from rpcpipe.model.microbatch import split as cut
-from support.any_models import CASES, Case, Dropping
+from support.any_models import CASES, Case
 from support.local_cluster import LocalCluster
 from support.models import sgd
-from support.oracle import Oracle
 
 ROWS, CHUNKS, STEPS = 11, 4, 3  # micro-batches of 3, 3, 3 and 2 rows
 

@@ -9,15 +9,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.module import _IncompatibleKeys
 from torch.nn.parameter import is_lazy
 
 from rpcpipe._arguments import require_callable, require_kind, require_names
-from rpcpipe.errors import ArgumentError, CheckpointError, ModelError, PartitionError, require, shown
+from rpcpipe.errors import ArgumentError, ModelError, PartitionError, require, shown
 from rpcpipe.model import nest_types, rng, tied_weights
 from rpcpipe.model.containers import check_container
 from rpcpipe.model.microbatch import Nest
-from rpcpipe.model.names import FREE, full_name, prefix_of
+from rpcpipe.model.names import Named, full_name, prefix_of
 from rpcpipe.model.wiring import Wiring, advance, live_names, required_inputs
 from rpcpipe.transport import user_pickling
 
@@ -103,58 +102,14 @@ def _name_of(function: Callable[..., Any]) -> str:
 
 
 Layer = nn.Module | LayerSpec | Wired
+# What is a chain of layers, and what ``rp.split`` makes one of.
 Model = nn.Sequential | Sequence[Layer | Callable[..., Any]] | Mapping[str, Layer | Callable[..., Any]]
+AnyModel = Model | nn.Module
 
 
 _OTHERWISE = (
     "cut it by rp.split(model, sample), as Pipeline(model, …, sample=…) does, or write its forward as a chain of layers"
 )
-
-
-class Named(nn.Sequential):
-    """A chain of layers whose names may contain dots (``bert.encoder.layer.3``), as in the model's ``state_dict``.
-
-    torch reads a dot as a submodule, and ``transformer`` and ``transformer.h.0`` may both be layers, so the
-    methods that look up names are overridden.
-    """
-
-    def add_module(self, name: str, module: nn.Module | None) -> None:
-        assert module is not None
-        self._modules[name] = module
-
-    def get_parameter(self, target: str) -> nn.Parameter:
-        return dict(self.named_parameters(remove_duplicate=False))[target]
-
-    def named_modules(
-        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Module]]:
-        memo = set() if memo is None else memo
-        if self in memo:
-            return
-        memo |= {self} if remove_duplicate else set()
-        yield prefix, self
-        for name, layer in self._modules.items():
-            assert layer is not None
-            path = full_name(name, "").removesuffix(".")
-            yield from layer.named_modules(memo, f"{prefix}.{path}".strip("."), remove_duplicate)
-
-    def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:  # type: ignore[override]
-        destination = OrderedDict() if destination is None else destination
-        for name, layer in self.named_children():
-            layer.state_dict(destination=destination, prefix=f"{prefix}{prefix_of(name)}", keep_vars=keep_vars)
-        return destination
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        live = self.state_dict().keys()
-        missing = [key for key in live if key not in state_dict]
-        unexpected = [key for key in state_dict if key not in live]
-        if strict and (missing or unexpected):
-            raise CheckpointError(f"the state does not fit the layers: missing {missing}, unexpected {unexpected}")
-        for name, layer in self.named_children():
-            names = {key: full_name(name, key) for key in layer.state_dict()}
-            part = {key: state_dict[whole] for key, whole in names.items() if whole in state_dict}
-            layer.load_state_dict(part, strict=False, assign=assign)
-        return _IncompatibleKeys(missing, unexpected)
 
 
 class Sequential(Named):
@@ -204,7 +159,7 @@ def check_inputs(inputs: Nest, wirings: Mapping[str, Wiring]) -> None:
             )
 
 
-def named_layers(model: Model) -> OrderedDict[str, Layer]:
+def named_layers(model: AnyModel) -> OrderedDict[str, Layer]:
     """Return the model's layers, in order, by their names in the unsplit model's ``state_dict``.
 
     A function becomes a layer without parameters. Raises ArgumentError for anything but an ``nn.Sequential``, or a
@@ -322,7 +277,9 @@ def find_ties(layers: Mapping[str, Layer]) -> tuple[tied_weights.Tie, ...]:
 
 def layer_of(key: str, layers: Mapping[str, Layer]) -> str:
     """Return the layer to which state entry ``key`` belongs, the one with the longest name that fits; "" if none."""
-    fitting = [name for name, layer in layers.items() if key.startswith(prefix_of(name)) and _may_have(layer, name, key)]
+    fitting = [
+        name for name, layer in layers.items() if key.startswith(prefix_of(name)) and _may_have(layer, name, key)
+    ]
     return max(fitting, key=lambda name: len(prefix_of(name)), default="")
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, overload
 
 import torch
-from torch import nn
 
 from rpcpipe import _tables
 from rpcpipe._arguments import require_path
@@ -26,7 +25,7 @@ from rpcpipe.driver.step import Step
 from rpcpipe.driver.training import new_step, train_batch
 from rpcpipe.driver.turn import EachInTurn, Turn, in_turn
 from rpcpipe.errors import require_whole
-from rpcpipe.model.layers import Loss, Model
+from rpcpipe.model.layers import AnyModel, Loss
 from rpcpipe.model.microbatch import Nest
 from rpcpipe.model.splitting import layers_for
 from rpcpipe.pipeline import deploy, resize, state
@@ -47,9 +46,9 @@ class Pipeline(Hints):
     """A model cut into stages on a cluster's workers, trained from this process.
 
     Args:
-        model: An ``nn.Sequential``, or a list of ``nn.Module``, ``LayerSpec`` and ``Wired``, or a dict of them by
-            their names in the unsplit model's ``state_dict`` (``encoder.layer.0``). With ``sample`` also any other
-            ``nn.Module``, which ``rp.split(model, sample)`` then cuts into layers.
+        model: An ``nn.Sequential``, a list of ``nn.Module``, ``LayerSpec`` and ``Wired``, or a dict of them by their
+            names in the unsplit model's ``state_dict`` (``encoder.layer.0``). With ``sample`` any ``nn.Module``, cut by
+            ``rp.split``.
         cluster: The workers, of ``rp.launch`` or ``rp.connect``.
         loss: ``loss(output, target)`` returns the mean over its samples as a scalar tensor, or (sum, count), which is
             normalized over the whole batch. If it has a method ``prepare``, the driver cuts ``loss.prepare(targets)``
@@ -92,7 +91,7 @@ class Pipeline(Hints):
 
     def __init__(
         self,
-        model: Model | nn.Module,
+        model: AnyModel,
         cluster: PipelineCluster,
         *,
         loss: Loss | None = None,

@@ -12,12 +12,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from rpcpipe._arguments import require_callable, require_count, require_entries, require_kind, require_number
 from rpcpipe.cluster import Cluster, Worker
 from rpcpipe.errors import ArgumentError, require, require_positive, require_whole, shown
-from rpcpipe.model.layers import Layer, Model, named_layers, parameter_counts
+from rpcpipe.model.layers import AnyModel, Layer, Model, named_layers, parameter_counts
 from rpcpipe.model.microbatch import Nest, batch_size, split, tensors
 from rpcpipe.model.splitting import layers_for
 from rpcpipe.pipeline.calibration import measure_overheads
@@ -36,7 +35,7 @@ _MOST_WORKERS = 1 << 16
 
 
 def plan(
-    model: Model | nn.Module,
+    model: AnyModel,
     sample: Nest,
     workers: int | Cluster,
     *,
@@ -85,7 +84,7 @@ def plan(
 
 
 def cost_model(
-    model: Model | nn.Module,
+    model: AnyModel,
     sample: Nest,
     workers: int | Cluster,
     *,
@@ -232,7 +231,7 @@ def balance_by_parameters(model: Model, stages: int) -> list[int]:
     return partition.balance(parameter_counts(layers), require_whole("stages", stages))
 
 
-def balance_by_time(model: Model | nn.Module, stages: int, sample: Nest) -> list[int]:
+def balance_by_time(model: AnyModel, stages: int, sample: Nest) -> list[int]:
     """Return the number of layers of each stage, so that the slowest stage's forward and backward are fastest.
 
     Every layer is run in this process with ``sample``, one micro-batch of inputs; ``Pipeline(balance="time",
@@ -241,7 +240,7 @@ def balance_by_time(model: Model | nn.Module, stages: int, sample: Nest) -> list
     return _measured_cut(model, stages, sample, "time")
 
 
-def balance_by_memory(model: Model | nn.Module, stages: int, sample: Nest) -> list[int]:
+def balance_by_memory(model: AnyModel, stages: int, sample: Nest) -> list[int]:
     """Return the number of layers of each stage, so that the largest stage's memory is as small as possible.
 
     A stage's memory is seven times its parameters (weights, gradient, Adam's two moments, and the copy of weights and
@@ -251,7 +250,7 @@ def balance_by_memory(model: Model | nn.Module, stages: int, sample: Nest) -> li
     return _measured_cut(model, stages, sample, "memory")
 
 
-def _measured_cut(model: Model | nn.Module, stages: int, sample: Nest, balance: str) -> list[int]:
+def _measured_cut(model: AnyModel, stages: int, sample: Nest, balance: str) -> list[int]:
     """Return the number of layers of each stage, balanced by "time" or "memory"."""
     stages = require_whole("stages", stages)
     if not tensors(sample):

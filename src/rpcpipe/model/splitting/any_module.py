@@ -7,7 +7,6 @@ import random
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +14,7 @@ from torch import nn
 from rpcpipe._arguments import require_kind
 from rpcpipe.errors import ArgumentError, ModelError
 from rpcpipe.model.containers import beside_forward
-from rpcpipe.model.layers import Layer, Sequential, named_layers, unwired
+from rpcpipe.model.layers import AnyModel, Layer, Sequential, named_layers, unwired
 from rpcpipe.model.microbatch import Nest, flatten, tensors
 from rpcpipe.model.splitting.cutting import layers_of
 from rpcpipe.model.splitting.grouping import grouped
@@ -26,7 +25,7 @@ from rpcpipe.model.splitting.recording import Sample, copied, same_random_number
 _TOLERANCE = 1e-3
 
 
-def layers_for(model: Any, sample: Nest) -> OrderedDict[str, Layer]:
+def layers_for(model: AnyModel, sample: Nest) -> OrderedDict[str, Layer]:
     """Return ``named_layers(model)``; with a ``sample``, those of any other ``nn.Module`` by ``split``."""
     chain = isinstance(model, nn.Sequential) and type(model).forward in (nn.Sequential.forward, Sequential.forward)
     if isinstance(model, nn.Module) and not chain and sample is not None:
@@ -66,7 +65,7 @@ def split(model: nn.Module, sample: Nest) -> dict[str, Layer]:
     return layers
 
 
-def _run(model: nn.Module, sample: Sample) -> list[Any]:
+def _run(model: nn.Module, sample: Sample) -> list[Outcome]:
     """Return what ``model`` computes of the sample, in training and in evaluation; ArgumentError if it does not run."""
     found = []
     for training in (True, False):
@@ -79,13 +78,14 @@ def _run(model: nn.Module, sample: Sample) -> list[Any]:
         except Exception as error:
             call = {"keywords": "model(**sample)", "positional": "model(*sample)", "one": "model(sample)"}[sample.style]
             raise ArgumentError(
-                f"the {type(model).__name__} does not run on rows of sample, as {call}:"
-                f" {type(error).__name__}: {error}"
+                f"the {type(model).__name__} does not run on rows of sample, as {call}: {type(error).__name__}: {error}"
             ) from error
     return found
 
 
-def _compare(model: nn.Module, layers: dict[str, Layer], sample: Sample, wanted: list[Any], *, reordered: bool) -> None:
+def _compare(
+    model: nn.Module, layers: dict[str, Layer], sample: Sample, wanted: list[Outcome], *, reordered: bool
+) -> None:
     """Raise ModelError if the layers do not compute what ``_run`` has returned for the model itself.
 
     ``reordered``: they draw their random numbers in another order, so that only evaluation is compared.
@@ -126,7 +126,11 @@ def _seeded(sample: Sample) -> Iterator[None]:
         yield
 
 
-def _outcome(model: nn.Module, output: Nest) -> tuple[Any, dict[int | str, torch.Tensor | None]]:
+# A structure, and tensors by their name, or by the id of the parameter whose gradient they are.
+Outcome = tuple[tuple[str, str], dict[int | str, torch.Tensor | None]]
+
+
+def _outcome(model: nn.Module, output: Nest) -> Outcome:
     """Return the structure of ``output``, and its tensors and their sum's gradients by name, or by parameter."""
     leaves, spec = flatten(output)
     found: dict[int | str, torch.Tensor | None] = {}
@@ -143,7 +147,7 @@ def _outcome(model: nn.Module, output: Nest) -> tuple[Any, dict[int | str, torch
     return (str(spec), str(plain)), found
 
 
-def _first_difference(before: Any, after: Any) -> int | str | None:
+def _first_difference(before: Outcome, after: Outcome) -> int | str | None:
     """Return what differs between two outcomes: a name, or the id of a parameter whose gradient it is."""
     if before[0] != after[0]:
         return "the structure of its output"

@@ -7,14 +7,17 @@ from typing import Any
 
 from torch import nn
 
-from rpcpipe.model.layers import FREE, Layer, Wired
+from rpcpipe.model.layers import Layer, Wired
 from rpcpipe.model.microbatch import map_tensors
-from rpcpipe.model.splitting.piece import TENSOR, Part, Piece, Ports
+from rpcpipe.model.names import FREE, full_name
+from rpcpipe.model.splitting.piece import TENSOR, Piece, Ports, part_of, put, put_tensor
 from rpcpipe.model.splitting.program import Operation, Ref, State, name_of, stand_ins
 from rpcpipe.model.splitting.recording import Recording, Sample
 
 
-def layers_of(model: nn.Module, recording: Recording, groups: Sequence[Sequence[int]], sample: Sample) -> dict[str, Layer]:
+def layers_of(
+    model: nn.Module, recording: Recording, groups: Sequence[Sequence[int]], sample: Sample
+) -> dict[str, Layer]:
     """Return the layers for ``groups`` of operations by name; together they have all of the model's state."""
     flow = _Flow(recording, groups, sample)
     made: dict[str, Layer] = {}
@@ -42,13 +45,13 @@ def _alone(operations: Mapping[int, Operation], ports: Ports) -> str | None:
 def _piece(model: nn.Module, operations: Mapping[int, Operation], ports: Ports) -> Piece:
     piece = Piece(operations, ports, model.training)
     for path in dict.fromkeys(str(one.target) for one in operations.values() if one.kind == "module"):
-        piece.put(path, model.get_submodule(path), model)
+        put(piece, path, model.get_submodule(path), model)
     for one in operations.values():
         for scope in one.scopes[1:]:
-            piece.part(scope, model)
+            part_of(piece, scope, model)
     for used in stand_ins([ports.output, *((one.args, one.kwargs) for one in operations.values())]):
         if isinstance(used, State):
-            piece.put_tensor(used.name, model)
+            put_tensor(piece, used.name, model)
     return piece
 
 
@@ -159,14 +162,13 @@ def _with_rest(model: nn.Module, layers: Mapping[str, Layer]) -> dict[str, Layer
     for name, layer in layers.items():
         module = layer.layer if isinstance(layer, Wired) else layer
         assert isinstance(module, nn.Module)
-        prefix = "" if isinstance(module, Piece) else f"{name}."
-        owned |= {prefix + key for key in module.state_dict()}
+        owned |= {full_name(name, key) for key in module.state_dict()}
         for tensor in (*module.parameters(), *module.buffers()):
             owners.setdefault(id(tensor), name)
     for key in model.state_dict():
         if key not in owned:
-            path, _, tensor = key.rpartition(".")
-            value = getattr(model.get_submodule(path), tensor, None)
+            path, _, own = key.rpartition(".")
+            value = getattr(model.get_submodule(path), own, None)
             name = owners.get(id(value), next(reversed(made)))
             made = _opened_layer(model, made, name)
             name = name if name in made else f"{name}{FREE}"
@@ -183,7 +185,7 @@ def _module(layer: Layer) -> Piece:
 def _opened_layer(model: nn.Module, layers: Mapping[str, Layer], name: str) -> dict[str, Layer]:
     """Return ``layers`` with the one called ``name`` as a Piece, which can have more than a module."""
     layer = layers[name]
-    if isinstance(layer, Wired) or isinstance(layer, Piece):
+    if isinstance(layer, (Wired, Piece)):
         return dict(layers)
     call = Operation("module", name, (Ref(0),), {}, ("",), "")
     piece = _piece(model, {1: call}, Ports(Ref(0), (), Ref(1), ()))
@@ -196,15 +198,12 @@ def _add(model: nn.Module, piece: Piece, key: str, owned: set[str]) -> Iterator[
     for count in range(1, len(parts) + 1):
         path = ".".join(parts[:count])
         if not any(one.startswith(f"{path}.") for one in owned) and not _holds(piece, path):
-            piece.put(path, model.get_submodule(path), model)
+            put(piece, path, model.get_submodule(path), model)
             yield from (one for one in model.state_dict() if one.startswith(f"{path}."))
             return
-    piece.put_tensor(key, model)
+    put_tensor(piece, key, model)
     yield key
 
 
 def _holds(piece: Piece, path: str) -> bool:
-    try:
-        return not isinstance(piece.get_submodule(path), Part) or True
-    except AttributeError:
-        return False
+    return path in dict(piece.named_modules(remove_duplicate=False))

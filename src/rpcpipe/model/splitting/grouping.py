@@ -16,10 +16,11 @@ Groups = dict[int, int]
 
 
 def grouped(model: nn.Module, recording: Recording) -> list[list[int]]:
-    """Return the numbers of the operations of each layer, in the layers' order; checks and used numbers included.
+    """Return the numbers of the operations of each layer, in an order in which the layers can run.
 
-    A call of a submodule with parameters or buffers begins a group, and what follows joins it. Groups become one where
-    they call the same module and the call does not need the call before or the module or a buffer changes, or where one changes a tensor in place that the other uses; and so do all groups between two that need each other.
+    A call of a submodule with parameters or buffers begins a group, and what follows joins it. Groups become one if
+    they call the same module, unless one call needs the other and the module changes nothing of itself; if a buffer
+    changes that they use; if one changes a tensor in place that the other uses; and if they need each other.
     """
     operations = _needed(recording)
     group_of = _in_order(model, operations)
@@ -139,7 +140,12 @@ class _Graph:
     def __init__(self, group_of: Groups, operations: Mapping[int, Operation], recording: Recording) -> None:
         self._group_of = group_of
         self._parent = {group: group for group in group_of.values()}
-        self._edges = {(group_of[ref.op], group_of[index]) for index, one in operations.items() for ref in _refs(one) if ref.op in group_of}
+        self._edges = {
+            (group_of[ref.op], group_of[index])
+            for index, one in operations.items()
+            for ref in _refs(one)
+            if ref.op in group_of
+        }
         self._edges |= set(_readers_first(group_of, operations, recording))
 
     def root(self, operation: int) -> int:
@@ -206,7 +212,9 @@ def _reachable(successors: Mapping[int, set[int]], start: int) -> set[int]:
     return found
 
 
-def _readers_first(group_of: Groups, operations: Mapping[int, Operation], recording: Recording) -> Iterator[tuple[int, int]]:
+def _readers_first(
+    group_of: Groups, operations: Mapping[int, Operation], recording: Recording
+) -> Iterator[tuple[int, int]]:
     """Yield (reader, changer) for each tensor that is used before it is changed in place."""
     changed = {storage for _, storage in recording.mutations}
     readers = defaultdict[int, list[int]](list)

@@ -107,7 +107,11 @@ def _last_uses(recording: Recording, inputs_apart: bool) -> dict[Ref, int]:
 def _widest(run: list[tuple[int, Operation]], path: str, uses: Mapping[Ref, int]) -> int:
     """Return the largest number of tensors that pass a border between the parts of one call of a module."""
     start, stop = run[0][0], run[-1][0] + 1
-    borders = [index for (index, one), (_, before) in zip(run[1:], run, strict=False) if _part(one, path) != _part(before, path)]
+    borders = [
+        index
+        for (index, one), (_, before) in zip(run[1:], run, strict=False)
+        if _part(one, path) != _part(before, path)
+    ]
     used_inside = {used for _, one in run for used in stand_ins((one.args, one.kwargs)) if isinstance(used, Ref)}
     widest = 0
     for border in borders:

@@ -51,8 +51,8 @@ class Piece(nn.Module):
             _check_inputs(x, self._ports.inputs)
         values: dict[Ref, Any] = {}
         for base, value in ((self._ports.x, x), *zip(self._ports.taken, taken, strict=True)):
-            for ref in self._wanted.get(base, ()):
-                values[ref] = part_at(value, ref.path[len(base.path) :])
+            for ref in self._wanted.get(base, ()) if base is not None else ():
+                values[ref] = part_at(value, ref.path[len(base.path) :])  # type: ignore[union-attr]
         stand_in = self._values(values, (x, taken))
         for index, one in self._operations.items():
             self._run(index, one, values, stand_in)
@@ -88,44 +88,55 @@ class Piece(nn.Module):
 
         return value
 
-    def put(self, path: str, module: nn.Module, model: nn.Module) -> None:
-        """Make ``module`` the submodule at ``path``, in parts that have the modes of those of ``model``."""
-        outer, _, name = path.rpartition(".")
-        self.part(outer, model).add_module(name, module)
-
-    def part(self, path: str, model: nn.Module) -> nn.Module:
-        """Return the submodule at ``path``, made if it is not there."""
-        found: nn.Module = self
-        for count, name in enumerate(path.split(".") if path else ()):
-            if name not in dict(found.named_children()):
-                made = Part()
-                made.training = model.get_submodule(".".join(path.split(".")[: count + 1])).training
-                found.add_module(name, made)
-            found = found.get_submodule(name)
-        return found
-
-    def put_tensor(self, name: str, model: nn.Module) -> None:
-        """Have the parameter or buffer of ``model`` that is called ``name``, unless a module here has it."""
-        path, _, key = name.rpartition(".")
-        owner, part = model.get_submodule(path), self.part(path, model)
-        if key in {**dict(part.named_parameters()), **dict(part.named_buffers())}:
-            return
-        tensor = getattr(owner, key)
-        if isinstance(tensor, nn.Parameter):
-            part.register_parameter(key, tensor)
-        else:
-            part.register_buffer(key, tensor, persistent=key in owner.state_dict())
-
     def extra_repr(self) -> str:
         """Return the operations in short, for ``repr``."""
         return ", ".join(one.target if one.kind == "module" else str(one.target) for one in self._operations.values())
+
+
+# Not methods of Piece, whose submodules have the names that the model gives them.
+
+
+def put(piece: Piece, path: str, module: nn.Module, model: nn.Module) -> None:
+    """Make ``module`` the submodule of ``piece`` at ``path``, in parts that have the modes of those of ``model``."""
+    outer, _, name = path.rpartition(".")
+    part_of(piece, outer, model).add_module(name, module)
+
+
+def part_of(piece: Piece, path: str, model: nn.Module) -> nn.Module:
+    """Return the submodule of ``piece`` at ``path``, made if it is not there."""
+    found: nn.Module = piece
+    names = path.split(".") if path else []
+    for count, name in enumerate(names):
+        if name not in dict(found.named_children()):
+            made = Part()
+            made.training = model.get_submodule(".".join(names[: count + 1])).training
+            found.add_module(name, made)
+        found = found.get_submodule(name)
+    return found
+
+
+def put_tensor(piece: Piece, name: str, model: nn.Module) -> None:
+    """Give ``piece`` the parameter or buffer of ``model`` that is called ``name``, unless a module there has it."""
+    path, _, key = name.rpartition(".")
+    owner, part = model.get_submodule(path), part_of(piece, path, model)
+    if key in {**dict(part.named_parameters()), **dict(part.named_buffers())}:
+        return
+    tensor = getattr(owner, key)
+    if isinstance(tensor, nn.Parameter):
+        part.register_parameter(key, tensor)
+    else:
+        part.register_buffer(key, tensor, persistent=key in owner.state_dict())
 
 
 def _check_inputs(inputs: Nest, sample: Nest) -> None:
     """Raise ModelError for inputs of another structure than the sample's, or with other plain values."""
     (leaves, spec), (wanted, wanted_spec) = flatten(inputs), flatten(sample)
     if spec != wanted_spec:
-        raise ModelError(f"the inputs are {spec} and were {wanted_spec} for the sample with which the model was split")
+        now, then = (" ".join(str(one).removeprefix("TreeSpec").split()) for one in (spec, wanted_spec))
+        raise ModelError(
+            f"the inputs are {now} and were {then} in the sample with which the model was split: split it with a sample"
+            " like these inputs"
+        )
     for leaf, known in zip(leaves, wanted, strict=True):
         if isinstance(leaf, torch.Tensor) != (known is TENSOR) or (known is not TENSOR and leaf != known):
             raise ModelError(

@@ -19,17 +19,16 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from rpcpipe.errors import ModelError
-from rpcpipe.model.splitting import numbers
 from rpcpipe.model.splitting.numbers import Number, Shape, number
 from rpcpipe.model.splitting.program import Device, Getter, Operation, Ref, State, items, rebuilt, set_item, size
 from rpcpipe.model.splitting.watch import place, random_state, told_of_calls, told_of_custom_functions
 
 # What may be asked of a tensor beside its shape: its value does not decide.
 _PROPERTIES = frozenset((
-    "device", "dtype", "layout", "is_floating_point", "is_complex", "is_signed", "dim", "ndim", "ndimension", "is_contiguous",
-    "stride", "storage_offset", "element_size", "itemsize", "nbytes", "is_cuda", "is_cpu", "is_mps", "is_xpu",
-    "is_sparse", "is_nested", "is_quantized", "is_meta", "is_conj", "is_neg", "result_type", "can_cast", "type",
-    "get_device", "is_same_size", "is_mkldnn", "is_inference",
+    "device", "dtype", "layout", "is_floating_point", "is_complex", "is_signed", "dim", "ndim",
+    "ndimension", "is_contiguous", "stride", "storage_offset", "element_size", "itemsize", "nbytes", "is_cuda",
+    "is_cpu", "is_mps", "is_xpu", "is_sparse", "is_nested", "is_quantized", "is_meta", "is_conj", "is_neg",
+    "result_type", "can_cast", "type", "get_device", "is_same_size", "is_mkldnn", "is_inference",
 ))  # fmt: skip
 _CONSTANTS = (
     type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format,
@@ -102,6 +101,7 @@ class Recorder(TorchFunctionMode):
     def call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Record ``function(*args, **kwargs)``, one of torch's or of numbers, and return what it returns."""
         function = _portable(function)
+        self._check_random()
         if (shape := self._shape(function, args, kwargs)) is not None:
             return shape
         put = self._put((args, kwargs), "it passes")
@@ -287,8 +287,8 @@ def _portable(function: Any) -> Any:
     if function is torch.Tensor.__setitem__:
         return set_item
     owner = getattr(function, "__self__", None)
-    if getattr(function, "__name__", "") == "__get__" and hasattr(owner, "__name__"):
-        return Getter(owner.__name__)
+    if getattr(function, "__name__", "") == "__get__" and owner is not None:
+        return Getter(str(owner.__name__))
     return function
 
 

@@ -53,7 +53,9 @@ class Sample(NamedTuple):
         """Return ``nest`` as the inputs of ``model``; raises ArgumentError if it has no tensors."""
         leaves = flatten(nest)[0]
         if not tensors([_unwrapped(leaf) for leaf in leaves]) or any(isinstance(leaf, MicroBatches) for leaf in leaves):
-            raise ArgumentError(f"sample must be one micro-batch of the model's inputs, with tensors, not {shown(nest)}")
+            raise ArgumentError(
+                f"sample must be one micro-batch of the model's inputs, with tensors, not {shown(nest)}"
+            )
         signature = inspect.signature(model.forward)
         try:
             if isinstance(nest, Mapping) and all(isinstance(key, str) for key in nest):
@@ -209,7 +211,11 @@ def _identical(one: Any, other: Any) -> bool:
 def _sets_attributes(model: nn.Module, path: str, before: Mapping[str, Any]) -> Refused:
     module = model.get_submodule(path)
     now = _attributes(module)
-    names = [name for name in {**before, **now} if not _same(*({name: one[name]} if name in one else {} for one in (now, before)))]
+    names = [
+        name
+        for name in {**before, **now}
+        if not _same(*({name: one[name]} if name in one else {} for one in (now, before)))
+    ]
     scopes = ("", *(".".join(path.split(".")[:count]) for count in range(1, path.count(".") + 2))) if path else ("",)
     code = type(module).forward.__code__
     return Refused(
@@ -286,7 +292,8 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 def _differs(one: Operation | None, two: Operation | None, by: str) -> Refused:
-    scopes, where = ("",), ""
+    scopes: tuple[str, ...] = ("",)
+    where = ""
     if one is not None and two is not None:
         pairs = list(zip(one.scopes, two.scopes, strict=False))
         scopes = tuple(a for index, (a, _) in enumerate(pairs) if all(x == y for x, y in pairs[: index + 1]))

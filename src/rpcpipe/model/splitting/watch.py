@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 
-
 @contextmanager
 def told_of_calls(model: nn.Module, told: Callable[..., Any]) -> Iterator[None]:
     """Have ``told(path, call, args, kwargs)`` called in place of every submodule of ``model``, a copy."""
@@ -80,9 +79,10 @@ class Apply:
 
 
 def random_state() -> Any:
+    """Return what changes when Python's or numpy's generators are used, or torch's is seeded."""
     numpy = sys.modules.get("numpy")
-    numpys = None if numpy is None else numpy.random.get_state(legacy=False)["state"]["pos"]
-    return random.getstate(), numpys, torch.initial_seed()
+    drawn = {} if numpy is None else numpy.random.get_state(legacy=False)["state"]
+    return random.getstate(), drawn.get("pos"), bytes(drawn.get("key", b"")), torch.initial_seed()
 
 
 def place(error: BaseException | None = None) -> str:
