@@ -115,7 +115,13 @@ FOREIGN = {
 # Those that our classes have too: in these files they are a module's.
 OF_MODULES = {
     "_buffers": {"stage/buffers.py", "stage/rollback.py", "worker/kept_signs.py", "worker/revival.py"},
-    "_modules": {"model/hf/common.py", "model/layers.py", "stage/outputs.py", "stage/trainable.py"},
+    "_modules": {
+        "model/hf/common.py",
+        "model/layers.py",
+        "model/splitting/piece.py",
+        "stage/outputs.py",
+        "stage/trainable.py",
+    },
     "_parameters": {"stage/trainable.py", "worker/kept_signs.py"},
 }
 MODULES = {

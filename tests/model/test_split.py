@@ -152,8 +152,8 @@ class Inside(nn.Module):
 @pytest.mark.parametrize("cls", REFUSED, ids=lambda cls: cls.__name__)
 def test_in_a_submodule_it_stays_whole(cls: type[Model]) -> None:
     model = Inside(cls())
-    random.seed(0)
-    layers = rp.split(model, torch.randn(6, 4))
+    with pytest.warns(UserWarning, match=f"part stays one layer, with 50% of the parameters. .*{REFUSED[cls]}"):
+        layers = rp.split(model, torch.randn(6, 4))
     assert list(layers) == ["before", "part:tanh", "after"]
 
 
@@ -323,3 +323,19 @@ def test_unusual_operations(rows: int) -> None:
         output.square().sum().backward()
         found.append([output, leaf.grad, *(parameter.grad for parameter in model.parameters())])
     assert all(torch.allclose(one, two) for one, two in zip(*found, strict=True))
+
+
+class Cast(Model):
+    def between(self, x: torch.Tensor) -> Any:
+        return x * torch.ones(4, dtype=x.dtype, device=x.device) if x.is_floating_point() else x
+
+
+def test_under_autocast() -> None:
+    model, x = Cast(), torch.randn(5, 4)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(rp.ModelError, match="under the same torch.autocast"):
+        rp.layers.Sequential(rp.split(model, x))(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(rp.layers.Sequential(rp.split(model, x))(x), model(x))
+    pipe = rp.Pipeline(model, LocalCluster(2), sample=x, autocast=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(pipe(x), model.eval()(x))

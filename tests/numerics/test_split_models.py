@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from rpcpipe.model.microbatch import split as cut
 from support.any_models import CASES, Case
 from support.local_cluster import LocalCluster
 from support.models import sgd
+from support.oracle import Oracle, assert_same_weights
 
 ROWS, CHUNKS, STEPS = 11, 4, 3  # micro-batches of 3, 3, 3 and 2 rows
 
@@ -68,3 +70,67 @@ def test_trained_beside_the_plain_loop(name: str) -> None:
 
 def code(output: Any) -> torch.Tensor:
     return output["code"] if isinstance(output, dict) else output  # type: ignore[no-any-return]
+
+
+def pipeline(name: str, model: nn.Module, **arguments: Any) -> rp.Pipeline:
+    case = CASES[name]
+    given = {"sample": case.inputs(4), "loss": case.loss, "optimizer": sgd, "chunks": 3} | arguments
+    return rp.Pipeline(model, LocalCluster(2), **given)
+
+
+def test_random_numbers_are_those_of_the_layers() -> None:
+    """Dropout draws by layer, so that a pipeline's bits are those of its layers in one process."""
+    case = CASES["dropping"]
+    torch.manual_seed(1)
+    model = case.make()
+    layers = rp.split(model, case.inputs(4))
+    alone = Oracle(rp.layers.Sequential(copy.deepcopy(layers)), sgd, case.loss, 3)
+    pipe = pipeline("dropping", model)
+    for _ in range(2):
+        inputs, targets = case.inputs(8), case.targets(8)
+        assert pipe.train_step(inputs, targets).loss == alone.train_step(inputs, targets)
+    assert_same_weights(pipe, alone.model)
+
+
+@pytest.mark.parametrize("name", ["albert", "resnet"])
+def test_verified_saved_moved(name: str, tmp_path: Path) -> None:
+    """A shared module of several layers has one name in checkpoints, in the optimizer's state and in the model."""
+    case, model = CASES[name], CASES[name].make()
+    pipe = pipeline(name, model, balance="time")
+    inputs, targets = case.inputs(7), case.targets(7)
+    assert rp.verify(pipe, inputs, targets)
+    pipe.train_step(inputs, targets)
+    pipe.save(tmp_path)
+    named = [one for group in pipe.optimizer.state_dict()["param_groups"] for one in group["param_names"]]
+    assert sorted(named) == sorted(one for one, _ in model.named_parameters())
+    other = pipeline(name, case.make(), schedule="gpipe", plan=None, balance="memory")
+    other.load(tmp_path)
+    pipe.schedule = "zb-h1"
+    assert pipe.train_step(inputs, targets).loss == pytest.approx(other.train_step(inputs, targets).loss, abs=1e-6)
+    fresh = case.make()
+    fresh.load_state_dict(pipe.state_dict())
+    other.load_state_dict(fresh.state_dict())
+    other.optimizer.load_state_dict(pipe.optimizer.state_dict())
+    pipe.resize(1)
+    assert pipe.train_step(inputs, targets).loss == pytest.approx(other.train_step(inputs, targets).loss, abs=1e-6)
+
+
+def test_planned_by_the_module_itself() -> None:
+    case, model = CASES["unet"], CASES["unet"].make()
+    inputs, targets = case.inputs(8), case.targets(8)
+    plan = rp.plan(model, inputs, 2, loss=case.loss, targets=targets, chunks=[4])
+    pipe = pipeline("unet", model, plan=plan)
+    assert sum(pipe.balance) == 13
+    assert sum(rp.balance_by_time(model, 3, inputs)) == sum(rp.balance_by_memory(model, 3, inputs)) == 13
+    assert pipe.train_step(inputs, targets).loss > 0
+
+
+def test_deferred_batch_norm_inside_of_pieces() -> None:
+    case, model = CASES["siamese"], CASES["siamese"].make()
+    whole, pipe = pipeline("siamese", model, chunks=1), pipeline("siamese", model, batch_norm="deferred")
+    inputs, targets = case.inputs(9), case.targets(9)
+    whole.train_step(inputs, targets)
+    pipe.train_step(inputs, targets)
+    for key in ("tower.1.running_mean", "tower.1.num_batches_tracked"):
+        assert whole.state_dict()[key].abs().sum() > 0
+        assert pipe.state_dict()[key].shape == whole.state_dict()[key].shape

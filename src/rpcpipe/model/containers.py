@@ -18,10 +18,11 @@ from rpcpipe.model.memory import extent
 from rpcpipe.model.names import full_name
 
 _METHODS = (
-    "__call__", "_call_impl", "train", "eval", "state_dict", "load_state_dict", "get_extra_state",
+    "__call__", "_call_impl", "state_dict", "load_state_dict", "get_extra_state",
     "set_extra_state", "parameters", "named_parameters", "buffers", "named_buffers", "requires_grad_",
 )  # fmt: skip
-_OF_CHAINS = ("forward", "__iter__")  # what a module that is no chain of layers has of its own
+# What a module that is no chain of layers may have of its own; the layers' modes are those that its modules have.
+_OF_CHAINS = ("forward", "__iter__", "train", "eval")
 _HOOKS = (
     "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks", "_state_dict_hooks",
     "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",

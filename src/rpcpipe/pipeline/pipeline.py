@@ -121,7 +121,7 @@ class Pipeline(Hints):
             flush_every=flush_every, clip_grad_norm=clip_grad_norm, nonfinite=nonfinite, seed=seed, dispatch=dispatch,
             autocast=autocast, accumulate=accumulate, batch_norm=batch_norm, sample=sample,
         )  # fmt: skip
-        options, layers = options.planned(plan).checked(), layers_for(model, sample)
+        options, layers = options.planned(plan).checked(), layers_for(model, sample, autocast)
         self.recipe = Recipe(layers, options)
         self.runtime = deploy.start(layers, cluster, options)
 

@@ -6,7 +6,7 @@ import copy
 import random
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -25,11 +25,16 @@ from rpcpipe.model.splitting.recording import Sample, copied, same_random_number
 _TOLERANCE = 1e-3
 
 
-def layers_for(model: AnyModel, sample: Nest) -> OrderedDict[str, Layer]:
-    """Return ``named_layers(model)``; with a ``sample``, those of any other ``nn.Module`` by ``split``."""
+def layers_for(model: AnyModel, sample: Nest, autocast: torch.dtype | None = None) -> OrderedDict[str, Layer]:
+    """Return ``named_layers(model)``; with a ``sample``, those of any other ``nn.Module`` by ``split``.
+
+    ``autocast``: the dtype in which the layers will run.
+    """
     chain = isinstance(model, nn.Sequential) and type(model).forward in (nn.Sequential.forward, Sequential.forward)
     if isinstance(model, nn.Module) and not chain and sample is not None:
-        model = split(model, sample)
+        places = [tensor.device.type for tensor in (*tensors(sample), *model.parameters())] or ["cpu"]
+        with nullcontext() if autocast is None else torch.autocast(places[0], autocast):
+            model = split(model, sample)
     return named_layers(model)
 
 
@@ -47,7 +52,7 @@ def split(model: nn.Module, sample: Nest) -> dict[str, Layer]:
     Sizes may decide what the forward does, and whatever it was for the sample is checked in every micro-batch, which
     may have any number of rows. Raises ArgumentError if the module does not run on the sample, and ModelError, with
     file and line, if values decide, if the forward changes attributes of the module, or if it does other things in
-    training than in evaluation.
+    training than in evaluation. Under ``torch.autocast`` where the pipeline runs under it.
     """
     require_kind("model", model, nn.Module, "an nn.Module")
     if (extra := next(beside_forward(model), None)) is not None:
@@ -56,8 +61,9 @@ def split(model: nn.Module, sample: Nest) -> dict[str, Layer]:
             " to one of its submodules"
         )
     taken = Sample.of(model, sample)
-    wanted = _run(model, taken)
-    recording = opened(model, taken)
+    used = copied(model)
+    wanted = [_run(used, taken, training=True), _run(copied(model), taken, training=False)]
+    recording = opened(_copyable(used, model), taken)
     groups = grouped(model, recording)
     layers = layers_of(model, recording, groups, taken)
     order = [number for numbers in groups for number in numbers]
@@ -65,22 +71,26 @@ def split(model: nn.Module, sample: Nest) -> dict[str, Layer]:
     return layers
 
 
-def _run(model: nn.Module, sample: Sample) -> list[Outcome]:
-    """Return what ``model`` computes of the sample, in training and in evaluation; ArgumentError if it does not run."""
-    found = []
-    for training in (True, False):
-        module = _in_mode(copied(model), training)
-        nest = sample.rows(3)
-        args, kwargs = sample.arguments(nest)
-        try:
-            with _seeded(sample):
-                found.append(_outcome(module, module(*args, **kwargs)))
-        except Exception as error:
-            call = {"keywords": "model(**sample)", "positional": "model(*sample)", "one": "model(sample)"}[sample.style]
-            raise ArgumentError(
-                f"the {type(model).__name__} does not run on rows of sample, as {call}: {type(error).__name__}: {error}"
-            ) from error
-    return found
+def _run(model: nn.Module, sample: Sample, *, training: bool) -> Outcome:
+    """Return what ``model`` computes of the sample; ArgumentError if it does not run."""
+    args, kwargs = sample.arguments(sample.rows(3))
+    _set_mode(model, training)
+    try:
+        with _seeded(sample):
+            return _outcome(model, model(*args, **kwargs))
+    except Exception as error:
+        call = {"keywords": "model(**sample)", "positional": "model(*sample)", "one": "model(sample)"}[sample.style]
+        raise ArgumentError(
+            f"the {type(model).__name__} does not run on rows of sample, as {call}: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _copyable(used: nn.Module, model: nn.Module) -> nn.Module:
+    """Return ``used``, which has run and has what it sets once in its first forward; else ``model``."""
+    try:
+        return copied(copied(used))
+    except ModelError:
+        return model  # it keeps a tensor with its graph
 
 
 def _compare(
@@ -95,7 +105,8 @@ def _compare(
         if training and reordered:
             continue
         same = {id(parameter): parameter for layer in layers.values() for parameter in _parameters(layer)}
-        module = _in_mode(Sequential(copy.deepcopy(layers, dict(same))), training)
+        module = Sequential(copy.deepcopy(layers, dict(same)))
+        _set_mode(module, training)
         with _seeded(sample):
             after = _outcome(module, module(sample.rows(3)))
         if (found := _first_difference(before, after)) is not None:
@@ -112,10 +123,9 @@ def _parameters(layer: Layer) -> list[nn.Parameter]:
     return list(module.parameters()) if isinstance(module, nn.Module) else []
 
 
-def _in_mode(model: nn.Module, training: bool) -> nn.Module:
+def _set_mode(model: nn.Module, training: bool) -> None:
     for module in model.modules():
         module.training = training
-    return model
 
 
 @contextmanager

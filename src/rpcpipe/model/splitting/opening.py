@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -24,12 +25,13 @@ def opened(model: nn.Module, sample: Sample) -> Recording:
     Raises ModelError, with the place, if the model's own forward cannot be recorded.
     """
     closed = frozenset(path for path, module in model.named_modules() if path and _stays_whole(module))
-    closed, recording = _recorded(model, sample, closed)
+    closed, recording, refusals = _recorded(model, sample, closed)
+    _warn_of_large(model, refusals)
     whole = frozenset(_not_worth_it(model, recording, sample.by_key))
     if not whole:
         return recording
     try:
-        return _recorded(model, sample, closed | whole)[1]
+        return record(model, sample, closed | whole)
     except ModelError:
         return recording  # their arguments are objects that cannot be followed
 
@@ -41,11 +43,14 @@ def _stays_whole(module: nn.Module) -> bool:
     return next(beside_forward(module), None) is not None or type(module).__name__ == "OptimizedModule"
 
 
-def _recorded(model: nn.Module, sample: Sample, closed: frozenset[str]) -> tuple[frozenset[str], Recording]:
-    """Return the modules that are closed, with those that cannot be recorded, and the recording."""
+def _recorded(
+    model: nn.Module, sample: Sample, closed: frozenset[str]
+) -> tuple[frozenset[str], Recording, dict[str, Refused]]:
+    """Return the modules that are closed, the recording, and why those are closed that cannot be recorded."""
+    refusals: dict[str, Refused] = {}
     for _ in model.modules():
         try:
-            return closed, record(model, sample, closed)
+            return closed, record(model, sample, closed), refusals
         except Refused as refused:
             inner = [path for path in refused.scopes if path and path not in closed]
             if not inner:
@@ -53,8 +58,18 @@ def _recorded(model: nn.Module, sample: Sample, closed: frozenset[str]) -> tuple
                     f"{refused}. Move that part of the forward into a submodule, which stays whole then and does there"
                     " what it likes, or write the model as a list of layers for rp.Pipeline"
                 ) from refused
+            refusals[inner[-1]] = refused
             closed |= {inner[-1]}
     raise AssertionError("every round closes a module, and with all of them closed the model's forward is left")
+
+
+def _warn_of_large(model: nn.Module, refusals: Mapping[str, Refused]) -> None:
+    """Warn of modules that stay whole although they have much of the model."""
+    total = sum(parameter.numel() for parameter in model.parameters()) or 1
+    for path, refused in refusals.items():
+        share = sum(parameter.numel() for parameter in model.get_submodule(path).parameters()) / total
+        if share >= _LARGE and not any(path.startswith(f"{outer}.") for outer in refusals):
+            warnings.warn(f"{path} stays one layer, with {share:.0%} of the parameters. {refused}", stacklevel=4)
 
 
 def _not_worth_it(model: nn.Module, recording: Recording, inputs_apart: bool) -> Iterator[str]:

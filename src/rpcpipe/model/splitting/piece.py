@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,9 @@ class Ports:
     output: Any
     given: tuple[Ref, ...]
     inputs: Nest = None
+
+
+_AS_IT_IS = nullcontext()
 
 
 class Part(nn.Module):
@@ -65,12 +69,19 @@ class Piece(nn.Module):
         args, kwargs = replaced(one.args, stand_in), replaced(one.kwargs, stand_in)
         if one.checks:
             return check(one, args, kwargs)
-        function = self.get_submodule(one.target) if one.kind == "module" else one.target
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not one.without_grad):
+        function = self._submodule(one.target) if one.kind == "module" else one.target
+        with torch.no_grad() if one.without_grad else _AS_IT_IS:
             result = function(*args, **kwargs)
-        for ref in self._wanted.get(Ref(index), ()):
+        for ref in self._wanted.get(index, ()):
             values[ref] = part_at(result, ref.path)
         return None
+
+    def _submodule(self, path: str) -> nn.Module:
+        """Return ``get_submodule(path)``, ten times as fast."""
+        found: Any = self
+        for name in path.split(".") if path else ():
+            found = found._modules[name]
+        return found  # type: ignore[no-any-return]
 
     def _values(self, values: Mapping[Ref, Any], received: Nest) -> Callable[[Any], Any]:
         """Return a function from stand-ins to their values."""
@@ -80,9 +91,9 @@ class Piece(nn.Module):
                 return values[stand_in]
             if type(stand_in) is State:
                 path, _, key = stand_in.name.rpartition(".")
-                return getattr(self.get_submodule(path), key)
+                return getattr(self._submodule(path), key)
             if type(stand_in) is ByMode:
-                return stand_in.training if self.get_submodule(stand_in.path).training else stand_in.evaluation
+                return stand_in.training if self._submodule(stand_in.path).training else stand_in.evaluation
             owned = (*tensors(received), *self.parameters(), *self.buffers())
             return owned[0].device if owned else torch.get_default_device()
 
@@ -158,15 +169,18 @@ class _Tensor:
 TENSOR = _Tensor()
 
 
-def _lifetimes(operations: Mapping[int, Operation], ports: Ports) -> tuple[dict[Ref, list[Ref]], dict[int, list[Ref]]]:
-    """Return the parts used of each value that comes in or is made, and what is used last by each operation."""
+Wanted = dict[Ref | int, list[Ref]]
+
+
+def _lifetimes(operations: Mapping[int, Operation], ports: Ports) -> tuple[Wanted, dict[int, list[Ref]]]:
+    """Return the parts used of each value that comes in, or that an operation makes, and what each uses last."""
     leaving = {*_refs(ports.output), *ports.given}
     last = {ref: index for index, one in operations.items() for ref in _refs((one.args, one.kwargs))}
-    wanted = defaultdict[Ref, list[Ref]](list)
+    wanted = defaultdict[Ref | int, list[Ref]](list)
     bases = [base for base in (ports.x, *ports.taken) if base is not None]
     for ref in {**last, **dict.fromkeys(leaving)}:
         coming = [base for base in bases if ref.op == base.op and ref.path[: len(base.path)] == base.path]
-        wanted[Ref(ref.op) if ref.op in operations else coming[-1]].append(ref)
+        wanted[ref.op if ref.op in operations else coming[-1]].append(ref)
     dropped = defaultdict[int, list[Ref]](list)
     for ref, index in last.items():
         if ref not in leaving:

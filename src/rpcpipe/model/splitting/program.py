@@ -71,6 +71,10 @@ class Operation:
         return self.kind in ("check", "fixed")
 
 
+_STAND_INS = frozenset((Ref, State, ByMode, Device))
+_ATOMS = frozenset((int, float, bool, str, type(None), torch.dtype, torch.device))  # most of what calls are passed
+
+
 def items(nest: Any) -> list[tuple[Any, Any]] | None:
     """Return (key, part) of a container that calls may have as an argument or return; None of anything else."""
     if isinstance(nest, Mapping):
@@ -113,9 +117,16 @@ def stand_ins(nest: Any) -> Iterator[Any]:
 
 def replaced(nest: Any, function: Callable[[Any], Any]) -> Any:
     """Return ``nest`` with ``function(stand_in)`` in place of every stand-in."""
-    if isinstance(nest, (Ref, State, ByMode, Device)):
+    kind = type(nest)
+    if kind in _STAND_INS:
         return function(nest)
-    if isinstance(nest, slice):
+    if kind in _ATOMS:
+        return nest
+    if kind is tuple:
+        return tuple([replaced(part, function) for part in nest])
+    if kind is dict:
+        return {key: replaced(part, function) for key, part in nest.items()}
+    if kind is slice:
         return slice(*(replaced(part, function) for part in (nest.start, nest.stop, nest.step)))
     return nest if items(nest) is None else rebuilt(nest, lambda _, part: replaced(part, function))
 
@@ -177,8 +188,12 @@ def check(operation: Operation, args: Any, kwargs: Any) -> None:
         what = f"{name_of(operation.target)} of a tensor is {now} here and was {then}"
     raise ModelError(
         f"{operation.place}: {what} for the sample with which the model was split, and its forward may do something"
-        " else now; split it with a sample like these inputs, or pad them to the sample's shape"
+        f" else now; split it with a sample like these inputs{_otherwise(now)}"
     )
+
+
+def _otherwise(now: Any) -> str:
+    return ", or under the same torch.autocast" if isinstance(now, torch.dtype) else ", or pad them to its shape"
 
 
 def name_of(function: Any) -> str:
