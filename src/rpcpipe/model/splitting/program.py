@@ -66,6 +66,11 @@ class Operation:
         return bool(self.facts.get("number"))
 
     @property
+    def settled(self) -> bool:
+        """Whether its result depends on sizes alone, neither on values nor on random numbers."""
+        return bool(self.facts.get("settled"))
+
+    @property
     def checks(self) -> bool:
         """Whether it is a check."""
         return self.kind in ("check", "fixed")

@@ -20,7 +20,18 @@ from torch.overrides import TorchFunctionMode
 
 from rpcpipe.errors import ModelError
 from rpcpipe.model.splitting.numbers import Number, Shape, number
-from rpcpipe.model.splitting.program import Device, Getter, Operation, Ref, State, items, rebuilt, set_item, size
+from rpcpipe.model.splitting.program import (
+    Device,
+    Getter,
+    Operation,
+    Ref,
+    State,
+    items,
+    rebuilt,
+    set_item,
+    size,
+    stand_ins,
+)
 from rpcpipe.model.splitting.watch import place, random_state, told_of_calls, told_of_custom_functions
 
 # What may be asked of a tensor beside its shape: its value does not decide.
@@ -30,6 +41,7 @@ _PROPERTIES = frozenset((
     "is_cpu", "is_mps", "is_xpu", "is_sparse", "is_nested", "is_quantized", "is_meta", "is_conj", "is_neg",
     "result_type", "can_cast", "type", "get_device", "is_same_size", "is_mkldnn", "is_inference",
 ))  # fmt: skip
+_RESULTS = (bool, int, float, list)  # of functions that read values
 _CONSTANTS = (
     type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format,
     torch.Size, range, type, FunctionType, BuiltinFunctionType, ModuleType, enum.Enum, type(Ellipsis), torch.Generator,
@@ -108,6 +120,7 @@ class Recorder(TorchFunctionMode):
         real_args, real_kwargs = _values((args, kwargs))
         tensors = list(_tensors((args, kwargs)))
         before = [(tensor, tensor._version) for tensor in tensors]
+        drawn = _drawn(self._device) if (settled := self._is_settled(put)) else b""
         result = function(*real_args, **real_kwargs)
         if not tensors and not _any_tensor(result) and not _any_number((args, kwargs)):
             return result  # torch.set_grad_enabled and its like
@@ -116,6 +129,7 @@ class Recorder(TorchFunctionMode):
             return self._property(function, put, name, result)
         operation = self._append("function", function, *put)
         operation.facts["number"] = not tensors and not _any_tensor(result)
+        operation.facts["settled"] = settled and drawn == _drawn(self._device)
         self._note_changes(before)
         return self._known_result(result)
 
@@ -177,11 +191,19 @@ class Recorder(TorchFunctionMode):
         return self._known_result(_raw_shape(tensor)[dim])
 
     def _property(self, function: Any, put: tuple[Any, Any], name: str, result: Any) -> Any:
-        if name not in _PROPERTIES:
+        if name not in _PROPERTIES and not (self._is_settled(put) and type(result) in _RESULTS):
             raise self._refused(f"it reads a tensor's values by {name.strip('_')}(), which differ from batch to batch")
         if not isinstance(result, torch.device):
             self._append("check", function, *put).facts.update(outcome=result, operands=())
         return result
+
+    def _is_settled(self, put: Any) -> bool:
+        """Return whether a call has no operands but those made of sizes: its result is the same for every batch."""
+        operands = [used for used in stand_ins(put) if isinstance(used, (Ref, State))]
+        return all(
+            isinstance(used, Ref) and used.op and (one := self.operations[used.op]) and (one.number or one.settled)
+            for used in operands
+        )
 
     # --- numbers ---
 
@@ -328,6 +350,15 @@ def _any_number(nest: Any) -> bool:
 def _raw_shape(tensor: torch.Tensor) -> tuple[int, ...]:
     with torch._C.DisableTorchFunction():
         return tuple(tensor.shape)
+
+
+def _drawn(device: torch.device) -> bytes:
+    """Return the state of torch's generators, which a function that draws numbers changes."""
+    generators = [torch.default_generator]
+    if device.type == "cuda":
+        generators.append(torch.cuda.default_generators[device.index or 0])
+    with torch._C.DisableTorchFunction():
+        return b"".join(bytes(generator.get_state().numpy()) for generator in generators)
 
 
 def _storage(tensor: torch.Tensor) -> int:

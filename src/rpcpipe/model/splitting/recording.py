@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -230,9 +231,14 @@ def _sets_attributes(model: nn.Module, path: str, before: Mapping[str, Any]) -> 
 
 
 def _agree(first: Recording, other: Recording, *, by: str) -> None:
-    """Put into ``first`` what depends on the mode; raise Refused for what differs otherwise."""
-    for index in range(1, max(len(first.operations), len(other.operations)) + 1):
-        one, two = first.operations.get(index), other.operations.get(index)
+    """Put into ``first`` what depends on the mode; raise Refused for what differs otherwise.
+
+    Questions about sizes that are asked in one mode alone make no difference if all else is the same.
+    """
+    pairs = list(zip_longest(_calls(first, by), _calls(other, by)))
+    known = _Pairs(first.operations, other.operations, {one: two for one, two in pairs if one and two}, by)
+    for index, two_index in pairs:
+        one, two = first.operations.get(index), other.operations.get(two_index)
         if one is None or two is None:
             raise _differs(one or two, one or two, by)
         if (one.kind, one.target, one.scopes) != (two.kind, two.target, two.scopes):
@@ -240,16 +246,20 @@ def _agree(first: Recording, other: Recording, *, by: str) -> None:
         if by == "rows":
             _check_rows(one, two)
         try:
-            one.args, one.kwargs = _joined((one.args, one.kwargs), (two.args, two.kwargs), one.scopes[-1], by)
+            one.args, one.kwargs = known.joined((one.args, one.kwargs), (two.args, two.kwargs), one.scopes[-1])
         except _Different:
             raise _differs(one, two, by) from None
         if one.checks and one.facts["outcome"] != two.facts["outcome"]:
             raise _differs(one, two, by)
     try:
-        if _joined(first.output, other.output, "", "rows") != first.output:
+        if known.joined(first.output, other.output, "") != first.output:
             raise _Different
     except _Different:
         raise _differs(None, None, by) from None
+
+
+def _calls(recording: Recording, by: str) -> list[int]:
+    return [number for number, one in recording.operations.items() if by == "rows" or not (one.number or one.checks)]
 
 
 def _check_rows(one: Operation, two: Operation) -> None:
@@ -265,29 +275,51 @@ class _Different(Exception):
     """Two recordings differ."""
 
 
-def _joined(one: Any, other: Any, scope: str, by: str) -> Any:
-    """Return the arguments ``one``, with a ByMode where the ``other`` mode has another plain value."""
-    if isinstance(one, ByMode):
-        if not _equal(one.training, other):
-            raise _Different
-        return one
-    if type(one) is not type(other):
-        raise _Different
-    if isinstance(one, (Ref, State)) or items(one) is None:
-        if _equal(one, other):
+class _Pairs(NamedTuple):
+    """Two recordings, and which operation of the one is which of the other."""
+
+    first: dict[int, Operation]
+    other: dict[int, Operation]
+    pairs: dict[int, int]
+    by: str
+
+    def joined(self, one: Any, other: Any, scope: str) -> Any:
+        """Return the arguments ``one``, with a ByMode where the ``other`` mode has another plain value."""
+        if isinstance(one, ByMode):
+            if not _equal(one.training, other):
+                raise _Different
             return one
-        if by == "mode" and not isinstance(one, (Ref, State, slice)):
-            return ByMode(scope, one, other)
-        raise _Different
-    if [key for key, _ in items(one) or ()] != [key for key, _ in items(other) or ()]:
-        raise _Different
-    parts = dict(items(other) or ())
-    return rebuilt(one, lambda key, part: _joined(part, parts[key], scope, by))
+        if type(one) is not type(other):
+            raise _Different
+        if isinstance(one, Ref):
+            self._check_same(one, other)
+            return one
+        if isinstance(one, slice):
+            ends = self.joined((one.start, one.stop, one.step), (other.start, other.stop, other.step), scope)
+            return slice(*ends)
+        if isinstance(one, State) or items(one) is None:
+            if _equal(one, other):
+                return one
+            if self.by == "mode" and not isinstance(one, State):
+                return ByMode(scope, one, other)
+            raise _Different
+        if [key for key, _ in items(one) or ()] != [key for key, _ in items(other) or ()]:
+            raise _Different
+        parts = dict(items(other) or ())
+        return rebuilt(one, lambda key, part: self.joined(part, parts[key], scope))
+
+    def _check_same(self, one: Ref, other: Ref) -> None:
+        """Raise _Different unless both are the same value: of paired operations, or the same number."""
+        a, b = self.first.get(one.op), self.other.get(other.op)
+        if a is not None and b is not None and a.number and b.number and one.op not in self.pairs:
+            again = a.target == b.target and self.joined(a.args, b.args, "") == a.args
+            if not again or one.path != other.path:
+                raise _Different
+        elif self.pairs.get(one.op, one.op) != other.op or one.path != other.path:
+            raise _Different
 
 
 def _equal(one: Any, other: Any) -> bool:
-    if isinstance(one, slice):
-        return (one.start, one.stop, one.step) == (other.start, other.stop, other.step)
     return one is other or bool(one == other) or (one != one and other != other)
 
 
