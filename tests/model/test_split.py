@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import rpcpipe as rp
 from rpcpipe.transport import user_pickling
@@ -116,6 +117,11 @@ class Objects(Model):
         return self.take(Bag(x))  # here
 
 
+class Closure(Model):
+    def between(self, x: torch.Tensor) -> Any:
+        return checkpoint(lambda y: self.two(y), x, use_reentrant=True)  # here
+
+
 REFUSED = {
     Positive: "reads a tensor's values by bool", Item: "reads a tensor's values by item",
     Numpy: "reads a tensor's values by numpy",
@@ -123,6 +129,7 @@ REFUSED = {
     Remembering: "changes the attribute last", Counted: "depends on the number of rows",
     Single: "depends on the number of rows", Training: "does other things in training than in evaluation",
     Hidden: "neither a parameter nor a buffer", Objects: "passes a Bag",
+    Closure: "passes a function",
 }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from rpcpipe.model.microbatch import split as cut
 from support.any_models import CASES, Case
 from support.local_cluster import LocalCluster
 from support.models import sgd
+from support.odd_models import ODD
 from support.oracle import Oracle, assert_same_weights
 
 ROWS, CHUNKS, STEPS = 11, 4, 3  # micro-batches of 3, 3, 3 and 2 rows
@@ -70,6 +71,20 @@ def test_trained_beside_the_plain_loop(name: str) -> None:
 
 def code(output: Any) -> torch.Tensor:
     return output["code"] if isinstance(output, dict) else output  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("cls", ODD, ids=lambda cls: cls.__name__)
+def test_forwards_that_a_recorder_might_miss(cls: type[nn.Module]) -> None:
+    torch.manual_seed(2)
+    model, x, y = cls(), torch.randn(6, 4), torch.randn(6, 4)
+    alone, layers = copy.deepcopy(model), rp.split(model, x)
+    case = Case(cls, lambda size: x, lambda size: y, nn.functional.mse_loss)
+    given: Any = {"loss": case.loss, "optimizer": sgd, "chunks": CHUNKS}
+    pipe = rp.Pipeline(layers, LocalCluster(len(layers)), balance=[1] * len(layers), **given)
+    optimizer = sgd(list(alone.parameters()))
+    for _ in range(2):
+        assert pipe.train_step(x, y).loss == pytest.approx(plain_step(alone, optimizer, case, x, y), abs=1e-6)
+    assert_close(pipe.state_dict(), alone)
 
 
 def pipeline(name: str, model: nn.Module, **arguments: Any) -> rp.Pipeline:

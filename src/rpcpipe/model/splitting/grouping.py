@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from heapq import heapify, heappop, heappush
 
+import torch
 from torch import nn
 
 from rpcpipe.model.splitting.program import Operation, Ref, State, stand_ins
@@ -111,7 +112,7 @@ def _ancestors(operations: Mapping[int, Operation], operation: int) -> set[int]:
 
 
 def _changed_together(recording: Recording, operations: Mapping[int, Operation]) -> Iterator[tuple[int, int]]:
-    """Yield pairs of operations that must be in one layer, because of what changes in place."""
+    """Yield pairs of operations that must be in one layer, because of what changes in place or is one graph."""
     users = defaultdict[Ref, list[int]](list)
     states = defaultdict[str, list[int]](list)
     for index, one in operations.items():
@@ -124,6 +125,8 @@ def _changed_together(recording: Recording, operations: Mapping[int, Operation])
             for name in recording.changed:
                 if _of(name, one.target):
                     states[name].append(index)
+        if one.target is torch.autograd.grad:  # of what has one graph, with all between
+            yield from ((index, ref.op or next(iter(operations))) for ref in _refs(one))
     for name in recording.changed & states.keys():
         yield from ((states[name][0], other) for other in states[name][1:])
     for mutation, storage in recording.mutations:

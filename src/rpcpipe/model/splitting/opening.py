@@ -13,6 +13,7 @@ from rpcpipe.model.containers import beside_forward
 from rpcpipe.model.splitting.program import Operation, Ref, stand_ins
 from rpcpipe.model.splitting.recorder import Refused
 from rpcpipe.model.splitting.recording import Recording, Sample, record
+from rpcpipe.model.splitting.watch import depth
 
 # Shares of the model's parameters or activations. A module with less stays whole: the cut gains nothing by its parts.
 # One whose parts pass more than one value on is opened only if it has so much that it would hinder an even cut.
@@ -69,7 +70,7 @@ def _warn_of_large(model: nn.Module, refusals: Mapping[str, Refused]) -> None:
     for path, refused in refusals.items():
         share = sum(parameter.numel() for parameter in model.get_submodule(path).parameters()) / total
         if share >= _LARGE and not any(path.startswith(f"{outer}.") for outer in refusals):
-            warnings.warn(f"{path} stays one layer, with {share:.0%} of the parameters. {refused}", stacklevel=4)
+            warnings.warn(f"{path} stays one layer, with {share:.0%} of the parameters. {refused}", stacklevel=depth())
 
 
 def _not_worth_it(model: nn.Module, recording: Recording, inputs_apart: bool) -> Iterator[str]:

@@ -19,6 +19,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from rpcpipe.errors import ModelError
+from rpcpipe.model import nest_types
 from rpcpipe.model.splitting.numbers import Number, Shape, number
 from rpcpipe.model.splitting.program import (
     Device,
@@ -267,7 +268,7 @@ class Recorder(TorchFunctionMode):
             return slice(*(self._put(part, what) for part in (nest.start, nest.stop, nest.step)))
         if items(nest) is not None:
             return rebuilt(nest, lambda _, part: self._put(part, what))
-        if not isinstance(nest, _CONSTANTS):
+        if not isinstance(nest, _CONSTANTS) or _holds(nest):
             raise self._refused(f"{what} a {type(nest).__name__}, in which tensors cannot be followed")
         return nest
 
@@ -312,6 +313,13 @@ def _portable(function: Any) -> Any:
     if getattr(function, "__name__", "") == "__get__" and owner is not None:
         return Getter(str(owner.__name__))
     return function
+
+
+def _holds(constant: Any) -> bool:
+    """Return whether a constant is a function that may use tensors or modules of the forward."""
+    if not isinstance(constant, FunctionType):
+        return False
+    return constant.__closure__ is not None or nest_types.trainable(constant) is not None
 
 
 def _values(nest: Any) -> Any:

@@ -103,3 +103,13 @@ def place(error: BaseException | None = None) -> str:
 
 
 _NOT_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+_OURS = str(Path(__file__).parents[2])
+
+
+def depth() -> int:
+    """Return how many calls above the caller the code is that called rpcpipe, for a warning's ``stacklevel``."""
+    frame: FrameType | None = sys._getframe(1)
+    count = 1
+    while frame is not None and frame.f_code.co_filename.startswith(_OURS):
+        frame, count = frame.f_back, count + 1
+    return count
