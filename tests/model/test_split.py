@@ -6,7 +6,6 @@ import copy
 import inspect
 import pickle
 import random
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -168,14 +167,14 @@ def test_the_module_is_as_before() -> None:
     model = CASES["counting"].make()
     model.three.requires_grad_(False)
     sample, state = torch.randn(3, 6), copy.deepcopy(model.state_dict())
-    drawn = torch.random.get_rng_state()
+    drawn, apply = torch.random.get_rng_state(), vars(torch.autograd.Function)["apply"]
     layers = rp.split(model, sample)
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in state.items())
     assert torch.equal(drawn, torch.random.get_rng_state())
     assert layers["meter"] is model.meter
     assert model.training
     assert not any(vars(module).get("_compiled_call_impl") for module in model.modules())
-    assert not hasattr(torch.autograd.Function.apply, "__wrapped__")
+    assert vars(torch.autograd.Function)["apply"] is apply
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
@@ -271,7 +270,7 @@ def test_a_sample_that_the_model_does_not_take_is_refused() -> None:
         rp.split(Model(), torch.randn(6, 5))
     with pytest.raises(rp.ArgumentError, match="sample must be one micro-batch of the model's inputs"):
         rp.split(Model(), 3)
-    with pytest.raises(rp.ArgumentError, match=r"an nn.Module, .* not int.* rp.split\(model, sample\)|pass these"):
+    with pytest.raises(rp.ArgumentError, match=r"of nn.Module, function or rp.LayerSpec, not int; pass these"):
         rp.Pipeline(3, LocalCluster(1))  # type: ignore[arg-type]
 
 
@@ -314,9 +313,6 @@ class Special(Model):
         return x + values.sum() + at.float().mean() + scale.detach() + x.T.shape[0] / x.size(-1) ** 0.5
 
 
-SPECIAL: dict[str, Callable[[], nn.Module]] = {"special": Special}
-
-
 @pytest.mark.parametrize("rows", [1, 6])
 def test_unusual_operations(rows: int) -> None:
     model = Special()
@@ -347,3 +343,42 @@ def test_under_autocast() -> None:
     pipe = rp.Pipeline(model, LocalCluster(2), sample=x, autocast=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(pipe(x), model.eval()(x))
+
+
+def test_the_device_is_the_layers() -> None:
+    """Positions made on the device of an input are made where the layer runs."""
+    model = CASES["language"].make()
+    ids = CASES["language"].inputs(3)
+    layers = rp.layers.Sequential(rp.split(model, ids)).to("meta")
+    assert layers(ids.to("meta")).device.type == "meta"
+
+
+def test_names_of_your_own_with_a_colon() -> None:
+    """Such layers have their tensors under whole names; two of them may share a module, not a name."""
+
+    class Holder(nn.Module):
+        def __init__(self, **parts: nn.Module) -> None:
+            super().__init__()
+            for name, part in parts.items():
+                self.add_module(name, part)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for part in self.children():
+                x = part(x)
+            return x
+
+    body, head = nn.Linear(4, 4), nn.Linear(4, 2)
+    layers = {"body:first": Holder(body=body), "body:again": Holder(body=body, head=head)}
+    state = rp.layers.Sequential(layers).state_dict()
+    assert list(state) == ["body.weight", "body.bias", "head.weight", "head.bias"]
+    pipe = rp.Pipeline(layers, LocalCluster(2))
+    assert list(pipe.state_dict()) == list(state)
+    pipe.load_state_dict({name: torch.zeros_like(value) for name, value in state.items()})
+    assert not pipe(torch.randn(3, 4)).any()
+    with pytest.raises(rp.ModelError, match=r"'body.weight' .* is of layer 'body:first' and of layer 'body:again'"):
+        rp.Pipeline({**layers, "body:again": Holder(body=nn.Linear(4, 4))}, LocalCluster(2))
+    with pytest.raises(rp.ScheduleError, match=r"body.weight of layer body:first and body.weight of layer body:again"):
+        rp.Pipeline(
+            layers, LocalCluster(2), schedule="pipedream", optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
+            loss=nn.functional.mse_loss,
+        )  # fmt: skip

@@ -65,12 +65,8 @@ def _name(model: nn.Module, operations: Mapping[int, Operation]) -> str:
 
 
 def _unique(name: str, taken: Iterable[str]) -> str:
-    names, count = set(taken), 2
-    while f"{name}{count if count > 2 else ''}" in names or name in names:
-        if f"{name}{count}" not in names:
-            return f"{name}{count}"
-        count += 1
-    return name
+    names = set(taken)
+    return next(one for one in (name, *(f"{name}{count}" for count in range(2, len(names) + 3))) if one not in names)
 
 
 class _Flow:

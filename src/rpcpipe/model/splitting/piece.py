@@ -13,7 +13,7 @@ from torch import nn
 
 from rpcpipe.errors import ModelError
 from rpcpipe.model.microbatch import Nest, flatten, tensors
-from rpcpipe.model.splitting.program import ByMode, Operation, Ref, State, check, part_at, replaced, stand_ins
+from rpcpipe.model.splitting.program import ByMode, Operation, Ref, State, check, name_of, part_at, replaced, stand_ins
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,8 @@ class Piece(nn.Module):
 
     def extra_repr(self) -> str:
         """Return the operations in short, for ``repr``."""
-        return ", ".join(one.target if one.kind == "module" else str(one.target) for one in self._operations.values())
+        made = [one for one in self._operations.values() if not (one.number or one.checks)]
+        return ", ".join(str(one.target) if one.kind == "module" else name_of(one.target) for one in made)
 
 
 # Not methods of Piece, whose submodules have the names that the model gives them.
