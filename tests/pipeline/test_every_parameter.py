@@ -172,6 +172,7 @@ CALLS: dict[str, Call] = {
                                   {"model": "model|layer 0"}),
     "balance_by_time": Call(rp.balance_by_time, {"model": mlp(4), "stages": 2, "sample": INPUTS},
                             {"stages": "", "sample": ""}),
+    "split": Call(rp.split, {"model": nn.Linear(12, 4), "sample": INPUTS}, {"model": "", "sample": ""}),
     "Cluster.call": Call(of_cluster("call"), {"worker": "worker0", "function": os.getpid}, {
         "worker": "", "function": "",
     }),

@@ -251,6 +251,12 @@ def check_settings(settings: Settings) -> Settings:
     )
 
 
+def _names_of(tie: Tie) -> list[str]:
+    """Return the names of a tied weight, or, if all layers have it under one, those of the layers."""
+    names = list(dict.fromkeys(holder.name for holder in tie.holders))
+    return names if len(names) > 1 else [f"{names[0]} of layer {holder.layer}" for holder in tie.holders]
+
+
 def check_ties(policy: Policy | None, ties: Sequence[Tie], layers: Sequence[str], sizes: Sequence[int]) -> None:
     """Raise ScheduleError if weights are tied across stages and ``policy`` lets every stage update on its own.
 
@@ -261,7 +267,7 @@ def check_ties(policy: Policy | None, ties: Sequence[Tie], layers: Sequence[str]
         stages = sorted({stage_of[holder.layer] for holder in tie.holders})
         if len(stages) > 1:
             raise ScheduleError(
-                f"{' and '.join(holder.name for holder in tie.holders)} are one weight, on stages"
+                f"{' and '.join(_names_of(tie))} are one weight, on stages"
                 f" {' and '.join(map(str, stages))}, which an asynchronous schedule lets update at their own times;"
                 " use a synchronous one, for instance '1f1b', or keep these layers on one stage with balance=[…]"
             )

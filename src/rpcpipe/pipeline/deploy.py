@@ -164,7 +164,9 @@ def _create(runtime: Runtime, identity: str, layers: OrderedDict[str, Layer]) ->
     runtime.install(deployment, infos)
     runtime.succession.begin(infos)
     # Of specs' layers the names are known only now.
-    check_names((f"of stage {stage.index}", name) for stage in runtime.stages for name in stage.trainable)
+    tied = {holder.name for tie in deployment.ties for holder in tie.holders}
+    owned = ((f"of stage {stage.index}", name) for stage in runtime.stages for name in stage.trainable)
+    check_names((stage, name, "a tied weight" if name in tied else stage) for stage, name in owned)
     if runtime.settings.trains:
         runtime.make_optimizer(check_groups({worker: list(stages.values()) for worker, stages in infos.items()}))
 

@@ -12,13 +12,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from rpcpipe._arguments import require_callable, require_count, require_entries, require_kind, require_number
 from rpcpipe.cluster import Cluster, Worker
 from rpcpipe.errors import ArgumentError, require, require_positive, require_whole, shown
-from rpcpipe.model.layers import Layer, Model, named_layers, parameter_counts
+from rpcpipe.model.layers import AnyModel, Layer, Model, named_layers, parameter_counts
 from rpcpipe.model.microbatch import Nest, batch_size, split, tensors
+from rpcpipe.model.splitting import layers_for
 from rpcpipe.pipeline.calibration import measure_overheads
 from rpcpipe.planning import CostModel, LayerCost, partition
 from rpcpipe.planning.cost_model import SIMPLEST, Machine
@@ -35,7 +35,7 @@ _MOST_WORKERS = 1 << 16
 
 
 def plan(
-    model: nn.Sequential | Sequence[Layer],
+    model: AnyModel,
     sample: Nest,
     workers: int | Cluster,
     *,
@@ -84,7 +84,7 @@ def plan(
 
 
 def cost_model(
-    model: nn.Sequential | Sequence[Layer],
+    model: AnyModel,
     sample: Nest,
     workers: int | Cluster,
     *,
@@ -104,7 +104,8 @@ def cost_model(
     _check_measuring(loss, optimizer, moments, flops, latency, bandwidth, seed)
     count = len(workers.workers) if isinstance(workers, Cluster) else require_count("workers", workers, _MOST_WORKERS)
     device = _device(device)
-    layers, size = named_layers(model), _size("sample", sample)
+    size = _size("sample", sample)
+    layers = layers_for(model, sample)
     if targets is not None:
         _size("targets", targets)
     parts = _micro_batches(size, count, chunks)
@@ -230,7 +231,7 @@ def balance_by_parameters(model: Model, stages: int) -> list[int]:
     return partition.balance(parameter_counts(layers), require_whole("stages", stages))
 
 
-def balance_by_time(model: Model, stages: int, sample: Nest) -> list[int]:
+def balance_by_time(model: AnyModel, stages: int, sample: Nest) -> list[int]:
     """Return the number of layers of each stage, so that the slowest stage's forward and backward are fastest.
 
     Every layer is run in this process with ``sample``, one micro-batch of inputs; ``Pipeline(balance="time",
@@ -239,7 +240,7 @@ def balance_by_time(model: Model, stages: int, sample: Nest) -> list[int]:
     return _measured_cut(model, stages, sample, "time")
 
 
-def balance_by_memory(model: Model, stages: int, sample: Nest) -> list[int]:
+def balance_by_memory(model: AnyModel, stages: int, sample: Nest) -> list[int]:
     """Return the number of layers of each stage, so that the largest stage's memory is as small as possible.
 
     A stage's memory is seven times its parameters (weights, gradient, Adam's two moments, and the copy of weights and
@@ -249,11 +250,12 @@ def balance_by_memory(model: Model, stages: int, sample: Nest) -> list[int]:
     return _measured_cut(model, stages, sample, "memory")
 
 
-def _measured_cut(model: Model, stages: int, sample: Nest, balance: str) -> list[int]:
+def _measured_cut(model: AnyModel, stages: int, sample: Nest, balance: str) -> list[int]:
     """Return the number of layers of each stage, balanced by "time" or "memory"."""
-    layers, stages = named_layers(model), require_whole("stages", stages)
+    stages = require_whole("stages", stages)
     if not tensors(sample):
         raise ArgumentError(f"sample must be one micro-batch of inputs, with tensors, not {shown(sample)}")
+    layers = layers_for(model, sample)
     layer_costs = profile(layers, sample)
     return partition.balance(
         balancing_costs(layer_costs, balance), stages, communication=[layer.output_bytes for layer in layer_costs]

@@ -35,7 +35,6 @@ from rpcpipe.errors import (
     require_whole,
 )
 from rpcpipe.model.extra_state import packed, unpacked
-from rpcpipe.model.layers import layer_of
 from rpcpipe.model.tied_weights import Tie, completed
 from rpcpipe.pipeline.arguments import check_state, loadable
 from rpcpipe.stage.likeness import unlike
@@ -56,10 +55,15 @@ _SHARED = "A checkpoint needs one file system that all hosts have at the same pa
 
 def state_dict(runtime: Runtime) -> OrderedDict[str, Any]:
     """Return parameters, buffers and extra state of the first replica by name, in the model's order and on the CPU."""
+    return OrderedDict((key, value) for state in _by_stage(runtime).values() for key, value in state.items())
+
+
+def _by_stage(runtime: Runtime) -> dict[int, dict[str, Any]]:
+    """Return the state of the first replica's stages, in their order; several may have a tied weight's name."""
     driver = runtime.driver
     states = driver.collect({name: driver.call(name, GetState()) for name in runtime.layout.pipeline_of(0)})
     by_stage = {stage: state for stages in states.values() for stage, state in stages.items()}
-    return OrderedDict((key, value) for stage in sorted(by_stage) for key, value in unpacked(by_stage[stage]).items())
+    return {stage: unpacked(by_stage[stage]) for stage in sorted(by_stage)}
 
 
 def load_state_dict(runtime: Runtime, state: Mapping[str, Any]) -> None:
@@ -69,13 +73,13 @@ def load_state_dict(runtime: Runtime, state: Mapping[str, Any]) -> None:
     before anything changes, unless names and shapes are the model's.
     """
     state = completed(runtime.deployment.ties, loadable(state))
-    check_state(state_dict(runtime), state)
-    owner = {layer: stage for stage in runtime.stages for layer in stage.layers}
+    live = _by_stage(runtime)
+    check_state({key: value for part in live.values() for key, value in part.items()}, state)
     parts: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in runtime.names}
-    for key, value in packed(state).items():
-        stage = owner[layer_of(key, owner)]
+    packed_state = packed(state)
+    for stage in runtime.stages:
         for worker in stage.workers:
-            parts[worker].setdefault(stage.index, {})[key] = value
+            parts[worker][stage.index] = {key: packed_state[key] for key in live[stage.index]}
     runtime.driver.collect({name: runtime.driver.call(name, LoadState(parts[name])) for name in runtime.names})
     runtime.history.begin_anew()
 
