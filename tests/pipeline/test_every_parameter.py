@@ -133,6 +133,7 @@ CALLS: dict[str, Call] = {
     "evaluate": Call(of_pipe("evaluate"), {"batches": [BATCH]}, {"batches": "", "metrics": "None"}),
     "predict": Call(of_pipe("predict"), {}, {"batches": "[]"}),
     "pipe(…)": Call(of_pipe("__call__"), {}, {"inputs": ""}),
+    "state_dict": Call(of_pipe("state_dict"), {}, {"trainable": "True"}),
     "load_state_dict": Call(of_pipe("load_state_dict"), {}, {"state_dict": ""}),
     "on_step": Call(of_pipe("on_step"), {}, {"callback": "'x'"}),
     "save": Call(save, {}, {"directory": "'x'", "stateful": "None", "keep": "None"}),

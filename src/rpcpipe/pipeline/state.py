@@ -54,10 +54,13 @@ _DRIVER_FILE = "driver.safetensors"
 _SHARED = "A checkpoint needs one file system that all hosts have at the same path."
 
 
-def state_dict(runtime: Runtime) -> OrderedDict[str, Any]:
-    """Return parameters, buffers and extra state of the first replica by name, in the model's order and on the CPU."""
-    driver = runtime.driver
-    states = driver.collect({name: driver.call(name, GetState()) for name in runtime.layout.pipeline_of(0)})
+def state_dict(runtime: Runtime, trainable: bool = False) -> OrderedDict[str, Any]:
+    """Return parameters, buffers and extra state of the first replica by name, in the model's order and on the CPU.
+
+    ``trainable``: the parameters that require a gradient alone.
+    """
+    driver, wanted = runtime.driver, GetState(require_flag("trainable", trainable))
+    states = driver.collect({name: driver.call(name, wanted) for name in runtime.layout.pipeline_of(0)})
     by_stage = {stage: state for stages in states.values() for stage, state in stages.items()}
     return OrderedDict((key, value) for stage in sorted(by_stage) for key, value in unpacked(by_stage[stage]).items())
 
