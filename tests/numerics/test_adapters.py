@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ import rpcpipe as rp
 from numerics.test_transformers import batch, gpt2, llama
 from rpcpipe.stage.rollback import Undo
 from support.local_cluster import LocalCluster
+from support.mortal_cluster import MortalCluster
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
@@ -141,14 +140,19 @@ def test_a_checkpoint_goes_on_with_the_same_bits(tmp_path: Path) -> None:
     assert resumed.train_step(*batch("llama", 1)).loss == pipe.train_step(*batch("llama", 1)).loss
 
 
-def test_on_real_workers_which_are_replaced() -> None:
-    with rp.launch(workers=2, threads=1, timeout=20.0) as cluster:
-        pipe = rp.from_transformers(adapted(base(), target_modules=["q_proj"]), cluster, optimizer=adamw, chunks=4)
-        losses = [pipe.train_step(*batch("llama", seed)).loss for seed in range(2)]
-        os.kill(cluster.workers[0].pid, signal.SIGKILL)
-        losses += [pipe.train_step(*batch("llama", seed)).loss for seed in range(2)]
-    undisturbed = local(adapted(base(), target_modules=["q_proj"]), 2)
-    assert losses == [undisturbed.train_step(*batch("llama", seed % 2)).loss for seed in range(4)]
+def test_workers_that_die_change_no_bit() -> None:
+    figures = []
+    for cluster in (LocalCluster(2), MortalCluster(2)):
+        given: Any = cluster
+        pipe = rp.from_transformers(adapted(base(), target_modules=["q_proj"]), given, optimizer=adamw, chunks=4)
+        losses = []
+        for seed in range(4):
+            losses.append(pipe.train_step(*batch("llama", seed)).loss)
+            if isinstance(cluster, MortalCluster):
+                cluster.kill(f"worker{seed % 2}")
+        figures.append((losses, pipe.state_dict()))
+    assert figures[0][0] == figures[1][0]
+    assert all(torch.equal(value, figures[1][1][key]) for key, value in figures[0][1].items())
 
 
 def test_what_is_not_inside_of_layers_is_refused() -> None:
