@@ -181,6 +181,8 @@ def test_what_no_worker_can_read_is_refused(saved: Path) -> None:
         local("meta-llama/Llama-2-7b")
     with pytest.raises(ValueError, match="config=… is for a folder"):
         local(llama(), config=llama())
+    with pytest.raises(ValueError, match="config must be a config of transformers, not a dict"):
+        local(saved, config={})
     (saved / WEIGHTS).write_bytes(b"abc")
     with pytest.raises(rp.CheckpointError, match=r"model\.safetensors cannot be read on .*SafetensorError"):
         local(saved)
@@ -189,6 +191,9 @@ def test_what_no_worker_can_read_is_refused(saved: Path) -> None:
         local(saved)
     (saved / "model.safetensors.index.json").write_text("[]")
     with pytest.raises(rp.CheckpointError, match=r"index\.json is damaged"):
+        local(saved)
+    (saved / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"cannot read the config in .*saved: .*model_type"):
         local(saved)
 
 

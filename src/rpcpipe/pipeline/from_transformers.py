@@ -53,7 +53,7 @@ def from_transformers(
         from rpcpipe.model.hf.folder import Folder
     except ImportError as error:
         raise DependencyError(
-            f"rp.from_transformers needs transformers: pip install '.[hf]' in a checkout of rpcpipe ({error})"
+            f"rp.from_transformers needs transformers: pip install '.[hf]' in a checkout ({error})"
         ) from error
     is_folder = isinstance(config_or_model, (str, os.PathLike))
     require(config is None or is_folder, "config=… is for a folder; a config or a model is passed by itself")

@@ -148,7 +148,10 @@ class Folder:
                 f"{path} is not a folder with a config.json, and from_transformers downloads nothing; pass a folder"
                 " that save_pretrained has written"
             )
-        config = AutoConfig.from_pretrained(path, local_files_only=True) if config is None else config
+        if config is None:
+            config = _config(path)
+        elif not isinstance(config, PreTrainedConfig):
+            raise ArgumentError(f"config must be a config of transformers, not a {type(config).__name__}")
         if getattr(config, "quantization_config", None) is not None:
             raise ArgumentError(f"the weights in {path} are quantized, and such a model cannot be trained here")
         elsewhere = getattr(config, "transformers_weights", None) or any(
@@ -237,6 +240,13 @@ class Folder:
             warnings.warn(f"{said} lacks {some(found.missing_keys)}, which begin with initial values", stacklevel=5)
         if found.unexpected_keys:
             warnings.warn(f"{said} has {some(found.unexpected_keys)}, which the model has not", stacklevel=5)
+
+
+def _config(path: Path) -> Any:
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (ValueError, KeyError, OSError) as error:
+        raise ArgumentError(f"transformers cannot read the config in {path}: {error}") from error
 
 
 def some(names: Collection[str]) -> str:
