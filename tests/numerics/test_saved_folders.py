@@ -205,3 +205,35 @@ def test_a_worker_without_the_folder_says_so(saved: Path) -> None:
         rp.StageError, match=r"on worker\d raised .*saved/model\.safetensors cannot be read on .* hosts"
     ):
         rp.Pipeline(layers, cluster, loss=loss, optimizer=sgd)
+
+
+MIXED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 8}
+OTHERS: dict[str, dict[str, Any]] = {
+    "Bloom": {"n_head": 4, "n_layer": 2},
+    "Gemma2": {"head_dim": 4},
+    "OPT": {"word_embed_proj_dim": 16, "ffn_dim": 32},
+    "GptOss": {"num_local_experts": 4, "head_dim": 4},
+    "Glm4Moe": {**MIXED, "first_k_dense_replace": 1, "head_dim": 4},
+}
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_names_and_shapes_of_other_families(family: str, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"intermediate_size": 32, "max_position_embeddings": 16, "pad_token_id": 0}
+    make = getattr(transformers, f"{family}ForCausalLM")
+    config = getattr(transformers, f"{family}Config")(**sizes, **SIZES, **OTHERS[family])
+    make(config).save_pretrained(tmp_path, max_shard_size="20KB")
+    state, expected = local(tmp_path).state_dict(), make.from_pretrained(tmp_path).state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[key], value) for key, value in expected.items())
+
+
+def test_workers_keep_nothing_of_the_files(saved: Path) -> None:
+    """As when the tuned model is saved over the one that was read."""
+    pipe = local(saved)
+    inputs, targets = batch("llama")
+    before = pipe(inputs)
+    (saved / WEIGHTS).write_bytes(b"")
+    assert torch.equal(pipe(inputs), before)
+    assert pipe.train_step(inputs, targets).applied
