@@ -111,6 +111,7 @@ def test_no_import_is_hidden() -> None:
 FOREIGN = {
     "_version", "_cdata", "_input_metadata", "_init_weights", "_update_group_membership", "_replace", "_asdict",
     "_fields", "_attn_implementation", "_backward_hooks", "_post_accumulate_grad_hooks", "_untyped_storage",
+    "_adjust_missing_and_unexpected_keys", "_get_dtype_plan",
 }  # fmt: skip
 # Those that our classes have too: in these files they are a module's.
 OF_MODULES = {

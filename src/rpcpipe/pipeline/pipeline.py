@@ -343,10 +343,10 @@ class Pipeline(Hints):
         return [rref for stage in self.stages for rref in stage.parameter_rrefs()]
 
     @in_turn
-    def state_dict(self) -> OrderedDict[str, Any]:
-        """Return all parameters, buffers and extra state under the unsplit model's names, on the CPU."""
+    def state_dict(self, trainable: bool = False) -> OrderedDict[str, Any]:
+        """Return all state, or the ``trainable`` parameters alone, under the unsplit model's names, on the CPU."""
         self.runtime.check()
-        return self.runtime.healed(lambda: state.state_dict(self.runtime))
+        return self.runtime.healed(lambda: state.state_dict(self.runtime, trainable))
 
     @in_turn
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:

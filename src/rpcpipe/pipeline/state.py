@@ -53,15 +53,19 @@ _DRIVER_FILE = "driver.safetensors"
 _SHARED = "A checkpoint needs one file system that all hosts have at the same path."
 
 
-def state_dict(runtime: Runtime) -> OrderedDict[str, Any]:
-    """Return parameters, buffers and extra state of the first replica by name, in the model's order and on the CPU."""
-    return OrderedDict((key, value) for state in _by_stage(runtime).values() for key, value in state.items())
+def state_dict(runtime: Runtime, trainable: bool = False) -> OrderedDict[str, Any]:
+    """Return parameters, buffers and extra state of the first replica by name, in the model's order and on the CPU.
+
+    ``trainable``: the parameters that require a gradient alone.
+    """
+    states = _by_stage(runtime, require_flag("trainable", trainable))
+    return OrderedDict((key, value) for state in states.values() for key, value in state.items())
 
 
-def _by_stage(runtime: Runtime) -> dict[int, dict[str, Any]]:
+def _by_stage(runtime: Runtime, trainable: bool = False) -> dict[int, dict[str, Any]]:
     """Return the state of the first replica's stages, in their order; several may have a tied weight's name."""
-    driver = runtime.driver
-    states = driver.collect({name: driver.call(name, GetState()) for name in runtime.layout.pipeline_of(0)})
+    driver, wanted = runtime.driver, GetState(trainable)
+    states = driver.collect({name: driver.call(name, wanted) for name in runtime.layout.pipeline_of(0)})
     by_stage = {stage: state for stages in states.values() for stage, state in stages.items()}
     return {stage: unpacked(by_stage[stage]) for stage in sorted(by_stage)}
 

@@ -243,7 +243,9 @@ class ReleaseCaches(NamedTuple):
 
 
 class GetState(NamedTuple):
-    """Reply with each stage's state under the unsplit model's names, on the CPU."""
+    """Reply with each stage's state under the unsplit model's names, on the CPU; ``trainable``: trained ones alone."""
+
+    trainable: bool = False
 
 
 class LoadState(NamedTuple):

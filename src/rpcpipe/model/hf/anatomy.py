@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,3 +90,8 @@ class Anatomy:
     def stand_ins(self) -> tuple[str, ...]:
         """The paths of the modules that a skeleton has not."""
         return (*self.body.blocks, *self.tail, *self.idle)
+
+
+def part_of(name: str, paths: Iterable[str]) -> str:
+    """Return the one of ``paths`` that the tensor ``name`` is in, the innermost; "" if none."""
+    return max((path for path in paths if name.startswith(f"{path}.")), key=len, default="")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,18 +21,24 @@ _SMALL = 1 << 16  # elements of a parameter that is kept as its constructor made
 
 @dataclass(frozen=True, eq=False)
 class Recipe:
-    """A class of transformers and the config of the model. ``key`` is equal for equal models."""
+    """A class of transformers, the config of the model, and its dtype if not torch's default.
+
+    ``key`` is equal for equal models.
+    """
 
     cls: type[PreTrainedModel]
     config: Any
+    dtype: torch.dtype | None
     key: str
 
     @classmethod
-    def of(cls, model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Recipe:
+    def of(
+        cls, model_class: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype | None = None
+    ) -> Recipe:
         """Return the recipe of ``model_class(config)``; the config is copied."""
         config = copy.deepcopy(config)
-        said = config.to_json_string(use_diff=False) + str(config._attn_implementation)
-        return cls(model_class, config, hashlib.sha256((model_class.__qualname__ + said).encode()).hexdigest())
+        said = f"{model_class.__qualname__}{config.to_json_string(use_diff=False)}{config._attn_implementation}{dtype}"
+        return cls(model_class, config, dtype, hashlib.sha256(said.encode()).hexdigest())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Recipe:
         return self  # nothing changes it, and every layer of a model has the same one
@@ -49,17 +57,28 @@ class Recipe:
         Its buffers have their values.
         """
         config = copy.deepcopy(self.config)
-        with torch.device("cpu"), _WithoutStorage():
+        with torch.device("cpu"), _WithoutStorage(), _default_dtype(self.dtype):
             model = self.cls(config)
         kept: dict[int, nn.Parameter] = {}
         for module in model.modules():
-            for name, parameter in _own_parameters(module):
+            for name, parameter in own_parameters(module):
                 if parameter.numel() > _SMALL:
                     module.register_parameter(name, kept.setdefault(id(parameter), _on_meta(parameter)))
             if any(buffer is not None and buffer.is_meta for buffer in module.buffers(recurse=False)):
                 _fill_buffers(module)
                 model._init_weights(module)
         return model
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
+    """Let ``dtype``, if there is one, be torch's default inside the block."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(before if dtype is None else dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 class _WithoutStorage(TorchFunctionMode):
@@ -73,7 +92,8 @@ def _on_meta(parameter: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
 
 
-def _own_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+def own_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Return the parameters that ``module`` itself has, each under all of its names."""
     return list(module.named_parameters(recurse=False, remove_duplicate=False))
 
 
@@ -88,7 +108,7 @@ def without_values(module: nn.Module, device: torch.device, *, needs_grad: bool)
     """Replace the parameters of ``module`` by zeros that share one element, and move its buffers to ``device``."""
     kept: dict[int, nn.Parameter] = {}
     for part in module.modules():
-        for name, parameter in _own_parameters(part):
+        for name, parameter in own_parameters(part):
             zero = torch.zeros((), dtype=parameter.dtype, device=device).expand(parameter.shape)
             part.register_parameter(name, kept.setdefault(id(parameter), nn.Parameter(zero, needs_grad)))
         for name, buffer in list(part.named_buffers(recurse=False)):
@@ -102,7 +122,7 @@ def initialize(module: nn.Module, model: PreTrainedModel) -> None:
     """
     kept: dict[int, nn.Parameter] = {}
     for part in module.modules():
-        for name, parameter in _own_parameters(part):
+        for name, parameter in own_parameters(part):
             if parameter.is_meta:
                 blank = torch.full(parameter.shape, torch.nan, dtype=parameter.dtype)
                 fresh = nn.Parameter(blank, parameter.requires_grad)
