@@ -198,7 +198,7 @@ def test_what_no_worker_can_read_is_refused(saved: Path) -> None:
 
 
 def test_a_worker_without_the_folder_says_so(saved: Path) -> None:
-    layers, loss = cut(Folder.of(saved, None))
+    layers, loss, _ = cut(Folder.of(saved, None))
     shutil.rmtree(saved)
     cluster: Any = LocalCluster(2)
     with pytest.raises(
