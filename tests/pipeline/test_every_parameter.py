@@ -124,7 +124,7 @@ CALLS: dict[str, Call] = {
         "model": "", "cluster": "", "loss": "", "optimizer": "None", "schedule": "", "chunks": "", "balance": "",
         "checkpoint": "0", "virtual_stages": "", "replicas": "", "shard_optimizer": "True", "weights": "None",
         "flush_every": "None", "clip_grad_norm": "None 1.5 inf", "nonfinite": "", "seed": "-1 0", "dispatch": "",
-        "autocast": "None", "accumulate": "", "batch_norm": "", "plan": "None",
+        "autocast": "None", "accumulate": "", "batch_norm": "", "undo": "", "plan": "None",
     }, {"model": "model|layer 0"}),
     "train_step": Call(of_pipe("train_step"), {"inputs": INPUTS, "targets": TARGETS}, {
         "inputs": "", "targets": "", "metrics": "None", "outputs": "True",

@@ -46,6 +46,7 @@ from rpcpipe.worker.messages import StageInfo
 
 _BALANCES = ("parameters", "time", "memory")
 _DISPATCH = ("rref", "batched")
+_UNDO = ("copy", "off")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +71,7 @@ class Options:
     autocast: torch.dtype | None = None
     accumulate: int = 1
     batch_norm: str = "micro_batch"
+    undo: str = "copy"
     sample: Nest = None
 
     def planned(self, plan: Plan | None) -> Options:
@@ -109,6 +111,7 @@ class Options:
             clip_grad_norm=self.clip_grad_norm,
             flush_every=self.flush_every,
             nonfinite=self.nonfinite,
+            undo=self.undo,
             weights=self.weights,
             virtual_stages=self.virtual_stages,
             trains=self.optimizer is not None,
@@ -240,6 +243,7 @@ def check_settings(settings: Settings) -> Settings:
     )  # fmt: skip
     require(nonfinite in ("skip", "stop"), f"nonfinite must be 'skip' or 'stop', not {nonfinite!r}")
     require(batch_norm in MODES, f"batch_norm must be one of {MODES}, not {batch_norm!r}")
+    require(settings.undo in _UNDO, f"undo must be one of {_UNDO}, not {settings.undo!r}")
     return replace(
         settings,
         accumulate=require_whole("accumulate", settings.accumulate),

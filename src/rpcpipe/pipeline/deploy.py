@@ -102,7 +102,7 @@ def _start(layers: OrderedDict[str, Layer], cluster: PipelineCluster, options: O
         stages={}, last_stage=schedule.stages - 1, loss=options.loss or _no_loss, optimizer=options.optimizer,
         seed=seed, checkpoint=options.checkpoint, autocast=options.autocast, batch_norm=options.batch_norm,
         wirings=wirings, ties=ties, stage_links=deployment.stage_links, shared_buffers=buffers,
-        settings=TorchSettings.current(), keep=cluster.heal > 0,
+        settings=TorchSettings.current(), copies=options.undo == "copy", keep=cluster.heal > 0,
     )  # fmt: skip
     watch(runtime)
     try:

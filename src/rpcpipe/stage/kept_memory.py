@@ -51,6 +51,7 @@ class Word(IntEnum):
     CONDITION = 4
     START = 5  # a step whose begin is in a record, or -1
     OTHER_START = 6  # another: one may run ahead
+    UPDATED = 7  # the step whose update has ended last, or -1
 
 
 class Condition(IntEnum):
