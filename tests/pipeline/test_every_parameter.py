@@ -153,8 +153,11 @@ CALLS: dict[str, Call] = {
         "model": "", "sample": "", "workers": "", "memory": "None inf", "loss": "None", "targets": "None",
         "optimizer": "None", "moments": "0", "chunks": "None", "schedules": "", "checkpoints": "", "replicas": "None",
         "flops": "None 1.5", "latency": "None 0 1.5", "bandwidth": "None 1.5 inf", "seed": "-1 0",
+        "undo": "None",
     }, {"model": "model|layer 0", "memory": "memory|no schedule"}),
-    "plan by measuring": Call(plan, {"flops": None}, {"loss": "None", "optimizer": "None", "device": ""}),
+    "plan by measuring": Call(plan, {"flops": None}, {
+        "loss": "None", "optimizer": "None", "device": "", "autocast": "None",
+    }),
     "schedules.get": Call(rp.schedules.get, {"name": "1f1b", "workers": 2, "chunks": 2}, {
         "name": "", "workers": "", "chunks": "", "virtual_stages": "",
     }, {"name": "schedule"}),

@@ -34,7 +34,7 @@ from rpcpipe.model.microbatch import Nest
 from rpcpipe.model.sendable import as_argument, sendable
 from rpcpipe.model.tied_weights import Tie
 from rpcpipe.planning import Plan, partition
-from rpcpipe.planning.layer_cost import balancing_costs
+from rpcpipe.planning.layer_cost import UNDO, balancing_costs
 from rpcpipe.schedules import Schedule
 from rpcpipe.schedules.weight_versions import POLICIES, Policy
 from rpcpipe.stage import precision
@@ -46,7 +46,6 @@ from rpcpipe.worker.messages import StageInfo
 
 _BALANCES = ("parameters", "time", "memory")
 _DISPATCH = ("rref", "batched")
-_UNDO = ("copy", "off")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +81,7 @@ class Options:
         return replace(
             self, schedule=plan.schedule, chunks=plan.chunks, balance=plan.balance, checkpoint=plan.checkpoint,
             virtual_stages=plan.virtual_stages, replicas=plan.replicas, shard_optimizer=plan.shard_optimizer,
+            undo=plan.undo,
         )  # fmt: skip
 
     def checked(self) -> Options:
@@ -178,7 +178,11 @@ def _check_updates(schedule: Schedule) -> None:
 
 
 def cut_layers(
-    layers: OrderedDict[str, Layer], balance: str | Sequence[int], stages: int, measure: Callable[[], Any]
+    layers: OrderedDict[str, Layer],
+    balance: str | Sequence[int],
+    stages: int,
+    measure: Callable[[], Any],
+    undo: str,
 ) -> list[int]:
     """Return the number of layers of each stage, as ``balance`` gives it or as equal in cost as possible.
 
@@ -196,7 +200,7 @@ def cut_layers(
         else:
             measured = measure()
             sizes = partition.balance(
-                balancing_costs(measured, balance), stages, [layer.output_bytes for layer in measured]
+                balancing_costs(measured, balance, undo), stages, [layer.output_bytes for layer in measured]
             )
     else:
         sizes = partition.check_balance(balance, len(layers), stages)
@@ -243,7 +247,7 @@ def check_settings(settings: Settings) -> Settings:
     )  # fmt: skip
     require(nonfinite in ("skip", "stop"), f"nonfinite must be 'skip' or 'stop', not {nonfinite!r}")
     require(batch_norm in MODES, f"batch_norm must be one of {MODES}, not {batch_norm!r}")
-    require(settings.undo in _UNDO, f"undo must be one of {_UNDO}, not {settings.undo!r}")
+    require(settings.undo in UNDO, f"undo must be one of {UNDO}, not {settings.undo!r}")
     return replace(
         settings,
         accumulate=require_whole("accumulate", settings.accumulate),

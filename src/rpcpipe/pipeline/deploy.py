@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from rpcpipe import schedules
@@ -90,7 +91,8 @@ def _start(layers: OrderedDict[str, Layer], cluster: PipelineCluster, options: O
             check_embeddings(name, module)
     buffers = shared_buffers({name: unwired(layer) for name, layer in layers.items()})
     ties, wirings = find_ties(layers), {name: wiring_of(layer) for name, layer in layers.items()}
-    sizes = cut_layers(layers, options.balance, schedule.stages, lambda: measure(cluster, layers, options.sample, seed))
+    measured = functools.partial(measure, cluster, layers, options.sample, seed, options.autocast)
+    sizes = cut_layers(layers, options.balance, schedule.stages, measured, options.undo)
     check_ties(policy, ties, list(layers), sizes)
     deployment = Deployment(layout, schedule, sizes, wirings, ties, options.shard_optimizer)
     identity = uuid.uuid4().hex
@@ -131,8 +133,10 @@ def _prepared(prepare: Callable[[Nest], Nest] | None, targets: Nest) -> Nest:
     return prepare(targets)
 
 
-def measure(cluster: PipelineCluster, layers: OrderedDict[str, Layer], sample: Nest, seed: int) -> list[LayerCost]:
-    """Return every layer's costs on the first worker for ``sample``, one micro-batch of inputs.
+def measure(
+    cluster: PipelineCluster, layers: OrderedDict[str, Layer], sample: Nest, seed: int, autocast: torch.dtype | None
+) -> list[LayerCost]:
+    """Return every layer's costs on the first worker for ``sample``, one micro-batch of inputs, under ``autocast``.
 
     Raises ArgumentError if there is no sample, ModelError for layers that cannot be sent, and StageError for a layer
     that fails.
@@ -142,7 +146,7 @@ def measure(cluster: PipelineCluster, layers: OrderedDict[str, Layer], sample: N
     )
     first = cluster.workers[0]
     try:
-        measured = functools.partial(profile, seed=seed, device=first.device)
+        measured = functools.partial(profile, seed=seed, device=first.device, autocast=autocast)
         return list(cluster.call(first, TorchSettings.current().around(measured), layers, sample))
     except ArgumentError as error:
         if isinstance(error, StageError):

@@ -29,6 +29,10 @@ class Watch(Protocol):
         """All copies equal the live values: an update may begin once this returns."""
         ...
 
+    def room_for(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """Return memory for a copy of ``tensor``; None: there is none but the heap."""
+        ...
+
     def stale(self) -> None:
         """The copies are overwritten once this returns: nothing is taken back to them any more."""
         ...
@@ -107,13 +111,19 @@ class Undo:
         parameter = self._stale[-1]
         old_value, old_state = self.copies.get(parameter, (None, {}))
         live = self._optimizer.state.get(parameter, {})
-        value = _copy(parameter.detach(), old_value)
-        state = {key: _copy(entry, old_state.get(key)) for key, entry in live.items()}
+        value = self._copied(parameter.detach(), old_value)
+        state = {key: self._copied(entry, old_state.get(key)) for key, entry in live.items()}
         self.copies[parameter] = value, state
         if value is not old_value or not _same_tensors(state, old_state):
             self.moved = True
         self._stale.pop()
         return True
+
+    def _copied(self, value: Any, old: Any) -> Any:
+        """Return a copy of ``value``, in the memory of ``old`` or, if there is none, where copies are kept."""
+        if old is None and self.watch is not None and isinstance(value, torch.Tensor):
+            old = self.watch.room_for(value)
+        return _copy(value, old)
 
     def refresh(self) -> None:
         """Copy all stale parameters and their state, and the groups' entries."""

@@ -193,6 +193,14 @@ class KeptState:
             self._commit(records)
             self._memory[Word.UPDATING] = -1 if undo.step is None else undo.step
 
+    def room_for(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """Return memory here for a copy: on the heap there would be both for a while, beside activations."""
+        if not self._is_kept or not self._memory.can_hold(tensor):
+            return None
+        with self._or_lost():
+            return self._memory.room_for(tensor)
+        return None
+
     def stale(self) -> None:
         """The copies are about to be overwritten."""
         self._memory[Word.UPDATING] = -1
