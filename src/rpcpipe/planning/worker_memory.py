@@ -19,7 +19,6 @@ PARTS = {
     "activations": ("activations", "#f58518"),
     "working": ("working", "#e45756"),
     "messages": ("messages", "#b279a2"),
-    "versions": ("versions", "#9d755d"),
 }
 _ROW, _WIDTH, _LEFT, _TOP = 22, 640, 150, 56
 
@@ -30,8 +29,7 @@ class WorkerMemory:
 
     ``copy``: of weights and optimizer state, from which a failed update is taken back. ``activations``: what autograd
     saves, and inputs kept for recomputation. ``working``: what the backward of one micro-batch has beside that.
-    ``messages``: values on their way from and to other workers. ``versions``: of the weights, beside the newest, and
-    the snapshots of a stream.
+    ``messages``: values on their way from and to other workers.
     """
 
     weights: float
@@ -41,7 +39,6 @@ class WorkerMemory:
     activations: float = 0.0
     working: float = 0.0
     messages: float = 0.0
-    versions: float = 0.0
 
     def plus(self, other: WorkerMemory) -> WorkerMemory:
         """Return the sum, part by part."""
