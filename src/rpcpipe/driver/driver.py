@@ -318,7 +318,7 @@ class Driver:
     def restart(self) -> None:
         """Go on with workers all of whom have been revived from a snapshot: nothing is left to be done or undone."""
         self._ensured.clear()
-        self.sharing.end()
+        self.sharing.end(self)
         for worker in self.workers:
             self.welcome(worker)
 

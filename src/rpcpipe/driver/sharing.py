@@ -64,6 +64,8 @@ class Sharing:
                 sender.ensure_again(worker)
             self.begin(sender)
 
-    def end(self) -> None:
-        """Note that all have the same state, whatever was under way."""
-        self._round = None
+    def end(self, sender: Sender) -> None:
+        """Drop what is under way: the state of all workers has been replaced."""
+        now, self._round = self._round, None
+        if now is not None and not all(map(is_done, now.replies)):
+            sender.cancel(now.step, now.first)
