@@ -124,12 +124,6 @@ class TellNorms(NamedTuple):
     agreement: Agreement
 
 
-class ShareWeights(NamedTuple):
-    """Push the weights that this worker owns to the other replicas, as values of ``step``: they were restored."""
-
-    step: int
-
-
 class GetReach(NamedTuple):
     """Reply with how far the update of ``step`` has got on this worker; None if it updates nothing."""
 
@@ -203,7 +197,6 @@ class BeginCall(NamedTuple):
 UpdateOperation = (
     NormalizeGradients | PublishGradients | UpdateWeights | LastUpdate | TakeOrders | TellLosses | TellNorms
     | CommitStep | LastReport | UndoUpdate | GetReach
-    | ShareWeights
 )  # fmt: skip
 
 StepOperation = (

@@ -32,7 +32,6 @@ from rpcpipe.worker.operations import (
     LastUpdate,
     NormalizeGradients,
     PublishGradients,
-    ShareWeights,
     TakeOrders,
     TellLosses,
     TellNorms,
@@ -54,17 +53,10 @@ class Ledger(Protocol):
 
 
 class Updater:
-    """Updates the weights of ``held`` on worker ``name``.
-
-    ``push``: sends (worker, port, value), as values of a step, None for the one under way.
-    """
+    """Updates the weights of ``held`` on worker ``name``; ``push`` sends (worker, port, value)."""
 
     def __init__(
-        self,
-        name: str,
-        held: StageSet,
-        ledger: Ledger,
-        push: Callable[[Iterable[tuple[str, Port, Any]], int | None], None],
+        self, name: str, held: StageSet, ledger: Ledger, push: Callable[[Iterable[tuple[str, Port, Any]]], None]
     ) -> None:
         self.ledger = ledger
         self._name, self._held, self._push = name, held, push
@@ -90,8 +82,7 @@ class Updater:
             case TakeOrders(orders):
                 self._orders = orders or inputs[ORDERS.slot]
             case TellLosses(agreement):
-                others = agreement.others(self._name)
-                self._push(((other, losses_from(self._name), report.losses) for other in others), None)
+                self._push((other, losses_from(self._name), report.losses) for other in agreement.others(self._name))
             case TellNorms(agreement):
                 self._tell_norms(agreement, plan, report, inputs)
             case CommitStep(agreement):
@@ -99,8 +90,6 @@ class Updater:
                 return report
             case LastReport():
                 return report
-            case ShareWeights(step):
-                self._push_weights(step)
             case UndoUpdate(step):
                 if self._held.optimizer is not None:
                     self._held.optimizer.undo.take_back(step)
@@ -139,7 +128,7 @@ class Updater:
         if total is not None:
             self._normalize(report, divisor(total))
         norms = report.gradient_norms
-        self._push(((other, norms_from(self._name), norms) for other in agreement.others(self._name)), None)
+        self._push((other, norms_from(self._name), norms) for other in agreement.others(self._name))
 
     def _commit(self, agreement: Agreement | None, plan: StepContext, report: Report, others: Sequence[Norms]) -> None:
         """Update, unless a loss or a gradient is not finite: any, with ``agreement``, and else one of this worker."""
@@ -154,6 +143,10 @@ class Updater:
                 self.publish(context_id, factor)
                 self._update(plan, report, context_id, self._orders.changes)
             return
+        if self._held.optimizer is not None:
+            # Sharded: the owners' new weights still arrive here; a copy of the old ones takes them back.
+            self._held.optimizer.undo.begin(plan.step)
+            self._held.optimizer.undo.refresh()
         self._push_weights()  # sharded: unchanged, but the others await them
 
     def publish(self, context_id: int, factor: float) -> None:
@@ -175,8 +168,8 @@ class Updater:
         report.updated = Updated(start, time.monotonic_ns(), () if optimizer is None else optimizer.changed)
         self._push_weights()
 
-    def _push_weights(self, step: int | None = None) -> None:
+    def _push_weights(self) -> None:
         if self._held.spec.peers.shard:
             for exchange in self._held.exchanges.values():
                 pushes: Iterable[Push] = exchange.weights()
-                self._push(pushes, step)
+                self._push(pushes)
