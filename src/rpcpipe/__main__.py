@@ -16,7 +16,8 @@ from rpcpipe.cluster.host_agent import serve_rank
 from rpcpipe.errors import ArgumentError, RpcPipeError, require, require_positive
 from rpcpipe.planning import CostModel, Search
 from rpcpipe.planning.cost_model import Machine
-from rpcpipe.planning.gpt import GPT
+from rpcpipe.planning.gpt import DTYPES, GPT
+from rpcpipe.planning.layer_cost import UNDO
 from rpcpipe.planning.plan import decide
 from rpcpipe.planning.search import layouts
 from rpcpipe.schedules import Costs, Schedule
@@ -116,19 +117,32 @@ def _plan_parser(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--batch", type=_WHOLE, default=1536, help="sequences a step")
     plan.add_argument("--chunks", type=_WHOLE, default=None, help="micro-batches, instead of trying several numbers")
     plan.add_argument("--replicas", type=_WHOLE, default=None, help="instead of trying all numbers")
+    plan.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights, gradients and optimizer state")
+    plan.add_argument(
+        "--autocast", choices=[*DTYPES, "none"], help="what layers compute in; bfloat16 for float32 weights, else none"
+    )
+    plan.add_argument("--scores", action="store_true", help="attention keeps its scores: it is not one kernel")
+    plan.add_argument("--undo", choices=UNDO, help="instead of copy where that fits, and else off")
+    plan.add_argument("--svg", type=Path, metavar="FILE", help="a picture of the workers' memory")
     plan.add_argument("--draw", action="store_true", help="the step's timeline, too; of a long step its beginning")
 
 
 def _plan(args: argparse.Namespace) -> None:
     """Print the plan of a GPT of the given sizes; raises PartitionError if nothing fits."""
-    model = GPT(args.layers, args.hidden, args.heads, args.vocab, args.seq)
+    cast = args.autocast or ("bfloat16" if args.dtype == "float32" else "none")
+    model = GPT(
+        args.layers, args.hidden, args.heads, args.vocab, args.seq, args.dtype, None if cast == "none" else cast,
+        args.scores,
+    )  # fmt: skip
     sizes = [1, 2, 4, 8] if args.chunks is None else [-(-args.batch // args.chunks)]
     layer_costs = {size: model.layer_costs(size, args.flops * args.efficiency) for size in sizes}
     machine = Machine(args.workers, args.memory, args.latency, args.bandwidth)
     rows = layouts(args.workers, args.layers + 2, args.replicas)
-    plan = decide(Search(CostModel(layer_costs, machine, 16 * args.seq), args.batch, layouts=rows))
+    plan = decide(Search(CostModel(layer_costs, machine, 16 * args.seq), args.batch, layouts=rows), args.undo)
     print(f"GPT of {model.parameters / 1e9:,.2f} billion parameters, {args.batch} sequences of {args.seq} a step")
     print(plan)
+    if args.svg:
+        args.svg.write_text(plan.memory_svg(), encoding="utf-8")
     if args.draw:
         print(plan.timeline.to_text())
 

@@ -126,7 +126,7 @@ CALLS: dict[str, Call] = {
         "model": "", "cluster": "", "loss": "", "optimizer": "None", "schedule": "", "chunks": "", "balance": "",
         "checkpoint": "0", "virtual_stages": "", "replicas": "", "shard_optimizer": "True", "weights": "None",
         "flush_every": "None", "clip_grad_norm": "None 1.5 inf", "nonfinite": "", "seed": "-1 0", "dispatch": "",
-        "autocast": "None", "accumulate": "", "batch_norm": "", "plan": "None",
+        "autocast": "None", "accumulate": "", "batch_norm": "", "undo": "", "plan": "None",
     }, {"model": "model|layer 0"}),
     "train_step": Call(of_pipe("train_step"), {"inputs": INPUTS, "targets": TARGETS}, {
         "inputs": "", "targets": "", "metrics": "None", "outputs": "True",
@@ -156,8 +156,11 @@ CALLS: dict[str, Call] = {
         "model": "", "sample": "", "workers": "", "memory": "None inf", "loss": "None", "targets": "None",
         "optimizer": "None", "moments": "0", "chunks": "None", "schedules": "", "checkpoints": "", "replicas": "None",
         "flops": "None 1.5", "latency": "None 0 1.5", "bandwidth": "None 1.5 inf", "seed": "-1 0",
+        "undo": "None",
     }, {"model": "model|layer 0", "memory": "memory|no schedule"}),
-    "plan by measuring": Call(plan, {"flops": None}, {"loss": "None", "optimizer": "None", "device": ""}),
+    "plan by measuring": Call(plan, {"flops": None}, {
+        "loss": "None", "optimizer": "None", "device": "", "autocast": "None",
+    }),
     "from_transformers": Call(
         lambda **given: rp.from_transformers(**{"config_or_model": GPT2, "cluster": LocalCluster(2)} | given), {},
         {"config_or_model": "", "cluster": "", "stages": "None", "config": "None"},

@@ -81,9 +81,10 @@ class Pipeline(Hints):
         accumulate: The number of calls of ``train_step`` that make one update.
         batch_norm: When BatchNorm's running statistics move: with every "micro_batch", or "deferred", once per batch by
             the statistics of the unsplit batch.
+        undo: "copy" holds weights and optimizer state twice, to take back an update that fails; with "off" updates wait
+            for the driver, and after one that fails half way training goes on from a snapshot or a checkpoint alone.
         sample: One micro-batch of inputs, for ``balance="time"`` or ``"memory"``, and to split a module.
-        plan: A plan of ``rp.plan``. Its schedule, chunks, balance, virtual stages, checkpoint, replicas and sharding
-            replace these arguments.
+        plan: A plan of ``rp.plan``, whose ``arguments`` replace these.
 
     Raises:
         ArgumentError, ModelError, ScheduleError, PartitionError: Before anything starts; all are also ValueErrors.
@@ -113,6 +114,7 @@ class Pipeline(Hints):
         autocast: torch.dtype | None = None,
         accumulate: int = 1,
         batch_norm: str = "micro_batch",
+        undo: str = "copy",
         sample: Nest = None,
         plan: Plan | None = None,
     ) -> None:
@@ -120,7 +122,7 @@ class Pipeline(Hints):
             loss=loss, optimizer=optimizer, schedule=schedule, chunks=chunks, balance=balance, checkpoint=checkpoint,
             virtual_stages=virtual_stages, replicas=replicas, shard_optimizer=shard_optimizer, weights=weights,
             flush_every=flush_every, clip_grad_norm=clip_grad_norm, nonfinite=nonfinite, seed=seed, dispatch=dispatch,
-            autocast=autocast, accumulate=accumulate, batch_norm=batch_norm, sample=sample,
+            autocast=autocast, accumulate=accumulate, batch_norm=batch_norm, undo=undo, sample=sample,
         )  # fmt: skip
         options, layers = options.planned(plan).checked(), layers_for(model, sample, autocast)
         self.recipe = Recipe(layers, options)
@@ -354,7 +356,7 @@ class Pipeline(Hints):
 
         Raises CheckpointError, before anything changes, unless names and shapes are the model's.
         """
-        self.runtime.check()
+        self.runtime.ready()
         after = "Some workers may have loaded their part, and some not: load again"
         self.runtime.healed(lambda: state.load_state_dict(self.runtime, state_dict), after)
 
@@ -390,5 +392,5 @@ class Pipeline(Hints):
         with the same bits, also with another cut, schedule or number of workers. Raises CheckpointError with file and
         tensor, before anything changes.
         """
-        self.runtime.check()
+        self.runtime.ready()
         return state.load(self.runtime, directory, {} if stateful is None else stateful, missing_ok=missing_ok)

@@ -22,10 +22,11 @@ from rpcpipe.model.splitting import layers_for
 from rpcpipe.pipeline.calibration import measure_overheads
 from rpcpipe.planning import CostModel, LayerCost, partition
 from rpcpipe.planning.cost_model import SIMPLEST, Machine
-from rpcpipe.planning.layer_cost import balancing_costs, mean_costs
+from rpcpipe.planning.layer_cost import UNDO, balancing_costs, mean_costs
 from rpcpipe.planning.overheads import Overheads
 from rpcpipe.planning.plan import Plan, decide
 from rpcpipe.planning.search import CHECKPOINTS, Search, layouts
+from rpcpipe.stage import precision
 from rpcpipe.stage.optimizer import Factory
 from rpcpipe.stage.profiler import estimate, profile
 
@@ -53,6 +54,8 @@ def plan(
     bandwidth: float | None = None,
     device: torch.device | str = "cpu",
     seed: int = 0,
+    autocast: torch.dtype | None = None,
+    undo: str | None = None,
 ) -> Plan:
     """Return the fastest plan to train ``model`` on ``workers`` with batches like ``sample``.
 
@@ -63,9 +66,11 @@ def plan(
     ``memory``: bytes that a worker may use, None for any. ``latency`` (seconds) and ``bandwidth`` (bytes per second)
     are those between two workers; None: what a few steps of a small model show on a cluster, beside what they show of
     the driver's and the workers' other work, and else those of processes of one host. ``moments``: the size of the
-    optimizer's state in copies of the parameters, 2 for Adam. ``chunks``, ``schedules`` and ``checkpoints``: the
-    numbers of micro-batches, the schedules and the modes of recomputation to try. ``replicas``: the number of
-    replicas, or None to try every number. ``seed``: of the profiled layers' random numbers.
+    optimizer's state in copies of the parameters, 2 for Adam; where layers are run with ``optimizer``, its own counts.
+    ``chunks``, ``schedules`` and ``checkpoints``: the numbers of micro-batches, the schedules and the modes of
+    recomputation to try. ``replicas``: the number of replicas, or None to try every number. ``seed``: of the profiled
+    layers' random numbers. ``autocast``: in which the pipeline will run. ``undo``: "copy", "off", or None for "copy"
+    where a plan with it fits and else "off".
 
     Raises PartitionError, which says what would fit, if nothing fits, and ArgumentError for a wrong argument.
     """
@@ -75,12 +80,14 @@ def plan(
         require_whole("replicas", replicas, otherwise=", or None to try all")
     require_entries("schedules", schedules, SIMPLEST)
     require_entries("checkpoints", checkpoints, CHECKPOINTS)
+    require(undo is None or undo in UNDO, f"undo must be one of {UNDO}, or None, not {shown(undo)}")
     costs = cost_model(
         model, sample, workers, memory=memory, loss=loss, targets=targets, optimizer=optimizer, moments=moments,
         chunks=chunks, flops=flops, latency=latency, bandwidth=bandwidth, device=device, seed=seed,
+        autocast=autocast,
     )  # fmt: skip
     rows = layouts(costs.machine.workers, costs.layers, replicas)
-    return decide(Search(costs, batch_size(sample), schedules, rows, checkpoints))
+    return decide(Search(costs, batch_size(sample), schedules, rows, checkpoints), undo)
 
 
 def cost_model(
@@ -99,9 +106,16 @@ def cost_model(
     bandwidth: float | None = None,
     device: torch.device | str = "cpu",
     seed: int = 0,
+    autocast: torch.dtype | None = None,
 ) -> CostModel:
     """Measure or estimate what ``plan``, which has the same arguments, chooses by."""
     _check_measuring(loss, optimizer, moments, flops, latency, bandwidth, seed)
+    precision.check(autocast)
+    require(
+        autocast is None or flops is None,
+        f"autocast={autocast!r} is measured by running layers, which flops={flops!r} leaves out: give layers of that"
+        " dtype, or leave one of the two out",
+    )
     count = len(workers.workers) if isinstance(workers, Cluster) else require_count("workers", workers, _MOST_WORKERS)
     device = _device(device)
     size = _size("sample", sample)
@@ -110,7 +124,7 @@ def cost_model(
         _size("targets", targets)
     parts = _micro_batches(size, count, chunks)
     if flops is None:
-        run = functools.partial(profile, loss=loss, optimizer=optimizer, seed=seed)
+        run = functools.partial(profile, loss=loss, optimizer=optimizer, seed=seed, autocast=autocast)
         measure = _measure_on(workers, device, run)
     else:
         measure = functools.partial(estimate, flops=flops, loss=loss)

@@ -85,6 +85,7 @@ def load_state_dict(runtime: Runtime, state: Mapping[str, Any]) -> None:
         for worker in stage.workers:
             parts[worker][stage.index] = {key: packed_state[key] for key in live[stage.index]}
     runtime.driver.collect({name: runtime.driver.call(name, LoadState(parts[name])) for name in runtime.names})
+    runtime.torn.replaced("weights")
     runtime.history.begin_anew()
 
 
@@ -161,6 +162,7 @@ def load(runtime: Runtime, directory: str | os.PathLike[str], stateful: Holders,
                 halfway = False  # workers run what is sent, whatever interrupts the wait
                 raise
             halfway = False
+            runtime.torn.replaced("weights", "optimizer")
             runtime.history.begin_anew()
         return missing_ok or position
 
