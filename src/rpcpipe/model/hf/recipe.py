@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from rpcpipe.errors import ModelError
 
@@ -111,6 +112,9 @@ def initialize(module: nn.Module, model: PreTrainedModel) -> None:
         return  # a layer that is built for its shapes
     with torch.no_grad():
         for part in module.modules():
+            if isinstance(part, Conv1D):  # as its constructor does
+                nn.init.normal_(part.weight, std=0.02)
+                nn.init.zeros_(part.bias)
             if callable(reset := getattr(part, "reset_parameters", None)):
                 reset()  # torch's own values, where transformers has none
         module.apply(model._init_weights)
