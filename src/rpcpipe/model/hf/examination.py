@@ -32,7 +32,7 @@ from rpcpipe.model.hf.probes import (
     tiny_batch,
 )
 from rpcpipe.model.hf.recipe import Recipe, without_values
-from rpcpipe.model.hf.recording import records_routers
+from rpcpipe.model.hf.recording import records_routers, unrouted
 from rpcpipe.model.hf.skeleton import Handler, Reached, Skeleton
 
 _REFUSED = ("label", "cache", "past", "output_", "encoder_", "embeds", "logits_to_keep", "return_dict", "positions")
@@ -93,12 +93,14 @@ class _Examination:
         path, blocks = find_blocks(model, recipe.name)
         self._candidates = list(candidates(model, path))
         self._probe = Skeleton(recipe, blocks, torch.device("cpu"), needs_grad=True)
+        unrouted(self._probe.model)
         self._body, self._beside = self._how_called(path, blocks)
         before, tail, self._idle = self._phases()
         self._tail = tail
         self._embedding, self._children = self._before(model, before, path)
         self._check_direct(model, path)
         self._skeleton = Skeleton(recipe, (*blocks, *tail, *self._idle), torch.device("cpu"), needs_grad=True)
+        unrouted(self._skeleton.model)
 
     def anatomy(self) -> Anatomy:
         live, direct = self._live()

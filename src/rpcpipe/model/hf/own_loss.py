@@ -22,6 +22,7 @@ from rpcpipe.model.hf.losses import (
 )
 from rpcpipe.model.hf.probes import tiny_batch
 from rpcpipe.model.hf.recipe import without_values
+from rpcpipe.model.hf.recording import unrouted
 from rpcpipe.model.hf.skeleton import Handler
 from rpcpipe.model.hf.staged import outputs, passed, skeleton_of
 
@@ -99,9 +100,13 @@ def _forward(anatomy: Anatomy, labels: dict[str, torch.Tensor]) -> tuple[Any, to
         return module
 
     handlers = {**passed(anatomy.body), **{path: behind(path) for path in anatomy.tail}}
-    unrouted = {"output_router_logits": False} if anatomy.records else {}
-    with torch.no_grad():
-        result = skeleton.run(handlers, False, **tiny_batch(anatomy.recipe), **labels, **unrouted)
+    unrouted(skeleton.model)
+    try:
+        with torch.no_grad():
+            result = skeleton.run(handlers, False, **tiny_batch(anatomy.recipe), **labels)
+    finally:
+        if anatomy.records:
+            skeleton.model.config.get_text_config().output_router_logits = True
     return outputs(result), result["loss"]
 
 

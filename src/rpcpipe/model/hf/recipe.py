@@ -63,11 +63,17 @@ class Recipe:
         return model
 
 
+_INITIALIZERS = (nn.init.__name__, "transformers.initialization")
+
+
 class _WithoutStorage(TorchFunctionMode):
-    """``torch.empty``, of which almost every parameter is made, allocates nothing."""
+    """``torch.empty``, of which almost every parameter is made, allocates nothing, and nothing is drawn for it."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*args, **{**(kwargs or {}), **({"device": "meta"} if func is torch.empty else {})})
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", "") in _INITIALIZERS and (tensor := kwargs.get("tensor")) is not None:
+            return tensor if tensor.is_meta else func(*args, **kwargs)  # milliseconds, even on the device meta
+        return func(*args, **{**kwargs, **({"device": "meta"} if func is torch.empty else {})})
 
 
 def _on_meta(parameter: nn.Parameter) -> nn.Parameter:

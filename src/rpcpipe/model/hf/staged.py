@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
+from transformers.utils import output_capturing
 
 from rpcpipe.errors import ArgumentError, ModelError
 from rpcpipe.model.hf.anatomy import Anatomy, Body
@@ -53,13 +55,28 @@ def _blank(cls: Any) -> nn.Module:
 
 def on_stage(module: nn.Module, part: Any) -> nn.Module:
     """Return ``module`` as the layer ``part``, with the same parameters, submodules and buffers."""
-    staged = copy.copy(module)
+    staged = copy.copy(_uncaptured(module))
     if hasattr(staged, "gradient_checkpointing"):
         vars(staged)["gradient_checkpointing"] = False  # the pipeline's ``checkpoint`` decides on recomputation
     kind: Any = type(module)
     staged.__class__ = _class_on_stage(kind)
     vars(staged)["rpcpipe_part"] = part
     return staged
+
+
+def _uncaptured(module: nn.Module) -> nn.Module:
+    """Return ``module``, or a copy with the same parameters, without hooks by which transformers records outputs.
+
+    A model has them once it was called for router logits, and they cannot be sent.
+    """
+    hooks = vars(module)["_forward_hooks"]
+    kept = {key: hook for key, hook in hooks.items() if getattr(hook, "__module__", "") != output_capturing.__name__}
+    children = {name: child and _uncaptured(child) for name, child in vars(module)["_modules"].items()}
+    if len(kept) == len(hooks) and all(child is module.get_submodule(name) for name, child in children.items() if child):
+        return module
+    bare = copy.copy(module)
+    vars(bare).update(_modules=children, _forward_hooks=OrderedDict(kept))
+    return bare
 
 
 def skeleton_of(anatomy: Anatomy, device: torch.device) -> Skeleton:
