@@ -59,7 +59,7 @@ def close(mine: torch.Tensor, theirs: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("family", CARRIED)
 def test_the_pipeline_is_the_unsplit_model(family: str, tmp_path: Path) -> None:
-    """Its logits, one update, its names, and what is saved. With router losses as one micro-batch, as they are means."""
+    """Its logits, one update, its names, and what is saved; with a loss of routers as one micro-batch."""
     model, config = model_of(family)
     cluster: Any = LocalCluster(2)
     layers, own_loss = cut(config)
@@ -81,7 +81,9 @@ def test_the_pipeline_is_the_unsplit_model(family: str, tmp_path: Path) -> None:
     state = pipe.state_dict()
     assert state.keys() == model.state_dict().keys()
     for name, value in model.state_dict().items():
-        torch.testing.assert_close(state[name], value, atol=1e-5, rtol=1e-5, msg=lambda said, name=name: f"{name}: {said}")
+        torch.testing.assert_close(
+            state[name], value, atol=1e-5, rtol=1e-5, msg=lambda said, name=name: f"{name}: {said}"
+        )
     folder = pipe.save(tmp_path)
     config.save_pretrained(folder)
     again = FAMILIES[family].from_pretrained(folder).state_dict()

@@ -20,7 +20,8 @@ VOCABULARY, LAYERS, MOST = 99, 3, 10_000_000
 
 SIZES: dict[str, Any] = {
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers"), LAYERS),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers"), LAYERS),
+    "encoder_layers": LAYERS,
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "word_embed_proj_dim", "embedding_size"), 32),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"), 4),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "d_ff", "decoder_ffn_dim", "ffn_hidden_size"), 48),
@@ -29,7 +30,8 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "num_key_value_heads"), 2),
     **dict.fromkeys(("n_group", "topk_group", "n_groups", "num_expert_group", "first_k_dense_replace"), 1),
-    **dict.fromkeys(("head_dim", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "hidden_size_per_layer_input"), 8),
+    **dict.fromkeys(("head_dim", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), 8),
+    "hidden_size_per_layer_input": 8,
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "index_head_dim", "router_hidden_size"), 16),
     **dict.fromkeys(("chunk_size", "mamba_chunk_size", "mamba_d_state"), 8),
     **dict.fromkeys(("linear_num_heads", "linear_num_key_heads", "linear_num_value_heads"), 2),
@@ -51,7 +53,8 @@ DOTS = {
     "swa_q_lora_rank": 16, "swa_kv_lora_rank": 16,
 }  # fmt: skip
 QUERIES = {
-    "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 4, "indexer_compress_ratio": 2,
+    "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 4,
+    "indexer_compress_ratio": 2,
 }  # fmt: skip
 STRICT = {
     "Gemma4AssistantConfig": {
@@ -89,7 +92,9 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
     "reformer": {"is_decoder": True, "axial_pos_embds": False},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
-    "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}, "ffn_config": {"ffn_hidden_size": 16, "hidden_size": 32}},
+    "dbrx": {
+        "attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}, "ffn_config": {"ffn_hidden_size": 16, "hidden_size": 32},
+    },
     "dots3_note": DOTS,
     "dots3_note_text": DOTS,
     "dory": {

@@ -1,9 +1,8 @@
-"""Make pipelines of transformers' models: GPT-2, BERT and Llama, cut between their layers.
+"""Make pipelines of transformers' models, cut between their blocks, by one way for all of them.
 
-The layers are transformers' classes; what its models do between layers (embeddings, masks, rotary angles, losses) is
-done at the stage that needs it. A layer's name is its path in the unsplit model, so ``state_dict`` and saved weights
-have transformers' names. ``model/hf`` has one file per family; a new family is a function from a config, or a model,
-to a dict of layers.
+The layers are transformers' modules; what its models do between layers (masks, rotary angles, losses) is done at the
+stage that needs it. A layer's name is its path in the unsplit model, so ``state_dict`` and saved weights have
+transformers' names. ``model/hf`` finds the layers of a model by running its forward without weights.
 
 This needs the extra ``hf``; transformers is imported on the first use.
 """
@@ -24,20 +23,21 @@ def from_transformers(
 ) -> Pipeline:
     """Return a Pipeline of a transformers model on ``cluster``.
 
-    ``config_or_model``: a GPT2Config, BertConfig or LlamaConfig, whose layers are built with transformers' initial
-    weights on their workers and never here; or a GPT2LMHeadModel, BertForPreTraining, BertForMaskedLM or
-    LlamaForCausalLM, whose weights are used and which is not changed. A BertConfig means BertForPreTraining unless its
-    ``architectures`` names BertForMaskedLM. ``stages``: the number of stages to cut the model into by parameters, one
+    ``config_or_model``: a config, whose layers are built with transformers' initial weights on their workers and never
+    here, of the class that its ``architectures`` names first, or else of its type's causal model (BertForPreTraining of
+    a BertConfig); or a model, whose weights are used and which is not changed. docs/guide/transformers-families.md
+    lists the classes. ``stages``: the number of stages to cut the model into by parameters, one
     on each of the first workers; by default all workers are used. ``pipeline_arguments`` are Pipeline's; ``loss`` is
     the model's unless given; without ``optimizer`` the pipeline infers and evaluates.
 
-    Inputs are a dict as the model's forward takes it: input_ids (batch, time) and optionally attention_mask,
-    token_type_ids and position_ids, all (batch, time). Targets are a dict of the forward's label arguments: labels
-    (batch, time), and for BertForPreTraining next_sentence_label (batch). Outputs are the logits, (batch, time,
-    vocabulary), for BertForPreTraining a dict of prediction_logits and seq_relationship_logits.
+    Inputs are a dict of arguments of the model's forward: input_ids (batch, time) and what else it takes of
+    attention_mask, token_type_ids and position_ids, all (batch, time). Targets are a dict of the forward's label
+    arguments: labels, (batch, time) or (batch) for classes of sequences, and for BertForPreTraining
+    next_sentence_label (batch). Outputs are the logits, (batch, time, vocabulary), or a dict of the model's outputs by
+    name if they are several.
 
-    Raises DependencyError without the extra ``hf``, ArgumentError for another model or an option of it that a pipeline
-    does not support, and whatever Pipeline raises.
+    Raises DependencyError without the extra ``hf``, ArgumentError for another object, ModelError for a model that is no
+    chain of blocks, which says why, and whatever Pipeline raises.
     """
     try:
         from rpcpipe.model.hf.cut import cut

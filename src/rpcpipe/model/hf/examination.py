@@ -33,7 +33,7 @@ from rpcpipe.model.hf.probes import (
 )
 from rpcpipe.model.hf.recipe import Recipe, without_values
 from rpcpipe.model.hf.recording import records_routers, unrouted
-from rpcpipe.model.hf.skeleton import Handler, Reached, Skeleton
+from rpcpipe.model.hf.skeleton import Handler, Skeleton
 
 _REFUSED = ("label", "cache", "past", "output_", "encoder_", "embeds", "logits_to_keep", "return_dict", "positions")
 _TIME = 6
@@ -90,6 +90,8 @@ class _Examination:
             raise self._error("with cross-attention it has a second input, and a pipeline has one")
         if getattr(model.config.get_text_config(), "num_kv_shared_layers", 0):
             raise self._error("its blocks take keys and values of others (num_kv_shared_layers of its config)")
+        if any(getattr(model.config, name, 0) for name in ("layerdrop", "decoder_layerdrop")):
+            raise self._error("it leaves blocks out at random (layerdrop of its config); set that to 0")
         path, blocks = find_blocks(model, recipe.name)
         self._candidates = list(candidates(model, path))
         self._probe = Skeleton(recipe, blocks, torch.device("cpu"), needs_grad=True)

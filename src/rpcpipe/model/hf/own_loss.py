@@ -30,7 +30,9 @@ from rpcpipe.model.hf.staged import outputs, passed, skeleton_of
 def loss_of(anatomy: Anatomy) -> Any:
     """Return the loss of the model, or one that raises ArgumentError where none of those here is the model's."""
     found = _pre_training if "next_sentence_label" in _arguments(anatomy) else _labelled
-    return next((loss for loss, labels in found(anatomy) if _agrees(anatomy, loss, labels)), NoLoss(str(anatomy.recipe)))
+    return next(
+        (loss for loss, labels in found(anatomy) if _agrees(anatomy, loss, labels)), NoLoss(str(anatomy.recipe))
+    )
 
 
 def _arguments(anatomy: Anatomy) -> Any:

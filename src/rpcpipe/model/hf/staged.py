@@ -72,7 +72,9 @@ def _uncaptured(module: nn.Module) -> nn.Module:
     hooks = vars(module)["_forward_hooks"]
     kept = {key: hook for key, hook in hooks.items() if getattr(hook, "__module__", "") != output_capturing.__name__}
     children = {name: child and _uncaptured(child) for name, child in vars(module)["_modules"].items()}
-    if len(kept) == len(hooks) and all(child is module.get_submodule(name) for name, child in children.items() if child):
+    if len(kept) == len(hooks) and all(
+        child is module.get_submodule(name) for name, child in children.items() if child
+    ):
         return module
     bare = copy.copy(module)
     vars(bare).update(_modules=children, _forward_hooks=OrderedDict(kept))
