@@ -14,7 +14,17 @@ from rpcpipe.model.hf.cut import cut
 from rpcpipe.model.hf.losses import RoutedLoss
 from rpcpipe.model.hf.recipe import Recipe
 from rpcpipe.model.layers import Sequential
-from support.families import MOST, PAGE, REFUSED, VOCABULARY, configuration, families, refused, row
+from support.families import (
+    MOST,
+    ONLY_FROM_A_MODEL,
+    PAGE,
+    REFUSED,
+    VOCABULARY,
+    configuration,
+    families,
+    refused,
+    row,
+)
 from support.local_cluster import LocalCluster
 
 BATCH, TIME = 4, 7
@@ -64,7 +74,11 @@ def test_the_pipeline_is_the_unsplit_model(family: str, tmp_path: Path) -> None:
     cluster: Any = LocalCluster(2)
     layers, own_loss = cut(config)
     assert str(row(family, layers, isinstance(own_loss, RoutedLoss))) in PAGE.read_text(), "see docs: the page is old"
-    assert Sequential(layers).state_dict().keys() == model.state_dict().keys()
+    if family in ONLY_FROM_A_MODEL:
+        with pytest.raises(rp.ModelError, match=ONLY_FROM_A_MODEL[family]):
+            Sequential(layers)
+    else:
+        assert Sequential(layers).state_dict().keys() == model.state_dict().keys()
     chunks = 1 if isinstance(own_loss, RoutedLoss) else 2
     pipe = rp.from_transformers(model, cluster, optimizer=sgd, chunks=chunks)
     ids, mask, labels = batch()

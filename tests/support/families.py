@@ -74,6 +74,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     ),
     "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8, "attn_layer_indices": [1]},
     "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_ssm": 64},
+    "big_bird": {"attention_type": "original_full"},  # a batch shorter than its blocks changes the unsplit model so
     "codegen": {"rotary_dim": 4},
     "gptj": {"rotary_dim": 4},
     "gpt_neo": {"attention_types": [[["global", "local", "global"], 1]]},
@@ -120,6 +121,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
 
 ELSEWHERE = "lists of blocks"
 HANDED = "hand more than hidden states to each other"
+ONLY_FROM_A_MODEL = {"xlstm": "gives no initial values to a"}
 REFUSED = {
     "blt": ELSEWHERE,
     "dory": "is not called with what the one before it returned alone",

@@ -26,6 +26,8 @@ from rpcpipe.model.hf.recording import unrouted
 from rpcpipe.model.hf.skeleton import Handler
 from rpcpipe.model.hf.staged import outputs, passed, skeleton_of
 
+_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")  # of a model or its config
+
 
 def loss_of(anatomy: Anatomy) -> Any:
     """Return the loss of the model, or one that raises ArgumentError where none of those here is the model's."""
@@ -54,7 +56,9 @@ def _labelled(anatomy: Anatomy) -> Iterator[tuple[Any, dict[str, torch.Tensor]]]
         several = torch.ones(rows, config.num_labels) if config.num_labels > 1 else torch.ones(rows)
         yield loss, {"labels": several if config.problem_type not in (None, ClassificationLoss.ONE) else _of_rows(rows)}
         return
-    coefficient = getattr(config.get_text_config(), "router_aux_loss_coef", None)
+    model = skeleton_of(anatomy, torch.device("cpu")).model
+    said = (getattr(where, name, None) for where in (model, config.get_text_config()) for name in _COEFFICIENTS)
+    coefficient = next((one for one in said if one is not None), None)
     labels = {"labels": _of_tokens(anatomy)}
     yield CausalLoss() if coefficient is None else RoutedLoss(float(coefficient)), labels
     yield MaskedLoss(), labels

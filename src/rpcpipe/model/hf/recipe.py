@@ -123,7 +123,13 @@ def initialize(module: nn.Module, model: PreTrainedModel) -> None:
                 nn.init.zeros_(part.bias)
             if callable(reset := getattr(part, "reset_parameters", None)):
                 reset()  # torch's own values, where transformers has none
-        module.apply(model._init_weights)
+        try:
+            module.apply(model._init_weights)
+        except AttributeError as error:  # it looks for other parts of the model
+            raise ModelError(
+                f"{type(model).__name__} gives no initial values to a {type(module).__name__} alone ({error}); build"
+                " the model and pass the model"
+            ) from error
     for name, parameter in module.named_parameters():
         if parameter.isnan().any():
             raise ModelError(
