@@ -11,6 +11,7 @@ from torch import nn
 
 import rpcpipe as rp
 from rpcpipe.model.hf.cut import cut
+from rpcpipe.model.hf.examination import accepted_inputs
 from rpcpipe.model.hf.losses import RoutedLoss
 from rpcpipe.model.hf.recipe import Recipe
 from rpcpipe.model.layers import Sequential
@@ -83,15 +84,16 @@ def test_the_pipeline_is_the_unsplit_model(family: str, tmp_path: Path) -> None:
     chunks = 1 if isinstance(own_loss, RoutedLoss) else 2
     pipe = rp.from_transformers(model, cluster, optimizer=sgd, chunks=chunks)
     ids, mask, labels = batch()
-    for inputs in ({"input_ids": ids, "attention_mask": mask}, {"input_ids": ids}):
+    given = {"input_ids": ids, "attention_mask": mask}
+    padded = {name: value for name, value in given.items() if name in accepted_inputs(FAMILIES[family])}
+    for inputs in (padded, {"input_ids": ids}):
         with torch.no_grad():
             expected = model(**inputs).logits
         seen = mask.bool() if "attention_mask" in inputs else slice(None)
         close(logits(pipe(inputs))[seen], expected[seen])
-    inputs = {"input_ids": ids, "attention_mask": mask}
-    loss = model(**inputs, labels=labels).loss
+    loss = model(**padded, labels=labels).loss
     loss.backward()
-    assert pipe.train_step(inputs, {"labels": labels}).loss == pytest.approx(float(loss.detach()), abs=1e-5)
+    assert pipe.train_step(padded, {"labels": labels}).loss == pytest.approx(float(loss.detach()), abs=1e-5)
     sgd([parameter for parameter in model.parameters() if parameter.requires_grad]).step()
     state = pipe.state_dict()
     assert state.keys() == model.state_dict().keys()
