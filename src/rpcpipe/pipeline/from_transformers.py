@@ -1,8 +1,8 @@
-"""Make pipelines of transformers' models, cut between their blocks.
+"""Make pipelines of transformers' models, cut between their blocks, by one way for all of them.
 
-The layers are transformers' modules; what its models do between them (masks, rotary angles, losses) is done at the
-stages that need it. A layer's name is its path in the unsplit model, so ``state_dict`` and saved weights have
-transformers' names.
+The layers are transformers' modules; what its models do between layers (masks, rotary angles, losses) is done at the
+stage that needs it. A layer's name is its path in the unsplit model, so ``state_dict`` and saved weights have
+transformers' names. ``model/hf`` finds the layers of a model by running its forward without weights.
 
 This needs the extra ``hf``; transformers is imported on the first use.
 """
@@ -33,16 +33,17 @@ def from_transformers(
     ``config_or_model``: a config of transformers, whose layers are built with its initial weights on their workers and
     never here; a folder (str or Path) that ``save_pretrained`` has written, whose weights every worker reads for its
     own layers, in the dtype of the config; or a model, whose weights are used and which is not changed, also with
-    peft's adapters in it. The class of a config or folder is that of its ``architectures``; a config without them
-    means a causal model, or for BERT BertForPreTraining. ``config``: stands for the one in the folder. ``stages``: the
-    number of stages to cut the model into by parameters, one on each of the first workers; by default all workers are
-    used. ``pipeline_arguments`` are Pipeline's; ``loss`` is the model's unless given; without ``optimizer`` the
-    pipeline infers and evaluates.
+    peft's adapters in it; docs/guide/transformers-families.md lists the classes. The class of a config or folder is
+    that of its ``architectures``; a config without them means a causal model, or for BERT BertForPreTraining.
+    ``config``: stands for the one in the folder. ``stages``: the number of stages to cut the model into by parameters,
+    one on each of the first workers; by default all workers are used. ``pipeline_arguments`` are Pipeline's; ``loss``
+    is the model's unless given; without ``optimizer`` the pipeline infers and evaluates.
 
-    Inputs are a dict as the model's forward takes it: input_ids (batch, time) and optionally attention_mask,
-    token_type_ids and position_ids, all (batch, time). Targets are a dict of the forward's label arguments: labels
-    (batch, time), and for BertForPreTraining next_sentence_label (batch). Outputs are the logits, (batch, time,
-    vocabulary), for BertForPreTraining a dict of prediction_logits and seq_relationship_logits.
+    Inputs are a dict of arguments of the model's forward: input_ids (batch, time) and what else it takes of
+    attention_mask, token_type_ids and position_ids, all (batch, time). Targets are a dict of the forward's label
+    arguments: labels, (batch, time) or (batch) for classes of sequences, and for BertForPreTraining
+    next_sentence_label (batch). Outputs are the logits, (batch, time, vocabulary), or a dict of the model's outputs by
+    name if they are several.
 
     Raises DependencyError without the extra ``hf``; ArgumentError or ModelError for a model, an option of it or an
     adapter that a pipeline does not support, and for a path that is no such folder; CheckpointError for a folder that

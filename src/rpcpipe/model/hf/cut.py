@@ -23,7 +23,7 @@ from rpcpipe.model.hf.adapters import unwrapped
 from rpcpipe.model.hf.anatomy import Anatomy, part_of
 from rpcpipe.model.hf.examination import anatomy_of
 from rpcpipe.model.hf.folder import Folder, Weights
-from rpcpipe.model.hf.losses import loss_of
+from rpcpipe.model.hf.own_loss import loss_of
 from rpcpipe.model.hf.recipe import Recipe
 from rpcpipe.model.hf.skeleton import Skeleton, skeleton
 from rpcpipe.model.hf.staged import INPUTS, Block, Embedding, Idle, Tail, on_stage
@@ -54,7 +54,7 @@ def cut(source: Any) -> tuple[dict[str, Layer], Loss, LanguageModel]:
         }
     language_model = LanguageModel(cached=bool(anatomy.cache), takes_positions="position_ids" in anatomy.inputs)
     layers = {prefix + path: _wired(layer, parts[path]) for path, layer in made.items()}
-    return layers, loss_of(anatomy.recipe), language_model
+    return layers, loss_of(anatomy), language_model
 
 
 def _anatomy(cls: type[PreTrainedModel], config: PreTrainedConfig, dtype: Any) -> Anatomy:
@@ -98,15 +98,20 @@ def _parts(anatomy: Anatomy) -> dict[str, Part]:
 
 def _wired(layer: Any, part: Part) -> Layer:
     match part:
-        case Embedding():
-            return Wired(layer, gives=INPUTS)
+        case Embedding(anatomy):
+            return Wired(layer, gives=(INPUTS, *map(_value, anatomy.values)))
         case Block():
-            return Wired(layer, takes=INPUTS)
+            return Wired(layer, takes=(INPUTS, *map(_value, part.values)))
         case Tail(anatomy, index):
             last = index == len(anatomy.tail) - 1
             return Wired(layer, takes=(INPUTS, "input_ids") if last and anatomy.tail_sees_ids else INPUTS)
         case Idle():
             return layer
+
+
+def _value(number: int) -> str:
+    """Return the name of a value that goes along from the part before the blocks."""
+    return f"{INPUTS}.{number}"
 
 
 def _pruned(module: nn.Module, anatomy: Anatomy, path: str) -> nn.Module:

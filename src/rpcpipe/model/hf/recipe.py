@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from rpcpipe.errors import ModelError
 
@@ -81,11 +82,17 @@ def _default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+_INITIALIZERS = (nn.init.__name__, "transformers.initialization")
+
+
 class _WithoutStorage(TorchFunctionMode):
-    """``torch.empty``, of which almost every parameter is made, allocates nothing."""
+    """``torch.empty``, of which almost every parameter is made, allocates nothing, and nothing is drawn for it."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*args, **{**(kwargs or {}), **({"device": "meta"} if func is torch.empty else {})})
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", "") in _INITIALIZERS and (tensor := kwargs.get("tensor")) is not None:
+            return tensor if tensor.is_meta else func(*args, **kwargs)  # milliseconds, even on the device meta
+        return func(*args, **{**kwargs, **({"device": "meta"} if func is torch.empty else {})})
 
 
 def _on_meta(parameter: nn.Parameter) -> nn.Parameter:
@@ -131,9 +138,18 @@ def initialize(module: nn.Module, model: PreTrainedModel) -> None:
         return  # a layer that is built for its shapes
     with torch.no_grad():
         for part in module.modules():
+            if isinstance(part, Conv1D):  # as its constructor does
+                nn.init.normal_(part.weight, std=0.02)
+                nn.init.zeros_(part.bias)
             if callable(reset := getattr(part, "reset_parameters", None)):
                 reset()  # torch's own values, where transformers has none
-        module.apply(model._init_weights)
+        try:
+            module.apply(model._init_weights)
+        except AttributeError as error:  # it looks for other parts of the model
+            raise ModelError(
+                f"{type(model).__name__} gives no initial values to a {type(module).__name__} alone ({error}); build"
+                " the model and pass the model"
+            ) from error
     for name, parameter in module.named_parameters():
         if parameter.isnan().any():
             raise ModelError(
