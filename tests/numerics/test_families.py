@@ -74,7 +74,7 @@ def test_the_pipeline_is_the_unsplit_model(family: str, tmp_path: Path) -> None:
     """Its logits, one update, its names, and what is saved; with a loss of routers as one micro-batch."""
     model, config = model_of(family)
     cluster: Any = LocalCluster(2)
-    layers, own_loss = cut(config)
+    layers, own_loss, _ = cut(config)
     assert str(row(family, layers, isinstance(own_loss, RoutedLoss))) in PAGE.read_text(), "see docs: the page is old"
     if family in ONLY_FROM_A_MODEL:
         with pytest.raises(rp.ModelError, match=ONLY_FROM_A_MODEL[family]):

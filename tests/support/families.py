@@ -203,7 +203,7 @@ def main() -> None:
         if family in REFUSED:
             lines.append(refused(family))
             continue
-        layers, loss = cut(configuration(family, cls))
+        layers, loss, _ = cut(configuration(family, cls))
         lines.append(row(family, layers, isinstance(loss, RoutedLoss)))
     PAGE.write_text(HEAD + "".join(f"{line}\n" for line in lines))
 
