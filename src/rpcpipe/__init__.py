@@ -36,6 +36,7 @@ from rpcpipe.pipeline import (
     verify,
 )
 from rpcpipe.schedules import Schedule, bubble_fraction, optimal_microbatches
+from rpcpipe.view import view
 
 # Silent unless the user configures logging.
 logging.getLogger("rpcpipe").addHandler(logging.NullHandler())
@@ -81,4 +82,5 @@ __all__ = [
     "planning",
     "schedules",
     "verify",
+    "view",
 ]

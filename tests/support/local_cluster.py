@@ -9,6 +9,7 @@ import torch
 
 from rpcpipe.cluster import Worker
 from rpcpipe.cluster.kept_descriptor import KeptDescriptor
+from rpcpipe.cluster.liveness import ClusterEvent, WorkerStatus
 from rpcpipe.transport.local import LocalTransport
 from rpcpipe.transport.user_pickling import loads, named_dumps
 from rpcpipe.worker.executor import Executor
@@ -32,13 +33,24 @@ class LocalCluster:
         self.open, self.healthy, self.heal = True, True, heal
         self.stand_ins: list[Worker] = []
         self.pipelines: set[Any] = set()
+        self.events: list[ClusterEvent] = []
+        self.executors: dict[str, Executor] = {}
         for worker in self.workers:
             executor = Executor(worker.name, self.transport, device=torch.device("cpu"), threads=1)
             self.transport.serve(worker.name, executor)
+            self.executors[worker.name] = executor
 
     def hosts(self) -> dict[str, str]:
         """Return a host of its own for every worker."""
         return {worker.name: f"host{worker.rank}" for worker in self.workers}
+
+    def status(self) -> list[WorkerStatus]:
+        found = []
+        for worker in self.workers:
+            finished, doing = self.executors[worker.name].progress()
+            stages = tuple(self.stages_on(worker.name))
+            found.append(WorkerStatus(worker, stages, doing, finished, 0, False, False, None))
+        return found
 
     def relabel(self) -> None:
         pass

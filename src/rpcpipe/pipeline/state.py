@@ -118,6 +118,7 @@ def save(
             manifest.write(folder)
             final = publish(folder, runtime.trained)
         prune(directory, keep)
+    runtime.note_event("saved", str(final))
     return final
 
 
@@ -154,6 +155,7 @@ def load(runtime: Runtime, directory: str | os.PathLike[str], stateful: Holders,
                 raise
             halfway = False
             runtime.history.begin_anew()
+        runtime.note_event("loaded", str(folder))
         return missing_ok or position
 
     try:
