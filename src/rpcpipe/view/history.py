@@ -27,7 +27,7 @@ class Point(NamedTuple):
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Point:
-        """Return the point of a record of ``rp.callbacks``; raises KeyError, TypeError or ArgumentError for what is none."""
+        """Return the point of a record of ``rp.callbacks``; raises KeyError, TypeError or ArgumentError for others."""
         seconds, samples = record["seconds"], record.get("samples")
         figures = [record["loss"], record["grad_norm"], seconds, record.get("bubble"), record.get("time")]
         if not isinstance(record["step"], int) or not all(_is_figure(one) for one in (*figures, samples)):

@@ -102,16 +102,21 @@ class Recorder:
 def plan_of(measured: Timeline, schedule: Schedule) -> Timeline | None:
     """Return the timeline of ``schedule`` with ``measured``'s mean durations, free transfers and no waiting.
 
-    With replicas, each has the rows of its own workers. None for a step of so many actions that simulating it would
+    With replicas, each has the rows of its own workers and its own micro-batches. None for a step of so many actions that simulating it would
     take long, and for one of fewer micro-batches than the schedule has.
     """
     replicas = measured.workers // schedule.workers
-    chunks = {span.chunk for span in measured.spans if span.kind == "F"}
-    if len(measured.spans) > SPANS or len(chunks) != schedule.chunks or replicas < 1:
+    if len(measured.spans) > SPANS or replicas < 1:
+        return None
+    chunks = [
+        sorted({span.chunk for span in measured.spans if span.kind == "F" and span.worker % replicas == replica})
+        for replica in range(replicas)
+    ]
+    if any(len(own) != schedule.chunks for own in chunks):
         return None
     ideal = schedule.simulate(Costs.measured(measured, schedule.stages))
     spans = [
-        span._replace(worker=span.worker * replicas + replica)
+        span._replace(worker=span.worker * replicas + replica, chunk=chunks[replica][span.chunk])
         for replica in range(replicas)
         for span in ideal.spans
         if span.end > span.start

@@ -82,11 +82,10 @@ class Pace:
 
     def __init__(self, share: float = _SHARE, interval: float = _INTERVAL) -> None:
         self.clients = 0
-        self._share, self._interval, self._used = share, interval, 0.0
+        self._share, self._interval = share, interval
 
-    def pause(self, used: float) -> float:
-        """Return how long to wait now; ``used``: the thread's processor time so far, in seconds."""
-        spent, self._used = used - self._used, used
+    def pause(self, spent: float) -> float:
+        """Return how long a client waits now, in seconds; ``spent``: the processor time of what it got last."""
         return max(self._interval, spent / self._share * max(1, self.clients))
 
 
@@ -165,10 +164,12 @@ class Server:
         self._pace.clients += 1
         try:
             while not self._closing.is_set():
+                begun = time.thread_time()
                 text, cursor, version = self._message(cursor, version)
                 yield f"data: {text}\n\n"
+                pause = self._pace.pause(time.thread_time() - begun)
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._closing.wait(), self._pace.pause(time.thread_time()))
+                    await asyncio.wait_for(self._closing.wait(), pause)
         finally:
             self._pace.clients -= 1
 
