@@ -38,7 +38,7 @@ def main(path: str) -> None:
             optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
         )  # fmt: skip
         view = rp.view(pipe)
-        page = browser.new_page(viewport={"width": 1240, "height": 1000})
+        page = browser.new_page(viewport={"width": 1240, "height": 830})
         for step in range(STEPS):
             if step == STEPS // 3:
                 os.kill(cluster.workers[1].pid, signal.SIGKILL)

@@ -181,7 +181,9 @@ def test_a_fault_of_the_state_is_said_and_training_goes_on(
         for _ in range(2):
             content = json.loads(ask(view, f"/state?{token(view)}").read())
             assert content == {"error": "ZeroDivisionError: integer division or modulo by zero"}
-    assert [record.message for record in caplog.records].count("the live view cannot show the run's state and goes on") == 1
+    assert [record.message for record in caplog.records].count(
+        "the live view cannot show the run's state and goes on"
+    ) == 1
     train(pipe)
     monkeypatch.undo()
     assert json.loads(ask(view, f"/state?{token(view)}").read())["figures"]["step"] == 0

@@ -59,8 +59,8 @@ def test_bars_are_as_many_as_fit(count: int) -> None:
 def test_the_plan_stands_above_what_was_measured() -> None:
     timeline = rp.schedules.get("1f1b", 2, 2).simulate()
     planned, measured = packed(timeline), packed(timeline)
-    text = render(content(timelines=[{**planned, "name": "planned"}, {**measured, "name": "measured"}]), 60)
-    rows = timeline.to_text(60).splitlines()
+    text = render(content(timelines=[{**planned, "name": "planned"}, {**measured, "name": "measured"}]), 80)
+    rows = timeline.to_text(80).splitlines()
     assert text.splitlines()[3:] == ["planned:", *rows, "measured:", *rows]
 
 
