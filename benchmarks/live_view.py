@@ -1,9 +1,9 @@
 """What rp.view costs: steps of one pipeline without a view, with one that nobody looks at, and with a client.
 
-The states take turns, in one run, and "off again" says what two equal ones give. The client is a process of its own that
-reads every message and draws nothing: a browser on the same machine costs its own share on top. Median of the paired
-ratios of the steps' wall times, and between which values half of them lie; and the processor time of the view's thread
-as a share of the time that it was open, which others on the machine disturb less.
+The states take turns, in one run, and "off again" says what two equal ones give. The client is a process of its own
+that reads every message and draws nothing: a browser on the same machine costs its own share on top. Median of the
+paired ratios of the steps' wall times, and between which values half of them lie; and the processor time of the view's
+thread as a share of the time that it was open, which others on the machine disturb less.
 """
 
 from __future__ import annotations
@@ -26,7 +26,12 @@ import rpcpipe as rp
 from gpt_model import next_token_loss
 
 STATES = ("off", "off again", "open", "watched")
-READS = "import sys, urllib.request\nwith urllib.request.urlopen(sys.argv[1]) as s:\n for line in s: print(len(line), flush=True)"
+READS = """
+import sys, urllib.request
+with urllib.request.urlopen(sys.argv[1]) as stream:
+    for line in stream:
+        print(len(line), flush=True)
+"""
 
 
 @contextmanager

@@ -13,10 +13,10 @@ import sys
 import tempfile
 
 import torch
-from gpt_model import gpt, next_token_loss
 from playwright.sync_api import expect, sync_playwright
 
 import rpcpipe as rp
+from gpt_model import gpt, next_token_loss
 
 STEPS = 40
 

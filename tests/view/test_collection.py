@@ -216,8 +216,11 @@ def test_a_file_is_read_as_it_grows(tmp_path: Path) -> None:
 
 def test_lines_that_are_no_records_are_counted(tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
-    lines = ['{"step": 0, "loss": NaN, "grad_norm": 1.0, "seconds": 0.1}', "[]", '{"step": "x"}', "", "{", "null",
-             '{"step": 1, "loss": "x", "grad_norm": 1, "seconds": 1}', '{"step": 2, "loss": 1e999, "grad_norm": 1, "seconds": 1}']  # fmt: skip
+    lines = [
+        '{"step": 0, "loss": NaN, "grad_norm": 1.0, "seconds": 0.1}', "[]", '{"step": "x"}', "", "{", "null",
+        '{"step": 1, "loss": "x", "grad_norm": 1, "seconds": 1}',
+        '{"step": 2, "loss": 1e999, "grad_norm": 1, "seconds": 1}',
+    ]  # fmt: skip
     path.write_text("\n".join(lines) + "\n")
     source = FileSource(path)
     assert source.state()["title"] == "run.jsonl, 6 lines are no records"

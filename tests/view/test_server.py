@@ -190,7 +190,7 @@ def test_a_fault_of_the_state_is_said_and_training_goes_on(
 
 
 def test_a_port_that_is_taken_is_refused(pipe: rp.Pipeline, view: Any) -> None:
-    with pytest.raises(rp.ArgumentError, match="port=.* cannot be used: Address already in use"):
+    with pytest.raises(rp.ArgumentError, match=r"port=.* cannot be used: Address already in use"):
         rp.view(pipe, port=urlsplit(view.url).port or 0)
     assert len(pipe.callbacks) == 1
 

@@ -102,8 +102,8 @@ class Recorder:
 def plan_of(measured: Timeline, schedule: Schedule) -> Timeline | None:
     """Return the timeline of ``schedule`` with ``measured``'s mean durations, free transfers and no waiting.
 
-    With replicas, each has the rows of its own workers and its own micro-batches. None for a step of so many actions that simulating it would
-    take long, and for one of fewer micro-batches than the schedule has.
+    With replicas, each has the rows of its own workers and its own micro-batches. None for a step of so many actions
+    that simulating it would take long, and for one of fewer micro-batches than the schedule has.
     """
     replicas = measured.workers // schedule.workers
     if len(measured.spans) > SPANS or replicas < 1:
