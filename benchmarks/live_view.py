@@ -2,8 +2,9 @@
 
 The states take turns, in one run, and "off again" says what two equal ones give. The client is a process of its own
 that reads every message and draws nothing: a browser on the same machine costs its own share on top. Median of the
-paired ratios of the steps' wall times, and between which values half of them lie; and the processor time of the view's
-thread as a share of the time that it was open, which others on the machine disturb less.
+paired ratios of the steps' wall times, and between which values half of them lie. Others on the machine disturb less
+the processor time of the view's thread, as a share of the time that it was open, that of what the driver does after a
+step, and that of a message.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from bench import Case, adamw, balance, batch, layers
 
 import rpcpipe as rp
 from gpt_model import next_token_loss
+from rpcpipe.view.recorder import Recorder
+from rpcpipe.view.source import message
 
 STATES = ("off", "off again", "open", "watched")
 READS = """
@@ -62,6 +65,18 @@ def thread_seconds() -> float:
     return sum(map(int, times)) * 1e-9
 
 
+def work(pipe: rp.Pipeline, result: rp.StepResult, calls: int = 50) -> tuple[float, float]:
+    """Return the processor seconds that noting a step takes, and making a message with its timelines."""
+    recorder, noting, making = Recorder(pipe), 0.0, 0.0
+    for _ in range(calls):
+        begun = time.thread_time()
+        recorder.add(result)
+        noted = time.thread_time()
+        message(recorder)
+        noting, making = noting + noted - begun, making + time.thread_time() - noted
+    return noting / calls, making / calls
+
+
 def measure(case: Case, rounds: int, steps: int) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
     """Return by state each round's median seconds of a step, and the share of a core that the view's thread took."""
     times: dict[str, list[float]] = {name: [] for name in STATES}
@@ -84,6 +99,8 @@ def measure(case: Case, rounds: int, steps: int) -> tuple[dict[str, list[float]]
                 if turn >= 0:  # the first round warms up
                     times[name].append(statistics.median(own))
                     shares[name].append(share)
+        noting, making = work(pipe, pipe.train_step(*data))
+        print(f"d {case.dim:>3} noting a step takes {1e6 * noting:.0f} µs, making a message {1e3 * making:.2f} ms")
     return times, shares
 
 

@@ -1,7 +1,8 @@
 """Pipeline parallelism from one Python process.
 
 ``launch`` (or ``connect``) gives a ``Cluster`` of workers; a ``Pipeline`` on it trains. ``schedules`` draws and checks
-what runs; ``plan`` chooses it; ``callbacks``, ``layers`` and ``planning`` hold what is needed less often.
+what runs; ``plan`` chooses it; ``view`` shows it run; ``callbacks``, ``layers`` and ``planning`` hold what
+is needed less often.
 """
 
 import logging

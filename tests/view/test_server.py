@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import logging
+import os
 import socket
 import sys
 from collections.abc import Iterator
@@ -21,9 +22,20 @@ from support.models import batches, cross_entropy, mlp, sgd
 SECONDS = 20.0
 
 
+def make() -> rp.Pipeline:
+    return rp.Pipeline(mlp(), LocalCluster(2), loss=cross_entropy, optimizer=sgd, chunks=2)
+
+
 @pytest.fixture
 def pipe() -> rp.Pipeline:
-    return rp.Pipeline(mlp(), LocalCluster(2), loss=cross_entropy, optimizer=sgd, chunks=2)
+    return make()
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Any]:
+    """The view of a pipeline that does nothing."""
+    with rp.view(make()) as opened:
+        yield opened
 
 
 @pytest.fixture
@@ -60,44 +72,44 @@ def event(reply: http.client.HTTPResponse) -> dict[str, Any]:
 
 @pytest.mark.parametrize("path", ["/", "/state", "/events", "/other"])
 @pytest.mark.parametrize("query", ["", "?token=", "?token=wrong", "?token=%ff", "?token=%C3%A9", "?token=a&token=b"])
-def test_without_the_token_nothing_is_shown(view: Any, path: str, query: str) -> None:
-    reply = ask(view, path + query)
+def test_without_the_token_nothing_is_shown(shared: Any, path: str, query: str) -> None:
+    reply = ask(shared, path + query)
     assert reply.status == 403
     assert b"token" in reply.read()
 
 
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "127.0.0.1.evil.example", "", "[::", "0.0.0.0"])
-def test_another_host_is_refused(view: Any, host: str) -> None:
+def test_another_host_is_refused(shared: Any, host: str) -> None:
     """As a page that lets its own name lead to 127.0.0.1 would send it."""
-    reply = ask(view, f"/state?{token(view)}", Host=host)
+    reply = ask(shared, f"/state?{token(shared)}", Host=host)
     assert reply.status in ((400, 403) if not host else (403,))
     assert b"title" not in reply.read()
 
 
 @pytest.mark.parametrize("host", ["localhost", "localhost:9999", "127.0.0.1:1"])
-def test_a_tunnel_may_have_another_port(view: Any, host: str) -> None:
-    assert ask(view, f"/state?{token(view)}", Host=host).status == 200
+def test_a_tunnel_may_have_another_port(shared: Any, host: str) -> None:
+    assert ask(shared, f"/state?{token(shared)}", Host=host).status == 200
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS", "HEAD"])
 @pytest.mark.parametrize("path", ["/", "/state", "/events"])
-def test_it_is_read_only(view: Any, method: str, path: str) -> None:
-    reply = ask(view, f"{path}?{token(view)}", method)
+def test_it_is_read_only(shared: Any, method: str, path: str) -> None:
+    reply = ask(shared, f"{path}?{token(shared)}", method)
     assert (reply.status, reply.getheader("Allow")) == (405, "GET")
 
 
-def test_what_is_not_there_is_not_found(view: Any) -> None:
-    assert ask(view, f"/../pyproject.toml?{token(view)}").status == 404
+def test_what_is_not_there_is_not_found(shared: Any) -> None:
+    assert ask(shared, f"/../pyproject.toml?{token(shared)}").status == 404
 
 
-def test_it_listens_on_loopback_alone(view: Any) -> None:
-    port = urlsplit(view.url).port
+def test_it_listens_on_loopback_alone(shared: Any) -> None:
+    port = urlsplit(shared.url).port
     with socket.socket() as other:  # another address of this host: were the port bound to all, it would be taken
         other.bind(("127.0.0.2", port or 0))
 
 
-def test_the_page_brings_all_it_needs(view: Any) -> None:
-    reply = ask(view, f"/?{token(view)}")
+def test_the_page_brings_all_it_needs(shared: Any) -> None:
+    reply = ask(shared, f"/?{token(shared)}")
     text = reply.read().decode()
     assert reply.getheader("Content-Type") == "text/html; charset=utf-8"
     assert reply.getheader("Referrer-Policy") == "no-referrer"
@@ -187,6 +199,25 @@ def test_a_fault_of_the_state_is_said_and_training_goes_on(
     train(pipe)
     monkeypatch.undo()
     assert json.loads(ask(view, f"/state?{token(view)}").read())["figures"]["step"] == 0
+
+
+def test_a_fork_neither_ends_the_view_nor_keeps_its_port(pipe: rp.Pipeline, view: Any) -> None:
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:  # holds the listening socket, too, until the test has looked
+        view.close()
+        os.close(write)
+        os.read(read, 1)
+        os._exit(0)
+    try:
+        os.close(read)
+        assert ask(view, f"/state?{token(view)}").status == 200
+        view.close()
+        with pytest.raises(ConnectionRefusedError):
+            ask(view, "/")
+    finally:
+        os.close(write)
+        assert os.waitpid(child, 0)[1] == 0
 
 
 def test_a_port_that_is_taken_is_refused(pipe: rp.Pipeline, view: Any) -> None:

@@ -37,6 +37,7 @@ def test_the_figures_of_a_step() -> None:
     [_, line] = render(content(figures=FIGURES)).splitlines()
     assert line == "step 41, loss 0.5123, gradient norm 1.25, 512 samples/s, 125.0 ms, bubble 25.0%"
     [_, line] = render(content(figures={**FIGURES, "loss": None, "samples": 0, "applied": False})).splitlines()
+    assert render(content(figures={**FIGURES, "metrics": {"accuracy": 0.5}})).endswith("bubble 25.0%, accuracy 0.5")
     assert line == "step 41, loss ?, gradient norm 1.25, ? samples/s, 125.0 ms, bubble 25.0%, not applied"
 
 

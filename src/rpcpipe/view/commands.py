@@ -21,7 +21,7 @@ from rpcpipe.view.source import message
 from rpcpipe.view.text import render
 from rpcpipe.view.view import serve
 
-_TIMEOUT = 10.0
+_TIMEOUT = 60.0  # a view lets who asks often wait
 _VARIABLE = "RPCPIPE_VIEW"
 _CLEAR, _HOME_AND_CLEAR = "\x1b[2J", "\x1b[H\x1b[J"
 _WIDEST = 200

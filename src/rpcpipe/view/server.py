@@ -29,6 +29,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from rpcpipe.errors import ArgumentError
 from rpcpipe.schedules.action import NAMES
 from rpcpipe.schedules.render.plot import COLOURS
+from rpcpipe.transport.owner import Owner
 from rpcpipe.view.source import Source, message
 
 log = logging.getLogger("rpcpipe")
@@ -93,9 +94,11 @@ class Server:
     """Serves ``source`` on ``port`` of loopback (0: a free one) until ``close``. ``url`` has the token."""
 
     def __init__(self, source: Source, port: int = 0) -> None:
-        self._source, self._pace = source, Pace()
+        self._source, self._pace, self._polls = source, Pace(), Pace(interval=0.0)
+        self._owner = Owner()
         self._token = secrets.token_urlsafe(24)
         self._socket = _listen(port)
+        self._listening = self._socket.dup()  # the server closes the other one
         self.url = f"http://{_HOST}:{self._socket.getsockname()[1]}/?token={self._token}"
         app = Starlette(
             routes=[Route("/", self._page), Route("/state", self._state), Route("/events", self._events)],
@@ -107,7 +110,7 @@ class Server:
         )  # fmt: skip
         self._server = uvicorn.Server(config)
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._closing = asyncio.Event()
+        self._closing, self._polling, self._next_poll = asyncio.Event(), asyncio.Lock(), 0.0
         self._failed = False
         self._started = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="rpcpipe-view")
@@ -115,7 +118,9 @@ class Server:
         self._started.wait(_STOP_SECONDS)
 
     def close(self) -> None:
-        """End the server and its thread. Closing twice is allowed."""
+        """End the server and its thread. Closing twice is allowed; a fork's call does nothing."""
+        if not self._owner.here:
+            return
         self._server.should_exit = True
         with contextlib.suppress(RuntimeError):  # the loop is closed already
             if self._loop is not None:
@@ -123,6 +128,9 @@ class Server:
         if self._thread is not threading.current_thread():
             self._thread.join(_STOP_SECONDS)
         self._socket.close()
+        with contextlib.suppress(OSError):  # closed already
+            self._listening.shutdown(socket.SHUT_RDWR)  # else a fork of this process would go on listening
+        self._listening.close()
 
     # --- on the server's thread ---
 
@@ -152,7 +160,12 @@ class Server:
         return Response(text, media_type="text/html; charset=utf-8", headers=headers)
 
     async def _state(self, request: Request) -> Response:
-        text, _, _ = self._message(0, -1)
+        """Answer with everything; who asks often waits, so that this too stays within the share of a core."""
+        async with self._polling:
+            await self._wait(self._next_poll - time.monotonic())
+            begun = time.thread_time()
+            text, _, _ = self._message(0, -1)
+            self._next_poll = time.monotonic() + self._polls.pause(time.thread_time() - begun)
         return Response(text, media_type="application/json", headers=_HEADERS)
 
     async def _events(self, request: Request) -> Response:
@@ -168,10 +181,15 @@ class Server:
                 text, cursor, version = self._message(cursor, version)
                 yield f"data: {text}\n\n"
                 pause = self._pace.pause(time.thread_time() - begun)
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._closing.wait(), pause)
+                await self._wait(pause)
         finally:
             self._pace.clients -= 1
+
+    async def _wait(self, seconds: float) -> None:
+        """Wait, but no longer than until the server closes."""
+        if seconds > 0:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._closing.wait(), seconds)
 
     def _message(self, cursor: int, version: int) -> tuple[str, int, int]:
         try:

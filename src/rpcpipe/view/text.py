@@ -46,6 +46,7 @@ def _figures(figures: Mapping[str, Any]) -> str:
         f"{_number(rate)} samples/s", f"{_UNKNOWN if seconds is None else f'{seconds * 1e3:.1f}'} ms",
         f"bubble {_UNKNOWN if bubble is None else f'{bubble:.1%}'}",
     ]  # fmt: skip
+    texts += [f"{name} {_number(value)}" for name, value in (figures.get("metrics") or {}).items()]
     return ", ".join(texts) + ("" if figures.get("applied", True) else ", not applied")
 
 
