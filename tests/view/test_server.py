@@ -167,7 +167,9 @@ def test_a_closed_pipeline_closes_its_view_and_all_other_callbacks(pipe: rp.Pipe
         ask(view, f"/state?{token(view)}")
 
 
-def test_clients_that_hang_up_or_do_not_read_do_no_harm(pipe: rp.Pipeline, view: Any) -> None:
+def test_clients_that_hang_up_or_do_not_read_do_no_harm(
+    pipe: rp.Pipeline, view: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
     netloc = urlsplit(view.url)
     silent = []
     for _ in range(3):
@@ -183,6 +185,19 @@ def test_clients_that_hang_up_or_do_not_read_do_no_harm(pipe: rp.Pipeline, view:
     assert content["figures"]["step"] == 2
     for one in silent:
         one.close()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_who_holds_all_connections_keeps_others_from_the_page_alone(
+    pipe: rp.Pipeline, view: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    netloc = urlsplit(view.url)
+    held = [socket.create_connection((netloc.hostname or "", netloc.port or 0), timeout=SECONDS) for _ in range(40)]
+    assert ask(view, f"/state?{token(view)}").status == 503
+    train(pipe)
+    for one in held:
+        one.close()
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_fault_of_the_state_is_said_and_training_goes_on(

@@ -33,6 +33,8 @@ from rpcpipe.transport.owner import Owner
 from rpcpipe.view.source import Source, message
 
 log = logging.getLogger("rpcpipe")
+# What strangers send is no matter for the driver's terminal, unless the user configures logging.
+logging.getLogger("uvicorn").addHandler(logging.NullHandler())
 
 _HOST = "127.0.0.1"
 _LOOPBACK = ("127.0.0.1", "localhost")  # a tunnel has another port, so any port is fine
