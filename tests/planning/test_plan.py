@@ -19,10 +19,12 @@ GIB = 2**30
 GPT3 = GPT(96, 12288, 96, 50257, 2048)
 
 
-def plan_gpt3(workers: int, memory: float = 80 * GIB, batch: int = 1536, replicas: int | None = None) -> Plan:
+def plan_gpt3(
+    workers: int, memory: float = 80 * GIB, batch: int = 1536, replicas: int | None = None, undo: str = "copy"
+) -> Plan:
     layer_costs = {size: GPT3.layer_costs(size, 0.5 * 312e12) for size in (1, 2, 4)}
     costs = CostModel(layer_costs, Machine(workers, memory, 1e-5, 300e9), 16 * GPT3.sequence)
-    return decide(Search(costs, batch, layouts=layouts(workers, 98, replicas)))
+    return decide(Search(costs, batch, layouts=layouts(workers, 98, replicas), undo=undo))
 
 
 def test_gpt3_on_1024_workers() -> None:
@@ -36,8 +38,12 @@ def test_gpt3_on_1024_workers() -> None:
     # No worker computes less than its share, at half of the peak.
     assert plan.seconds > 6 * GPT3.parameters * 1536 * 2048 / (1024 * 0.5 * 312e12)
     text = repr(plan)
-    for words in ("98 layers, more than 24: deep", "memory-bound", "micro-batches", "interleaved", "1f1b"):
+    for words in ("98 layers, more than 24: deep", "memory-bound", "micro-batches", "1f1b", "undo='off'"):
         assert words in text
+    # Without the copy of all weights there is room for three layers a worker, in twice as many replicas.
+    without = plan_gpt3(1024, undo="off")
+    assert "interleaved" in repr(without)
+    assert without.seconds < 0.8 * plan.seconds
     assert f"{optimal_microbatches(1024 // plan.replicas)} micro-batches bring it to 10%" in text
 
 
