@@ -82,3 +82,8 @@ __all__ = [
     "schedules",
     "verify",
 ]
+
+
+def __dir__() -> list[str]:
+    """Return the public names."""
+    return [*__all__, "__doc__", "__version__"]
