@@ -102,7 +102,9 @@ class TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise DependencyError("rp.callbacks.TensorBoard needs tensorboard: pip install 'rpcpipe[track]'") from error
+            raise DependencyError(
+                "rp.callbacks.TensorBoard needs tensorboard: pip install tensorboard (the extra 'track')"
+            ) from error
         self.directory = require_path("directory", directory)
         self._make: Any = SummaryWriter
         self._writer: Any = None
