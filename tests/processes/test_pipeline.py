@@ -254,6 +254,13 @@ def test_calls_on_workers_and_stages(cluster: rp.Cluster, pipe: rp.Pipeline) -> 
     assert "worker3" in repr(cluster)
 
 
+def test_a_cluster_that_has_formed_knows_the_state_of_every_worker() -> None:
+    with rp.launch(workers=1, threads=1, spares=1) as cluster:
+        shown = repr(cluster)
+    assert shown.count(" idle") == 2
+    assert shown.count(" MiB ") == 2
+
+
 def test_targets_of_another_size_are_refused(pipe: rp.Pipeline) -> None:
     with pytest.raises(ValueError, match="3 micro-batches and targets 1"):
         pipe.train_step(torch.randn(6, 12), torch.zeros(1, dtype=torch.long))

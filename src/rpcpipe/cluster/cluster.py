@@ -55,6 +55,8 @@ class Cluster:
         self._replicas: dict[str, tuple[int, ...]] = {}
         self._closed = self._ending = False
         self._owner = Owner()
+        for name, payload in group.beats.items():
+            self._handle(group.members[name], "beat", payload)
         group.logs.label = self._label
         self._thread = threading.Thread(target=self._listen, daemon=True, name="rpcpipe-monitor")
         self._thread.start()

@@ -135,7 +135,8 @@ class WorkerGroup:
     """The workers by name, alive or starting, and what hears them.
 
     ``timeout``: seconds for the group to form. ``values`` are what torch's agents have published, addresses.
-    ``starter`` starts further workers; ranks that come later are among ``newcomers``.
+    ``starter`` starts further workers; ranks that come later are among ``newcomers``. ``beats``: by worker, its last
+    heartbeat while the group formed.
     """
 
     monitor: Monitor
@@ -146,6 +147,7 @@ class WorkerGroup:
     members: dict[str, Member] = field(default_factory=dict)
     listener: JoinListener | None = None
     values: dict[str, str] = field(default_factory=dict)
+    beats: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.newcomers = Newcomers(len(self.names))
@@ -349,6 +351,8 @@ class _Rendezvous:
             self._publish(*payload)
         elif kind == "met":
             self._met.put((source.name, *payload))
+        elif kind == "beat":
+            self._group.beats[source.name] = payload
         elif kind in self._reported:
             self._reported[kind].add(source.name)
         elif kind in ("died", "silent"):
