@@ -15,11 +15,14 @@ def on_config(config: Any) -> Any:
 
 
 def sections(index: str) -> list[dict[str, Any]]:
-    """Return by heading of ``index`` the pages in its table, by their titles there."""
-    found = []
+    """Return by heading of ``index`` the pages that the rows of its table link to, by their titles there."""
+    found: list[dict[str, Any]] = []
+    listed: set[str] = set()
     for part in index.split("\n## ")[1:]:
         heading, _, body = part.partition("\n")
-        pages = re.findall(r"^\| \[([^\]]+)\]\(([^)#]+)\) \|", body, re.MULTILINE)
+        rows = "".join(re.findall(r"^\| \[.*$", body, re.MULTILINE))
+        pages = [link for link in re.findall(r"\[([^\]]+)\]\(([^)#:]+\.md)\)", rows) if link[1] not in listed]
+        listed |= {page for _, page in pages}
         if pages:
             found.append({heading: [{title: page} for title, page in pages]})
     return found

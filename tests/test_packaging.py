@@ -85,7 +85,15 @@ def test_the_sdist_has_what_the_checks_need(dist: Path) -> None:
     [file] = dist.glob("*.tar.gz")
     with tarfile.open(file) as archive:
         found = {name.partition("/")[2] for name in archive.getnames()}
-    for name in ("README.md", "CHANGELOG.md", "docs/index.md", "examples/gpt.py", "scripts/test", "tests/conftest.py"):
+    for name in (
+        "README.md",
+        "CHANGELOG.md",
+        "docs/index.md",
+        "examples/gpt.py",
+        "mkdocs.yml",
+        "scripts/test",
+        "tests/conftest.py",
+    ):
         assert name in found
     assert not [name for name in found if "__pycache__" in name or ".venv" in name]
 

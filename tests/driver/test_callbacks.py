@@ -156,5 +156,5 @@ def test_tensorboard_names_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyP
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(rp.DependencyError, match="pip install tensorboard"):
+    with pytest.raises(rp.DependencyError, match=r"pip install '\.\[track\]'"):
         rp.callbacks.TensorBoard(tmp_path)

@@ -214,7 +214,7 @@ def test_rpcpipe_alone_imports_no_transformers() -> None:
     check = "import sys, rpcpipe; assert 'transformers' not in sys.modules; sys.modules['transformers'] = None\n"
     call = "try: rpcpipe.from_transformers(None, None)\nexcept rpcpipe.DependencyError as error: print(error)"
     done = subprocess.run([sys.executable, "-c", check + call], capture_output=True, text=True, timeout=60, check=True)
-    assert "pip install transformers" in done.stdout
+    assert "pip install '.[hf]'" in done.stdout
 
 
 def test_on_real_workers_the_driver_holds_no_weights(cluster: rp.Cluster) -> None:

@@ -103,7 +103,7 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise DependencyError(
-                "rp.callbacks.TensorBoard needs tensorboard: pip install tensorboard (the extra 'track')"
+                "rp.callbacks.TensorBoard needs tensorboard: pip install '.[track]' in a checkout"
             ) from error
         self.directory = require_path("directory", directory)
         self._make: Any = SummaryWriter

@@ -43,7 +43,7 @@ def from_transformers(
         from rpcpipe.model.hf.cut import cut
     except ImportError as error:
         raise DependencyError(
-            f"rp.from_transformers needs transformers: pip install transformers tokenizers (the extra 'hf'; {error})"
+            f"rp.from_transformers needs transformers: pip install '.[hf]' in a checkout ({error})"
         ) from error
     source = config_or_model if hasattr(config_or_model, "config") else copy.deepcopy(config_or_model)
     layers, loss, language_model = cut(source)

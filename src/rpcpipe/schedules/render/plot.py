@@ -21,7 +21,7 @@ def draw(timelines: Sequence[Spans], path: Path) -> None:
         from matplotlib.patches import Patch
     except ImportError as error:
         raise DependencyError(
-            "pictures need matplotlib: pip install matplotlib (the extra 'plot'); .html and .json do not"
+            "pictures need matplotlib: pip install '.[plot]' in a checkout; .html and .json do not"
         ) from error
     heights = [timeline.workers for timeline in timelines]
     figure = Figure(figsize=(12, 0.4 * sum(heights) + 1.1 * len(timelines)), layout="constrained")
