@@ -71,6 +71,23 @@ def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
         main(["plan", "gpt", *sizes, *machine, "--memory", "much"])
 
 
+def test_plan_by_dtype_and_undo_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture, found = tmp_path / "memory.svg", {}
+    for dtype, undo in (("float32", "copy"), ("float32", "off"), ("bfloat16", "copy"), ("float16", "off")):
+        assert main(["plan", "gpt", *SIZES, "--dtype", dtype, "--undo", undo, "--svg", str(picture)]) == 0
+        out = capsys.readouterr().out
+        assert f"  undo            {undo}" in out
+        table = out.partition("memory of a worker at its peak\n")[2].splitlines()
+        found[dtype, undo] = [float(cell) for cell in re.findall(r"([0-9.]+) MiB", table[1])]
+        assert ("copy" in table[0]) == (undo == "copy")
+        assert "<title>worker 0: weights" in picture.read_text()
+    weights = {key: figures[0] for key, figures in found.items()}
+    assert weights["bfloat16", "copy"] == weights["float16", "off"] == weights["float32", "copy"] / 2
+    assert found["float32", "copy"][-1] > found["float32", "off"][-1] > found["float16", "off"][-1]
+    assert "choose from" in refusal(capsys, ["plan", "gpt", *SIZES, "--dtype", "int8"])
+    assert "choose from" in refusal(capsys, ["plan", "gpt", *SIZES, "--undo", "maybe"])
+
+
 SIZES = ["--layers", "4", "--hidden", "64", "--heads", "4", "--vocab", "100", "--seq", "16", "--workers", "2"]
 SIZES += ["--memory", "1GiB", "--flops", "1e12", "--bandwidth", "1e9", "--batch", "8"]
 WRONG = {

@@ -24,7 +24,7 @@ from rpcpipe.errors import (
     StateError,
     WorkerLost,
 )
-from rpcpipe.model import Batched, LayerSpec, MicroBatches, Replicated, Wired, layers
+from rpcpipe.model import Batched, LayerSpec, MicroBatches, Replicated, Wired, layers, split
 from rpcpipe.pipeline import (
     Pipeline,
     balance_by_memory,
@@ -80,6 +80,7 @@ __all__ = [
     "plan",
     "planning",
     "schedules",
+    "split",
     "verify",
 ]
 

@@ -16,7 +16,8 @@ from rpcpipe.cluster.host_agent import serve_rank
 from rpcpipe.errors import ArgumentError, RpcPipeError, require, require_positive
 from rpcpipe.planning import CostModel, Search
 from rpcpipe.planning.cost_model import Machine
-from rpcpipe.planning.gpt import GPT
+from rpcpipe.planning.gpt import DTYPES, GPT
+from rpcpipe.planning.layer_cost import UNDO
 from rpcpipe.planning.plan import decide
 from rpcpipe.planning.search import layouts
 from rpcpipe.schedules import Costs, Schedule
@@ -153,19 +154,33 @@ def _plan_parser(plan: argparse.ArgumentParser) -> None:
     _option(plan, "--batch", _WHOLE, "sequences a step", 1536)
     _option(plan, "--chunks", _WHOLE, "micro-batches (default: several numbers are tried)")
     _option(plan, "--replicas", _WHOLE, "copies of the pipeline (default: all numbers are tried)")
+    dtypes = "of weights, gradients and optimizer state"
+    _option(plan, "--dtype", str, dtypes, "float32", choices=DTYPES)
+    cast = "what layers compute in (default: bfloat16 for float32 weights, else none)"
+    _option(plan, "--autocast", str, cast, choices=[*DTYPES, "none"])
+    plan.add_argument("--scores", action="store_true", help="attention keeps its scores: it is not one kernel")
+    undo = "how a failed update is taken back (default: copy where that fits, else off)"
+    _option(plan, "--undo", str, undo, choices=UNDO)
+    _option(plan, "--svg", Path, "write a picture of the workers' memory", metavar="FILE")
     plan.add_argument("--draw", action="store_true", help="the step's timeline, too; of a long step its beginning")
 
 
 def _plan(args: argparse.Namespace) -> None:
     """Print the plan of a GPT of the given sizes; raises PartitionError if nothing fits."""
-    model = GPT(args.layers, args.hidden, args.heads, args.vocab, args.seq)
+    cast = args.autocast or ("bfloat16" if args.dtype == "float32" else "none")
+    model = GPT(
+        args.layers, args.hidden, args.heads, args.vocab, args.seq, args.dtype, None if cast == "none" else cast,
+        args.scores,
+    )  # fmt: skip
     sizes = [1, 2, 4, 8] if args.chunks is None else [-(-args.batch // args.chunks)]
     layer_costs = {size: model.layer_costs(size, args.flops * args.efficiency) for size in sizes}
     machine = Machine(args.workers, args.memory, args.latency, args.bandwidth)
     rows = layouts(args.workers, args.layers + 2, args.replicas)
-    plan = decide(Search(CostModel(layer_costs, machine, 16 * args.seq), args.batch, layouts=rows))
+    plan = decide(Search(CostModel(layer_costs, machine, 16 * args.seq), args.batch, layouts=rows), args.undo)
     print(f"GPT of {model.parameters / 1e9:,.2f} billion parameters, {args.batch} sequences of {args.seq} a step")
     print(plan)
+    if args.svg:
+        args.svg.write_text(plan.memory_svg(), encoding="utf-8")
     if args.draw:
         print(plan.timeline.to_text())
 

@@ -22,6 +22,17 @@ class Scale(nn.Module):
         return x * mask
 
 
+class UNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.middle = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.head = nn.Conv2d(8, 2, 1)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        skip = torch.relu(self.down(image))
+        return self.head(torch.cat([self.middle(skip), skip], dim=1))
+
+
 def correct(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, int]:
     return (output.argmax(1) == target).sum(), len(target)
 
@@ -34,7 +45,8 @@ def test_every_line_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.chdir(tmp_path)
     x, y = next(batches(1))
     space: dict[str, Any] = {
-        "rp": rp, "torch": torch, "nn": nn, "GPT2Config": GPT2Config, "Scale": Scale, "adamw": adamw, "x": x, "y": y,
+        "rp": rp, "torch": torch, "nn": nn, "GPT2Config": GPT2Config, "Scale": Scale, "UNet": UNet,
+        "images": torch.randn(4, 3, 8, 8), "adamw": adamw, "x": x, "y": y,
         "model": mlp(), "loss": cross_entropy, "correct": correct, "batches": list(batches(2)),
         "make": lambda: [(torch.ones(8, 12), torch.zeros(8, dtype=torch.long))] * 2,
     }  # fmt: skip

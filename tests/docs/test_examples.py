@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import runpy
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+
+import rpcpipe as rp
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -135,3 +139,36 @@ def test_immortal(run: Run, tmp_path: Path) -> None:
     assert re.search(r"^ +[0-9.]+ s  worker[01] replaced, within [0-9.]+ s, by process \d+", out, re.MULTILINE)
     assert re.search(r"^\d+ kills; same weights as the undisturbed run: yes$", out, re.MULTILINE)
     assert "around the first of" in (tmp_path / "gap.svg").read_text()
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_finetune_lora_and_generate(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each reads what finetune.py has saved; the programs compare the losses with one process's themselves.
+
+    On the same workers, since the import of transformers takes them longer than all the rest.
+    """
+    with rp.launch(workers=2, threads=1) as cluster:
+        monkeypatch.setattr(rp, "launch", lambda workers: nullcontext(cluster))
+        _finetune_lora_and_generate(run, tmp_path)
+
+
+def _finetune_lora_and_generate(run: Run, tmp_path: Path) -> None:
+    out = run("finetune.py", "--steps", "24", "--out", str(tmp_path / "full"))
+    before, after = (float(found) for found in re.findall(r"^perplexity .* ([0-9.]+)$", out, re.MULTILINE))
+    assert after < 0.5 * before
+    assert_same_loss(out)
+    [folder] = (tmp_path / "full" / "tuned").glob("*-step-*")
+    out = run("lora.py", "--steps", "12", "--model", str(folder), "--out", str(tmp_path / "lora"))
+    losses = [float(loss) for loss in re.findall(r"loss ([0-9.]+)$", out, re.MULTILINE)]
+    assert losses[1] < losses[0] < math.log(before)
+    assert_same_loss(out)
+    out = run("generate.py", "--model", str(folder), "--tokens", "5", "The with statement", "class ")
+    assert re.search(r"""^.The with statement""", out, re.MULTILINE)
+    assert len(re.findall(r"""^['"]""", out, re.MULTILINE)) == 2
+    assert "loss" in run("generate.py", "--steps", "2", "--tokens", "2")
+
+
+def assert_same_loss(out: str) -> None:
+    found = re.search(r"loss ([0-9.]+) in one process, ([0-9.]+) in the pipeline$", out, re.MULTILINE)
+    assert found is not None
+    assert float(found[1]) == pytest.approx(float(found[2]), abs=1e-4)

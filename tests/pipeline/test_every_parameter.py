@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import GPT2Config
 
 import rpcpipe as rp
 from rpcpipe.cluster.cluster import Cluster
@@ -108,6 +109,7 @@ def timeline() -> Any:
 
 
 INPUTS, TARGETS = BATCH
+GPT2 = GPT2Config(vocab_size=8, n_embd=4, n_layer=1, n_head=1, n_positions=8)
 IDS = torch.zeros(1, 2, dtype=torch.long)
 NUMBER, NONNEGATIVE = "1.5 inf", "0 1.5"
 COSTS = dict.fromkeys(
@@ -124,7 +126,7 @@ CALLS: dict[str, Call] = {
         "model": "", "cluster": "", "loss": "", "optimizer": "None", "schedule": "", "chunks": "", "balance": "",
         "checkpoint": "0", "virtual_stages": "", "replicas": "", "shard_optimizer": "True", "weights": "None",
         "flush_every": "None", "clip_grad_norm": "None 1.5 inf", "nonfinite": "", "seed": "-1 0", "dispatch": "",
-        "autocast": "None", "accumulate": "", "batch_norm": "", "plan": "None",
+        "autocast": "None", "accumulate": "", "batch_norm": "", "undo": "", "plan": "None",
     }, {"model": "model|layer 0"}),
     "train_step": Call(of_pipe("train_step"), {"inputs": INPUTS, "targets": TARGETS}, {
         "inputs": "", "targets": "", "metrics": "None", "outputs": "True",
@@ -133,6 +135,7 @@ CALLS: dict[str, Call] = {
     "evaluate": Call(of_pipe("evaluate"), {"batches": [BATCH]}, {"batches": "", "metrics": "None"}),
     "predict": Call(of_pipe("predict"), {}, {"batches": "[]"}),
     "pipe(…)": Call(of_pipe("__call__"), {}, {"inputs": ""}),
+    "state_dict": Call(of_pipe("state_dict"), {}, {"trainable": "True"}),
     "load_state_dict": Call(of_pipe("load_state_dict"), {}, {"state_dict": ""}),
     "on_step": Call(of_pipe("on_step"), {}, {"callback": "'x'"}),
     "save": Call(save, {}, {"directory": "'x'", "stateful": "None", "keep": "None"}),
@@ -153,8 +156,16 @@ CALLS: dict[str, Call] = {
         "model": "", "sample": "", "workers": "", "memory": "None inf", "loss": "None", "targets": "None",
         "optimizer": "None", "moments": "0", "chunks": "None", "schedules": "", "checkpoints": "", "replicas": "None",
         "flops": "None 1.5", "latency": "None 0 1.5", "bandwidth": "None 1.5 inf", "seed": "-1 0",
+        "undo": "None",
     }, {"model": "model|layer 0", "memory": "memory|no schedule"}),
-    "plan by measuring": Call(plan, {"flops": None}, {"loss": "None", "optimizer": "None", "device": ""}),
+    "plan by measuring": Call(plan, {"flops": None}, {
+        "loss": "None", "optimizer": "None", "device": "", "autocast": "None",
+    }),
+    "from_transformers": Call(
+        lambda **given: rp.from_transformers(**{"config_or_model": GPT2, "cluster": LocalCluster(2)} | given), {},
+        {"config_or_model": "", "cluster": "", "stages": "None", "config": "None"},
+        {"config_or_model": "from_transformers takes|from_transformers downloads"},
+    ),
     "schedules.get": Call(rp.schedules.get, {"name": "1f1b", "workers": 2, "chunks": 2}, {
         "name": "", "workers": "", "chunks": "", "virtual_stages": "",
     }, {"name": "schedule"}),
@@ -172,6 +183,7 @@ CALLS: dict[str, Call] = {
                                   {"model": "model|layer 0"}),
     "balance_by_time": Call(rp.balance_by_time, {"model": mlp(4), "stages": 2, "sample": INPUTS},
                             {"stages": "", "sample": ""}),
+    "split": Call(rp.split, {"model": nn.Linear(12, 4), "sample": INPUTS}, {"model": "", "sample": ""}),
     "Cluster.call": Call(of_cluster("call"), {"worker": "worker0", "function": os.getpid}, {
         "worker": "", "function": "",
     }),

@@ -6,12 +6,13 @@ import dataclasses
 import math
 import random
 from itertools import accumulate
+from typing import Any
 
 import pytest
 
 import rpcpipe.planning.cost_model
 from rpcpipe import schedules
-from rpcpipe.planning import CostModel
+from rpcpipe.planning import CostModel, LayerCost
 from rpcpipe.planning.cost_model import SIMPLEST, Candidate, Machine
 from rpcpipe.planning.overheads import Overheads
 from support.layer_costs import layer
@@ -23,12 +24,17 @@ def cost_model(machine: Machine, **replaced: float) -> CostModel:
     return CostModel({1: layers}, machine, input_bytes=5)
 
 
+def way(schedule: str, depth: int, chunks: int, **others: Any) -> Candidate:
+    others = {"replicas": 1, "virtual_stages": 1, "micro_batch": 1, "checkpoint": "never"} | others
+    return Candidate(schedule=schedule, depth=depth, chunks=chunks, **others)
+
+
 @pytest.mark.parametrize("name", SIMPLEST)
 @pytest.mark.parametrize("chunks", [80, 83])
 def test_a_long_step_is_extrapolated_rightly(name: str, chunks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     costs = cost_model(Machine(4, latency=0.01, overheads=Overheads(1.0, 0.02, 0.05, 0.01, 0.02, 0.001)))
     virtual = schedules.fewest_virtual_stages(name)
-    candidate = Candidate(name, 4, 1, virtual, 1, chunks, "except_last")
+    candidate = way(name, 4, chunks, virtual_stages=virtual, checkpoint="except_last")
     balance = [16 // (4 * virtual)] * (4 * virtual)
     quick = costs.estimate(candidate, balance)
     assert costs.work_done < 0.75 * 6 * chunks * 4 * virtual
@@ -42,7 +48,7 @@ def test_a_long_step_is_extrapolated_rightly(name: str, chunks: int, monkeypatch
 def test_replicas_reduce_before_the_gate() -> None:
     """A ring of R sends every worker 2(R - 1)/R times its gradients. No update: one pipeline has no gate before it."""
     costs = cost_model(Machine(4, bandwidth=100.0), update=0.0)
-    one, two = (Candidate("1f1b", 2, replicas, 1, 1, 8, "never") for replicas in (1, 2))
+    one, two = (way("1f1b", 2, 8, replicas=replicas) for replicas in (1, 2))
     alone, together = (costs.estimate(candidate, [8, 8]) for candidate in (one, two))
     parameters = [0, *accumulate(layer.parameter_bytes for layer in costs.layer_costs[1])]
     reduced = [(parameters[b] - parameters[a]) / 100.0 for a, b in ((0, 8), (8, 16))]
@@ -52,7 +58,7 @@ def test_replicas_reduce_before_the_gate() -> None:
 
 def test_replicas_share_the_cores() -> None:
     alone, crowded = (
-        cost_model(Machine(4, cores=cores)).estimate(Candidate("gpipe", 2, 2, 1, 1, 8, "never"), [8, 8])
+        cost_model(Machine(4, cores=cores)).estimate(way("gpipe", 2, 8, replicas=2), [8, 8])
         for cores in (4, 2)
     )  # fmt: skip
     assert 1.5 < crowded.seconds / alone.seconds <= 2.0
@@ -61,7 +67,7 @@ def test_replicas_share_the_cores() -> None:
 def test_a_step_has_more_to_it_than_its_timeline() -> None:
     """Two stages, two micro-batches, one second of latency: 2 x 2 x 2 actions, and worker 1 waits for its first."""
     bare = Machine(2, latency=1.0)
-    candidate = Candidate("gpipe", 2, 1, 1, 1, 2, "never")
+    candidate = way("gpipe", 2, 2)
     plain = cost_model(bare).estimate(candidate, [8, 8])
     first = sum(layer.forward for layer in cost_model(bare).layer_costs[1][:8]) + 1.0
 
@@ -82,7 +88,7 @@ def test_a_step_has_more_to_it_than_its_timeline() -> None:
 @pytest.mark.parametrize(("replicas", "cores", "more"), [(1, None, 3 * 8), (1, 2, 3 * 8), (2, None, 5 * 8), (1, 1, 64)])
 def test_a_pipeline_updates_without_a_gate(replicas: int, cores: int | None, more: float) -> None:
     """Worker 1, with slow updates, ends long before worker 0: 3 s for each layer of worker 0, 5 s of worker 1."""
-    candidate, machine = Candidate("1f1b", 2, replicas, 1, 1, 4, "never"), Machine(2 * replicas, cores=cores)
+    candidate, machine = way("1f1b", 2, 4, replicas=replicas), Machine(2 * replicas, cores=cores)
 
     def seconds(updates: tuple[float, float]) -> float:
         layers = [
@@ -92,3 +98,34 @@ def test_a_pipeline_updates_without_a_gate(replicas: int, cores: int | None, mor
         return CostModel({1: layers}, machine, input_bytes=5).estimate(candidate, [8, 8]).seconds
 
     assert seconds((3.0, 5.0)) - seconds((0.0, 0.0)) == pytest.approx(more)
+
+
+LAYERS = [
+    LayerCost(str(at), 1.0, 2.0, 1.0, 1.0, 10 + at, 100, 7, state_bytes=states, peak_bytes=peak)
+    for at, (states, peak) in enumerate([(None, 0), (300, 0), (0, 40), (200, 0)])
+]
+
+
+@pytest.mark.parametrize("undo", ["copy", "off"])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_the_parts_of_a_workers_memory(undo: str, sharded: bool) -> None:
+    """By hand: gpipe with 3 micro-batches on workers of layers 0, 1 and 2, 3; Adam where no state was measured."""
+    costs = CostModel({1: LAYERS}, Machine(4), input_bytes=5)
+    first, last = costs.parts(way("gpipe", 2, 3, replicas=2, sharded=sharded, undo=undo), [0, 2, 4])
+    shards = 2 if sharded else 1
+    assert (first.weights, first.gradients, first.optimizer) == (200, 200, (200 + 300) / shards)
+    assert (last.weights, last.gradients, last.optimizer) == (200, 200, (0 + 200) / shards)
+    assert first.copy == (200 + 500 / shards if undo == "copy" else 0)
+    assert first.activations == 3 * (10 + 11)
+    assert last.activations == 3 * (12 + 13)
+    # Of the last micro-batch's backward: layer 1 has no more than it keeps; layer 2 does, while 3 has none any more.
+    assert (first.working, last.working) == (0, 40 - (12 + 13))
+    assert first.messages == last.messages == 2 * 2 * 7
+    assert first.total == sum((first.weights, first.gradients, first.optimizer, first.copy, 63, 0, 28))
+
+
+def test_recomputation_has_one_micro_batch_at_once() -> None:
+    costs = CostModel({1: LAYERS}, Machine(2), input_bytes=5)
+    first, last = costs.parts(way("gpipe", 2, 3, checkpoint="always"), [0, 2, 4])
+    assert first.activations == 2 * 5 + (10 + 11)
+    assert last.activations == 2 * 7 + (12 + 13)

@@ -55,8 +55,12 @@ def everything(search: Search) -> Iterator[Estimate]:
         for ends in itertools.combinations(range(1, layers), schedule.stages - 1):
             balance = [b - a for a, b in itertools.pairwise((0, *ends, layers))]
             found = search.cost_model.estimate(
-                Candidate(name, workers, replicas, virtual, size, chunks, checkpoint, sharded), balance
-            )
+                Candidate(
+                    schedule=name, depth=workers, replicas=replicas, virtual_stages=virtual, micro_batch=size,
+                    chunks=chunks, checkpoint=checkpoint, sharded=sharded,
+                ),
+                balance,
+            )  # fmt: skip
             if max(found.memory) <= search.machine.memory:
                 yield found
 

@@ -9,6 +9,7 @@ from torch import nn
 from rpcpipe.driver.optimizer import PipelineOptimizer
 from rpcpipe.errors import ArgumentError
 from rpcpipe.stage.optimizer import LocalOptimizer, Parameters
+from rpcpipe.stage.rollback import Reach
 from support.models import adamw, sgd
 
 
@@ -84,3 +85,17 @@ def test_undo_leaves_what_the_optimizer_has_not_touched() -> None:
     optimizer.undo.refresh_one()
     optimizer.undo.restore()
     assert all(torch.equal(a, b) for a, b in zip(state(optimizer), after, strict=True))
+
+
+def test_without_copies_an_update_says_how_far_it_has_got() -> None:
+    parameter = nn.Parameter(torch.ones(3))
+    optimizer = LocalOptimizer(lambda ps: torch.optim.AdamW(ps), Parameters([("a", parameter)]), copies=False)
+    optimizer.undo.begin(4)
+    assert optimizer.undo.reach(4) is Reach.BEFORE
+    optimizer.step({parameter: torch.ones(3)}, [{}])
+    assert optimizer.undo.copies == {}
+    assert optimizer.undo.reach(4) is Reach.WITHIN
+    optimizer.undo.end()
+    assert optimizer.undo.reach(4) is Reach.AFTER
+    optimizer.undo.begin(5)
+    assert optimizer.undo.reach(5) is Reach.BEFORE

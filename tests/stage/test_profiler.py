@@ -130,3 +130,27 @@ def test_ten_thousand_layers_in_a_second() -> None:
     assert time.perf_counter() - start < 2  # 0.14 s where nothing else runs
     assert sum(sizes) == 10_000
     assert balance([1.0] * 22, 8, [1.0] * 22) and max(balance([1.0] * 22, 8, [1.0] * 22)) == 3  # noqa: PT018
+
+
+def test_what_a_layer_has_at_once_and_what_its_optimizer_keeps() -> None:
+    """By hand, for a product whose output is squared: 16 × 64 values each, and gradients of 32 × 64 weights."""
+    x, kept = torch.randn(16, 32, requires_grad=True), 4 * 16 * 64
+
+    class Squared(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) ** 2
+
+    for optimizer, moments in ((torch.optim.AdamW, 2), (torch.optim.SGD, 0)):
+        [cost] = profile(named_layers([Squared(32, 64, bias=False)]), x, optimizer=lambda ps: optimizer(ps, lr=0.1))  # noqa: B023
+        assert cost.state_bytes is not None
+        assert 0 <= cost.state_bytes - moments * cost.parameter_bytes <= 8  # Adam's step
+        # The product, its square and the gradient of it, and what the power's derivative makes of them.
+        assert 3 * kept <= cost.peak_bytes - 4 * 16 * 32 <= 5 * kept + cost.parameter_bytes
+
+
+def test_autocast_keeps_half_of_the_activations_and_the_weights_cast() -> None:
+    layers, x = named_layers([nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False)]), torch.randn(256, 64)
+    single, half = (profile(layers, x, autocast=dtype)[1] for dtype in (None, torch.bfloat16))
+    assert single.activation_bytes == 4 * 256 * 64
+    assert half.activation_bytes == 2 * 256 * 64 + 2 * 64 * 64
+    assert half.output_bytes == single.output_bytes // 2

@@ -121,3 +121,18 @@ def test_views_and_tied_weights_share_their_memory_again() -> None:
     with torch.no_grad():
         state.linear.weight.fill_(3.0)
     assert state.row.tolist() == [3.0] * 4
+
+
+def test_a_copy_lies_in_the_memory_from_the_beginning() -> None:
+    """On the heap it would be there twice for a while, beside a step's activations."""
+    worker = solo(next(iter(KINDS)))
+    worker.step(0)
+    undo: Any = worker.actor.held.optimizer.undo  # type: ignore[union-attr]
+    undo.copies.clear()
+    undo.begin(7)
+    while undo.refresh_one():
+        pass
+    memory: Any = undo.watch._memory
+    values = [value for value, _ in undo.copies.values()]
+    assert values
+    assert all(memory.holds(value) for value in values)

@@ -50,8 +50,12 @@ class Course(NamedTuple):
         )
 
     def ending(self, runtime: Runtime, plan: StepContext) -> Ending:
-        """Return how the step ends; workers update by themselves unless the user may still change the update."""
+        """Return how the step ends; workers update by themselves unless the user may still change the update.
+
+        Nor where an update cannot be taken back: then nobody updates before the driver knows that all can.
+        """
         waits = not self.updates_at_once or self.progress.spoiled or runtime.optimizer.may_be_changed
+        waits = waits or runtime.settings.undo == "off"
         if waits or not plan.updates:
             return REPORT
         orders = None if plan.ahead else self.orders(runtime)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 from rpcpipe.driver.ending import REPORT, Ending
@@ -38,6 +38,7 @@ from rpcpipe.transport.interrupts import shield_interrupts
 from rpcpipe.worker.agreement import divisor
 from rpcpipe.worker.messages import ORDERS, Orders, Port, Report, Updated
 from rpcpipe.worker.operations import (
+    GetReach,
     LastUpdate,
     NormalizeGradients,
     Operation,
@@ -186,23 +187,35 @@ class Driver:
             self.collect(replies)
 
     def update_weights(
-        self, step: int, context_id: int, changes: Sequence[Mapping[str, Any]], after: Mapping[str, list[Task]]
+        self,
+        step: int,
+        context_id: int,
+        changes: Sequence[Mapping[str, Any]],
+        after: Mapping[str, list[Task]],
+        *,
+        undoes: bool,
     ) -> dict[str, tuple[int, int]]:
-        """Apply the context's gradients on all workers, or on none; return each worker's (start, end) in ns.
+        """Apply the context's gradients on all workers; return each worker's (start, end) in ns.
 
-        ``after``: tasks to run on each worker after its update. Raises ModelError if the workers' optimizers have
-        changed their hyperparameters in different ways.
+        ``after``: tasks to run on each worker after its update. ``undoes``: an update that fails is taken back, from
+        the workers' copies; else nothing is sent then, see ``reaches``. Raises ModelError if the workers' optimizers
+        have changed their hyperparameters in different ways.
         """
         tasks = {
             worker: [Task(UpdateWeights(context_id, changes)), *after.get(worker, ()), Task(LastUpdate())]
             for worker in self.workers
         }
-        with self._cancelling(step, updating=True):
-            done: dict[str, Updated] = self.collect(
-                {worker: self._sender.post(worker, step, own) for worker, own in tasks.items()}
-            )
-            check_alike({worker: updated.changed for worker, updated in done.items()})
+        with self._cancelling(step, updating=True) if undoes else nullcontext():
+            replies = {worker: self._sender.post(worker, step, own) for worker, own in tasks.items()}
+            done: dict[str, Updated] = self.collect(replies)
+            check_alike({worker: updated.changed for worker, updated in done.items()}, undone=undoes)
         return {worker: (updated.start, updated.end) for worker, updated in done.items()}
+
+    def reaches(self, step: int) -> dict[str, Any]:
+        """Drop what has not begun of the update of ``step``; return how far each worker is, its loss or Failure."""
+        if not isinstance(self._recovery, Idle) and self._recovery.step == step:
+            self.cancel(step, self._recovery.first)
+        return self.outcomes({worker: self.call(worker, GetReach(step)) for worker in self.workers})
 
     def roll_back(self, step: int, *, updating: bool) -> None:
         """Roll ``step`` back before any later call, if it began last; ``updating``: roll back its update, too."""

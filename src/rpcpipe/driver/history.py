@@ -86,6 +86,13 @@ class History:
         """Whether the pipeline can go on whichever host is lost now."""
         return self._runs and self._whole and self._snapshots.safe
 
+    @property
+    def leads_to_now(self) -> bool:
+        """Whether all workers can go back to a snapshot and do again what followed."""
+        if self._snapshots.pending:
+            self._settle()
+        return self._whole and self._runs
+
     # --- what happens ---
 
     def trained(self, step: StepRecord) -> None:
@@ -155,9 +162,7 @@ class History:
 
         Raises WorkerLost where there is no history, or if another worker dies.
         """
-        if self._snapshots.pending:
-            self._settle()
-        if not self._whole or not self._runs:
+        if not self.leads_to_now:
             raise WorkerLost(f"a host has died and what its workers held cannot be restored: {self._reason()}")
         runtime, begun = self._runtime, time.monotonic()
         self.behind = True

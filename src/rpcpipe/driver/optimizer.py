@@ -165,11 +165,13 @@ def _check_sendable(initial: Groups, current: Groups) -> None:
                     checked(value, f"{key!r} in group {index} of pipe.optimizer.param_groups")
 
 
-def check_alike(changed: Mapping[str, Sequence[Mapping[str, Any] | None]]) -> None:
+def check_alike(changed: Mapping[str, Sequence[Mapping[str, Any] | None]], *, undone: bool = True) -> None:
     """Raise ModelError unless the workers' optimizers have changed the entries of their groups alike.
 
-    ``changed``: by worker and group, None where the worker has no parameter of the group.
+    ``changed``: by worker and group, None where the worker has no parameter of the group. ``undone``: whether the
+    update is then rolled back.
     """
+    outcome = "The update was rolled back; use" if undone else "Use"
     first: dict[tuple[int, str], tuple[str, Any]] = {}
     for worker, groups in changed.items():
         for index, entries in enumerate(groups):
@@ -180,14 +182,14 @@ def check_alike(changed: Mapping[str, Sequence[Mapping[str, Any] | None]]) -> No
                 require(
                     not is_own(key),
                     f"the optimizer keeps {key}, and a worker's has only its own parameters: it became"
-                    f" {expected!r:.80} on {other} and {value!r:.80} on {worker}. The update was rolled back; keep what"
-                    " belongs to a parameter in state[parameter], or keep the model on one stage (balance=[number of"
-                    " layers])",
+                    f" {expected!r:.80} on {other} and {value!r:.80} on {worker}."
+                    f"{' The update was rolled back;' * undone} keep what belongs to a parameter in state[parameter],"
+                    " or keep the model on one stage (balance=[number of layers])",
                     error=ModelError,
                 )
                 raise ModelError(
                     f"the optimizer computes {key!r} of group {index} from all its parameters together, and a worker's"
-                    f" has only its own: it became {expected} on {other} and {value} on {worker}. The update was rolled"
-                    " back; use an optimizer that treats every parameter by itself, or keep the model on one stage"
+                    f" has only its own: it became {expected} on {other} and {value} on {worker}. {outcome}"
+                    " an optimizer that treats every parameter by itself, or keep the model on one stage"
                     " (balance=[number of layers], with replicas=… on more workers)"
                 )

@@ -60,7 +60,8 @@ class _Whole(NamedTuple):
         )
         count = max(len(part.groups) for part in parts.values())
         members: list[dict[str, tuple[int, ...]]] = [{} for _ in range(count)]
-        later = {holder.name for tie in deployment.ties for holder in tie.holders[1:]}
+        first = {tie.holders[0].name for tie in deployment.ties}
+        later = {holder.name for tie in deployment.ties for holder in tie.holders[1:]} - first
         for stage in sorted({stage for part in parts.values() for stage in part.members}):
             rows = [part.members[stage] for part in parts.values() if stage in part.members]
             for name, (shape, _) in rows[0].items():

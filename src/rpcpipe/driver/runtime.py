@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -21,14 +21,15 @@ from rpcpipe.driver.driver import Driver
 from rpcpipe.driver.layout import Layout
 from rpcpipe.driver.optimizer import PipelineOptimizer
 from rpcpipe.driver.reading import Readers
-from rpcpipe.driver.replies import raise_failure, raise_loss
 from rpcpipe.driver.roles import Active, OpenStream, Past
 from rpcpipe.driver.settings import Settings
+from rpcpipe.driver.stage_calls import execute
 from rpcpipe.driver.stage_handle import StageHandle
 from rpcpipe.driver.succession import AS_BEFORE, Succession, healed
+from rpcpipe.driver.torn import Torn
 from rpcpipe.driver.tracing import Tracer, clock_offset
 from rpcpipe.driver.turn import Turn, in_turn
-from rpcpipe.errors import Failure, StateError, WorkerLost, require
+from rpcpipe.errors import StateError, require
 from rpcpipe.model.batch import Batch
 from rpcpipe.model.microbatch import Nest
 from rpcpipe.schedules import Schedule
@@ -37,7 +38,7 @@ from rpcpipe.schedules.weight_versions import Policy
 from rpcpipe.stage.progress import Progress
 from rpcpipe.worker.actor_spec import ActorSpec
 from rpcpipe.worker.messages import Report, StageInfo
-from rpcpipe.worker.operations import BeginCall, CallModule, RollBackStep
+from rpcpipe.worker.operations import CallModule
 
 T = TypeVar("T")
 
@@ -82,6 +83,7 @@ class Runtime:
         self.tracer: Tracer | None = None
         self.busy: dict[str, float] = {}
         self.closed = False
+        self.torn = Torn()
         self.names = deployment.layout.names
         # Processes of one host share their monotonic clock.
         self.offsets = dict.fromkeys(self.names, 0)
@@ -238,16 +240,22 @@ class Runtime:
     @in_turn
     def load_optimizer_state(self, state: Mapping[str, Any]) -> None:
         """Load the state of the workers' optimizers; raises StateError within a step, CheckpointError if it differs."""
-        self.check()
+        self.ready()
         self.check_no_step("optimizer.load_state_dict")
         after = "Some workers may have loaded their part, and some not: load again"
         self.optimizer.adopt(self.healed(lambda: optimizer_state.load(self.driver, self.deployment, state), after))
+        self.torn.replaced("optimizer")
         self.history.begin_anew()
 
     # --- life ---
 
     def check(self) -> None:
-        """Prepare the pipeline for other work: drain an open stream.
+        """Prepare the pipeline for other work, as ``ready`` does; raises StateError, too, if its state is torn."""
+        self.ready()
+        self.torn.check()
+
+    def ready(self) -> None:
+        """Prepare the pipeline for anything that replaces its state: drain an open stream.
 
         Workers that have died are replaced. Raises StateError if the pipeline or the cluster is closed, and WorkerLost
         if a worker has died and is not replaced.
@@ -268,67 +276,34 @@ class Runtime:
         """Let the successors of dead workers go on with what those have kept."""
         if self.turn.is_elsewhere or not (self.succession.is_broken or self.history.behind):
             return  # the call of another thread does it itself: this one is of another pipeline
-        self.readers.forget()
-        for lost in (self.active, self.stream):
-            if lost is not None:
-                lost.lose()
+        self._lose()
         if self.history.behind or self.succession.is_beyond:
             self.history.restore()
         else:
             self.history.lose()
             self.succession.revive()
 
+    def _lose(self) -> None:
+        self.readers.forget()
+        for lost in (self.active, self.stream):
+            if lost is not None:
+                lost.lose()
+
+    def go_back(self) -> None:
+        """Have all workers go back to the newest snapshot and do again what followed; what is active is lost."""
+        self._lose()
+        self.history.restore()
+
     def healed(self, call: Callable[[], T], after: str = AS_BEFORE) -> T:
         """Return ``call()``, made again if workers have died in it; raises WorkerLost if they do again and again.
 
         ``after``: what holds then.
         """
-        return healed(self.cluster, self.check, call, after=after)
+        return healed(self.cluster, self.ready, call, after=after)
 
     def execute(self, workers: Sequence[str], operation: CallModule) -> dict[str, Any]:
-        """Execute ``operation`` on each of ``workers`` once, and return the results.
-
-        On a worker that dies in it what it has changed is undone, and it is executed again. Inside an open step it is
-        not: the step is lost, too.
-        """
-        number, done, restored = self.driver.new_step(), dict[str, Any](), self.history.restored
-        keep = self.cluster.heal > 0 and self.active is None
-
-        def rest() -> dict[str, Any]:
-            replies = {
-                worker: self.driver.call(worker, operation, before=BeginCall(number) if keep else None)
-                for worker in workers
-                if worker not in done
-            }
-            outcomes = self.driver.outcomes(replies)
-            lost = {worker: outcome for worker, outcome in outcomes.items() if isinstance(outcome, WorkerLost)}
-            done.update((worker, outcome) for worker, outcome in outcomes.items() if worker not in lost)
-            if any(isinstance(outcome, Failure) for outcome in done.values()):
-                undo(lost)
-                raise_failure(done.values())
-            raise_loss(lost.values())
-            return done
-
-        def undo(on: Iterable[str]) -> None:
-            self.driver.ensure([RollBackStep(number, updating=True)], on)
-
-        def check() -> None:
-            nonlocal restored
-            self.check()
-            if self.history.restored > restored:
-                restored = self.history.restored
-                done.clear()
-            undo(worker for worker in workers if worker not in done)
-
-        if not keep:
-            return rest()
-        try:
-            results = healed(self.cluster, check, rest)
-            self.history.called(workers, operation)
-            return results
-        except WorkerLost:
-            undo(workers)
-            raise
+        """Execute ``operation`` on each of ``workers`` once, and return the results; see ``stage_calls``."""
+        return execute(self, workers, operation)
 
     def check_trains(self) -> None:
         """Raise StateError if the pipeline was made without an optimizer."""

@@ -12,6 +12,7 @@ from rpcpipe.schedules.weight_versions import Policy
 class Settings:
     """The settings of training, replaced between steps.
 
+    ``undo``: whether workers copy what an update changes, to take it back ("copy", "off").
     ``trains`` and ``has_loss``: whether the pipeline was made with an optimizer and with a loss.
     """
 
@@ -22,6 +23,7 @@ class Settings:
     nonfinite: str = "skip"
     weights: str | None = None
     virtual_stages: int = 1
+    undo: str = "copy"
     trains: bool = True
     has_loss: bool = True
 
@@ -42,6 +44,11 @@ class Settings:
             raise ScheduleError(
                 f"accumulate={self.accumulate} does not fit an asynchronous schedule; pipedream-2bw makes one update of"
                 " all micro-batches of a batch: pass it larger batches and more chunks"
+            )
+        if self.undo == "off":
+            raise ScheduleError(
+                "undo='off' does not fit an asynchronous schedule: stages update at different times, and where one"
+                " fails all come back to copies of the same update. Use undo='copy', or a synchronous schedule"
             )
         if self.batch_norm == "deferred":
             raise ScheduleError(

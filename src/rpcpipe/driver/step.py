@@ -17,6 +17,7 @@ from rpcpipe.driver.course import Course, Cut, Issued
 from rpcpipe.driver.ending import Committing, Ending
 from rpcpipe.driver.gate import judge, refuse_nonfinite
 from rpcpipe.driver.inference import NOTHING, Wanted
+from rpcpipe.driver.one_way import one_way
 from rpcpipe.driver.result import StepResult, by_stage, mean_metrics, merged_outputs
 from rpcpipe.driver.roles import StepRecord
 from rpcpipe.driver.runtime import Runtime
@@ -79,6 +80,10 @@ class Step:
         self._context: AbstractContextManager[int] | None = None
         self._thread = threading.current_thread()  # whose context it is
         self._lost = False
+        self._one_way = False  # an update is under way that cannot be taken back
+        self._undoes = runtime.settings.undo == "copy"
+        self._counted = False
+        self._published: dict[str, Future[Any]] = {}
         # What to run again if a worker dies in an update that the driver sends.
         self._given: tuple[Nest, Nest] | None = None
         self._changes: Sequence[Mapping[str, Any]] = ()  # of hyperparameters, as sent for the update
@@ -109,6 +114,8 @@ class Step:
     def _exit(self, kind: type[BaseException] | None, error: BaseException | None) -> None:
         self._runtime.leave(self)
         self._close_context()
+        if self._counted:
+            return
         # A Ctrl-C may come after the last worker has updated and before the caller can know of the update.
         unknown = isinstance(error, KeyboardInterrupt) or self._course.updates_at_once
         if kind is not None and (unknown or not self._updated):
@@ -186,7 +193,8 @@ class Step:
             return {}
         if self._context is None:
             self._open_context()
-        return driver.publish_gradients(self._message, self.context_id, verdict.gate.factor)
+        self._published = driver.publish_gradients(self._message, self.context_id, verdict.gate.factor)
+        return self._published
 
     def _execute(self, cut: Cut, issued: Issued | None, meanwhile: Callable[[Course | None], None]) -> _Done:
         """Execute the batch's actions and, unless that is left to the driver, its update; return what came out."""
@@ -282,12 +290,15 @@ class Step:
         self._has_updated = True
         if self._runtime.tracer is not None:
             self._runtime.tracer.update(times, self._course.number)
+        if not self._undoes:  # whatever comes now, the step is done
+            self._runtime.by_hand, self._counted = None, True
+            self._advance()
 
     def _update_healed(self) -> Mapping[str, tuple[int, int]]:
         if self._given is None:
             return self._update()
         # Not the whole step again, because hooks of the optimizer run around this, once.
-        return healed(self._runtime.cluster, self._runtime.check, self._update)
+        return healed(self._runtime.cluster, self._runtime.ready, self._update)
 
     def _update(self) -> Mapping[str, tuple[int, int]]:
         """Send the update, after the batch has been run again if a worker has died since; return its times."""
@@ -301,14 +312,27 @@ class Step:
             self.run(*self._given)
         self._check_lost()
         self._changes = runtime.optimizer.changes()
-        return runtime.driver.update_weights(
-            self._message, self.context_id, self._changes, runtime.program.after_update()
-        )
+        send = partial(
+            runtime.driver.update_weights,
+            self._message, self.context_id, self._changes, runtime.program.after_update(), undoes=self._undoes,
+        )  # fmt: skip
+        if self._undoes:
+            return send()
+        runtime.driver.settle(self._message, self._published)
+        self._one_way, times = True, dict[str, tuple[int, int]]()
+        try:
+            with one_way(runtime, self._message):
+                times = send()
+            self._lost = False
+        finally:
+            self._one_way = False
+        return times
 
     def lose(self) -> None:
         """Note that a worker has been replaced: unless the weights are updated, nothing is left of the step."""
         if not self._has_updated:
             self._lost = True
+        if not self._has_updated and not self._one_way:
             self._runtime.driver.roll_back(self._message, updating=True)
 
     def _check_thread(self) -> None:

@@ -2,5 +2,6 @@
 
 from rpcpipe.model.layers import LayerSpec, Wired
 from rpcpipe.model.microbatch import Batched, MicroBatches, Replicated
+from rpcpipe.model.splitting import split
 
-__all__ = ["Batched", "LayerSpec", "MicroBatches", "Replicated", "Wired"]
+__all__ = ["Batched", "LayerSpec", "MicroBatches", "Replicated", "Wired", "split"]

@@ -15,11 +15,14 @@ from torch.nn.utils import parametrize
 
 from rpcpipe.errors import ModelError
 from rpcpipe.model.memory import extent
+from rpcpipe.model.names import full_name
 
 _METHODS = (
-    "forward", "__call__", "_call_impl", "train", "eval", "state_dict", "load_state_dict", "get_extra_state",
-    "set_extra_state", "parameters", "named_parameters", "buffers", "named_buffers", "requires_grad_", "__iter__",
+    "__call__", "_call_impl", "state_dict", "load_state_dict", "get_extra_state",
+    "set_extra_state", "parameters", "named_parameters", "buffers", "named_buffers", "requires_grad_",
 )  # fmt: skip
+# What a module that is no chain of layers may have of its own; the layers' modes are those that its modules have.
+_OF_CHAINS = ("forward", "__iter__", "train", "eval")
 _HOOKS = (
     "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks", "_state_dict_hooks",
     "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
@@ -41,19 +44,31 @@ def check_container(model: nn.Sequential, base: type[nn.Sequential]) -> None:
 
 
 def _extras(model: nn.Sequential, base: type[nn.Sequential]) -> Iterator[str]:
+    for name in _OF_CHAINS:
+        if _overrides(model, name, base):
+            yield f"its own {name}()"
+    yield from beside_forward(model, base)
+    for what, tensors in ("parameter", model.named_parameters), ("buffer", model.named_buffers):
+        for name, _ in tensors(recurse=False):
+            yield f"a {what} of its own, {name!r}"
+
+
+def beside_forward(model: nn.Module, base: type[nn.Module] = nn.Module) -> Iterator[str]:
+    """Yield what ``model`` has beside its forward and its parts that a ``base`` has not, in words."""
     if parametrize.is_parametrized(model):
         yield "parametrizations of its own"
     for name in _METHODS:
-        if name in vars(model) or getattr(type(model), name) is not getattr(base, name):
+        if _overrides(model, name, base):
             yield f"its own {name}()"
     for name in _HOOKS:
         if getattr(model, name):
             yield f"hooks of its own ({name.strip('_').replace('_', ' ')})"
-    for what, tensors in ("parameter", model.named_parameters), ("buffer", model.named_buffers):
-        for name, _ in tensors(recurse=False):
-            yield f"a {what} of its own, {name!r}"
     if vars(model).get("_compiled_call_impl") is not None:
         yield "been compiled by its compile()"
+
+
+def _overrides(model: nn.Module, name: str, base: type[nn.Module]) -> bool:
+    return name in vars(model) or getattr(type(model), name, None) is not getattr(base, name, None)
 
 
 def check_global_hooks() -> None:
@@ -76,7 +91,7 @@ class _Place:
 
     @property
     def name(self) -> str:
-        return f"{self.layer}.{self.path}"
+        return full_name(self.layer, self.path)
 
     @property
     def trained(self) -> bool:

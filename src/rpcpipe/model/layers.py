@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.module import _IncompatibleKeys
 from torch.nn.parameter import is_lazy
 
 from rpcpipe._arguments import require_callable, require_kind, require_names
-from rpcpipe.errors import ArgumentError, CheckpointError, ModelError, PartitionError, require, shown
+from rpcpipe.errors import ArgumentError, ModelError, PartitionError, require, shown
 from rpcpipe.model import nest_types, rng, tied_weights
 from rpcpipe.model.containers import check_container
 from rpcpipe.model.microbatch import Nest
+from rpcpipe.model.names import Named, full_name, prefix_of
 from rpcpipe.model.wiring import Wiring, advance, live_names, required_inputs
 from rpcpipe.transport import user_pickling
 
@@ -102,36 +102,14 @@ def _name_of(function: Callable[..., Any]) -> str:
 
 
 Layer = nn.Module | LayerSpec | Wired
+# What is a chain of layers, and what ``rp.split`` makes one of.
 Model = nn.Sequential | Sequence[Layer | Callable[..., Any]] | Mapping[str, Layer | Callable[..., Any]]
+AnyModel = Model | nn.Module
 
 
-class Named(nn.Sequential):
-    """A chain of layers whose names may contain dots (``bert.encoder.layer.3``), as in the model's ``state_dict``.
-
-    torch reads a dot as a submodule, and ``transformer`` and ``transformer.h.0`` may both be layers, so the
-    methods that look up names are overridden.
-    """
-
-    def add_module(self, name: str, module: nn.Module | None) -> None:
-        assert module is not None
-        self._modules[name] = module
-
-    def get_parameter(self, target: str) -> nn.Parameter:
-        return dict(self.named_parameters(remove_duplicate=False))[target]
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        live = self.state_dict().keys()
-        missing = [key for key in live if key not in state_dict]
-        unexpected = [key for key in state_dict if key not in live]
-        if strict and (missing or unexpected):
-            raise CheckpointError(f"the state does not fit the layers: missing {missing}, unexpected {unexpected}")
-        parts: dict[str, dict[str, Any]] = {name: {} for name in self._modules}
-        for key in live & state_dict.keys():
-            name = layer_of(key, parts)
-            parts[name][key.removeprefix(f"{name}.")] = state_dict[key]
-        for name, layer in self.named_children():
-            layer.load_state_dict(parts[name], strict=False, assign=assign)
-        return _IncompatibleKeys(missing, unexpected)
+_OTHERWISE = (
+    "cut it by rp.split(model, sample), as Pipeline(model, …, sample=…) does, or write its forward as a chain of layers"
+)
 
 
 class Sequential(Named):
@@ -181,7 +159,7 @@ def check_inputs(inputs: Nest, wirings: Mapping[str, Wiring]) -> None:
             )
 
 
-def named_layers(model: Model) -> OrderedDict[str, Layer]:
+def named_layers(model: AnyModel) -> OrderedDict[str, Layer]:
     """Return the model's layers, in order, by their names in the unsplit model's ``state_dict``.
 
     A function becomes a layer without parameters. Raises ArgumentError for anything but an ``nn.Sequential``, or a
@@ -203,7 +181,7 @@ def _named(model: Any) -> OrderedDict[str, Layer]:
     if isinstance(model, (nn.Module, str)) or not isinstance(model, (Sequence, Mapping)):
         raise ArgumentError(
             "model must be an nn.Sequential, or a list or dict of nn.Module, function or rp.LayerSpec, not"
-            f" {type(model).__name__}; write its forward as a chain of layers"
+            f" {type(model).__name__}; {_OTHERWISE if isinstance(model, nn.Module) else 'pass these'}"
         )
     named = dict(model) if isinstance(model, Mapping) else {str(index): layer for index, layer in enumerate(model)}
     for name in named:
@@ -216,21 +194,23 @@ def _separate(layers: OrderedDict[str, Layer]) -> OrderedDict[str, Layer]:
 
     A layer may be named inside of another's name, as "encoder" and "encoder.norm".
     """
-    check_names((name, key) for name, layer in layers.items() for key in _state_names(name, unwired(layer)))
+    check_names(owned for name, layer in layers.items() for owned in _state_of(name, unwired(layer)))
     return layers
 
 
-def _state_names(name: str, layer: nn.Module | LayerSpec) -> Iterator[str]:
+def _state_of(name: str, layer: nn.Module | LayerSpec) -> Iterator[tuple[str, str, Any]]:
+    """Yield (layer, name in the model, what it is) of a layer's state."""
     if isinstance(layer, nn.Module):
-        yield from (f"{name}.{key}" for key in layer.state_dict())
+        own = dict(layer.named_parameters(remove_duplicate=False)) | dict(layer.named_buffers(remove_duplicate=False))
+        yield from ((name, full_name(name, key), id(own[key]) if key in own else name) for key in layer.state_dict())
 
 
-def check_names(owned: Iterable[tuple[str, str]]) -> None:
-    """Raise ModelError if two owners have the same name in the model's state_dict; ``owned``: (owner, name)."""
-    owners = dict[str, str]()
-    for owner, key in owned:
-        first = owners.setdefault(key, owner)
-        if first != owner:
+def check_names(owned: Iterable[tuple[str, str, Any]]) -> None:
+    """Raise ModelError if two things have one name in the model's state_dict; ``owned``: (owner, name, thing)."""
+    owners = dict[str, tuple[str, Any]]()
+    for owner, key, thing in owned:
+        first, known = owners.setdefault(key, (owner, thing))
+        if known != thing:
             raise ModelError(
                 f"{key!r} in the model's state_dict is of layer {first!r} and of layer {owner!r}: one would be saved"
                 " and loaded for both; rename one of these layers"
@@ -295,12 +275,17 @@ def find_ties(layers: Mapping[str, Layer]) -> tuple[tied_weights.Tie, ...]:
     return tied_weights.find({name: unwired(layer) for name, layer in layers.items()})
 
 
-def layer_of(key: str, layers: Container[str]) -> str:
-    """Return the layer to which state entry ``key`` belongs: the longest name in ``layers`` that is its prefix."""
-    name = key.rpartition(".")[0]
-    while name not in layers:
-        name = name.rpartition(".")[0]
-    return name
+def layer_of(key: str, layers: Mapping[str, Layer]) -> str:
+    """Return the layer to which state entry ``key`` belongs, the one with the longest name that fits; "" if none."""
+    fitting = [
+        name for name, layer in layers.items() if key.startswith(prefix_of(name)) and _may_have(layer, name, key)
+    ]
+    return max(fitting, key=lambda name: len(prefix_of(name)), default="")
+
+
+def _may_have(layer: Layer, name: str, key: str) -> bool:
+    module = unwired(layer)
+    return not isinstance(module, nn.Module) or key.removeprefix(prefix_of(name)) in module.state_dict()
 
 
 def unpicklable(layers: Mapping[str, Layer], error: Exception, after: str = "") -> ModelError:

@@ -1,6 +1,8 @@
-"""Where tensors lie in memory."""
+"""Where tensors lie in memory, and what the heap keeps of it."""
 
 from __future__ import annotations
+
+import ctypes
 
 import torch
 
@@ -10,3 +12,9 @@ def extent(tensor: torch.Tensor) -> tuple[int, int]:
     reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     start = int(tensor.storage_offset())
     return start * tensor.element_size(), (start + reach + 1) * tensor.element_size()
+
+
+def give_heap_back() -> None:
+    """Give the heap's free pages back to the system, which a worker's allocator never does by itself."""
+    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(ctypes.c_size_t(0))

@@ -16,6 +16,7 @@ from torch import nn
 
 from rpcpipe.errors import CheckpointError, ModelError
 from rpcpipe.model import rng
+from rpcpipe.model.names import full_name
 
 
 class Holder(NamedTuple):
@@ -27,7 +28,7 @@ class Holder(NamedTuple):
     @property
     def name(self) -> str:
         """Name of the parameter in the unsplit model."""
-        return f"{self.layer}.{self.parameter}"
+        return full_name(self.layer, self.parameter)
 
 
 class Spec(Protocol):

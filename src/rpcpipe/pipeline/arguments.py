@@ -36,7 +36,7 @@ from rpcpipe.model.microbatch import Nest
 from rpcpipe.model.sendable import as_argument, sendable
 from rpcpipe.model.tied_weights import Tie
 from rpcpipe.planning import Plan, partition
-from rpcpipe.planning.layer_cost import balancing_costs
+from rpcpipe.planning.layer_cost import UNDO, balancing_costs
 from rpcpipe.schedules import Schedule
 from rpcpipe.schedules.weight_versions import POLICIES, Policy
 from rpcpipe.stage import precision
@@ -72,6 +72,7 @@ class Options:
     autocast: torch.dtype | None = None
     accumulate: int = 1
     batch_norm: str = "micro_batch"
+    undo: str = "copy"
     sample: Nest = None
 
     def planned(self, plan: Plan | None) -> Options:
@@ -82,6 +83,7 @@ class Options:
         return replace(
             self, schedule=plan.schedule, chunks=plan.chunks, balance=plan.balance, checkpoint=plan.checkpoint,
             virtual_stages=plan.virtual_stages, replicas=plan.replicas, shard_optimizer=plan.shard_optimizer,
+            undo=plan.undo,
         )  # fmt: skip
 
     def checked(self) -> Options:
@@ -111,6 +113,7 @@ class Options:
             clip_grad_norm=self.clip_grad_norm,
             flush_every=self.flush_every,
             nonfinite=self.nonfinite,
+            undo=self.undo,
             weights=self.weights,
             virtual_stages=self.virtual_stages,
             trains=self.optimizer is not None,
@@ -177,7 +180,11 @@ def _check_updates(schedule: Schedule) -> None:
 
 
 def cut_layers(
-    layers: OrderedDict[str, Layer], balance: str | Sequence[int], stages: int, measure: Callable[[], Any]
+    layers: OrderedDict[str, Layer],
+    balance: str | Sequence[int],
+    stages: int,
+    measure: Callable[[], Any],
+    undo: str,
 ) -> list[int]:
     """Return the number of layers of each stage, as ``balance`` gives it or as equal in cost as possible.
 
@@ -195,7 +202,7 @@ def cut_layers(
         else:
             measured = measure()
             sizes = partition.balance(
-                balancing_costs(measured, balance), stages, [layer.output_bytes for layer in measured]
+                balancing_costs(measured, balance, undo), stages, [layer.output_bytes for layer in measured]
             )
     else:
         sizes = partition.check_balance(balance, len(layers), stages)
@@ -249,6 +256,7 @@ def check_settings(settings: Settings) -> Settings:
     )  # fmt: skip
     require(nonfinite in ("skip", "stop"), f"nonfinite must be 'skip' or 'stop', not {nonfinite!r}")
     require(batch_norm in MODES, f"batch_norm must be one of {MODES}, not {batch_norm!r}")
+    require(settings.undo in UNDO, f"undo must be one of {UNDO}, not {settings.undo!r}")
     return replace(
         settings,
         accumulate=require_whole("accumulate", settings.accumulate),
@@ -256,6 +264,12 @@ def check_settings(settings: Settings) -> Settings:
         flush_every=None if flush is None else require_whole("flush_every", flush, otherwise=", or None for never"),
         virtual_stages=require_whole("virtual_stages", settings.virtual_stages),
     )
+
+
+def _names_of(tie: Tie) -> list[str]:
+    """Return the names of a tied weight, or, if all layers have it under one, those of the layers."""
+    names = list(dict.fromkeys(holder.name for holder in tie.holders))
+    return names if len(names) > 1 else [f"{names[0]} of layer {holder.layer}" for holder in tie.holders]
 
 
 def check_ties(policy: Policy | None, ties: Sequence[Tie], layers: Sequence[str], sizes: Sequence[int]) -> None:
@@ -268,7 +282,7 @@ def check_ties(policy: Policy | None, ties: Sequence[Tie], layers: Sequence[str]
         stages = sorted({stage_of[holder.layer] for holder in tie.holders})
         if len(stages) > 1:
             raise ScheduleError(
-                f"{' and '.join(holder.name for holder in tie.holders)} are one weight, on stages"
+                f"{' and '.join(_names_of(tie))} are one weight, on stages"
                 f" {' and '.join(map(str, stages))}, which an asynchronous schedule lets update at their own times;"
                 " use a synchronous one, for instance '1f1b', or keep these layers on one stage with balance=[…]"
             )

@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from rpcpipe import schedules
@@ -91,7 +92,8 @@ def _start(layers: OrderedDict[str, Layer], cluster: PipelineCluster, options: O
             check_embeddings(name, module)
     buffers = shared_buffers({name: unwired(layer) for name, layer in layers.items()})
     ties, wirings = find_ties(layers), {name: wiring_of(layer) for name, layer in layers.items()}
-    sizes = cut_layers(layers, options.balance, schedule.stages, lambda: measure(cluster, layers, options.sample, seed))
+    measured = functools.partial(measure, cluster, layers, options.sample, seed, options.autocast)
+    sizes = cut_layers(layers, options.balance, schedule.stages, measured, options.undo)
     check_ties(policy, ties, list(layers), sizes)
     deployment = Deployment(layout, schedule, sizes, wirings, ties, options.shard_optimizer)
     identity = uuid.uuid4().hex
@@ -103,7 +105,7 @@ def _start(layers: OrderedDict[str, Layer], cluster: PipelineCluster, options: O
         stages={}, last_stage=schedule.stages - 1, loss=options.loss or _no_loss, optimizer=options.optimizer,
         seed=seed, checkpoint=options.checkpoint, autocast=options.autocast, batch_norm=options.batch_norm,
         wirings=wirings, ties=ties, stage_links=deployment.stage_links, shared_buffers=buffers,
-        settings=TorchSettings.current(), keep=cluster.heal > 0,
+        settings=TorchSettings.current(), copies=options.undo == "copy", keep=cluster.heal > 0,
     )  # fmt: skip
     watch(runtime)
     try:
@@ -123,8 +125,10 @@ def watch(runtime: Runtime) -> None:
     weakref.finalize(runtime, release, runtime.cluster, runtime.driver).atexit = False
 
 
-def measure(cluster: PipelineCluster, layers: OrderedDict[str, Layer], sample: Nest, seed: int) -> list[LayerCost]:
-    """Return every layer's costs on the first worker for ``sample``, one micro-batch of inputs.
+def measure(
+    cluster: PipelineCluster, layers: OrderedDict[str, Layer], sample: Nest, seed: int, autocast: torch.dtype | None
+) -> list[LayerCost]:
+    """Return every layer's costs on the first worker for ``sample``, one micro-batch of inputs, under ``autocast``.
 
     Raises ArgumentError if there is no sample, ModelError for layers that cannot be sent, and StageError for a layer
     that fails.
@@ -134,7 +138,7 @@ def measure(cluster: PipelineCluster, layers: OrderedDict[str, Layer], sample: N
     )
     first = cluster.workers[0]
     try:
-        measured = functools.partial(profile, seed=seed, device=first.device)
+        measured = functools.partial(profile, seed=seed, device=first.device, autocast=autocast)
         return list(cluster.call(first, TorchSettings.current().around(measured), layers, sample))
     except ArgumentError as error:
         if isinstance(error, StageError):
@@ -164,7 +168,9 @@ def _create(runtime: Runtime, identity: str, layers: OrderedDict[str, Layer]) ->
     runtime.install(deployment, infos)
     runtime.succession.begin(infos)
     # Of specs' layers the names are known only now.
-    check_names((f"of stage {stage.index}", name) for stage in runtime.stages for name in stage.trainable)
+    tied = {holder.name for tie in deployment.ties for holder in tie.holders}
+    owned = ((f"of stage {stage.index}", name) for stage in runtime.stages for name in stage.trainable)
+    check_names((stage, name, "a tied weight" if name in tied else stage) for stage, name in owned)
     if runtime.settings.trains:
         runtime.make_optimizer(check_groups({worker: list(stages.values()) for worker, stages in infos.items()}))
 

@@ -26,8 +26,9 @@ from rpcpipe.driver.step import Step
 from rpcpipe.driver.training import new_step, train_batch
 from rpcpipe.driver.turn import EachInTurn, Turn, in_turn
 from rpcpipe.errors import require_whole
-from rpcpipe.model.layers import Loss, Model, named_layers
+from rpcpipe.model.layers import AnyModel, Loss
 from rpcpipe.model.microbatch import Nest
+from rpcpipe.model.splitting import layers_for
 from rpcpipe.pipeline import deploy, resize, state
 from rpcpipe.pipeline.arguments import Options, pairs
 from rpcpipe.pipeline.hints import Hints
@@ -46,8 +47,9 @@ class Pipeline(Hints):
     """A model cut into stages on a cluster's workers, trained from this process.
 
     Args:
-        model: An ``nn.Sequential``, or a list of ``nn.Module``, ``LayerSpec`` and ``Wired``, or a dict of them by
-            their names in the unsplit model's ``state_dict`` (``encoder.layer.0``).
+        model: An ``nn.Sequential``, a list of ``nn.Module``, ``LayerSpec`` and ``Wired``, or a dict of them by their
+            names in the unsplit model's ``state_dict`` (``encoder.layer.0``). With ``sample`` any ``nn.Module``, cut by
+            ``rp.split``.
         cluster: The workers, of ``rp.launch`` or ``rp.connect``.
         loss: ``loss(output, target)`` returns the mean over its samples as a scalar tensor, or (sum, count), which is
             normalized over the whole batch. If it has a method ``prepare``, the driver cuts ``loss.prepare(targets)``
@@ -79,9 +81,10 @@ class Pipeline(Hints):
         accumulate: The number of calls of ``train_step`` that make one update.
         batch_norm: When BatchNorm's running statistics move: with every "micro_batch", or "deferred", once per batch by
             the statistics of the unsplit batch.
-        sample: One micro-batch of inputs, for ``balance="time"`` or ``"memory"``.
-        plan: A plan of ``rp.plan``. Its schedule, chunks, balance, virtual stages, checkpoint, replicas and sharding
-            replace these arguments.
+        undo: "copy" holds weights and optimizer state twice, to take back an update that fails; with "off" updates wait
+            for the driver, and after one that fails half way training goes on from a snapshot or a checkpoint alone.
+        sample: One micro-batch of inputs, for ``balance="time"`` or ``"memory"``, and to split a module.
+        plan: A plan of ``rp.plan``, whose ``arguments`` replace these.
 
     Raises:
         ArgumentError, ModelError, ScheduleError, PartitionError: Before anything starts; all are also ValueErrors.
@@ -90,7 +93,7 @@ class Pipeline(Hints):
 
     def __init__(
         self,
-        model: Model,
+        model: AnyModel,
         cluster: PipelineCluster,
         *,
         loss: Loss | None = None,
@@ -111,6 +114,7 @@ class Pipeline(Hints):
         autocast: torch.dtype | None = None,
         accumulate: int = 1,
         batch_norm: str = "micro_batch",
+        undo: str = "copy",
         sample: Nest = None,
         plan: Plan | None = None,
     ) -> None:
@@ -118,13 +122,11 @@ class Pipeline(Hints):
             loss=loss, optimizer=optimizer, schedule=schedule, chunks=chunks, balance=balance, checkpoint=checkpoint,
             virtual_stages=virtual_stages, replicas=replicas, shard_optimizer=shard_optimizer, weights=weights,
             flush_every=flush_every, clip_grad_norm=clip_grad_norm, nonfinite=nonfinite, seed=seed, dispatch=dispatch,
-            autocast=autocast, accumulate=accumulate, batch_norm=batch_norm, sample=sample,
+            autocast=autocast, accumulate=accumulate, batch_norm=batch_norm, undo=undo, sample=sample,
         )  # fmt: skip
-        options, layers = options.planned(plan).checked(), named_layers(model)
+        options, layers = options.planned(plan).checked(), layers_for(model, sample, autocast)
         self.recipe = Recipe(layers, options)
         self.runtime = deploy.start(layers, cluster, options)
-
-    # --- state and settings ---
 
     accumulate = Setting[int]("How many calls of ``train_step`` make one update; a new value holds from the next on.")
     clip_grad_norm = Setting[float | None]("The norm to which all gradients are clipped, None for none.")
@@ -240,8 +242,6 @@ class Pipeline(Hints):
     def _repr_html_(self) -> str:
         return _tables.markup(self.runtime.title(), HEADER, self.runtime.rows())
 
-    # --- training ---
-
     @in_turn
     def train_step(
         self, inputs: Nest, targets: Nest, metrics: Mapping[str, Metric] | None = None, outputs: bool = False
@@ -302,8 +302,6 @@ class Pipeline(Hints):
         with self.runtime.traced() as timeline:
             yield timeline
 
-    # --- inference ---
-
     @in_turn
     def __call__(self, inputs: Nest) -> Nest:
         """Return the model's output for ``inputs`` in eval mode, gathered in this process."""
@@ -339,8 +337,6 @@ class Pipeline(Hints):
         loss, means = inference.evaluate(self.runtime, pairs(batches, "evaluate"), {} if metrics is None else metrics)
         return loss if metrics is None else {"loss": loss, **means}
 
-    # --- weights ---
-
     @in_turn
     def parameter_rrefs(self) -> list[Any]:
         """Return RRefs to every replica's trainable parameters, in the model's order, for ``DistributedOptimizer``."""
@@ -349,10 +345,10 @@ class Pipeline(Hints):
         return [rref for stage in self.stages for rref in stage.parameter_rrefs()]
 
     @in_turn
-    def state_dict(self) -> OrderedDict[str, Any]:
-        """Return all parameters, buffers and extra state under the unsplit model's names, on the CPU."""
+    def state_dict(self, trainable: bool = False) -> OrderedDict[str, Any]:
+        """Return all state, or the ``trainable`` parameters alone, under the unsplit model's names, on the CPU."""
         self.runtime.check()
-        return self.runtime.healed(lambda: state.state_dict(self.runtime))
+        return self.runtime.healed(lambda: state.state_dict(self.runtime, trainable))
 
     @in_turn
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -360,7 +356,7 @@ class Pipeline(Hints):
 
         Raises CheckpointError, before anything changes, unless names and shapes are the model's.
         """
-        self.runtime.check()
+        self.runtime.ready()
         after = "Some workers may have loaded their part, and some not: load again"
         self.runtime.healed(lambda: state.load_state_dict(self.runtime, state_dict), after)
 
@@ -396,5 +392,5 @@ class Pipeline(Hints):
         with the same bits, also with another cut, schedule or number of workers. Raises CheckpointError with file and
         tensor, before anything changes.
         """
-        self.runtime.check()
+        self.runtime.ready()
         return state.load(self.runtime, directory, {} if stateful is None else stateful, missing_ok=missing_ok)

@@ -12,20 +12,21 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from rpcpipe._arguments import require_callable, require_count, require_entries, require_kind, require_number
 from rpcpipe.cluster import Cluster, Worker
 from rpcpipe.errors import ArgumentError, require, require_positive, require_whole, shown
-from rpcpipe.model.layers import Layer, Model, named_layers, parameter_counts
+from rpcpipe.model.layers import AnyModel, Layer, Model, named_layers, parameter_counts
 from rpcpipe.model.microbatch import Nest, batch_size, split, tensors
+from rpcpipe.model.splitting import layers_for
 from rpcpipe.pipeline.calibration import measure_overheads
 from rpcpipe.planning import CostModel, LayerCost, partition
 from rpcpipe.planning.cost_model import SIMPLEST, Machine
-from rpcpipe.planning.layer_cost import balancing_costs, mean_costs
+from rpcpipe.planning.layer_cost import UNDO, balancing_costs, mean_costs
 from rpcpipe.planning.overheads import Overheads
 from rpcpipe.planning.plan import Plan, decide
 from rpcpipe.planning.search import CHECKPOINTS, Search, layouts
+from rpcpipe.stage import precision
 from rpcpipe.stage.optimizer import Factory
 from rpcpipe.stage.profiler import estimate, profile
 
@@ -35,7 +36,7 @@ _MOST_WORKERS = 1 << 16
 
 
 def plan(
-    model: nn.Sequential | Sequence[Layer],
+    model: AnyModel,
     sample: Nest,
     workers: int | Cluster,
     *,
@@ -53,6 +54,8 @@ def plan(
     bandwidth: float | None = None,
     device: torch.device | str = "cpu",
     seed: int = 0,
+    autocast: torch.dtype | None = None,
+    undo: str | None = None,
 ) -> Plan:
     """Return the fastest plan to train ``model`` on ``workers`` with batches like ``sample``.
 
@@ -63,9 +66,11 @@ def plan(
     ``memory``: bytes that a worker may use, None for any. ``latency`` (seconds) and ``bandwidth`` (bytes per second)
     are those between two workers; None: what a few steps of a small model show on a cluster, beside what they show of
     the driver's and the workers' other work, and else those of processes of one host. ``moments``: the size of the
-    optimizer's state in copies of the parameters, 2 for Adam. ``chunks``, ``schedules`` and ``checkpoints``: the
-    numbers of micro-batches, the schedules and the modes of recomputation to try. ``replicas``: the number of
-    replicas, or None to try every number. ``seed``: of the profiled layers' random numbers.
+    optimizer's state in copies of the parameters, 2 for Adam; where layers are run with ``optimizer``, its own counts.
+    ``chunks``, ``schedules`` and ``checkpoints``: the numbers of micro-batches, the schedules and the modes of
+    recomputation to try. ``replicas``: the number of replicas, or None to try every number. ``seed``: of the profiled
+    layers' random numbers. ``autocast``: in which the pipeline will run. ``undo``: "copy", "off", or None for "copy"
+    where a plan with it fits and else "off".
 
     Raises PartitionError, which says what would fit, if nothing fits, and ArgumentError for a wrong argument.
     """
@@ -75,16 +80,18 @@ def plan(
         require_whole("replicas", replicas, otherwise=", or None to try all")
     require_entries("schedules", schedules, SIMPLEST)
     require_entries("checkpoints", checkpoints, CHECKPOINTS)
+    require(undo is None or undo in UNDO, f"undo must be one of {UNDO}, or None, not {shown(undo)}")
     costs = cost_model(
         model, sample, workers, memory=memory, loss=loss, targets=targets, optimizer=optimizer, moments=moments,
         chunks=chunks, flops=flops, latency=latency, bandwidth=bandwidth, device=device, seed=seed,
+        autocast=autocast,
     )  # fmt: skip
     rows = layouts(costs.machine.workers, costs.layers, replicas)
-    return decide(Search(costs, batch_size(sample), schedules, rows, checkpoints))
+    return decide(Search(costs, batch_size(sample), schedules, rows, checkpoints), undo)
 
 
 def cost_model(
-    model: nn.Sequential | Sequence[Layer],
+    model: AnyModel,
     sample: Nest,
     workers: int | Cluster,
     *,
@@ -99,17 +106,25 @@ def cost_model(
     bandwidth: float | None = None,
     device: torch.device | str = "cpu",
     seed: int = 0,
+    autocast: torch.dtype | None = None,
 ) -> CostModel:
     """Measure or estimate what ``plan``, which has the same arguments, chooses by."""
     _check_measuring(loss, optimizer, moments, flops, latency, bandwidth, seed)
+    precision.check(autocast)
+    require(
+        autocast is None or flops is None,
+        f"autocast={autocast!r} is measured by running layers, which flops={flops!r} leaves out: give layers of that"
+        " dtype, or leave one of the two out",
+    )
     count = len(workers.workers) if isinstance(workers, Cluster) else require_count("workers", workers, _MOST_WORKERS)
     device = _device(device)
-    layers, size = named_layers(model), _size("sample", sample)
+    size = _size("sample", sample)
+    layers = layers_for(model, sample)
     if targets is not None:
         _size("targets", targets)
     parts = _micro_batches(size, count, chunks)
     if flops is None:
-        run = functools.partial(profile, loss=loss, optimizer=optimizer, seed=seed)
+        run = functools.partial(profile, loss=loss, optimizer=optimizer, seed=seed, autocast=autocast)
         measure = _measure_on(workers, device, run)
     else:
         measure = functools.partial(estimate, flops=flops, loss=loss)
@@ -230,7 +245,7 @@ def balance_by_parameters(model: Model, stages: int) -> list[int]:
     return partition.balance(parameter_counts(layers), require_whole("stages", stages))
 
 
-def balance_by_time(model: Model, stages: int, sample: Nest) -> list[int]:
+def balance_by_time(model: AnyModel, stages: int, sample: Nest) -> list[int]:
     """Return the number of layers of each stage, so that the slowest stage's forward and backward are fastest.
 
     Every layer is run in this process with ``sample``, one micro-batch of inputs; ``Pipeline(balance="time",
@@ -239,7 +254,7 @@ def balance_by_time(model: Model, stages: int, sample: Nest) -> list[int]:
     return _measured_cut(model, stages, sample, "time")
 
 
-def balance_by_memory(model: Model, stages: int, sample: Nest) -> list[int]:
+def balance_by_memory(model: AnyModel, stages: int, sample: Nest) -> list[int]:
     """Return the number of layers of each stage, so that the largest stage's memory is as small as possible.
 
     A stage's memory is seven times its parameters (weights, gradient, Adam's two moments, and the copy of weights and
@@ -249,11 +264,12 @@ def balance_by_memory(model: Model, stages: int, sample: Nest) -> list[int]:
     return _measured_cut(model, stages, sample, "memory")
 
 
-def _measured_cut(model: Model, stages: int, sample: Nest, balance: str) -> list[int]:
+def _measured_cut(model: AnyModel, stages: int, sample: Nest, balance: str) -> list[int]:
     """Return the number of layers of each stage, balanced by "time" or "memory"."""
-    layers, stages = named_layers(model), require_whole("stages", stages)
+    stages = require_whole("stages", stages)
     if not tensors(sample):
         raise ArgumentError(f"sample must be one micro-batch of inputs, with tensors, not {shown(sample)}")
+    layers = layers_for(model, sample)
     layer_costs = profile(layers, sample)
     return partition.balance(
         balancing_costs(layer_costs, balance), stages, communication=[layer.output_bytes for layer in layer_costs]

@@ -52,7 +52,7 @@ def resized(old: Runtime, options: Options, workers: Layout | int | None) -> Run
     policy = weight_versions.choose(deployment.schedule.name, options.weights)
     old.check_policy(policy)
     check_ties(policy, deployment.ties, deployment.layers, deployment.balance)
-    settings = dataclasses.replace(old.settings, virtual_stages=options.virtual_stages)
+    settings = dataclasses.replace(old.settings, virtual_stages=options.virtual_stages, undo=options.undo)
     names, cluster, identity = deployment.layout.names, old.cluster, uuid.uuid4().hex
     batched = options.dispatch == "batched"
     driver = Driver(cluster.transport, identity, names, timeout=cluster.timeout, batched=batched)
@@ -63,6 +63,7 @@ def resized(old: Runtime, options: Options, workers: Layout | int | None) -> Run
         old.spec,
         last_stage=deployment.schedule.stages - 1,
         checkpoint=options.checkpoint,
+        copies=options.undo == "copy",
         stage_links=deployment.stage_links,
     )
     watch(new)

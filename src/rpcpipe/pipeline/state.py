@@ -35,7 +35,6 @@ from rpcpipe.errors import (
     require_whole,
 )
 from rpcpipe.model.extra_state import packed, unpacked
-from rpcpipe.model.layers import layer_of
 from rpcpipe.model.tied_weights import Tie, completed
 from rpcpipe.pipeline.arguments import check_state, loadable
 from rpcpipe.stage.likeness import unlike
@@ -54,12 +53,21 @@ _DRIVER_FILE = "driver.safetensors"
 _SHARED = "A checkpoint needs one file system that all hosts have at the same path."
 
 
-def state_dict(runtime: Runtime) -> OrderedDict[str, Any]:
-    """Return parameters, buffers and extra state of the first replica by name, in the model's order and on the CPU."""
-    driver = runtime.driver
-    states = driver.collect({name: driver.call(name, GetState()) for name in runtime.layout.pipeline_of(0)})
+def state_dict(runtime: Runtime, trainable: bool = False) -> OrderedDict[str, Any]:
+    """Return parameters, buffers and extra state of the first replica by name, in the model's order and on the CPU.
+
+    ``trainable``: the parameters that require a gradient alone.
+    """
+    states = _by_stage(runtime, require_flag("trainable", trainable))
+    return OrderedDict((key, value) for state in states.values() for key, value in state.items())
+
+
+def _by_stage(runtime: Runtime, trainable: bool = False) -> dict[int, dict[str, Any]]:
+    """Return the state of the first replica's stages, in their order; several may have a tied weight's name."""
+    driver, wanted = runtime.driver, GetState(trainable)
+    states = driver.collect({name: driver.call(name, wanted) for name in runtime.layout.pipeline_of(0)})
     by_stage = {stage: state for stages in states.values() for stage, state in stages.items()}
-    return OrderedDict((key, value) for stage in sorted(by_stage) for key, value in unpacked(by_stage[stage]).items())
+    return {stage: unpacked(by_stage[stage]) for stage in sorted(by_stage)}
 
 
 def load_state_dict(runtime: Runtime, state: Mapping[str, Any]) -> None:
@@ -69,14 +77,15 @@ def load_state_dict(runtime: Runtime, state: Mapping[str, Any]) -> None:
     before anything changes, unless names and shapes are the model's.
     """
     state = completed(runtime.deployment.ties, loadable(state))
-    check_state(state_dict(runtime), state)
-    owner = {layer: stage for stage in runtime.stages for layer in stage.layers}
+    live = _by_stage(runtime)
+    check_state({key: value for part in live.values() for key, value in part.items()}, state)
     parts: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in runtime.names}
-    for key, value in packed(state).items():
-        stage = owner[layer_of(key, owner)]
+    packed_state = packed(state)
+    for stage in runtime.stages:
         for worker in stage.workers:
-            parts[worker].setdefault(stage.index, {})[key] = value
+            parts[worker][stage.index] = {key: packed_state[key] for key in live[stage.index]}
     runtime.driver.collect({name: runtime.driver.call(name, LoadState(parts[name])) for name in runtime.names})
+    runtime.torn.replaced("weights")
     runtime.history.begin_anew()
 
 
@@ -153,6 +162,7 @@ def load(runtime: Runtime, directory: str | os.PathLike[str], stateful: Holders,
                 halfway = False  # workers run what is sent, whatever interrupts the wait
                 raise
             halfway = False
+            runtime.torn.replaced("weights", "optimizer")
             runtime.history.begin_anew()
         return missing_ok or position
 

@@ -16,8 +16,9 @@ from rpcpipe._arguments import require_kind
 from rpcpipe.driver.runtime import Runtime
 from rpcpipe.errors import ScheduleError, StateError, require, require_whole
 from rpcpipe.model import tied_weights
-from rpcpipe.model.layers import Layer, Wired
+from rpcpipe.model.layers import Layer, Wired, layer_of
 from rpcpipe.model.microbatch import Nest
+from rpcpipe.model.names import prefix_of
 from rpcpipe.pipeline import deploy, state
 from rpcpipe.pipeline.pipeline import Pipeline
 from rpcpipe.pipeline.plain_loop import Job, PlainProcess, Update, unwatch, watch
@@ -212,7 +213,7 @@ def _tolerance(runtime: Runtime, recipe: Recipe) -> tuple[float, str]:
 
 
 def _compare(own: list[Update], plain: list[Update], job: Job, tolerance: float, reason: str) -> Verification:
-    layers, first_share = list(job.layers), len(job.replicas[0])
+    first_share = len(job.replicas[0])
     differences = []
     for step, (mine, one) in enumerate(zip(own, plain, strict=True)):
         for layer, values in one.outputs.items():
@@ -224,8 +225,8 @@ def _compare(own: list[Update], plain: list[Update], job: Job, tolerance: float,
         differences += [Difference(step, "", what, _distance(a, b)) for what, a, b in scalars if _distance(a, b)]
         for key, value in one.state.items():
             if largest := _distance(mine.state.get(key), value):
-                layer = max((name for name in layers if key.startswith(f"{name}.")), key=len, default="")
-                differences.append(Difference(step, layer, key.removeprefix(f"{layer}."), largest))
+                layer = layer_of(key, job.layers)
+                differences.append(Difference(step, layer, key.removeprefix(prefix_of(layer)), largest))
     return Verification(
         len(own),
         len(plain[0].state),

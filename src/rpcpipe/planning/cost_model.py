@@ -14,12 +14,14 @@ from itertools import accumulate, pairwise
 
 from rpcpipe import schedules
 from rpcpipe.planning.activation_peaks import Drops, peak_activation_bytes, peak_worker_bytes
-from rpcpipe.planning.layer_cost import LayerCost, parameter_copies, state_copies
+from rpcpipe.planning.layer_cost import LayerCost
 from rpcpipe.planning.loss_cost import LossCost
 from rpcpipe.planning.overheads import Overheads
+from rpcpipe.planning.worker_memory import WorkerMemory
 from rpcpipe.schedules import Costs, Schedule, Timeline
 
 _TIMES = ("forward", "backward", "input_gradient", "weight_gradient", "update")
+_IN_TURN = 2  # messages of one link at once
 _LONG = 5  # steps of more than this many times the depth in micro-batches are extrapolated
 EQUAL = 1 + 1e-9  # Step times within this relative tolerance count as equal.
 
@@ -44,12 +46,12 @@ class Machine:
     overheads: Overheads = field(default_factory=Overheads)
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True, order=True, kw_only=True)
 class Candidate:
     """One way to run a model, but for the partition of its layers.
 
     ``depth`` workers form one pipeline, of which there are ``replicas``. ``sharded``: each replica holds
-    only its part of the optimizer's state.
+    only its part of the optimizer's state. ``undo``: whether there is a copy to take an update back from.
     """
 
     schedule: str
@@ -60,6 +62,7 @@ class Candidate:
     chunks: int
     checkpoint: str
     sharded: bool = False
+    undo: str = "copy"
 
     @property
     def stages(self) -> int:
@@ -71,9 +74,10 @@ class Candidate:
         """Whether the schedule splits backwards."""
         return schedules.traits(self.schedule).splits
 
-    def parameter_copies(self, moments: int) -> float:
-        """Return how many times the bytes of its parameters a worker holds."""
-        return parameter_copies(moments, self.replicas if self.sharded else 1)
+    @property
+    def shards(self) -> int:
+        """The number of parts of the optimizer's state, of which each replica has one."""
+        return self.replicas if self.sharded else 1
 
     @property
     def placement(self) -> tuple[int, ...]:
@@ -138,7 +142,7 @@ class Estimate:
 class LayerSums:
     """Prefix sums over the layers' costs for one size of micro-batch: a range of layers costs a difference of two."""
 
-    def __init__(self, layers: Sequence[LayerCost], input_bytes: int) -> None:
+    def __init__(self, layers: Sequence[LayerCost], input_bytes: int, moments: int) -> None:
         self.layers = len(layers)
         self.outputs = [layer.output_bytes for layer in layers]
         self.inputs = [input_bytes, *self.outputs]
@@ -150,6 +154,26 @@ class LayerSums:
         self.times = {name: [0.0, *accumulate(column)] for name, column in columns.items()}
         self.activations = [0, *accumulate(layer.activation_bytes for layer in layers)]
         self.parameters = [0, *accumulate(layer.parameter_bytes for layer in layers)]
+        states = (layer.state_bytes for layer in layers)
+        moment_bytes = (moments * layer.parameter_bytes for layer in layers)
+        self.states = [0, *accumulate(m if s is None else s for s, m in zip(states, moment_bytes, strict=True))]
+        self._single = [max(layer.peak_bytes, layer.activation_bytes) for layer in layers]
+        self._peaks: dict[int, list[int]] = {}
+
+    def single_peak(self, start: int, stop: int) -> int:
+        """Return the most bytes that one micro-batch has at once in these layers, whose backward begins at the end."""
+        if start not in self._peaks:
+            before = self.activations[start]
+            alone = (self.activations[at] - before + self._single[at] for at in range(start, self.layers))
+            self._peaks[start] = list(accumulate(alone, max))
+        return self._peaks[start][stop - start - 1] if stop > start else 0
+
+    def held(self, candidate: Candidate, start: int, stop: int) -> WorkerMemory:
+        """Return what a worker with these layers holds whatever the micro-batches."""
+        weights, state = (float(sums[stop] - sums[start]) for sums in (self.parameters, self.states))
+        shards = candidate.shards
+        copy = weights + state / shards if candidate.undo == "copy" else 0.0
+        return WorkerMemory(weights, weights, state / shards, copy)
 
     def least_work(self, candidate: Candidate) -> list[float]:
         """Return prefix sums of the least seconds a micro-batch takes, whether its backward is split or not.
@@ -173,7 +197,10 @@ class CostModel:
     work_done: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        self.sums = {size: LayerSums(layers, size * self.input_bytes) for size, layers in self.layer_costs.items()}
+        self.sums = {
+            size: LayerSums(layers, size * self.input_bytes, self.machine.moments)
+            for size, layers in self.layer_costs.items()
+        }
         self.layers = next(iter(self.sums.values())).layers
         self._in_flight: dict[tuple[str, int, int, int], tuple[int, ...]] = {}
 
@@ -189,35 +216,53 @@ class CostModel:
         return self._in_flight[key]
 
     def memory(self, candidate: Candidate, ends: Sequence[int]) -> tuple[float, ...]:
-        """Return bytes by worker: parameters in all their copies, and the activations' peak.
+        """Return bytes by worker. Stage k has the layers ``ends[k]`` … ``ends[k + 1] - 1``."""
+        return tuple(worker.total for worker in self.parts(candidate, ends))
 
-        Stage k has the layers ``ends[k]`` … ``ends[k + 1] - 1``.
-        """
+    def parts(self, candidate: Candidate, ends: Sequence[int]) -> tuple[WorkerMemory, ...]:
+        """Return what the workers' bytes are."""
+        messages = self._messages(candidate, ends)
+        return tuple(
+            replace(held, activations=activations, working=whole - activations, messages=sent)
+            for held, activations, whole, sent in zip(
+                self.parameter_memory(candidate, ends), *self._peaks(candidate, ends), messages, strict=True
+            )
+        )
+
+    def _peaks(self, candidate: Candidate, ends: Sequence[int]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Return by worker the peak of activations, without and with what a backward has beside them."""
         if (shorter := candidate.shorter()) is not None:
-            return _extrapolated(candidate, *shorter, *(self.memory(short, ends) for short in shorter))
+            before, after = (self._peaks(short, ends) for short in shorter)
+            alone, whole = (_extrapolated(candidate, *shorter, b, a) for b, a in zip(before, after, strict=True))
+            return alone, whole
         sums, schedule = self.sums[candidate.micro_batch], candidate.make_schedule()
         parts = list(pairwise(ends))
         activations = [sums.activations[b] - sums.activations[a] for a, b in parts]
+        working = [sums.single_peak(a, b) - own for (a, b), own in zip(parts, activations, strict=True)]
         drops: Drops = lambda stage, chunk: candidate.drops(stage)  # noqa: E731
         self.work_done += sum(map(len, schedule.actions))
-        peaks = peak_worker_bytes(schedule, activations, [sums.inputs[a] for a, _ in parts], drops)
-        return tuple(p + a for p, a in zip(self.parameter_memory(candidate, ends), peaks, strict=True))
+        return peak_worker_bytes(schedule, activations, [sums.inputs[a] for a, _ in parts], working, drops)
 
-    def parameter_memory(self, candidate: Candidate, ends: Sequence[int]) -> list[float]:
-        """Return bytes by worker of the parameters in all their copies, whatever the micro-batches."""
-        return self._in_copies(candidate, ends, candidate.parameter_copies(self.machine.moments))
-
-    def _in_copies(self, candidate: Candidate, ends: Sequence[int], copies: float) -> list[float]:
-        sums, held = self.sums[candidate.micro_batch], [0.0] * candidate.depth
+    def parameter_memory(self, candidate: Candidate, ends: Sequence[int]) -> list[WorkerMemory]:
+        """Return by worker what it holds whatever the micro-batches."""
+        sums = self.sums[candidate.micro_batch]
+        held = [sums.held(candidate, 0, 0)] * candidate.depth
         for worker, (a, b) in zip(candidate.placement, pairwise(ends), strict=True):
-            held[worker] += copies * (sums.parameters[b] - sums.parameters[a])
+            held[worker] = held[worker].plus(sums.held(candidate, a, b))
         return held
+
+    def _messages(self, candidate: Candidate, ends: Sequence[int]) -> list[float]:
+        """Return by worker the bytes of messages: each link has one under way and one that is being read or written."""
+        sums, sent = self.sums[candidate.micro_batch], [0.0] * candidate.depth
+        for (one, other), border in zip(pairwise(candidate.placement), ends[1:], strict=False):
+            for worker in (one, other) if one != other else ():
+                sent[worker] += 2 * _IN_TURN * sums.outputs[border - 1]  # there, and the gradient back
+        return sent
 
     def loss_of(self, estimate: Estimate) -> LossCost:
         """Return what the loss of a worker costs."""
-        candidate, machine = estimate.candidate, self.machine
-        copies = state_copies(machine.moments, candidate.replicas if candidate.sharded else 1)
-        state = self._in_copies(candidate, [0, *accumulate(estimate.balance)], copies)
+        held, machine = self.parameter_memory(estimate.candidate, [0, *accumulate(estimate.balance)]), self.machine
+        state = [worker.weights + worker.optimizer for worker in held]
         return LossCost.of(estimate.seconds, state, machine.latency, machine.bandwidth)
 
     def timeline(self, candidate: Candidate, balance: Sequence[int]) -> Timeline:

@@ -9,13 +9,12 @@ import functools
 import math
 from collections.abc import Iterable
 from dataclasses import replace
-from itertools import accumulate, pairwise
+from itertools import accumulate
 
 from rpcpipe import _tables
 from rpcpipe.planning import partition
 from rpcpipe.planning.cost_model import SIMPLEST, Candidate, Estimate
-from rpcpipe.planning.layer_cost import parameter_copies
-from rpcpipe.planning.search import Search
+from rpcpipe.planning.search import CHECKPOINTS, Search
 from rpcpipe.schedules import bubble_fraction, traits
 
 _DEEP = 24  # A model of more layers counts as deep.
@@ -26,6 +25,7 @@ _GREEDY = next(name for name in SIMPLEST if traits(name).keeps_all)
 def reasons(search: Search, best: Estimate) -> Iterable[str]:
     """Yield one sentence for each decision that led to ``best``."""
     yield _depth(search)
+    yield from _undo(search, best)
     yield from _recomputation(search, best)
     yield _speed(search, best)
     yield _micro_batches(best)
@@ -42,6 +42,18 @@ def _depth(search: Search) -> str:
     layers, workers = search.layers, search.machine.workers
     deep = f"more than {_DEEP}: deep" if layers > _DEEP else f"not more than {_DEEP}: shallow"
     return f"the model has {layers} layers, {deep}, for {workers} workers"
+
+
+def _undo(search: Search, best: Estimate) -> Iterable[str]:
+    if best.candidate.undo == "copy":
+        return
+    copied = replace(best.candidate, undo="copy")
+    needed = max(search.cost_model.memory(copied, [0, *accumulate(best.balance)]))
+    yield (
+        "undo='off': no plan fits with a copy of weights and optimizer state, with which this one would take"
+        f" {_tables.mebibytes(needed)} of {_tables.mebibytes(search.machine.memory)} a worker. An optimizer that raises"
+        " or a worker that dies in an update leaves nothing to go on from but a snapshot or a checkpoint"
+    )
 
 
 def _recomputation(search: Search, best: Estimate) -> Iterable[str]:
@@ -95,6 +107,32 @@ def _replicas(search: Search, best: Estimate) -> str:
     )
 
 
+def cheaper(search: Search, best: Estimate) -> Iterable[str]:
+    """Yield what would take less memory than ``best`` with the same cut, the fastest first."""
+    candidate, model = best.candidate, search.cost_model
+    fullest = max(best.memory)
+    changes: list[tuple[str, Candidate]] = []
+    if candidate.undo == "copy":
+        changes.append(("undo='off'", replace(candidate, undo="off")))
+    if candidate.replicas > 1 and not candidate.sharded:
+        changes.append(("shard_optimizer=True", replace(candidate, sharded=True)))
+    changes += [(f"checkpoint={mode!r}", replace(candidate, checkpoint=mode)) for mode in CHECKPOINTS]
+    changes += [
+        (
+            f"micro-batches of {size}",
+            replace(candidate, micro_batch=size, chunks=-(-search.batch // candidate.replicas // size)),
+        )
+        for size in model.sums
+        if size < candidate.micro_batch
+    ]
+    found = [(model.estimate(changed, best.balance), what) for what, changed in changes]
+    smaller = sorted((one.seconds, what, max(one.memory)) for one, what in found if max(one.memory) < fullest)
+    for seconds, what, memory in smaller:
+        yield f"{what}: {_tables.mebibytes(memory)} instead of {_tables.mebibytes(fullest)}, {seconds:.4g} s a step"
+    if not smaller:
+        yield "nothing with these layers in one worker: more workers, or smaller layers"
+
+
 def refusal(search: Search) -> str:
     """Return the message for a search that found nothing: how much memory is missing, and what would fit."""
     limit, workers = search.machine.memory, search.machine.workers
@@ -106,12 +144,17 @@ def refusal(search: Search) -> str:
         )
     frugal = min(candidates, key=lambda c: (-c.depth, c.micro_batch, c.schedule != _SIMPLE, c.replicas))
     needed = _least_memory(search, frugal)
-    parameters = search.cost_model.sums[frugal.micro_batch].parameters[-1]
-    weights = parameter_copies(search.machine.moments) * parameters
+    sums = search.cost_model.sums[frugal.micro_batch]
+    weights = sums.held(replace(frugal, replicas=1), 0, sums.layers).total
+    without = (
+        ", without a copy to take back a failed update (undo='off'),"
+        if frugal.undo == "off"
+        else (" and the copy that takes back a failed update")
+    )
     remedies = ", or ".join(_remedies(search, frugal, needed)) or "smaller layers"
     return (
         f"the model does not fit {_workers_of(frugal, workers)} of {_tables.mebibytes(limit)}: its weights, gradients,"
-        f" optimizer state and the copy that takes back a failed step are {_tables.mebibytes(weights)}, and with"
+        f" optimizer state{without} are {_tables.mebibytes(weights)}, and with"
         f" everything recomputed and micro-batches of {frugal.micro_batch} the fullest worker needs"
         f" {_tables.mebibytes(needed)}."
         f" What would do: {remedies}"
@@ -125,8 +168,8 @@ def _remedies(search: Search, frugal: Candidate, needed: float) -> Iterable[str]
         yield f"{_tables.mebibytes(needed)} a worker"
     if (more := _workers_that_fit(search, frugal)) is not None:
         yield f"{more} workers of {_tables.mebibytes(limit)}"
-    parameters = search.cost_model.sums[frugal.micro_batch].parameters
-    largest = parameter_copies(search.machine.moments) * max(b - a for a, b in pairwise(parameters))
+    sums = search.cost_model.sums[frugal.micro_batch]
+    largest = max(sums.held(frugal, at, at + 1).total for at in range(sums.layers))
     if largest > limit:
         yield f"smaller layers: the largest alone takes {_tables.mebibytes(largest)}"
 
@@ -144,10 +187,9 @@ def _least_memory(search: Search, candidate: Candidate) -> float:
     """
     candidate = replace(candidate, chunks=min(candidate.chunks, 2 * candidate.depth))
     sums = search.cost_model.sums[candidate.micro_batch]
-    copies = candidate.parameter_copies(search.machine.moments)
     sizes = [
-        copies * (p1 - p0) + (a1 - a0)
-        for (p0, p1), (a0, a1) in zip(pairwise(sums.parameters), pairwise(sums.activations), strict=True)
+        sums.held(candidate, at, at + 1).total + sums.activations[at + 1] - sums.activations[at]
+        for at in range(sums.layers)
     ]
     return max(search.cost_model.memory(candidate, [0, *accumulate(partition.balance(sizes, candidate.stages))]))
 

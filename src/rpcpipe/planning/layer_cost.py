@@ -5,20 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-
-def parameter_copies(moments: int, shards: int = 1) -> float:
-    """Return how many times the bytes of its parameters a worker holds.
-
-    These are weights, gradient, ``moments`` of the optimizer (Adam has 2), and the copy of weights and
-    moments from which a failed step is rolled back. Of moments and copy a worker holds one of ``shards``
-    parts where the optimizer is sharded.
-    """
-    return 2 + (moments + 1 + moments) / shards
-
-
-def state_copies(moments: int, shards: int = 1) -> float:
-    """Return how many times the bytes of its parameters the weights and moments take, which cannot be made anew."""
-    return 1 + moments / shards
+# What an update can be taken back from (``Pipeline(undo=…)``), the preferred one first.
+UNDO = ("copy", "off")
 
 
 @dataclass(frozen=True)
@@ -27,7 +15,9 @@ class LayerCost:
 
     ``backward`` is the whole backward, ``input_gradient`` and ``weight_gradient`` are its halves run separately.
     ``activation_bytes`` is what autograd saves, ``output_bytes`` what goes to the next layer. ``update``:
-    seconds of the gradients' norms and the optimizer, 0 where none was given.
+    seconds of the gradients' norms and the optimizer, 0 where none was given. ``state_bytes``: those of the optimizer's
+    state, None where it was not measured. ``peak_bytes``: the most that a forward and its backward have at once beside
+    parameters and their gradients, 0 where it was not measured.
     """
 
     name: str
@@ -39,16 +29,18 @@ class LayerCost:
     parameter_bytes: int
     output_bytes: int
     update: float = 0.0
+    state_bytes: int | None = None
+    peak_bytes: int = 0
 
     @property
     def seconds(self) -> float:
         """Seconds of one forward and backward."""
         return self.forward + self.backward
 
-    @property
-    def bytes(self) -> int:
-        """Bytes on a worker that trains with Adam and holds one micro-batch's activations."""
-        return round(parameter_copies(moments=2)) * self.parameter_bytes + self.activation_bytes
+    def bytes(self, undo: str = "copy") -> int:
+        """Return the bytes on a worker that trains with Adam and holds one micro-batch's activations."""
+        held = self.parameter_bytes + 2 * self.parameter_bytes
+        return self.parameter_bytes + held * (1 + (undo == "copy")) + self.activation_bytes
 
 
 _SECONDS = ("forward", "backward", "input_gradient", "weight_gradient", "update")
@@ -62,10 +54,10 @@ def mean_costs(measurements: Sequence[Sequence[LayerCost]]) -> list[LayerCost]:
     ]
 
 
-def balancing_costs(layers: Sequence[LayerCost], criterion: str) -> list[float]:
+def balancing_costs(layers: Sequence[LayerCost], criterion: str, undo: str = "copy") -> list[float]:
     """Return by layer the figure that ``balance="time"`` or ``"memory"`` equalises, in seconds or bytes."""
     figures: dict[str, Callable[[LayerCost], float]] = {
         "time": lambda layer: layer.seconds,
-        "memory": lambda layer: float(layer.bytes),
+        "memory": lambda layer: float(layer.bytes(undo)),
     }
     return [figures[criterion](layer) for layer in layers]

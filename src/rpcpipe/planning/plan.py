@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any
 
 from rpcpipe import _tables, schedules
 from rpcpipe.errors import PartitionError
 from rpcpipe.planning.cost_model import Estimate
-from rpcpipe.planning.explain import reasons, refusal
+from rpcpipe.planning.explain import cheaper, reasons, refusal
+from rpcpipe.planning.layer_cost import UNDO
 from rpcpipe.planning.loss_cost import LossCost
 from rpcpipe.planning.search import Search
+from rpcpipe.planning.worker_memory import WorkerMemory, picture, table
 from rpcpipe.schedules import Timeline, bubble_fraction, optimal_microbatches
 
 _HEADER = ("schedule", "checkpoint", "micro-batches", "seconds a step", "bubble", "memory", "")
 _TARGET = 0.1  # bubble
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, kw_only=True)
 class Plan:
     """How to run a model: arguments for ``Pipeline``, the figures predicted for them, and the reasons.
 
     ``best``: the candidate chosen, its partition and figures. ``limit``: bytes that a worker may hold.
     ``exact``: whether every possibility was tried. ``beaten``: the best of every other schedule.
-    ``timeline``: the step, of a long one the beginning. ``loss``: what the loss of a worker costs.
+    ``timeline``: the step, of a long one the beginning. ``loss``: what the loss of a worker costs. ``parts``: what the
+    memory of each worker of one replica is. ``cheaper``: what would take less memory, the fastest first.
     """
 
     best: Estimate
@@ -35,6 +39,8 @@ class Plan:
     beaten: tuple[Estimate, ...]
     timeline: Timeline = field(compare=False)
     loss: LossCost
+    parts: tuple[WorkerMemory, ...]
+    cheaper: tuple[str, ...]
 
     @property
     def schedule(self) -> str:
@@ -72,6 +78,11 @@ class Plan:
         return self.best.candidate.sharded
 
     @property
+    def undo(self) -> str:
+        """Whether there is a copy to take an update back from: "copy" or "off"."""
+        return self.best.candidate.undo
+
+    @property
     def micro_batch(self) -> int:
         """Samples in a micro-batch."""
         return self.best.candidate.micro_batch
@@ -107,16 +118,24 @@ class Plan:
             "checkpoint": self.checkpoint,
             "replicas": self.replicas,
             "shard_optimizer": self.shard_optimizer,
+            "undo": self.undo,
         }
 
     def __repr__(self) -> str:
         lines = [self._title(), *(f"  {name:<15} {value}" for name, value in self._facts())]
         lines += ["why", *(f"  - {reason}" for reason in self.why)]
+        lines += ["memory of a worker at its peak", _tables.text(*table(self.parts))]
+        lines += ["what would take less memory, the fastest first", *(f"  - {one}" for one in self.cheaper)]
         return "\n".join([*lines, "candidates, the best of each schedule", _tables.text(_HEADER, self._rows())])
 
     def _repr_html_(self) -> str:
         facts = _tables.markup(self._title(), ("", ""), [list(fact) for fact in self._facts()])
-        return facts + _tables.markup("Candidates", _HEADER, self._rows())
+        memory = _tables.markup("Memory of a worker at its peak", *table(self.parts))
+        return facts + memory + _tables.markup("Candidates", _HEADER, self._rows())
+
+    def memory_svg(self) -> str:
+        """Return a picture of every worker's memory, as SVG."""
+        return picture(self.parts, self.limit, self._title())
 
     def _title(self) -> str:
         many = f", {self.replicas} replicas of {self.workers // self.replicas}" if self.replicas > 1 else ""
@@ -135,6 +154,7 @@ class Plan:
             ("virtual stages", str(self.virtual_stages)),
             ("checkpoint", self.checkpoint),
             ("replicas", f"{self.replicas}{', the optimizer sharded over them' if self.shard_optimizer else ''}"),
+            ("undo", self.undo),
             ("memory", f"at most {_tables.mebibytes(max(self.memory))}{limit} a worker"),
             ("a lost worker", f"sets training back by {self.loss.worker_seconds:.3g} s at most, and takes no memory"),
             ("a lost host", self._host_loss()),
@@ -178,21 +198,29 @@ def _runs(balance: Iterable[int]) -> str:
     return ", ".join(f"{count} × {size}" if count > 1 else str(size) for count, size in runs) + " layers"
 
 
-def decide(search: Search) -> Plan:
-    """Return the fastest plan that fits. Raises PartitionError, saying what would fit, where none does."""
-    best = search.best()
-    if best is None:
+def decide(search: Search, undo: str | None = None) -> Plan:
+    """Return the fastest plan that fits. Raises PartitionError, saying what would fit, where none does.
+
+    ``undo``: of the plan; None for "copy" where a plan with it fits, and else "off".
+    """
+    for wanted in UNDO if undo is None else (undo,):
+        search = replace(search, undo=wanted, exact=True, best_by_schedule={})
+        if (best := search.best()) is not None:
+            break
+    else:
         raise PartitionError(refusal(search))
     shorter = best.candidate.shorter()
     shown = best.candidate if shorter is None else shorter[0]
     return Plan(
-        best,
-        search.machine.memory,
-        search.exact,
-        tuple(reasons(search, best)),
-        tuple(_beaten(search, best)),
-        search.cost_model.timeline(shown, best.balance),
-        search.cost_model.loss_of(best),
+        best=best,
+        limit=search.machine.memory,
+        exact=search.exact,
+        why=tuple(reasons(search, best)),
+        beaten=tuple(_beaten(search, best)),
+        timeline=search.cost_model.timeline(shown, best.balance),
+        loss=search.cost_model.loss_of(best),
+        parts=search.cost_model.parts(best.candidate, [0, *accumulate(best.balance)]),
+        cheaper=tuple(cheaper(search, best)),
     )
 
 

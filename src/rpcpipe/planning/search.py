@@ -34,8 +34,9 @@ _PARTITION_WORK = 15  # actions per layer that take as long as a partition
 class Search:
     """The search for the fastest way to train ``batch`` samples a step, with the predictions of ``cost_model``.
 
-    ``layouts``: (workers in a row, replicas) to try, by default all workers in one row. ``exact``: whether
-    everything has been tried. ``best_by_schedule``: the best simulated, by schedule and workers in a row.
+    ``layouts``: (workers in a row, replicas) to try, by default all workers in one row. ``undo``: of all candidates.
+    ``exact``: whether everything has been tried. ``best_by_schedule``: the best simulated, by schedule and workers in a
+    row.
     """
 
     cost_model: CostModel
@@ -43,6 +44,7 @@ class Search:
     names: Sequence[str] = SIMPLEST
     layouts: Sequence[tuple[int, int]] = ()
     checkpoints: Sequence[str] = CHECKPOINTS
+    undo: str = "copy"
     exact: bool = True
     best_by_schedule: dict[tuple[str, int], Estimate] = field(default_factory=dict)
 
@@ -50,7 +52,7 @@ class Search:
         self.machine = self.cost_model.machine
         self.layers = self.cost_model.layers
         self._slowest_seconds: dict[tuple[int, int, tuple[int, ...]], float] = {}
-        self._partition_work = 0
+        self._partition_work = -self.cost_model.work_done  # of a search before
 
     # --- candidates ---
 
@@ -71,7 +73,10 @@ class Search:
         for virtual in VIRTUAL if schedules.suited_virtual_stages(name, 4) == 4 else (fewest,):
             if depth * virtual <= self.layers and chunks >= schedules.fewest_chunks(name, depth):
                 for checkpoint, sharded in product(self.checkpoints, shardings):
-                    yield Candidate(name, depth, replicas, virtual, size, chunks, checkpoint, sharded)
+                    yield Candidate(
+                        schedule=name, depth=depth, replicas=replicas, virtual_stages=virtual, micro_batch=size,
+                        chunks=chunks, checkpoint=checkpoint, sharded=sharded, undo=self.undo,
+                    )  # fmt: skip
 
     # --- bounds ---
 
@@ -142,7 +147,7 @@ class Search:
     def may_fit(self, candidate: Candidate) -> bool:
         """Return whether weights and activations would fit if each were spread over the workers as well as possible."""
         sums, limit = self.cost_model.sums[candidate.micro_batch], self.machine.memory
-        if candidate.parameter_copies(self.machine.moments) * sums.parameters[-1] / candidate.depth > limit:
+        if sums.held(candidate, 0, sums.layers).total / candidate.depth > limit:
             return False
         if candidate.checkpoint != "never" or limit == math.inf:
             return True
@@ -204,7 +209,7 @@ class Search:
     def try_partition(self, candidate: Candidate, balance: Sequence[int]) -> Estimate | None:
         """Estimate ``candidate`` with this partition and record it in ``best_by_schedule``; None if it does not fit."""
         model, ends = self.cost_model, [0, *accumulate(balance)]
-        if not self.fits(model.parameter_memory(candidate, ends)):
+        if not self.fits([worker.total for worker in model.parameter_memory(candidate, ends)]):
             return None
         if not self.fits(memory := model.memory(candidate, ends)):
             return None
@@ -237,15 +242,14 @@ class Search:
 
     def _stage_fits(self, candidate: Candidate) -> Callable[[int, int, int], bool]:
         sums, limit = self.cost_model.sums[candidate.micro_batch], self.machine.memory / candidate.virtual_stages
-        alive, copies = self.cost_model.in_flight(candidate), candidate.parameter_copies(self.machine.moments)
+        alive = self.cost_model.in_flight(candidate)
 
         def fits(stage: int, start: int, stop: int) -> bool:
-            activations: float = sums.activations[stop] - sums.activations[start]
-            if candidate.drops(stage):
-                activations += alive[stage] * sums.inputs[start]
-            else:
-                activations *= alive[stage]
-            return copies * (sums.parameters[stop] - sums.parameters[start]) + activations <= limit
+            kept, once = sums.activations[stop] - sums.activations[start], sums.single_peak(start, stop)
+            activations = alive[stage] * sums.inputs[start] + once
+            if not candidate.drops(stage):
+                activations = alive[stage] * kept + once - kept
+            return sums.held(candidate, start, stop).total + activations <= limit
 
         return fits
 

@@ -28,6 +28,7 @@ import psutil
 import torch
 
 from rpcpipe.errors import ArgumentError, StateError
+from rpcpipe.model.memory import give_heap_back
 from rpcpipe.stage import kept_image
 from rpcpipe.transport.slots import map_file
 from rpcpipe.transport.user_pickling import Pickler
@@ -37,6 +38,7 @@ _PAGE = 4096
 _MAGIC = 0x31_54_50_45_4B_50_52_31
 _GROWTH = 64 << 20  # bytes of the file, which take no memory before they are written
 _RECORDS = 16
+_GIVEN_BACK = 8 << 20  # bytes by which the memory grows as tensors move here, from which on the heap is given back
 _RECORD_WORDS = 3  # offset, length, checksum
 _MAP_NORESERVE = 0x4000
 
@@ -51,6 +53,7 @@ class Word(IntEnum):
     CONDITION = 4
     START = 5  # a step whose begin is in a record, or -1
     OTHER_START = 6  # another: one may run ahead
+    UPDATED = 7  # the step whose update has ended last, or -1
 
 
 class Condition(IntEnum):
@@ -201,6 +204,7 @@ class KeptMemory:
         They stay the same objects, and those of one storage share one again: tensors of a storage move together.
         """
         moved: dict[int, torch.UntypedStorage] = {}
+        before = self._extents.end
         for tensor in tensors:
             if not self.can_hold(tensor) or self.holds(tensor):
                 continue
@@ -209,7 +213,16 @@ class KeptMemory:
                 moved[address] = self._storage(self._take(old.nbytes()))
                 ctypes.memmove(moved[address].data_ptr(), address, old.nbytes())
             tensor.data = _view(moved[address], tensor.dtype, tensor.storage_offset(), tensor.shape, tensor.stride())
+        if self._extents.end - before > _GIVEN_BACK:
+            del old  # the last of those that have moved
+            give_heap_back()
         return bool(moved)
+
+    def room_for(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return an empty tensor here of the shape, strides and dtype of a copy of ``tensor``, which can be held."""
+        like = torch.empty_like(tensor, device="meta")
+        storage = self._storage(self._take(like.untyped_storage().nbytes()))
+        return _view(storage, like.dtype, 0, like.shape, like.stride())
 
     def place(self, tensor: torch.Tensor) -> Place | torch.Tensor:
         """Return where ``tensor`` lies, which pickles fast; itself if it is not here, or more than a plain tensor."""

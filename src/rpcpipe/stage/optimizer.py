@@ -125,7 +125,7 @@ class LocalOptimizer:
     """One worker's optimizer: the user's optimizer over the parameters of the worker's stages.
 
     ``is_whole``: ``parameters`` are all of the model's. Parameters in ``elsewhere`` are updated on other workers; this
-    worker only restores them after a failed step.
+    worker only restores them after a failed step. ``copies``: whether an update can be taken back.
     ``changed`` holds, per group, the hyperparameters that the optimizer itself has changed in the last update, and None
     for a group that has no parameter of this worker.
     """
@@ -137,6 +137,7 @@ class LocalOptimizer:
         elsewhere: Set[nn.Parameter] = frozenset(),
         *,
         is_whole: bool = True,
+        copies: bool = True,
     ) -> None:
         self.parameters = parameters
         owned = Parameters((name, parameter) for name, parameter in parameters.named() if parameter not in elsewhere)
@@ -150,7 +151,7 @@ class LocalOptimizer:
             error=ModelError,
         )
         self.changed: list[dict[str, Any] | None] = []
-        self.undo = Undo(self.parameters, self.optimizer)
+        self.undo = Undo(self.parameters if copies else [], self.optimizer)
         # What differs from it goes along with moves and saves; the rest may depend on the parameters, as their number.
         [self._fresh] = copied([own(self.optimizer)])
 
@@ -205,7 +206,7 @@ class LocalOptimizer:
         self.undo.invalidate()
 
     def step(self, gradients: Mapping[torch.Tensor, torch.Tensor], changes: Sequence[Mapping[str, Any]]) -> None:
-        """Apply ``gradients`` as ``apply`` does; if that raises, restore parameters and state and raise the error."""
+        """Apply ``gradients`` as ``apply`` does; if that raises, restore what there are copies of; raise the error."""
         self.undo.refresh()
         try:
             self.apply(gradients, changes)

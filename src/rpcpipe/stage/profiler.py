@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import random
 import statistics
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol
@@ -25,10 +26,13 @@ from rpcpipe.model import layers as model
 from rpcpipe.model.microbatch import Nest, map_tensors, tensors
 from rpcpipe.model.wiring import Flow, Wiring, advance, live_names, required_inputs
 from rpcpipe.planning.layer_cost import LayerCost
-from rpcpipe.stage import autograd, gradients
+from rpcpipe.stage import autograd, gradients, precision
 from rpcpipe.stage.activation_memory import Memory, saved_by_graph
 from rpcpipe.stage.optimizer import Factory, Parameters, make
+from rpcpipe.stage.peak_memory import PeakMemory
 from rpcpipe.stage.split_backward import backward_input, backward_weight
+
+Cast = Callable[[], AbstractContextManager[None]]
 
 _ROUNDS = 5
 _CACHES = 64 << 20  # bytes: more than a core's share of the caches
@@ -43,14 +47,15 @@ def profile(
     optimizer: Factory | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
+    autocast: torch.dtype | None = None,
 ) -> list[LayerCost]:
     """Run every layer on its inputs for ``sample``, one micro-batch; return their costs in seconds and bytes.
 
-    With ``loss`` and ``target`` the last layer's cost includes the loss; with ``optimizer`` the update is
-    timed too. Of LayerSpecs only one is in memory at a time. Memory that two consecutive layers save for
-    their backwards counts once, for the first of them. Copies are run, in the modes that the modules have: modules,
-    ``loss``, ``sample`` and the global random numbers stay as they are. Raises ArgumentError if ``sample`` lacks a
-    name.
+    With ``loss`` and ``target`` the last layer's cost includes the loss; with ``optimizer`` the update is timed, and
+    its state counted, too. ``autocast``: as ``Pipeline``'s. Of LayerSpecs only one is in memory at a time. Memory that
+    two consecutive layers save for their backwards counts once, for the first of them. Copies are run, in the modes
+    that the modules have: modules, ``loss``, ``sample`` and the global random numbers stay as they are. Raises
+    ArgumentError if ``sample`` lacks a name.
     """
     rounds = _ROUNDS + 1
 
@@ -59,7 +64,10 @@ def profile(
         return (copy.deepcopy(module) if module is model.unwired(layer) else module).to(device)
 
     with _same_random_numbers(device):
-        return _walk(layers, sample, device, _Closing(loss, target), build, _Measure(Clock, rounds, optimizer))
+        measure = _Measure(
+            Clock, rounds, optimizer, functools.partial(precision.autocast, torch.device(device), autocast)
+        )
+        return _walk(layers, sample, device, _Closing(loss, target), build, measure)
 
 
 def estimate(
@@ -202,12 +210,13 @@ class _Run:
 class _Measure:
     """Measures one layer in ``rounds`` runs, of which the first is a warm-up if there are several.
 
-    ``repeats``: equal layers have equal costs, so that each is measured once.
+    ``cast``: returns what forwards run in. ``repeats``: equal layers have equal costs, so that each is measured once.
     """
 
     clock: Callable[[bool], Timer]
     rounds: int
     optimizer: Factory | None = None
+    cast: Cast = nullcontext
     repeats: bool = False
 
     def __call__(
@@ -217,11 +226,12 @@ class _Measure:
         buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
         cuda = any(leaf.is_cuda for leaf in tensors(received.nest))
         # A layer may change its input in place, so that every round needs a copy.
-        times = [_round(module, autograd.copied(received), self.clock(cuda)) for _ in range(self.rounds)]
-        update = _update(module, self.optimizer) if self.optimizer is not None else 0.0
+        times = [_round(module, autograd.copied(received), self.clock(cuda), self.cast) for _ in range(self.rounds)]
+        peak = _peak(module, autograd.copied(received), self.cast)
+        update, state = (0.0, None) if self.optimizer is None else _update(module, self.optimizer)
         for parameter in module.parameters():
             parameter.grad = None
-        outputs, _ = _forward(module, received)
+        outputs, _ = _forward(module, received, self.cast)
         saved = saved_by_graph(tensors(outputs))
         known = Memory([*module.parameters(), *module.buffers()])
         for buffer, value in buffers:
@@ -239,23 +249,41 @@ class _Measure:
             parameter_bytes=sum(parameter.nbytes for parameter in module.parameters()),
             output_bytes=Memory(tensors(leaving.nest)).without(),
             update=update,
+            state_bytes=state,
+            peak_bytes=peak,
         )
         return cost, leaving, _Run(outputs, saved)
 
 
-def _forward(module: nn.Module, received: autograd.StageInput) -> tuple[Nest, autograd.GraphEntry]:
+def _forward(module: nn.Module, received: autograd.StageInput, cast: Cast) -> tuple[Nest, autograd.GraphEntry]:
     nest, entry = autograd.enter(received)
-    return module(nest), entry
+    with cast():
+        return module(nest), entry
 
 
-def _round(module: nn.Module, received: autograd.StageInput, clock: Timer) -> tuple[float, float, float, float]:
+def _peak(module: nn.Module, received: autograd.StageInput, cast: Cast) -> int:
+    """Return the most bytes at once of a forward and its backward, gradients of parameters being there already."""
+    grads = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+    memory = PeakMemory([*module.parameters(), *module.buffers(), *grads, *tensors(received.nest)])
+    with memory:
+        outputs, entry = _forward(module, received, cast)
+        ones = _ones(outputs)
+        saved = autograd.Saved.of(outputs, entry)
+        del outputs, entry
+        autograd.backward(saved, ones)
+    return memory.peak
+
+
+def _round(
+    module: nn.Module, received: autograd.StageInput, clock: Timer, cast: Cast
+) -> tuple[float, float, float, float]:
     """Return the seconds of forward, full backward, input gradient and weight gradient."""
     clock.tick()
-    outputs, entry = _forward(module, autograd.copied(received))
+    outputs, entry = _forward(module, autograd.copied(received), cast)
     clock.tick()
     autograd.backward(autograd.Saved.of(outputs, entry), _ones(outputs))
     clock.tick()
-    outputs, entry = _forward(module, received)
+    outputs, entry = _forward(module, received, cast)
     clock.tick()
     _, deferred = backward_input(autograd.Saved.of(outputs, entry), _ones(outputs))
     clock.tick()
@@ -269,15 +297,18 @@ def _ones(outputs: Nest) -> autograd.Gradients:
     return [torch.ones_like(leaf) for leaf in autograd.differentiable(outputs)]
 
 
-def _update(module: nn.Module, factory: Factory) -> float:
-    """Return the median seconds of the gradients' norms and an optimizer step, on a copy of the parameters."""
+def _update(module: nn.Module, factory: Factory) -> tuple[float, int]:
+    """Return the median seconds of the gradients' norms and an optimizer step, and the bytes of its state.
+
+    They are those of a copy of the parameters.
+    """
     parameters = Parameters(
         (name, nn.Parameter(parameter.detach().clone()))
         for name, parameter in module.named_parameters()
         if parameter.requires_grad
     )
     if not parameters:
-        return 0.0
+        return 0.0, 0
     optimizer = make(factory, parameters)
     for parameter in parameters:
         parameter.grad = torch.randn_like(parameter)  # Adam takes twice as long for zeros
@@ -290,7 +321,8 @@ def _update(module: nn.Module, factory: Factory) -> float:
         gradients.norms(parameters)
         optimizer.step()
         clock.tick()
-    return statistics.median(clock.seconds()[::2])
+    state = Memory(leaf for entries in optimizer.state.values() for leaf in tensors(entries))
+    return statistics.median(clock.seconds()[::2]), state.without()
 
 
 class Timer(Protocol):

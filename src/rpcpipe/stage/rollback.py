@@ -4,13 +4,14 @@ A step must change no weight unless every stage has applied its update, but an o
 others have succeeded. The only general way to restore the weights is a copy of the parameters and the
 optimizer's state. The copy is made parameter by parameter while the worker waits for input, so that it
 uses the pipeline's bubble and adds no time. The guarantee costs memory: parameters and optimizer state
-are held twice.
+are held twice. Where there is no room for that, an ``Undo`` of no parameters still knows how far an update has got.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
+from enum import StrEnum
 from typing import Any, Protocol
 
 import torch
@@ -28,9 +29,25 @@ class Watch(Protocol):
         """All copies equal the live values: an update may begin once this returns."""
         ...
 
+    def room_for(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """Return memory for a copy of ``tensor``; None: there is none but the heap."""
+        ...
+
     def stale(self) -> None:
         """The copies are overwritten once this returns: nothing is taken back to them any more."""
         ...
+
+    def ended(self, step: int) -> None:
+        """The update of ``step`` has ended on this worker."""
+        ...
+
+
+class Reach(StrEnum):
+    """How far a worker has got with an update."""
+
+    BEFORE = "before"
+    WITHIN = "within"
+    AFTER = "after"
 
 
 # By parameter: its value and the optimizer's state.
@@ -38,17 +55,19 @@ Copies = dict[nn.Parameter, tuple[torch.Tensor, dict[str, Any]]]
 
 
 class Undo:
-    """A copy of ``parameters``, of ``optimizer.state``, kept up to date by ``refresh_one``, and of its ``entries``.
+    """A copy of ``parameters``, of their ``optimizer.state``, kept up to date by ``refresh_one``, and of ``entries``.
 
     Invariants: the copies of parameters that are not in ``_stale`` equal the live values, until an update. Groups are
     copied last, by ``refresh``; from then on, ``complete``, the update of ``step`` is taken back to the copies.
-    ``moved``: since it was last unset, copies were put elsewhere, or are no tensors.
+    ``moved``: since it was last unset, copies were put elsewhere, or are no tensors. ``ended_step``: the step whose
+    update has ended last.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-        self._parameters = list(parameters)
+        self.parameters = list(parameters)
         self._optimizer = optimizer
-        self._stale = list(self._parameters)
+        self._stale = list(self.parameters)
+        self.ended_step: int | None = None
         self._outdated = False
         self.copies: Copies = {}
         self.groups: Groups | None = None
@@ -69,7 +88,7 @@ class Undo:
         """Mark all copies as stale, because the live values have changed."""
         if self.watch is not None:
             self.watch.stale()
-        self._stale = list(self._parameters)
+        self._stale = list(self.parameters)
         self.groups = None
         self.complete = self._outdated = False
 
@@ -92,13 +111,19 @@ class Undo:
         parameter = self._stale[-1]
         old_value, old_state = self.copies.get(parameter, (None, {}))
         live = self._optimizer.state.get(parameter, {})
-        value = _copy(parameter.detach(), old_value)
-        state = {key: _copy(entry, old_state.get(key)) for key, entry in live.items()}
+        value = self._copied(parameter.detach(), old_value)
+        state = {key: self._copied(entry, old_state.get(key)) for key, entry in live.items()}
         self.copies[parameter] = value, state
         if value is not old_value or not _same_tensors(state, old_state):
             self.moved = True
         self._stale.pop()
         return True
+
+    def _copied(self, value: Any, old: Any) -> Any:
+        """Return a copy of ``value``, in the memory of ``old`` or, if there is none, where copies are kept."""
+        if old is None and self.watch is not None and isinstance(value, torch.Tensor):
+            old = self.watch.room_for(value)
+        return _copy(value, old)
 
     def refresh(self) -> None:
         """Copy all stale parameters and their state, and the groups' entries."""
@@ -109,6 +134,18 @@ class Undo:
         self.complete = True
         if self.watch is not None:
             self.watch.complete()
+
+    def end(self) -> None:
+        """Note that the update of ``step`` has ended."""
+        self.ended_step = self.step
+        if self.watch is not None and self.step is not None:
+            self.watch.ended(self.step)
+
+    def reach(self, step: int) -> Reach:
+        """Return how far the update of ``step``, the last one of all, has got."""
+        if self.ended_step == step:
+            return Reach.AFTER
+        return Reach.WITHIN if self.step == step and self.complete else Reach.BEFORE
 
     def take_back(self, step: int) -> None:
         """Restore what was before the update of ``step``; do nothing if the copies are another step's."""

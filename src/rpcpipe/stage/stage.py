@@ -19,8 +19,9 @@ from torch.autograd.graph import get_gradient_edge
 
 from rpcpipe.errors import ModelError, ScheduleError
 from rpcpipe.model import batchnorm, losses, rng
-from rpcpipe.model.layers import Loss, Named
+from rpcpipe.model.layers import Loss
 from rpcpipe.model.microbatch import Nest, map_tensors
+from rpcpipe.model.names import Named
 from rpcpipe.model.sendable import sendable
 from rpcpipe.model.wiring import Flow, Wiring, advance, live_names
 from rpcpipe.stage import autograd, precision

@@ -21,6 +21,7 @@ class _State:
     caught: tuple[int, FrameType | None] | None = None
     waiting = False
     shielded = False
+    held = False
 
 
 def _catch(number: int, frame: FrameType | None) -> None:
@@ -77,7 +78,7 @@ class allow_interrupts:  # noqa: N801
     """Let Ctrl-C interrupt the block although a ``shield_interrupts`` encloses it; does nothing otherwise."""
 
     def __enter__(self) -> None:
-        if threading.current_thread() is threading.main_thread():
+        if threading.current_thread() is threading.main_thread() and not _State.held:
             _State.waiting = True
             if signal.getsignal(signal.SIGINT) is _catch:
                 try:
@@ -89,3 +90,22 @@ class allow_interrupts:  # noqa: N801
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
         if threading.current_thread() is threading.main_thread():
             _State.waiting = False
+
+
+class hold_interrupts(shield_interrupts):  # noqa: N801
+    """Like ``shield_interrupts``, but a Ctrl-C is raised only after the block, whatever waits in it.
+
+    For what cannot be stopped half way; its waits must end by themselves.
+    """
+
+    _before = False
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        if threading.current_thread() is threading.main_thread():
+            self._before, _State.held = _State.held, True
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        if threading.current_thread() is threading.main_thread():
+            _State.held = self._before
+        super().__exit__(kind, error, trace)

@@ -41,4 +41,5 @@ class ActorSpec:
     # By layer, buffers whose memory other layers have too.
     shared_buffers: Mapping[str, Sequence[str]] = field(default_factory=dict)
     settings: TorchSettings = field(default_factory=TorchSettings.current)
+    copies: bool = True  # of what an update changes, to take it back
     keep: bool = False  # in memory that outlives the worker, on the CPU

@@ -175,9 +175,8 @@ class KeptState:
             optimizer.undo.watch, optimizer.undo.moved = self, True
 
     def _copies(self, undo: Undo) -> list[Any]:
-        """Return the copies of ``undo``, taken in, in the parameters' order."""
-        assert self._held.optimizer is not None
-        copies = [list(undo.copies[parameter]) for parameter in self._held.optimizer.parameters]
+        """Return the copies of ``undo``, taken in, in its parameters' order."""
+        copies = [list(undo.copies[parameter]) for parameter in undo.parameters]
         self._memory.take_in(tensors_in(copies))
         return list(map(self._placed, copies))
 
@@ -194,9 +193,21 @@ class KeptState:
             self._commit(records)
             self._memory[Word.UPDATING] = -1 if undo.step is None else undo.step
 
+    def room_for(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """Return memory here for a copy: on the heap there would be both for a while, beside activations."""
+        if not self._is_kept or not self._memory.can_hold(tensor):
+            return None
+        with self._or_lost():
+            return self._memory.room_for(tensor)
+        return None
+
     def stale(self) -> None:
         """The copies are about to be overwritten."""
         self._memory[Word.UPDATING] = -1
+
+    def ended(self, step: int) -> None:
+        """The update of ``step`` has ended, and what it has changed is brought in."""
+        self._memory[Word.UPDATED] = step
 
     def _settle(self, operation: Operation) -> None:
         """Bring in what a step has made or changed."""

@@ -124,6 +124,12 @@ class TellNorms(NamedTuple):
     agreement: Agreement
 
 
+class GetReach(NamedTuple):
+    """Reply with how far the update of ``step`` has got on this worker; None if it updates nothing."""
+
+    step: int
+
+
 class TakeOrders(NamedTuple):
     """Take what the update needs from the driver. Without ``orders`` it awaits them: the step runs ahead."""
 
@@ -190,7 +196,7 @@ class BeginCall(NamedTuple):
 
 UpdateOperation = (
     NormalizeGradients | PublishGradients | UpdateWeights | LastUpdate | TakeOrders | TellLosses | TellNorms
-    | CommitStep | LastReport | UndoUpdate
+    | CommitStep | LastReport | UndoUpdate | GetReach
 )  # fmt: skip
 
 StepOperation = (
@@ -243,7 +249,9 @@ class ReleaseCaches(NamedTuple):
 
 
 class GetState(NamedTuple):
-    """Reply with each stage's state under the unsplit model's names, on the CPU."""
+    """Reply with each stage's state under the unsplit model's names, on the CPU; ``trainable``: trained ones alone."""
+
+    trainable: bool = False
 
 
 class LoadState(NamedTuple):

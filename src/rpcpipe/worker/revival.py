@@ -46,6 +46,7 @@ def restore(memory: KeptMemory, device: torch.device) -> Restored:
     step, training = memory[Word.BEGUN] >> 1, bool(memory[Word.BEGUN] & 1)
     if held.optimizer is not None:
         _fill(held.optimizer, records, memory[Word.UPDATING])
+        held.optimizer.undo.ended_step = memory[Word.UPDATED]
     snapshots = _snapshots(held, records[Part.SNAPSHOTS], ended=condition is not Condition.STREAM)
     parameters = held.parameters
     held.accumulated.resumed, sums = records[Part.SUMS]
@@ -83,11 +84,12 @@ def _fill(optimizer: LocalOptimizer, records: Mapping[int, Any], updating: int) 
         if state is not None:
             optimizer.optimizer.state[parameter] = state
     if updating >= 0:
-        optimizer.undo.take_over(updating, _by_parameter(optimizer, records[Part.UNDO]), records[Part.UNDO_GROUPS])
+        undo = optimizer.undo
+        undo.take_over(updating, _by_parameter(undo, records[Part.UNDO]), records[Part.UNDO_GROUPS])
 
 
-def _by_parameter(optimizer: LocalOptimizer, copies: Iterable[tuple[torch.Tensor, dict[str, Any]]]) -> Copies:
-    return {parameter: (value, state) for parameter, (value, state) in zip(optimizer.parameters, copies, strict=True)}
+def _by_parameter(undo: Undo, copies: Iterable[tuple[torch.Tensor, dict[str, Any]]]) -> Copies:
+    return {parameter: (value, state) for parameter, (value, state) in zip(undo.parameters, copies, strict=True)}
 
 
 def _snapshots(held: StageSet, record: tuple[int, dict[int, KeptSnapshot]] | None, *, ended: bool) -> Snapshots | None:
@@ -99,7 +101,7 @@ def _snapshots(held: StageSet, record: tuple[int, dict[int, KeptSnapshot]] | Non
         undo = None
         if held.optimizer is not None and kept.copies is not None:
             undo = Undo(held.optimizer.parameters, held.optimizer.optimizer)
-            undo.take_over(None, _by_parameter(held.optimizer, kept.copies), kept.groups)
+            undo.take_over(None, _by_parameter(undo, kept.copies), kept.groups)
         slots[number] = Snapshot(undo, _buffers(held, kept.buffers), kept.past)
     return Snapshots(stream, held.optimizer, held.buffered, slots, ended=ended)
 

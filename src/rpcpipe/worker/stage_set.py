@@ -85,7 +85,9 @@ class StageSet:
         if parameters and spec.optimizer is not None:
             elsewhere = self._updated_elsewhere
             is_whole = len(self.stages) > last_stage and not elsewhere
-            self.optimizer = LocalOptimizer(spec.optimizer, parameters, elsewhere, is_whole=is_whole)
+            self.optimizer = LocalOptimizer(
+                spec.optimizer, parameters, elsewhere, is_whole=is_whole, copies=spec.copies
+            )  # fmt: skip
 
     def _layer(self, name: str, layer: layers.Layer, index: int) -> nn.Module:
         module = layers.build(layer, seed=self.spec.seed, index=index)

@@ -47,8 +47,8 @@ class StageState:
         """Execute an operation between steps, with the modules' own training flags, and return its result."""
         self._held.switch_to_own_modes()
         match operation:
-            case GetState():
-                return self._get()
+            case GetState(trainable):
+                return self._get(trainable)
             case LoadState(states):
                 self._load(states)
             case SaveShard(folder, label):
@@ -71,9 +71,15 @@ class StageState:
                 return self._held.execute(operation)
         return None
 
-    def _get(self) -> dict[int, dict[str, Any]]:
-        """Return each stage's state under the unsplit model's names, on the CPU."""
-        return {index: extra_state.packed(stage.module.state_dict()) for index, stage in self._held.stages.items()}
+    def _get(self, trainable: bool) -> dict[int, dict[str, Any]]:
+        """Return each stage's state, or its ``trainable`` parameters, under the unsplit model's names, on the CPU."""
+        states = {}
+        for index, stage in self._held.stages.items():
+            state = stage.module.state_dict()
+            named = stage.module.named_parameters(remove_duplicate=False)
+            wanted = {name for name, parameter in named if parameter.requires_grad} if trainable else state.keys()
+            states[index] = extra_state.packed({name: value for name, value in state.items() if name in wanted})
+        return states
 
     def _load(self, packed: Mapping[int, Mapping[str, Any]]) -> None:
         """Load the states that ``_get`` returns.

@@ -27,6 +27,7 @@ from rpcpipe.worker.gradient_exchange import Push
 from rpcpipe.worker.messages import ORDERS, Norms, Orders, Port, Report, Updated
 from rpcpipe.worker.operations import (
     CommitStep,
+    GetReach,
     LastReport,
     LastUpdate,
     NormalizeGradients,
@@ -73,7 +74,11 @@ class Updater:
             case UpdateWeights(context_id, changes):
                 self._update(plan, report, context_id, changes)
             case LastUpdate():
+                if self._held.optimizer is not None:
+                    self._held.optimizer.undo.end()
                 return report.updated
+            case GetReach(step):
+                return None if self._held.optimizer is None else self._held.optimizer.undo.reach(step)
             case TakeOrders(orders):
                 self._orders = orders or inputs[ORDERS.slot]
             case TellLosses(agreement):

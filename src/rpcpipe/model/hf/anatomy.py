@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,18 +13,18 @@ from rpcpipe.model.hf.recipe import Recipe
 class Body:
     """The blocks: the path of their list, and how they are called.
 
-    ``hidden`` is the name of the argument that takes the hidden states, "" for the first; ``in_tuple``: a block
-    returns a tuple that begins with them.
+    ``hidden`` is the name of the argument that takes the hidden states, "" for the first; ``width``: a block returns
+    a tuple of so many values that begins with them, or them alone if it is 0.
     """
 
     path: str
     blocks: tuple[str, ...]
     hidden: str = ""
-    in_tuple: bool = False
+    width: int = 0
 
-    def returned(self, hidden: Any) -> Any:
-        """Return ``hidden`` as a block returns it."""
-        return (hidden,) if self.in_tuple else hidden
+    def returned(self, hidden: Any, beside: Any = None) -> Any:
+        """Return ``hidden`` as a block returns it, ``beside`` for the other values that it returns."""
+        return (hidden, *[beside] * (self.width - 1)) if self.width else hidden
 
     def split(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
         """Return the hidden states in a block's arguments, and the other arguments."""
@@ -61,7 +62,9 @@ class Anatomy:
     ``blocks_see_ids`` and ``tail_sees_ids``: input_ids are needed behind the embedding. ``records``: router logits
     go along with the hidden states. ``direct``: which modules of ``tail`` are called with the result before them and
     nothing else. ``shortcut``: what the last of them needs of the forward before it, if it is known. ``cache``: the
-    argument of the forward that takes a key-value cache, "" if generation cannot use one.
+    argument of the forward that takes a key-value cache, "" if generation cannot use one. ``beside``: for every block,
+    which leaves of its other arguments depend on weights of the part before the blocks, and which of the values that
+    go along from there each of them is.
     """
 
     recipe: Recipe
@@ -78,6 +81,7 @@ class Anatomy:
     direct: tuple[bool, ...]
     shortcut: Shortcut | None
     cache: str
+    beside: tuple[tuple[tuple[int, int], ...], ...]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Anatomy:
         return self
@@ -86,6 +90,16 @@ class Anatomy:
         return f"Anatomy({self.recipe})"
 
     @property
+    def values(self) -> tuple[int, ...]:
+        """The values that go along from the part before the blocks, by their numbers in ``beside``."""
+        return tuple(sorted({value for leaves in self.beside for _, value in leaves}))
+
+    @property
     def stand_ins(self) -> tuple[str, ...]:
         """The paths of the modules that a skeleton has not."""
         return (*self.body.blocks, *self.tail, *self.idle)
+
+
+def part_of(name: str, paths: Iterable[str]) -> str:
+    """Return the one of ``paths`` that the tensor ``name`` is in, the innermost; "" if none."""
+    return max((path for path in paths if name.startswith(f"{path}.")), key=len, default="")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,9 +19,11 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from rpcpipe.errors import ArgumentError, ModelError
-from rpcpipe.model.hf.anatomy import Anatomy
+from rpcpipe.model.hf.adapters import unwrapped
+from rpcpipe.model.hf.anatomy import Anatomy, part_of
 from rpcpipe.model.hf.examination import anatomy_of
-from rpcpipe.model.hf.losses import loss_of
+from rpcpipe.model.hf.folder import Folder, Weights
+from rpcpipe.model.hf.own_loss import loss_of
 from rpcpipe.model.hf.recipe import Recipe
 from rpcpipe.model.hf.skeleton import Skeleton, skeleton
 from rpcpipe.model.hf.staged import INPUTS, Block, Embedding, Idle, Tail, on_stage
@@ -29,24 +32,35 @@ from rpcpipe.model.layers import Layer, LayerSpec, Loss, Wired
 
 
 def cut(source: Any) -> tuple[dict[str, Layer], Loss, LanguageModel]:
-    """Return the layers of ``source``, a config or a model of transformers, its loss, and how it generates.
+    """Return the layers of ``source``, its loss, and how it generates.
 
-    Raises ArgumentError for another object, and ModelError for a model that is no chain of blocks.
+    ``source``: a config, a model, a model of peft, or a saved Folder. Raises ArgumentError for another object,
+    ModelError for a model that is no chain of blocks, and CheckpointError for a folder that holds another model.
     """
+    source, prefix = unwrapped(source)
     model = source if isinstance(source, PreTrainedModel) else None
-    recipe = Recipe.of(class_of(source), source if model is None else model.config)
-    anatomy = anatomy_of(recipe)
+    config = source if model is None and not isinstance(source, Folder) else source.config
+    anatomy = _anatomy(class_of(config if model is None else model), config, getattr(source, "dtype", None))
     parts = _parts(anatomy)
     if model is not None:
         _check_unchanged(model, anatomy)
         made: dict[str, Any] = {path: view(model, anatomy, path, part) for path, part in parts.items()}
     else:
         ties = _ties(anatomy, list(parts))
+        weights = source.weights(anatomy, list(parts)) if isinstance(source, Folder) else {}
         made = {
-            path: LayerSpec(build, anatomy, path, part, tied=ties.get(path) or None) for path, part in parts.items()
+            path: LayerSpec(build, anatomy, path, part, weights.get(path), tied=ties.get(path) or None)
+            for path, part in parts.items()
         }
     language_model = LanguageModel(cached=bool(anatomy.cache), takes_positions="position_ids" in anatomy.inputs)
-    return {path: _wired(layer, parts[path]) for path, layer in made.items()}, loss_of(recipe), language_model
+    layers = {prefix + path: _wired(layer, parts[path]) for path, layer in made.items()}
+    return layers, loss_of(anatomy), language_model
+
+
+def _anatomy(cls: type[PreTrainedModel], config: PreTrainedConfig, dtype: Any) -> Anatomy:
+    """Return the anatomy of a model of ``dtype``, if it is one; it was examined in torch's default dtype."""
+    anatomy = anatomy_of(Recipe.of(cls, config))
+    return replace(anatomy, recipe=Recipe.of(cls, config, dtype)) if isinstance(dtype, torch.dtype) else anatomy
 
 
 def class_of(source: Any) -> type[PreTrainedModel]:
@@ -84,15 +98,20 @@ def _parts(anatomy: Anatomy) -> dict[str, Part]:
 
 def _wired(layer: Any, part: Part) -> Layer:
     match part:
-        case Embedding():
-            return Wired(layer, gives=INPUTS)
+        case Embedding(anatomy):
+            return Wired(layer, gives=(INPUTS, *map(_value, anatomy.values)))
         case Block():
-            return Wired(layer, takes=INPUTS)
+            return Wired(layer, takes=(INPUTS, *map(_value, part.values)))
         case Tail(anatomy, index):
             last = index == len(anatomy.tail) - 1
             return Wired(layer, takes=(INPUTS, "input_ids") if last and anatomy.tail_sees_ids else INPUTS)
         case Idle():
             return layer
+
+
+def _value(number: int) -> str:
+    """Return the name of a value that goes along from the part before the blocks."""
+    return f"{INPUTS}.{number}"
 
 
 def _pruned(module: nn.Module, anatomy: Anatomy, path: str) -> nn.Module:
@@ -116,11 +135,14 @@ def view(model: PreTrainedModel, anatomy: Anatomy, path: str, part: Part) -> nn.
     return _pruned(on_stage(model.get_submodule(path), part), anatomy, path)
 
 
-def build(anatomy: Anatomy, path: str, part: Part) -> nn.Module:
-    """Return the layer at ``path`` with initial weights."""
+def build(anatomy: Anatomy, path: str, part: Part, weights: Weights | None = None) -> nn.Module:
+    """Return the layer at ``path`` with initial weights, or those that were saved."""
     frame = _frame(anatomy)
     module = _pruned(frame.part(path), anatomy, path)
-    frame.initialize(module)
+    if weights is None:
+        frame.initialize(module)
+    else:
+        weights.fill(module, path, frame)
     return on_stage(module, part)
 
 
@@ -133,7 +155,7 @@ def _ties(anatomy: Anatomy, paths: list[str]) -> dict[str, dict[str, str]]:
     holders: dict[int, list[tuple[str, str]]] = {}
     model = anatomy.recipe.weightless()
     for full, parameter in model.named_parameters(remove_duplicate=False):
-        path = max((path for path in paths if full.startswith(f"{path}.")), key=len)
+        path = part_of(full, paths)
         holders.setdefault(id(parameter), []).append((path, full.removeprefix(f"{path}.")))
     ties: dict[str, dict[str, str]] = {}
     for shared in holders.values():

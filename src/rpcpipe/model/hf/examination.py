@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 
 from rpcpipe.errors import ModelError
 from rpcpipe.model.hf.anatomy import Anatomy, Body, Shortcut
+from rpcpipe.model.hf.chain import Beside, Chain
 from rpcpipe.model.hf.decoding import cache_of
 from rpcpipe.model.hf.probes import (
-    EitherWay,
     WatchedIds,
     ancestors,
     candidates,
@@ -33,11 +33,12 @@ from rpcpipe.model.hf.probes import (
     tiny_batch,
 )
 from rpcpipe.model.hf.recipe import Recipe, without_values
-from rpcpipe.model.hf.recording import records_routers
-from rpcpipe.model.hf.skeleton import Handler, Reached, Skeleton
+from rpcpipe.model.hf.recording import records_routers, unrouted
+from rpcpipe.model.hf.skeleton import Handler, Skeleton
 
 _REFUSED = ("label", "cache", "past", "output_", "encoder_", "embeds", "logits_to_keep", "return_dict", "positions")
-_ROWS, _TIME = 2, 6
+_TIME = 6
+_WIDTHS = (0, 1, 2, 3)  # of the tuples that blocks return
 
 
 def find_blocks(model: nn.Module, name: str) -> tuple[str, tuple[str, ...]]:
@@ -92,14 +93,21 @@ class _Examination:
             raise self._error("it has an encoder and a decoder, and a pipeline is one chain of blocks")
         if getattr(model.config, "add_cross_attention", False):
             raise self._error("with cross-attention it has a second input, and a pipeline has one")
+        if getattr(model.config.get_text_config(), "num_kv_shared_layers", 0):
+            raise self._error("its blocks take keys and values of others (num_kv_shared_layers of its config)")
+        if any(getattr(model.config, name, 0) for name in ("layerdrop", "decoder_layerdrop")):
+            raise self._error("it leaves blocks out at random (layerdrop of its config); set that to 0")
         path, blocks = find_blocks(model, recipe.name)
         self._candidates = list(candidates(model, path))
-        before, tail, self._idle = self._phases(model, path, blocks)
+        self._probe = Skeleton(recipe, blocks, torch.device("cpu"), needs_grad=True)
+        unrouted(self._probe.model)
+        self._body, self._beside = self._how_called(path, blocks)
+        before, tail, self._idle = self._phases()
         self._tail = tail
         self._embedding, self._children = self._before(model, before, path)
         self._check_direct(model, path)
         self._skeleton = Skeleton(recipe, (*blocks, *tail, *self._idle), torch.device("cpu"), needs_grad=True)
-        self._body = self._how_called(path, blocks)
+        unrouted(self._skeleton.model)
 
     def anatomy(self) -> Anatomy:
         live, direct = self._live()
@@ -118,14 +126,15 @@ class _Examination:
             direct=direct,
             shortcut=self._shortcut(),
             cache=self._cache(),
+            beside=self._beside,
         )
 
     def _error(self, what: str) -> ModelError:
         return ModelError(f"{self._recipe.name} cannot be cut: {what}")
 
-    def _phases(self, model: nn.Module, path: str, blocks: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+    def _phases(self) -> tuple[tuple[str, ...], ...]:
         """Return the candidates called before the blocks, in order those called behind them, and the others."""
-        probe = Skeleton(self._recipe, blocks, torch.device("cpu"))
+        probe, body = self._probe, self._body
         calls: dict[str, list[bool]] = {candidate: [] for candidate in self._candidates}
         order: list[str] = []
         reached = False
@@ -140,11 +149,11 @@ class _Examination:
         def block(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             nonlocal reached
             reached = True
-            return EitherWay(args[0] if args else next(iter(kwargs.values())))
+            return body.returned(body.split(args, kwargs)[0])
 
         for candidate in self._candidates:
             probe.model.get_submodule(candidate).register_forward_pre_hook(called(candidate))
-        probe.run(dict.fromkeys(blocks, block), False, **tiny_batch(self._recipe))
+        probe.run(dict.fromkeys(body.blocks, block), False, **tiny_batch(self._recipe))
         for candidate, phases in calls.items():
             if len(set(phases)) > 1 or (True in phases and len(phases) > 1):
                 raise self._error(f"{candidate} is called {len(phases)} times, before and behind its blocks")
@@ -180,50 +189,15 @@ class _Examination:
             if own:
                 raise self._error(f"{ancestor or 'the model'} itself has the weight {own[0]}")
 
-    def _how_called(self, path: str, blocks: tuple[str, ...]) -> Body:
+    def _how_called(self, path: str, blocks: tuple[str, ...]) -> tuple[Body, Beside]:
         reasons: list[Exception] = []
-        for in_tuple in (False, True):
-            body = Body(path, blocks, in_tuple=in_tuple)
+        for width in _WIDTHS:
             try:
-                return self._check_chain(body)
+                return Chain(self._recipe, Body(path, blocks, width=width)).check(self._probe)
             except Exception as error:
                 reasons.append(error)
-        said = next((one for one in reasons if isinstance(one, ModelError)), None)
-        raise said or self._error(
-            f"its blocks hand more than hidden states to each other ({type(reasons[0]).__name__}: {reasons[0]})"
-        )
-
-    def _check_chain(self, body: Body) -> Body:
-        """Return ``body`` with the name of its argument, if each block gets what the one before it returned."""
-        expected: list[Any] = []
-        names: list[str] = []
-
-        def handler(index: int) -> Handler:
-            def block(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-                name = "" if args else next(iter(kwargs))
-                hidden = args[0] if args else kwargs[name]
-                names.append(name)
-                if len(names) != index + 1 or (expected and expected[-1] is not hidden):
-                    raise self._error(
-                        f"its block {len(names) - 1} is not called with what the one before it returned alone"
-                    )
-                others = Body(body.path, body.blocks, name).split(args, kwargs)[1:]
-                if trained := [leaf for leaf in tensors(others) if leaf.requires_grad]:
-                    raise self._error(
-                        f"block {index} takes a value of shape {tuple(trained[0].shape)} beside the hidden states that"
-                        " depends on weights"
-                    )
-                expected.append(hidden + 0)
-                if index == len(body.blocks) - 1:
-                    raise Reached()
-                return body.returned(expected[-1])
-
-            return block
-
-        self._run(body, {path: handler(index) for index, path in enumerate(body.blocks)})
-        if len(names) != len(body.blocks) or len(set(names)) > 1:
-            raise self._error(f"{len(names)} of its {len(body.blocks)} blocks are called")
-        return Body(body.path, body.blocks, names[0], body.in_tuple)
+        said = next((one for one in reversed(reasons) if isinstance(one, ModelError)), None)
+        raise said or reasons[0]
 
     def _run(self, body: Body, handlers: Mapping[str, Handler], **more: Any) -> Any:
         return self._skeleton.run(handlers, False, **{**tiny_batch(self._recipe), **more})
@@ -344,7 +318,7 @@ class _Examination:
         name = next((one for one in ("cache", "past_key_values") if one in arguments), "")
         cache = cache_of(self._recipe.config, len(self._body.blocks)) if name else None
         shares = bool(getattr(self._recipe.config, "num_kv_shared_layers", None))
-        if cache is None or "attention_mask" not in arguments or shares:
+        if cache is None or "attention_mask" not in arguments or shares or any(self._beside):
             return ""
         with torch.no_grad():
             calls = self._arguments(**{name: cache, "use_cache": True})

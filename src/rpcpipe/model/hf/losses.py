@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,33 +10,11 @@ from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from rpcpipe.errors import ArgumentError
-from rpcpipe.model.hf.recipe import Recipe
 
 IGNORED = -100  # the label that all losses of transformers ignore
 _PRE_TRAINING = ("labels", "next_sentence_label")
 # (sum, number of labels that count) of one micro-batch
 Counted = tuple[torch.Tensor, torch.Tensor]
-
-
-def loss_of(recipe: Recipe) -> Any:
-    """Return the loss of the model's class; one that raises ArgumentError where the class has none that is known."""
-    name = recipe.name
-    if name == "BertForPreTraining":
-        return PreTrainingLoss()
-    if name.endswith("ForSequenceClassification"):
-        return ClassificationLoss(recipe.config.num_labels, recipe.config.problem_type)
-    if name.endswith("ForTokenClassification"):
-        return MaskedLoss()
-    if name.endswith("ForMaskedLM"):
-        return MaskedLoss()
-    coefficient = getattr(recipe.config.get_text_config(), "router_aux_loss_coef", None)
-    if name.endswith(("ForCausalLM", "LMHeadModel", "LMHead", "ForConditionalGeneration")):
-        return CausalLoss() if coefficient is None else RoutedLoss(float(coefficient))
-    return _no_loss(name)
-
-
-def _no_loss(name: str) -> Callable[..., Any]:
-    return NoLoss(name)
 
 
 class NoLoss:
@@ -46,7 +24,7 @@ class NoLoss:
         self._name = name
 
     def __call__(self, output: Any, targets: Any) -> torch.Tensor:
-        raise ArgumentError(f"{self._name} has no loss that from_transformers knows; pass loss=…")
+        raise ArgumentError(f"from_transformers does not know the loss of {self._name}; pass loss=…")
 
 
 def label(targets: Any, name: str) -> torch.Tensor:
@@ -109,6 +87,8 @@ class MaskedLoss:
 class ClassificationLoss:
     """Loss of one label, several labels or numbers for each row, as the config's ``problem_type`` says."""
 
+    ONE = "single_label_classification"
+
     def __init__(self, classes: int, problem: str | None) -> None:
         self._classes = classes
         self._problem = problem
@@ -116,9 +96,9 @@ class ClassificationLoss:
     def __call__(self, output: Any, targets: Any) -> Counted:
         logits, labels = _logits(output), label(targets, "labels")
         one = labels.dtype in (torch.long, torch.int)
-        kinds = {True: "single_label_classification", False: "multi_label_classification"}
+        kinds = {True: self.ONE, False: "multi_label_classification"}
         problem = self._problem or ("regression" if self._classes == 1 else kinds[one])
-        if problem == "single_label_classification":
+        if problem == self.ONE:
             return _summed(logits, labels), (labels != IGNORED).sum()
         lossy = nn.functional.mse_loss if problem == "regression" else nn.functional.binary_cross_entropy_with_logits
         if self._classes == 1:

@@ -28,17 +28,6 @@ class WatchedIds(torch.Tensor):
             return func(*args, **(kwargs or {}))
 
 
-class EitherWay(torch.Tensor):
-    """Hidden states that are returned alone or in a tuple: ``[0]`` of them are themselves."""
-
-    @staticmethod
-    def __new__(cls, hidden: torch.Tensor) -> EitherWay:
-        return hidden.detach().as_subclass(cls)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self if index == 0 else super().__getitem__(index)
-
-
 def stop_here(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """End the forward."""
     raise Reached()

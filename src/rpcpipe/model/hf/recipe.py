@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from rpcpipe.errors import ModelError
 
@@ -19,18 +22,24 @@ _SMALL = 1 << 16  # elements of a parameter that is kept as its constructor made
 
 @dataclass(frozen=True, eq=False)
 class Recipe:
-    """A class of transformers and the config of the model. ``key`` is equal for equal models."""
+    """A class of transformers, the config of the model, and its dtype if not torch's default.
+
+    ``key`` is equal for equal models.
+    """
 
     cls: type[PreTrainedModel]
     config: Any
+    dtype: torch.dtype | None
     key: str
 
     @classmethod
-    def of(cls, model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Recipe:
+    def of(
+        cls, model_class: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype | None = None
+    ) -> Recipe:
         """Return the recipe of ``model_class(config)``; the config is copied."""
         config = copy.deepcopy(config)
-        said = config.to_json_string(use_diff=False) + str(config._attn_implementation)
-        return cls(model_class, config, hashlib.sha256((model_class.__qualname__ + said).encode()).hexdigest())
+        said = f"{model_class.__qualname__}{config.to_json_string(use_diff=False)}{config._attn_implementation}{dtype}"
+        return cls(model_class, config, dtype, hashlib.sha256(said.encode()).hexdigest())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Recipe:
         return self  # nothing changes it, and every layer of a model has the same one
@@ -49,11 +58,11 @@ class Recipe:
         Its buffers have their values.
         """
         config = copy.deepcopy(self.config)
-        with torch.device("cpu"), _WithoutStorage():
+        with torch.device("cpu"), _WithoutStorage(), _default_dtype(self.dtype):
             model = self.cls(config)
         kept: dict[int, nn.Parameter] = {}
         for module in model.modules():
-            for name, parameter in _own_parameters(module):
+            for name, parameter in own_parameters(module):
                 if parameter.numel() > _SMALL:
                     module.register_parameter(name, kept.setdefault(id(parameter), _on_meta(parameter)))
             if any(buffer is not None and buffer.is_meta for buffer in module.buffers(recurse=False)):
@@ -62,18 +71,36 @@ class Recipe:
         return model
 
 
+@contextmanager
+def _default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
+    """Let ``dtype``, if there is one, be torch's default inside the block."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(before if dtype is None else dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+_INITIALIZERS = (nn.init.__name__, "transformers.initialization")
+
+
 class _WithoutStorage(TorchFunctionMode):
-    """``torch.empty``, of which almost every parameter is made, allocates nothing."""
+    """``torch.empty``, of which almost every parameter is made, allocates nothing, and nothing is drawn for it."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*args, **{**(kwargs or {}), **({"device": "meta"} if func is torch.empty else {})})
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", "") in _INITIALIZERS and (tensor := kwargs.get("tensor")) is not None:
+            return tensor if tensor.is_meta else func(*args, **kwargs)  # milliseconds, even on the device meta
+        return func(*args, **{**kwargs, **({"device": "meta"} if func is torch.empty else {})})
 
 
 def _on_meta(parameter: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
 
 
-def _own_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+def own_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Return the parameters that ``module`` itself has, each under all of its names."""
     return list(module.named_parameters(recurse=False, remove_duplicate=False))
 
 
@@ -88,7 +115,7 @@ def without_values(module: nn.Module, device: torch.device, *, needs_grad: bool)
     """Replace the parameters of ``module`` by zeros that share one element, and move its buffers to ``device``."""
     kept: dict[int, nn.Parameter] = {}
     for part in module.modules():
-        for name, parameter in _own_parameters(part):
+        for name, parameter in own_parameters(part):
             zero = torch.zeros((), dtype=parameter.dtype, device=device).expand(parameter.shape)
             part.register_parameter(name, kept.setdefault(id(parameter), nn.Parameter(zero, needs_grad)))
         for name, buffer in list(part.named_buffers(recurse=False)):
@@ -102,7 +129,7 @@ def initialize(module: nn.Module, model: PreTrainedModel) -> None:
     """
     kept: dict[int, nn.Parameter] = {}
     for part in module.modules():
-        for name, parameter in _own_parameters(part):
+        for name, parameter in own_parameters(part):
             if parameter.is_meta:
                 blank = torch.full(parameter.shape, torch.nan, dtype=parameter.dtype)
                 fresh = nn.Parameter(blank, parameter.requires_grad)
@@ -111,9 +138,18 @@ def initialize(module: nn.Module, model: PreTrainedModel) -> None:
         return  # a layer that is built for its shapes
     with torch.no_grad():
         for part in module.modules():
+            if isinstance(part, Conv1D):  # as its constructor does
+                nn.init.normal_(part.weight, std=0.02)
+                nn.init.zeros_(part.bias)
             if callable(reset := getattr(part, "reset_parameters", None)):
                 reset()  # torch's own values, where transformers has none
-        module.apply(model._init_weights)
+        try:
+            module.apply(model._init_weights)
+        except AttributeError as error:  # it looks for other parts of the model
+            raise ModelError(
+                f"{type(model).__name__} gives no initial values to a {type(module).__name__} alone ({error}); build"
+                " the model and pass the model"
+            ) from error
     for name, parameter in module.named_parameters():
         if parameter.isnan().any():
             raise ModelError(

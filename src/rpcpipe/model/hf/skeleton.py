@@ -53,6 +53,7 @@ class Skeleton:
     """The model of ``recipe`` without weights, whose modules at ``paths`` are stand-ins."""
 
     def __init__(self, recipe: Recipe, paths: Sequence[str], device: torch.device, *, needs_grad: bool = False) -> None:
+        self.recipe = recipe
         full = recipe.weightless()
         self._templates = {path: full.get_submodule(path) for path in paths}
         self._handlers: dict[str, Handler] = {}
@@ -76,6 +77,13 @@ class Skeleton:
         """Return a copy of the module at ``path``, its parameters on the device meta."""
         template = self._templates.get(path)
         return copy.deepcopy(self._pristine.get_submodule(path) if template is None else template)
+
+    def alone(self, path: str) -> nn.Module:
+        """Return the model with the module at ``path`` in it and without the others that are stand-ins."""
+        model = copy.deepcopy(self._pristine)
+        if path in self._templates:
+            self._put(model, path, self.part(path))
+        return model
 
     def initialize(self, module: nn.Module) -> None:
         """Give ``module``, made by ``part``, its initial weights."""

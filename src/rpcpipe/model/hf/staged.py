@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -16,9 +17,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
+from transformers.utils import output_capturing
 
 from rpcpipe.errors import ArgumentError, ModelError
-from rpcpipe.model.hf.anatomy import Anatomy
+from rpcpipe.model.hf.anatomy import Anatomy, Body
 from rpcpipe.model.hf.decoding import Decoding
 from rpcpipe.model.hf.recording import record_routers, with_routers
 from rpcpipe.model.hf.skeleton import Handler, Reached, Skeleton, remembered, skeleton
@@ -54,7 +57,7 @@ def _blank(cls: Any) -> nn.Module:
 
 def on_stage(module: nn.Module, part: Any) -> nn.Module:
     """Return ``module`` as the layer ``part``, with the same parameters, submodules and buffers."""
-    staged = copy.copy(module)
+    staged = copy.copy(_uncaptured(module))
     if hasattr(staged, "gradient_checkpointing"):
         vars(staged)["gradient_checkpointing"] = False  # the pipeline's ``checkpoint`` decides on recomputation
     kind: Any = type(module)
@@ -63,7 +66,25 @@ def on_stage(module: nn.Module, part: Any) -> nn.Module:
     return staged
 
 
-def _skeleton(anatomy: Anatomy, device: torch.device) -> Skeleton:
+def _uncaptured(module: nn.Module) -> nn.Module:
+    """Return ``module``, or a copy with the same parameters, without hooks by which transformers records outputs.
+
+    A model has them once it was called for router logits, and they cannot be sent.
+    """
+    hooks = vars(module)["_forward_hooks"]
+    kept = {key: hook for key, hook in hooks.items() if getattr(hook, "__module__", "") != output_capturing.__name__}
+    children = {name: child and _uncaptured(child) for name, child in vars(module)["_modules"].items()}
+    if len(kept) == len(hooks) and all(
+        child is module.get_submodule(name) for name, child in children.items() if child
+    ):
+        return module
+    bare = copy.copy(module)
+    vars(bare).update(_modules=children, _forward_hooks=OrderedDict(kept))
+    return bare
+
+
+def skeleton_of(anatomy: Anatomy, device: torch.device) -> Skeleton:
+    """Return this thread's skeleton of the model on ``device``."""
     return skeleton(anatomy.recipe, anatomy.stand_ins, device)
 
 
@@ -73,21 +94,40 @@ class Embedding:
 
     anatomy: Anatomy
 
-    def __call__(self, module: nn.Module, forward: Callable[..., Any], inputs: Any) -> tuple[Any, dict[str, Any]]:
+    def __call__(self, module: nn.Module, forward: Callable[..., Any], inputs: Any) -> tuple[Any, ...]:
         given = _checked(inputs, self.anatomy)
-        body, skeleton = self.anatomy.body, _skeleton(self.anatomy, given["input_ids"].device)
+        skeleton = skeleton_of(self.anatomy, given["input_ids"].device)
 
-        def first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            raise Reached(body.split(args, kwargs)[0])
-
+        seen: dict[int, torch.Tensor] = {}
         path, children = self.anatomy.embedding, self.anatomy.children
         parts = {f"{path}.{name}": module.get_submodule(name) for name in children}
         with skeleton.having(parts or {path: _Called(forward, module)}):
             cached = _with_cache(self.anatomy, skeleton, given, given["input_ids"])
-            hidden = skeleton.run({body.blocks[0]: first}, module.training, **cached)
+            hidden = skeleton.run(_entered(self.anatomy, seen), module.training, **cached)
         if not self.anatomy.blocks_see_ids:
             given = {name: value for name, value in given.items() if name != "input_ids"}
-        return (hidden, ()) if self.anatomy.records else hidden, given
+        flow = (hidden, ()) if self.anatomy.records else hidden
+        return flow, given, *(seen[value] for value in self.anatomy.values)
+
+
+def _entered(anatomy: Anatomy, seen: dict[int, torch.Tensor]) -> dict[str, Handler]:
+    """Return handlers of blocks that find the first hidden states, and in ``seen`` the values that go beside them."""
+    body, last = anatomy.body, max((index for index, leaves in enumerate(anatomy.beside) if leaves), default=0)
+    entering: list[Any] = []
+
+    def block(index: int) -> Handler:
+        def called(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            hidden, *others = body.split(args, kwargs)
+            entering.append(hidden)
+            leaves = pytree.tree_leaves(tuple(others))
+            seen.update((value, leaves[place]) for place, value in anatomy.beside[index])
+            if index == last:
+                raise Reached(entering[0])
+            return body.returned(hidden)
+
+        return called
+
+    return {path: block(index) for index, path in enumerate(body.blocks[: last + 1])}
 
 
 class _Called(nn.Module):
@@ -112,10 +152,13 @@ class Block:
     anatomy: Anatomy
     index: int
 
-    def __call__(self, module: nn.Module, forward: Callable[..., Any], x: Any, inputs: Mapping[str, Any]) -> Any:
+    def __call__(
+        self, module: nn.Module, forward: Callable[..., Any], x: Any, inputs: Mapping[str, Any], *beside: Any
+    ) -> Any:
         body = self.anatomy.body
         hidden, before = x if self.anatomy.records else (x, ())
         args, kwargs = arguments(self.anatomy, hidden, inputs, self.index)
+        args, kwargs = self._with(beside, args, kwargs)
         if body.hidden:
             kwargs = {**kwargs, body.hidden: hidden}
         else:
@@ -125,6 +168,24 @@ class Block:
         with record_routers(module, self.anatomy.recipe) as routers:
             result = forward(*args, **kwargs)
         return _hidden(result), (*before, *routers)
+
+    @property
+    def values(self) -> tuple[int, ...]:
+        """The numbers of the values that the block takes."""
+        return tuple(sorted({value for _, value in self.anatomy.beside[self.index]}))
+
+    def _with(
+        self, beside: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments with the values from the part before the blocks in their places."""
+        if not beside:
+            return args, kwargs
+        known = dict(zip(self.values, beside, strict=True))
+        leaves, form = pytree.tree_flatten((args, kwargs))
+        for place, value in self.anatomy.beside[self.index]:
+            leaves[place] = known[value]
+        filled: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_unflatten(leaves, form)
+        return filled
 
 
 def _hidden(result: Any) -> Any:
@@ -138,7 +199,7 @@ def arguments(
 
     The blocks of a stage have the same ``inputs``, so what was found for the last of them is kept.
     """
-    skeleton = _skeleton(anatomy, hidden.device)
+    skeleton = skeleton_of(anatomy, hidden.device)
     decoding = _decoding(anatomy, skeleton, inputs, hidden)
     if decoding is not None:
         return _of_pass(anatomy, skeleton, decoding, hidden, inputs, index)
@@ -229,7 +290,7 @@ class Tail:
 
     def _begun(self, results: Mapping[int, Any], inputs: Mapping[str, Any]) -> tuple[Skeleton, dict[str, Any]]:
         sample = next(iter(results.values()))
-        skeleton = _skeleton(self.anatomy, sample.device)
+        skeleton = skeleton_of(self.anatomy, sample.device)
         return skeleton, _with_cache(self.anatomy, skeleton, _with_ids(sample, inputs), sample)
 
     def _before_last(
@@ -274,17 +335,23 @@ class Tail:
         return skeleton.returning(path, forward)
 
 
-def _behind(anatomy: Anatomy, results: Mapping[int, Any]) -> dict[str, Handler]:
-    """Return handlers of blocks and of modules behind them that return their ``results``, or what they are given."""
-    body = anatomy.body
+def passed(body: Body) -> dict[str, Handler]:
+    """Return handlers of blocks that return their hidden states as they are."""
 
     def passing(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return body.returned(body.split(args, kwargs)[0])
 
+    return dict.fromkeys(body.blocks, passing)
+
+
+def _behind(anatomy: Anatomy, results: Mapping[int, Any]) -> dict[str, Handler]:
+    """Return handlers of blocks and of modules behind them that return their ``results``, or what they are given."""
+    body = anatomy.body
+
     def known(result: Any) -> Handler:
         return lambda args, kwargs: result
 
-    handlers: dict[str, Handler] = dict.fromkeys(body.blocks, passing)
+    handlers = passed(body)
     handlers |= {path: lambda args, kwargs: args[0] if args else None for path in anatomy.tail}
     if -1 in results:
         handlers[body.blocks[-1]] = known(body.returned(results[-1]))
