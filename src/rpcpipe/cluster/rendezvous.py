@@ -147,13 +147,13 @@ class WorkerGroup:
     members: dict[str, Member] = field(default_factory=dict)
     listener: JoinListener | None = None
     values: dict[str, str] = field(default_factory=dict)
-    beats: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.newcomers = Newcomers(len(self.names))
         given = {DRIVER: DRIVERS_SEAT, **{name: seats.give(name) for name in self.names}}
         self.roster = Roster(uuid.uuid4().hex, DRIVER, given)
         self.transport = RpcTransport(self.roster)
+        self.beats: dict[str, Any] = {}
 
     def worker_config(self, name: str, device: str, seats: Mapping[str, Seat] | None = None) -> dict[str, Any]:
         """Return what every worker is told, on whatever host it is. ``seats``: its own and of those that it joins."""
