@@ -18,7 +18,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 # From the bottom up: a package imports what stands before it, and itself.
 LAYERS = [
     "errors", "_arguments", "_tables", "schedules", "planning", "transport", "model", "stage", "checkpoint", "cluster",
-    "worker", "driver", "pipeline", "__init__", "__main__",
+    "worker", "driver", "pipeline", "view", "__init__", "__main__",
 ]  # fmt: skip
 NO_TORCH = ("errors", "_arguments", "_tables", "schedules", "planning")
 
@@ -97,7 +97,14 @@ def hidden(tree: ast.Module) -> Iterator[ast.stmt]:
 
 
 # Extras are imported where they are used first; transformers by all of `hf`, which `from_transformers` imports.
-LAZY = ("matplotlib", "tensorboard", "torch.utils.tensorboard", "transformers", "rpcpipe.model.hf")
+LAZY = (
+    "matplotlib",
+    "tensorboard",
+    "torch.utils.tensorboard",
+    "transformers",
+    "rpcpipe.model.hf",
+    "rpcpipe.view.server",
+)
 
 
 def test_no_import_is_hidden() -> None:

@@ -1,7 +1,8 @@
 """Pipeline parallelism from one Python process.
 
 ``launch`` (or ``connect``) gives a ``Cluster`` of workers; a ``Pipeline`` on it trains. ``schedules`` draws and checks
-what runs; ``plan`` chooses it; ``callbacks``, ``layers`` and ``planning`` hold what is needed less often.
+what runs; ``plan`` chooses it; ``view`` shows it run; ``callbacks``, ``layers`` and ``planning`` hold what
+is needed less often.
 """
 
 import logging
@@ -36,6 +37,7 @@ from rpcpipe.pipeline import (
     verify,
 )
 from rpcpipe.schedules import Schedule, bubble_fraction, optimal_microbatches
+from rpcpipe.view import view
 
 # Silent unless the user configures logging.
 logging.getLogger("rpcpipe").addHandler(logging.NullHandler())
@@ -82,6 +84,7 @@ __all__ = [
     "schedules",
     "split",
     "verify",
+    "view",
 ]
 
 

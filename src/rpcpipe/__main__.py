@@ -1,4 +1,6 @@
-"""Run the command ``rpcpipe``: draw schedules, plan a training run, examine this machine, serve as a worker."""
+"""Run the command ``rpcpipe``: draw schedules, plan a training run, watch one, examine this machine, serve as a
+worker.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +23,7 @@ from rpcpipe.planning.layer_cost import UNDO
 from rpcpipe.planning.plan import decide
 from rpcpipe.planning.search import layouts
 from rpcpipe.schedules import Costs, Schedule
+from rpcpipe.view import commands as views
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return doctor.report()
         if args.command == "worker":
             serve_rank()
-        _plan(args) if args.command == "plan" else _schedule(args)
+        {"plan": _plan, "schedule": _schedule, "top": views.top, "view": views.page}[args.command](args)
     except (RpcPipeError, ValueError, OSError) as error:
         print(f"rpcpipe: {error}", file=sys.stderr)
         return 2
@@ -74,6 +77,7 @@ _COUNT = _checked(functools.partial(require_count, "it", most=1 << 16), int)  # 
 _POSITIVE = _checked(functools.partial(require_positive, "it", finite=True), float)
 _NOT_NEGATIVE = _checked(functools.partial(require_number, "it", least=0), float)
 _SHARE = _checked(_share, float)
+_PORT = _checked(functools.partial(require_count, "it", most=65535, least=0), int)
 _BYTES = _checked(functools.partial(require_positive, "it", finite=True), _tables.parse_bytes)
 
 
@@ -103,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     _add(commands, "doctor", "examine this machine; exit status 1 if a cluster would not form", _DOCTOR)
     _add(commands, "worker", "serve as the rank that the environment says, for a driver's rp.connect()", _WORKER)
+    views.add_parsers(commands, _PORT, _POSITIVE)
     _plan_parser(_add(commands, "plan", "the fastest way to train a model, computed without building it", _PLAN))
     _schedule_parser(_add(commands, "schedule", "draw a schedule: its timeline, bubble and peaks", _SCHEDULE))
     return parser

@@ -40,6 +40,15 @@ def test_every_step_is_told_once_in_order(schedule: str) -> None:
     assert pipe.trained == seen[-1].step + (1 if schedule == "1f1b" else 3)
 
 
+@pytest.mark.parametrize(("schedule", "ahead"), [("1f1b", 0), ("1f1b", 1), ("pipedream", 0)])
+def test_results_say_how_many_samples_they_are_of(schedule: str, ahead: int) -> None:
+    pipe = local(schedule=schedule)
+    given = [next(batches(1, size)) for size in (10, 7, 2)]
+    assert [result.samples for result in pipe.train(given, ahead=ahead)] == [10, 7, 2]
+    read = rp.RemoteBatches(lambda: batches(2, 6))
+    assert [record(result)["samples"] for result in pipe.train(read, ahead=ahead)] == [6, 6]
+
+
 def test_json_lines_hold_the_figures(tmp_path: Path) -> None:
     pipe, path = local(), tmp_path / "run.jsonl"
     pipe.on_step(path)

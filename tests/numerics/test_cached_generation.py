@@ -144,8 +144,15 @@ def test_models_without_keys_and_values_in_all_blocks_take_whole_rows() -> None:
     with pytest.raises(ValueError, match="whose blocks all have attention"):
         tokens(pipe, 2, cache=True)
     assert tokens(pipe, 2) == tokens(pipe, 2, cache=False)
-    bert = local(BertConfig(**SIZES, architectures=["BertForMaskedLM"]))
-    assert bert.recipe.language_model is not None
+
+
+def test_what_is_not_causal_does_not_generate() -> None:
+    bert = BertConfig(**SIZES, architectures=["BertLMHeadModel"])
+    with pytest.raises(rp.ModelError, match="needs is_decoder=True"):
+        tokens(local(bert))
+    torch.manual_seed(0)
+    unsplit = transformers.BertLMHeadModel(BertConfig(**SIZES, is_decoder=True, initializer_range=0.3)).eval()
+    assert tokens(local(unsplit), cache=True) == expected(unsplit)
 
 
 def test_rows_whose_tokens_another_process_has_seen_are_refused() -> None:

@@ -69,6 +69,16 @@ def close(mine: torch.Tensor, theirs: torch.Tensor) -> None:
     torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
 
 
+def check_generation(pipe: rp.Pipeline) -> None:
+    """Where the stages keep keys and values, the tokens are those of passes over whole rows."""
+    found = pipe.recipe.language_model
+    assert found is not None
+    if found.cached:
+        prompts = [torch.tensor([5, 9, 4, 7, 8, 3]), torch.tensor([6, 3, 11])]
+        cached, whole = (rp.generate(pipe, prompts, 3, cache=cache) for cache in (True, False))
+        assert [row.tolist() for row in cached] == [row.tolist() for row in whole]
+
+
 @pytest.mark.parametrize("family", CARRIED)
 def test_the_pipeline_is_the_unsplit_model(family: str, tmp_path: Path) -> None:
     """Its logits, one update, its names, and what is saved; with a loss of routers as one micro-batch."""
@@ -101,6 +111,7 @@ def test_the_pipeline_is_the_unsplit_model(family: str, tmp_path: Path) -> None:
         torch.testing.assert_close(
             state[name], value, atol=1e-5, rtol=1e-5, msg=lambda said, name=name: f"{name}: {said}"
         )
+    check_generation(pipe)
     folder = pipe.save(tmp_path)
     config.save_pretrained(folder)
     again = FAMILIES[family].from_pretrained(folder).state_dict()

@@ -199,6 +199,7 @@ CALLS: dict[str, Call] = {
     "RemoteBatches": Call(rp.RemoteBatches, {"make": list}, {"make": "", "start": "0", "seed": "0"}),
     "RemoteBatches.batch": Call(rp.RemoteBatches(list).batch, {}, {"number": "0"}),
     "RemoteBatches.inputs": Call(rp.RemoteBatches(list).inputs, {}, {"number": "0"}),
+    "view": Call(lambda **given: rp.view(**{"pipe": pipe()} | given).close(), {}, {"pipe": "", "port": "0"}),
     "JsonLines": Call(rp.callbacks.JsonLines, {}, {"path": "'x'"}),
     "TensorBoard": Call(rp.callbacks.TensorBoard, {}, {"directory": "'x'"}),
 }  # fmt: skip

@@ -9,6 +9,7 @@ import torch
 
 from rpcpipe.cluster import Worker
 from rpcpipe.cluster.kept_descriptor import KeptDescriptor
+from rpcpipe.cluster.liveness import ClusterEvent, WorkerStatus
 from rpcpipe.transport.local import LocalTransport
 from rpcpipe.transport.user_pickling import loads, named_dumps
 from rpcpipe.worker.executor import Executor
@@ -32,6 +33,7 @@ class LocalCluster:
         self.open, self.healthy, self.heal = True, True, heal
         self.stand_ins: list[Worker] = []
         self.pipelines: set[Any] = set()
+        self.events: list[ClusterEvent] = []
         for worker in self.workers:
             executor = Executor(worker.name, self.transport, device=torch.device("cpu"), threads=1)
             self.transport.serve(worker.name, executor)
@@ -39,6 +41,13 @@ class LocalCluster:
     def hosts(self) -> dict[str, str]:
         """Return a host of its own for every worker."""
         return {worker.name: f"host{worker.rank}" for worker in self.workers}
+
+    def status(self) -> list[WorkerStatus]:
+        """Return what workers hold; they give no signs of life."""
+        return [
+            WorkerStatus(worker, tuple(self.stages_on(worker.name)), "", 0, 0, False, False, None)
+            for worker in self.workers
+        ]
 
     def relabel(self) -> None:
         pass

@@ -13,7 +13,7 @@ from typing import Any, TypeVar, TypeVarTuple
 from rpcpipe import _tables
 from rpcpipe._arguments import require_callable, require_count
 from rpcpipe.cluster.admission import REPORTS
-from rpcpipe.cluster.liveness import ClusterEvent, Liveness
+from rpcpipe.cluster.liveness import ClusterEvent, Liveness, WorkerStatus
 from rpcpipe.cluster.rendezvous import Kept, Member, Worker, WorkerGroup, describe
 from rpcpipe.cluster.supervisor import Supervisor
 from rpcpipe.cluster.tenancy import Tenant
@@ -48,7 +48,8 @@ class Cluster:
         self.transport = group.transport
         self.pipelines: weakref.WeakSet[Tenant] = weakref.WeakSet()
         self._group = group
-        self._beats: dict[str, tuple[int, str, int]] = {}
+        # By worker: tasks done, what it does, memory, and when it said so. The monitor's thread replaces entries whole.
+        self._beats: dict[str, tuple[int, str, int, float]] = {}
         self._liveness = Liveness(group.members.values())
         self._supervisor = Supervisor(group, self._liveness, workers, spares, self._lost)
         self._stages: dict[str, tuple[int, ...]] = {}
@@ -238,7 +239,8 @@ class Cluster:
 
     def _handle(self, source: Any, kind: str, payload: Any) -> None:
         if kind == "beat":
-            self._beats[source.name] = tuple(payload)
+            finished, doing, memory = payload
+            self._beats[source.name] = finished, doing, memory, time.time()
         elif kind == "died" and self._group.newcomers.discard(source):
             pass
         elif kind == "died":
@@ -302,15 +304,24 @@ class Cluster:
 
     # --- tables ---
 
+    def status(self) -> list[WorkerStatus]:
+        """Return what every worker and spare holds and did last, by their signs of life; no worker is asked."""
+        found, lost, workers = [], self._liveness.lost, self.workers
+        for worker in workers + self.spares:
+            finished, doing, memory, heard = self._beats.get(worker.name, (0, "", 0, None))
+            stages, spare = self.stages_on(worker.name), worker not in workers
+            found.append(
+                WorkerStatus(worker, stages, doing, finished, memory, worker.name in lost, spare, heard)
+            )  # fmt: skip
+        return found
+
     def _rows(self) -> list[list[str]]:
-        rows, lost = [], self._liveness.lost
-        for worker in self.workers + self.spares:
-            finished, doing, memory = self._beats.get(worker.name, (0, "", 0))
-            state = "lost" if worker.name in lost else doing or "not reported yet"
-            stages = ", ".join(map(str, self.stages_on(worker.name))) or "-"
-            place = f"{worker.host}:{worker.pid}"
-            size = _tables.mebibytes(memory) if memory else "?"
-            rows.append([worker.name, place, worker.device, stages, size, str(finished), state])
+        rows = []
+        for one in self.status():
+            worker, state = one.worker, "lost" if one.lost else one.doing or "not reported yet"
+            stages = ", ".join(map(str, one.stages)) or "-"
+            place, size = f"{worker.host}:{worker.pid}", _tables.mebibytes(one.memory) if one.memory else "?"
+            rows.append([worker.name, place, worker.device, stages, size, str(one.finished), state])
         return rows
 
     _HEADER = ("worker", "host:pid", "device", "stages", "memory", "tasks done", "now")

@@ -7,7 +7,7 @@ import time
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
-from rpcpipe.cluster.rendezvous import Member
+from rpcpipe.cluster.rendezvous import Member, Worker
 from rpcpipe.errors import WorkerLost
 
 
@@ -28,6 +28,25 @@ class ClusterEvent:
     how: str
     seconds: float | None = None
     time: float = field(default_factory=time.time)
+
+
+@dataclass(frozen=True)
+class WorkerStatus:
+    """What a worker or spare holds, and did at its last sign of life.
+
+    ``doing``: what its compute thread ran or waited for, "" before the first sign; ``finished``: its tasks done;
+    ``memory``: its process's resident bytes, 0 if unknown; ``heard``: when the sign came (seconds since the epoch), or
+    None.
+    """
+
+    worker: Worker
+    stages: tuple[int, ...]
+    doing: str
+    finished: int
+    memory: int
+    lost: bool
+    spare: bool
+    heard: float | None
 
 
 class Liveness:

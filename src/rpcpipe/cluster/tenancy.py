@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, MutableSet, Sequence
 from typing import Any, Protocol
 
+from rpcpipe.cluster.liveness import ClusterEvent, WorkerStatus
 from rpcpipe.cluster.rendezvous import Kept, Worker
 from rpcpipe.transport.base import Transport
 
@@ -100,6 +101,15 @@ class PipelineCluster(Protocol):
 
     def remove_workers(self, *workers: str | int | Worker) -> None:
         """End ``workers``; raises StateError for one that holds stages."""
+        ...
+
+    @property
+    def events(self) -> Sequence[ClusterEvent]:
+        """Return the deaths and replacements so far."""
+        ...
+
+    def status(self) -> Sequence[WorkerStatus]:
+        """Return what every worker and spare holds and did at its last sign of life."""
         ...
 
     def relabel(self) -> None:

@@ -23,7 +23,7 @@ _OF_STREAMS: dict[str, Any] = {
 }  # fmt: skip
 _FIGURES = (
     "step", "loss", "grad_norm", "seconds", "peak_in_flight", "applied", "peak_activation_bytes", "recomputed", "lr",
-    *_OF_STREAMS, "accumulated", "loss_scale", "bubble", "metrics",
+    *_OF_STREAMS, "accumulated", "samples", "loss_scale", "bubble", "metrics",
 )  # fmt: skip
 
 
@@ -33,12 +33,14 @@ def record(result: StepResult) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Return ``value`` fit for JSON."""
-    if isinstance(value, Mapping):
-        return {name: _plain(part) for name, part in value.items()}
+    """Return ``value`` fit for JSON. The commonest kinds come first: this runs after every step."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
     if isinstance(value, tuple):
         return [_plain(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    if not isinstance(value, int) and isinstance(value, Mapping):
+        return {name: _plain(part) for name, part in value.items()}
+    return value
 
 
 class JsonLines:

@@ -33,7 +33,7 @@ class StepResult:
     once, which includes the inputs of recomputed layers and excludes parameters, and ``recomputed`` the
     number of layer forwards that were recomputed. ``metrics`` and ``outputs`` are those that the call asked for.
     ``input_grads`` holds the gradients of the mean loss for the inputs that require one, in a nest like the inputs
-    with None elsewhere; None if no input does, and in a stream.
+    with None elsewhere; None if no input does, and in a stream. ``samples`` is the size of the batch.
     """
 
     step: int
@@ -47,6 +47,7 @@ class StepResult:
     recomputed: tuple[int, ...] = ()
     lr: tuple[float, ...] = ()
     accumulated: int = 0
+    samples: float = 0.0
     loss_scale: float = 1.0
     metrics: Mapping[str, float] = field(default_factory=dict, repr=False)
     outputs: Nest = field(default=None, repr=False, compare=False)
@@ -124,6 +125,7 @@ class StreamedBatch:
     groups: range
     shares: Mapping[int, float]
     lr: tuple[float, ...]
+    samples: float
 
     @property
     def number(self) -> int:
@@ -185,6 +187,7 @@ class StreamResult(StepResult):
             peak_activation_bytes=by_stage(reports, "peak_bytes"),
             recomputed=by_stage(reports, "recomputed"),
             lr=batch.lr,
+            samples=batch.samples,
             metrics=mean_metrics(reports),
             outputs=merged_outputs(reports),
             skipped=len(updates) - len(applied),

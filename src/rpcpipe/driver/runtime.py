@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -18,6 +19,7 @@ from rpcpipe.driver.batch import input_gradients
 from rpcpipe.driver.callbacks import Callback
 from rpcpipe.driver.deployment import Deployment
 from rpcpipe.driver.driver import Driver
+from rpcpipe.driver.events import PipelineEvent
 from rpcpipe.driver.layout import Layout
 from rpcpipe.driver.optimizer import PipelineOptimizer
 from rpcpipe.driver.reading import Readers
@@ -41,6 +43,7 @@ from rpcpipe.worker.messages import Report, StageInfo
 from rpcpipe.worker.operations import CallModule
 
 T = TypeVar("T")
+_EVENTS = 256
 
 
 class Runtime:
@@ -51,7 +54,7 @@ class Runtime:
     and that save writes and load restores. ``busy``: by worker, its busy share of the last step. ``offsets``: by
     worker, the nanoseconds by which its clock is ahead. ``loss_is_mean``: whether the loss of the last step
     was a mean, and no (sum, count); None before the first one. ``by_hand``: the number of a step that its with-block
-    has not ended yet.
+    has not ended yet. ``events``: the newest checkpoints, resizes and changes of schedule.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class Runtime:
         self.loss_is_mean: bool | None = None
         self.progress = Progress(settings.accumulate)
         self.callbacks: list[Callback] = []
+        self.events = deque[PipelineEvent](maxlen=_EVENTS)
         self.turn = turn or Turn(cluster.timeout)
         self._active: weakref.ref[Active] | None = None
         self._entered_by = ""
@@ -213,6 +217,10 @@ class Runtime:
             number, self.by_hand = self.by_hand, None
             self.driver.roll_back(number, updating=True)
 
+    def note_event(self, kind: str, how: str) -> None:
+        """Note what has happened beside the steps."""
+        self.events.append(PipelineEvent(kind, self.trained, how))
+
     def note(self, timeline: Timeline) -> None:
         """Keep the workers' busy shares of a step's ``timeline``, for the table."""
         shares = (busy / (timeline.makespan or 1.0) for busy in timeline.busy)
@@ -344,7 +352,7 @@ class Runtime:
         self.stages = ()
         self.cluster.relabel()
         release(self.cluster, self.driver)
-        for callback in self.callbacks:
+        for callback in [*self.callbacks]:  # one may remove itself
             getattr(callback, "close", lambda: None)()
 
 

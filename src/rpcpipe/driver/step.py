@@ -188,7 +188,7 @@ class Step:
         factor = 1.0 / plan.scale / (verdict.count or 1.0)
         input_grads = runtime.input_gradients(cut.batch, inputs, done.reports, factor)
         applied = plan.updates and sound
-        self._record(done, input_grads, applied=applied)
+        self._record(done, input_grads, applied=applied, samples=cut.batch.size)
         if done.ending.updates or not applied:
             return {}
         if self._context is None:
@@ -221,7 +221,7 @@ class Step:
             return self._execute(cut, None, meanwhile)
         return _Done(plan, ending, reports, verdict)
 
-    def _record(self, done: _Done, input_grads: Nest, *, applied: bool) -> None:
+    def _record(self, done: _Done, input_grads: Nest, *, applied: bool, samples: float) -> None:
         """Note what the batch has given: its place in an accumulation, its updates and its figures."""
         runtime, plan, reports, verdict = self._runtime, done.plan, done.reports, done.verdict
         if runtime.tracer is not None:
@@ -242,6 +242,7 @@ class Step:
             peak_activation_bytes=by_stage(reports, "peak_bytes"),
             recomputed=by_stage(reports, "recomputed", sum),
             accumulated=self._progress.done,
+            samples=samples,
             loss_scale=plan.scale,
             metrics=mean_metrics(reports),
             outputs=merged_outputs(reports),

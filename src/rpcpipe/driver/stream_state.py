@@ -20,7 +20,7 @@ from rpcpipe.worker.messages import Update
 
 @dataclass(kw_only=True)
 class FedBatch:
-    """A batch: its groups, each micro-batch's share of the batch, and the RRefs to keep while it is under way.
+    """A batch: its groups, each micro-batch's share of the batch, its samples, and the RRefs to keep while it runs.
 
     ``parts``: its micro-batches from ``first`` on, copies that nobody changes. ``awaited``: the groups whose updates
     are awaited; all but where the stream goes on from a snapshot amid the batch. ``given``: its result was taken
@@ -31,6 +31,7 @@ class FedBatch:
     first: int
     shares: dict[int, float]
     lr: tuple[float, ...]
+    samples: float
     parts: list[Fed]
     awaited: range
     held: list[object] = field(default_factory=list)
@@ -94,6 +95,7 @@ class StreamState:
         shares: Sequence[float],
         lr: tuple[float, ...],
         clip: float | None,
+        samples: float,
     ) -> None:
         """Add a batch of ``parts``, whose ``updates`` are made by the micro-batches given by their indices."""
         start, first = len(self.changes), len(self.groups)
@@ -110,7 +112,9 @@ class StreamState:
         self.clips += [clip] * len(updates)
         by_chunk = dict(enumerate(shares, first))
         self.batches.append(
-            FedBatch(groups=groups, first=first, shares=by_chunk, lr=lr, parts=feds, awaited=groups)
+            FedBatch(
+                groups=groups, first=first, shares=by_chunk, lr=lr, samples=samples, parts=feds, awaited=groups
+            )
         )  # fmt: skip
 
     def update(self, group: int) -> Update:

@@ -38,13 +38,15 @@ def release_caches() -> None:
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A causal model whose inputs are a dict with input_ids, (batch, time).
+    """A model whose inputs are a dict with input_ids, (batch, time).
 
-    ``cached``: its stages keep keys and values between passes; ``takes_positions``: position_ids are an input.
+    ``cached``: its stages keep keys and values between passes; ``takes_positions``: position_ids are an input;
+    ``causal``: its tokens do not see later ones, so that it can generate.
     """
 
     cached: bool = False
     takes_positions: bool = False
+    causal: bool = True
 
     def inputs(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the model's inputs for whole rows of ``ids``, padded on the right."""

@@ -231,6 +231,7 @@ def change_schedule(runtime: Runtime, wanted: str | Schedule) -> None:
     else:
         _move(runtime, after)
     runtime.policy = policy
+    runtime.note_event("schedule", f"{before.schedule.name} → {new.name}")
     runtime.history.tick()
 
 

@@ -19,7 +19,7 @@ import torch
 
 from rpcpipe._arguments import require_callable, require_flag, require_iterable, require_kind, require_number
 from rpcpipe.driver.inference import Passes, release_caches, tell_last_stage
-from rpcpipe.errors import ArgumentError, CacheLost, require, require_whole
+from rpcpipe.errors import ArgumentError, CacheLost, ModelError, require, require_whole
 from rpcpipe.model import rng
 from rpcpipe.model.language_model import CachedRows, LanguageModel
 from rpcpipe.model.microbatch import Nest
@@ -116,10 +116,15 @@ def generate(
     if logits is not None:
         require_callable("logits", logits, "that returns the logits in the model's output")
     _check_prompts(prompts)
+    model = pipe.recipe.language_model
+    require(
+        model is None or model.causal,
+        "the tokens of this model see later ones, so it cannot generate; its config needs is_decoder=True",
+        error=ModelError,
+    )
     rows = [_row(prompt, new_tokens, rng.derive(seed, index)) for index, prompt in enumerate(prompts)]
     longest = max((len(row.ids) + row.left for row in rows), default=0)
     cached = _uses_cache(pipe, cache, inputs, context is not None and longest > context)
-    model = pipe.recipe.language_model
     plain = _Plain(inputs or (_same if model is None else model.inputs), context)
     drawn = _Drawn(Sampling(temperature, top_k), stop)
     pipe.turn.run("generate", _generate, pipe, rows, drawn, logits or _logits, None if cached else plain)

@@ -171,6 +171,8 @@ def _hand_over(old: Runtime, new: Runtime) -> None:
     """Let ``new`` be what ``old`` was for the user, and free the actors of ``old``."""
     new.trained, new.loss_is_mean, new.parts = old.trained, old.loss_is_mean, old.parts
     new.callbacks, new.tracer, new.offsets = old.callbacks, None, dict.fromkeys(new.names, 0)
+    new.events = old.events
+    new.note_event("resized", f"{len(old.names)} → {len(new.names)} workers, {len(new.stages)} stages")
     if new.settings.trains:
         new.optimizer = old.optimizer
         new.optimizer.serve(new)

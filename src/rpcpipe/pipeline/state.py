@@ -127,6 +127,7 @@ def save(
             manifest.write(folder)
             final = publish(folder, runtime.trained)
         prune(directory, keep)
+    runtime.note_event("saved", str(final))
     return final
 
 
@@ -164,6 +165,7 @@ def load(runtime: Runtime, directory: str | os.PathLike[str], stateful: Holders,
             halfway = False
             runtime.torn.replaced("weights", "optimizer")
             runtime.history.begin_anew()
+        runtime.note_event("loaded", str(folder))
         return missing_ok or position
 
     try:

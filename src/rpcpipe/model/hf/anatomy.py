@@ -62,7 +62,8 @@ class Anatomy:
     ``blocks_see_ids`` and ``tail_sees_ids``: input_ids are needed behind the embedding. ``records``: router logits
     go along with the hidden states. ``direct``: which modules of ``tail`` are called with the result before them and
     nothing else. ``shortcut``: what the last of them needs of the forward before it, if it is known. ``cache``: the
-    argument of the forward that takes a key-value cache, "" if generation cannot use one. ``beside``: for every block,
+    argument of the forward that takes a key-value cache, "" if generation cannot use one. ``causal``: no token is
+    known to see later ones. ``beside``: for every block,
     which leaves of its other arguments depend on weights of the part before the blocks, and which of the values that
     go along from there each of them is.
     """
@@ -81,6 +82,7 @@ class Anatomy:
     direct: tuple[bool, ...]
     shortcut: Shortcut | None
     cache: str
+    causal: bool
     beside: tuple[tuple[tuple[int, int], ...], ...]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Anatomy:

@@ -52,7 +52,9 @@ def cut(source: Any) -> tuple[dict[str, Layer], Loss, LanguageModel]:
             path: LayerSpec(build, anatomy, path, part, weights.get(path), tied=ties.get(path) or None)
             for path, part in parts.items()
         }
-    language_model = LanguageModel(cached=bool(anatomy.cache), takes_positions="position_ids" in anatomy.inputs)
+    language_model = LanguageModel(
+        cached=bool(anatomy.cache), takes_positions="position_ids" in anatomy.inputs, causal=anatomy.causal
+    )
     layers = {prefix + path: _wired(layer, parts[path]) for path, layer in made.items()}
     return layers, loss_of(anatomy), language_model
 

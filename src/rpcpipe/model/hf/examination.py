@@ -126,6 +126,7 @@ class _Examination:
             direct=direct,
             shortcut=self._shortcut(),
             cache=self._cache(),
+            causal=self._is_causal(),
             beside=self._beside,
         )
 
@@ -318,11 +319,16 @@ class _Examination:
         name = next((one for one in ("cache", "past_key_values") if one in arguments), "")
         cache = cache_of(self._recipe.config, len(self._body.blocks)) if name else None
         shares = bool(getattr(self._recipe.config, "num_kv_shared_layers", None))
-        if cache is None or "attention_mask" not in arguments or shares or any(self._beside):
+        if cache is None or "attention_mask" not in arguments or shares or any(self._beside) or not self._is_causal():
             return ""
         with torch.no_grad():
             calls = self._arguments(**{name: cache, "use_cache": True})
         return name if all(_has(cache, args, kwargs) for _, (args, kwargs) in calls) else ""
+
+    def _is_causal(self) -> bool:
+        """Return whether no attention of the blocks says that it sees later tokens (BERT that is no decoder)."""
+        parts = [part for path in self._body.blocks for part in self._skeleton.part(path).modules()]
+        return all(getattr(part, name, True) for part in parts for name in ("is_causal", "is_decoder"))
 
     def _blocks_see_ids(self) -> bool:
         """Return whether other input_ids of the same shape would change what the blocks are called with."""
