@@ -3,7 +3,7 @@
 Each run sees the same samples in the same order; losses over samples go to one plot. Then the same
 runs are timed, beside what the simulator makes of the measured durations.
 
-python examples/pipedream.py --plot curves.svg        # needs matplotlib: pip install -e '.[plot]'
+python examples/pipedream.py --plot curves.svg        # needs matplotlib: pip install '.[plot]'
 """
 
 from __future__ import annotations

@@ -146,3 +146,20 @@ def test_files_that_are_no_csv_are_refused_in_one_sentence(tmp_path: Path, capsy
         refusal(capsys, ["schedule", str(file)])
     refusal(capsys, ["schedule", str(tmp_path)])
     refusal(capsys, ["schedule", f"{tmp_path}.csv"])
+
+
+@pytest.mark.parametrize("command", ["doctor", "worker", "plan", "schedule"])
+def test_the_help_says_what_a_command_does_and_every_option_and_default(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    usage, _, rest = text.partition("-h, --help")
+    assert len(usage.partition("] ")[2]) > 80  # a description
+    for name, kind in {"plan": PLAN, "schedule": DRAW}.get(command, {}).items():
+        assert re.search(rf"--{name} [A-Z]+ \w", rest), (name, kind)
+    defaults = {"plan": ("0.5", "1e-05", "1536"), "schedule": ("4", "8", "(1, 1, 1)", "0.0", "100")}
+    for value in defaults.get(command, ()):
+        assert f"(default: {value})" in rest
+    assert "default: None" not in rest

@@ -86,3 +86,8 @@ __all__ = [
     "verify",
     "view",
 ]
+
+
+def __dir__() -> list[str]:
+    """Return the public names."""
+    return [*__all__, "__doc__", "__version__"]

@@ -81,54 +81,92 @@ _PORT = _checked(functools.partial(require_count, "it", most=65535, least=0), in
 _BYTES = _checked(functools.partial(require_positive, "it", finite=True), _tables.parse_bytes)
 
 
+_DOCTOR = (
+    "Examine this machine: versions, cores and GPUs, network interfaces, shared memory, leftovers of earlier runs, the"
+    " variables of a job on several hosts, and whether a worker can be launched. What would keep a cluster from forming"
+    " is named with what to do about it; the exit status is then 1."
+)
+_WORKER = (
+    "Serve as a worker of the driver that calls rp.connect(), until it closes. The environment says which rank this is:"
+    " RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT (or what torchrun and Slurm set) and RPCPIPE_SECRET."
+)
+_PLAN = "Find the fastest schedule, cut, micro-batches, recomputation and replicas that fit the memory, and say why."
+_SCHEDULE = "Draw the step that a schedule makes, with its bubble and the micro-batches in flight."
+_FILES = {
+    "csv": "the actions, as rp.Schedule.from_csv reads them",
+    "svg": "a picture (needs matplotlib)",
+    "png": "a picture (needs matplotlib)",
+    "html": "a page with the picture",
+    "json": "a trace for Perfetto and Chrome",
+}
+
+
 def _parser() -> argparse.ArgumentParser:
     """Return the parser of all subcommands."""
     parser = _Parser(prog="rpcpipe", description="Pipeline parallelism from one Python process.")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("doctor", help="examine this machine; exit status 1 if a cluster would not form")
-    commands.add_parser("worker", help="serve as the rank that the environment says, for a driver's rp.connect()")
+    _add(commands, "doctor", "examine this machine; exit status 1 if a cluster would not form", _DOCTOR)
+    _add(commands, "worker", "serve as the rank that the environment says, for a driver's rp.connect()", _WORKER)
     views.add_parsers(commands, _PORT, _POSITIVE)
-    _plan_parser(commands.add_parser("plan", help="the fastest way to train a model, computed without building it"))
-    show = commands.add_parser("schedule", help="draw a schedule: its timeline, bubble and peaks")
+    _plan_parser(_add(commands, "plan", "the fastest way to train a model, computed without building it", _PLAN))
+    _schedule_parser(_add(commands, "schedule", "draw a schedule: its timeline, bubble and peaks", _SCHEDULE))
+    return parser
+
+
+def _add(commands: Any, name: str, summary: str, description: str) -> argparse.ArgumentParser:
+    """Add a subcommand and return its parser."""
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=description)
+    return parser
+
+
+def _option(
+    parser: argparse.ArgumentParser, name: str, kind: Callable[[str], Any], what: str, default: Any = None, **more: Any
+) -> None:
+    """Add an option with its default, if there is one, in its help."""
+    shown = "" if default is None else " (default: %(default)s)"
+    parser.add_argument(name, type=kind, default=default, help=what + shown, **more)
+
+
+def _schedule_parser(show: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``rpcpipe schedule``."""
     show.add_argument("name", nargs="?", help="a schedule's name, or a .csv file of actions")
     show.add_argument("--list", action="store_true", help="a table of all schedules for these sizes")
-    show.add_argument("--workers", type=_COUNT, default=4)
-    show.add_argument("--chunks", type=_WHOLE, default=8, help="micro-batches")
-    show.add_argument("--virtual", type=_WHOLE, default=None, help="stages per worker, for looped schedules")
-    show.add_argument("--costs", type=_NOT_NEGATIVE, nargs=3, default=(1, 1, 1), metavar=("F", "I", "W"))
-    show.add_argument("--latency", type=_NOT_NEGATIVE, default=0.0, help="time a value takes between workers")
-    show.add_argument("--width", type=_WHOLE, default=100, help="columns of the text")
-    for suffix in ("csv", "svg", "png", "html", "json"):
-        show.add_argument(f"--{suffix}", type=Path, metavar="FILE")
-    return parser
+    _option(show, "--workers", _COUNT, "workers, which compute at the same time", 4)
+    _option(show, "--chunks", _WHOLE, "micro-batches", 8)
+    _option(show, "--virtual", _WHOLE, "stages per worker (default: the fewest that the schedule can have)")
+    costs = "time of a forward, an input gradient and a weight gradient on a stage"
+    _option(show, "--costs", _NOT_NEGATIVE, costs, (1, 1, 1), nargs=3, metavar=("F", "I", "W"))
+    _option(show, "--latency", _NOT_NEGATIVE, "time a value takes between workers", 0.0)
+    _option(show, "--width", _WHOLE, "columns of the text", 100)
+    for suffix, what in _FILES.items():
+        _option(show, f"--{suffix}", Path, f"write {what}", metavar="FILE")
 
 
 def _plan_parser(plan: argparse.ArgumentParser) -> None:
     """Add the arguments of ``rpcpipe plan``."""
-    plan.add_argument("model", choices=["gpt"])
-    plan.add_argument("--layers", type=_COUNT, required=True)
-    for size in ("hidden", "heads", "vocab", "seq"):
-        plan.add_argument(f"--{size}", type=_WHOLE, required=True)
-    plan.add_argument("--workers", type=_COUNT, required=True)
-    plan.add_argument("--memory", type=_BYTES, required=True, help="of each worker, such as 80GiB")
-    plan.add_argument(
-        "--flops", type=_POSITIVE, required=True, help="a worker's peak operations a second, such as 312e12"
-    )
-    plan.add_argument("--efficiency", type=_SHARE, default=0.5, help="the share of the peak that kernels reach")
-    plan.add_argument(
-        "--bandwidth", type=_POSITIVE, required=True, help="bytes a second between workers, such as 300e9"
-    )
-    plan.add_argument("--latency", type=_NOT_NEGATIVE, default=1e-5, help="seconds from one worker to another")
-    plan.add_argument("--batch", type=_WHOLE, default=1536, help="sequences a step")
-    plan.add_argument("--chunks", type=_WHOLE, default=None, help="micro-batches, instead of trying several numbers")
-    plan.add_argument("--replicas", type=_WHOLE, default=None, help="instead of trying all numbers")
-    plan.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights, gradients and optimizer state")
-    plan.add_argument(
-        "--autocast", choices=[*DTYPES, "none"], help="what layers compute in; bfloat16 for float32 weights, else none"
-    )
+    plan.add_argument("model", choices=["gpt"], help="the kind of model, of the sizes below")
+    _option(plan, "--layers", _COUNT, "blocks", required=True)
+    _option(plan, "--hidden", _WHOLE, "width of a block", required=True)
+    _option(plan, "--heads", _WHOLE, "attention heads of a block", required=True)
+    _option(plan, "--vocab", _WHOLE, "tokens of the vocabulary", required=True)
+    _option(plan, "--seq", _WHOLE, "tokens of a sequence", required=True)
+    _option(plan, "--workers", _COUNT, "workers to plan for", required=True)
+    _option(plan, "--memory", _BYTES, "of each worker, such as 80GiB", required=True)
+    _option(plan, "--flops", _POSITIVE, "a worker's peak operations a second, such as 312e12", required=True)
+    _option(plan, "--efficiency", _SHARE, "the share of the peak that kernels reach", 0.5)
+    _option(plan, "--bandwidth", _POSITIVE, "bytes a second between workers, such as 300e9", required=True)
+    _option(plan, "--latency", _NOT_NEGATIVE, "seconds from one worker to another", 1e-5)
+    _option(plan, "--batch", _WHOLE, "sequences a step", 1536)
+    _option(plan, "--chunks", _WHOLE, "micro-batches (default: several numbers are tried)")
+    _option(plan, "--replicas", _WHOLE, "copies of the pipeline (default: all numbers are tried)")
+    dtypes = "of weights, gradients and optimizer state"
+    _option(plan, "--dtype", str, dtypes, "float32", choices=DTYPES)
+    cast = "what layers compute in (default: bfloat16 for float32 weights, else none)"
+    _option(plan, "--autocast", str, cast, choices=[*DTYPES, "none"])
     plan.add_argument("--scores", action="store_true", help="attention keeps its scores: it is not one kernel")
-    plan.add_argument("--undo", choices=UNDO, help="instead of copy where that fits, and else off")
-    plan.add_argument("--svg", type=Path, metavar="FILE", help="a picture of the workers' memory")
+    undo = "how a failed update is taken back (default: copy where that fits, else off)"
+    _option(plan, "--undo", str, undo, choices=UNDO)
+    _option(plan, "--svg", Path, "write a picture of the workers' memory", metavar="FILE")
     plan.add_argument("--draw", action="store_true", help="the step's timeline, too; of a long step its beginning")
 
 

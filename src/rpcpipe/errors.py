@@ -23,6 +23,7 @@ from __future__ import annotations
 import functools
 import math
 import numbers
+import os
 import pickle
 import sys
 import traceback
@@ -105,6 +106,7 @@ _AFTER_A_CALL = "The worker is alive; mend the cause and call again."
 # At most so much of a message and of a traceback (characters), and of a pickled exception (bytes), is sent.
 _LONGEST_MESSAGE = 10_000
 _LONGEST_TRACEBACK = 20_000
+_PACKAGE = os.path.join(os.path.dirname(__file__), "")
 _LONGEST_PICKLE = 1 << 20
 
 # StageError does not inherit from these: where the driver raises it, they would end a generator or a coroutine.
@@ -199,7 +201,7 @@ def _message_and_traceback(error: BaseException) -> tuple[str, str]:
     """Return (message, traceback); a long message is cut at its end, a long traceback in its middle."""
     try:
         message = str(error)
-        text = "".join(traceback.format_exception(error))
+        text = "".join(_trimmed(traceback.TracebackException.from_exception(error)).format())
     except Exception as broken:
         message = f"<its str() raised {type(broken).__name__}>"
         text = "".join(traceback.format_tb(error.__traceback__))
@@ -209,6 +211,22 @@ def _message_and_traceback(error: BaseException) -> tuple[str, str]:
         half = _LONGEST_TRACEBACK // 2
         text = f"{text[:half]}\n … {len(text) - 2 * half:,} characters left out …\n{text[-half:]}"
     return message, text
+
+
+def _trimmed(trace: traceback.TracebackException) -> traceback.TracebackException:
+    """Return ``trace`` without the frames through which rpcpipe and torch came to the user's code.
+
+    What rpcpipe itself raises keeps all of its frames.
+    """
+    frames = list(trace.stack)
+    if frames and not frames[-1].filename.startswith(_PACKAGE):
+        start = next(index for index, frame in enumerate(frames) if not _leads_to_the_user(frame))
+        trace.stack = traceback.StackSummary.from_list(frames[start:])
+    return trace
+
+
+def _leads_to_the_user(frame: traceback.FrameSummary) -> bool:
+    return frame.filename.startswith(_PACKAGE) or frame.name in ("_wrapped_call_impl", "_call_impl")
 
 
 def _named(module: str, qualname: str) -> Any:
@@ -242,7 +260,7 @@ class StageError(RpcPipeError):
 
     Where this process knows the original exception's type, the error is also of that type, so that ``except
     ValueError`` works. ``stage``, ``chunk`` and ``action`` say where it was raised, ``remote_traceback`` is the
-    worker's traceback, and ``original`` the exception itself, where it could be sent.
+    worker's traceback from the user's first frame on, and ``original`` the exception itself, where it could be sent.
     """
 
     def __init__(self, failure: Failure) -> None:
@@ -346,9 +364,9 @@ def real(value: Any) -> float | None:
 
 
 def shown(value: Any) -> str:
-    """Return ``value`` for a message, or its type where it is long or cannot be printed."""
+    """Return ``value`` for a message, or its type where that is long, has several lines or cannot be printed."""
     try:
         text = repr(value)
     except Exception:
         text = ""
-    return text if 0 < len(text) <= 200 else f"a {type(value).__name__}"
+    return text if 0 < len(text) <= 200 and "\n" not in text else f"a {type(value).__name__}"

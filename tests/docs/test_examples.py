@@ -122,19 +122,6 @@ def test_multi_host() -> None:
     assert done.stdout.endswith("all three ended with status 0\n")
 
 
-def test_repl(tmp_path: Path) -> None:
-    """Its blocks one after the other, as they are typed."""
-    blocks = re.findall(r"```python\n(.*?)```", (EXAMPLES / "repl.md").read_text(), re.DOTALL)
-    assert len(blocks) == 7
-    session = tmp_path / "session.py"
-    lines = "".join(f"exec(compile({block!r}, '<block>', 'exec'), globals())\n" for block in blocks)
-    session.write_text(lines)
-    done = subprocess.run([sys.executable, str(session)], capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "on stage 0" in done.stdout
-    assert re.search(r"^[0-9]+% right$", done.stdout, re.MULTILINE)
-
-
 def test_two_d(run: Run) -> None:
     """Who is where, and the pipeline's losses beside one process's."""
     out = run("two_d.py", "--steps", "3", "--batch", "16", "--dim", "32", "--shard")

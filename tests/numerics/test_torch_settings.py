@@ -19,6 +19,7 @@ SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[], Any], Any]] = {
     "dtype": (lambda: torch.set_default_dtype(torch.float64), torch.get_default_dtype, torch.float64),
     "device": (lambda: torch.set_default_device("meta"), lambda: str(torch.get_default_device()), "meta"),
     "deterministic": (lambda: torch.use_deterministic_algorithms(True), torch.get_deterministic_debug_mode, 2),
+    "anomaly": (lambda: torch.set_anomaly_enabled(True), torch.is_anomaly_enabled, True),
     "warn only": (
         lambda: torch.use_deterministic_algorithms(True, warn_only=True), torch.get_deterministic_debug_mode, 1,
     ),

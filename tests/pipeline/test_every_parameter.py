@@ -187,6 +187,7 @@ CALLS: dict[str, Call] = {
     "Cluster.call": Call(of_cluster("call"), {"worker": "worker0", "function": os.getpid}, {
         "worker": "", "function": "",
     }),
+    "Cluster.call_all": Call(of_cluster("call_all"), {"function": os.getpid}, {"function": ""}),
     "Cluster.add_workers": Call(of_cluster("add_workers"), {}, {"count": ""}),
     "Cluster.remove_workers": Call(of_cluster("remove_workers"), {}, {"workers": ""}, {"workers": "worker"}),
     "LayerSpec": Call(rp.LayerSpec, {"cls": nn.Linear}, {"cls": "", "tied": "None 'x'"}),

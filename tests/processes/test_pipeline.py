@@ -242,6 +242,9 @@ def test_specs_do_not_depend_on_the_cut(cluster: rp.Cluster) -> None:
 def test_calls_on_workers_and_stages(cluster: rp.Cluster, pipe: rp.Pipeline) -> None:
     assert cluster.call("worker2", os.getpid) == cluster.workers[2].pid
     assert cluster.call(1, lambda a, b: a + b, 2, 3) == 5
+    assert cluster.call_all(os.getpid) == {worker.name: worker.pid for worker in cluster.workers}
+    with pytest.raises(ZeroDivisionError, match="worker0"):
+        cluster.call_all(lambda a: 1 / a, 0)
     assert pipe.stages[3].call(lambda module: module[-1].out_features) == 4
     with pytest.raises(rp.StageError, match="ZeroDivisionError"):
         cluster.call(cluster.workers[0], lambda: 1 / 0)
@@ -249,6 +252,13 @@ def test_calls_on_workers_and_stages(cluster: rp.Cluster, pipe: rp.Pipeline) -> 
         cluster.call("worker9", os.getpid)
     assert "stage 1 on worker1 (cpu): layers 2 … 3" in repr(pipe.stages[1])
     assert "worker3" in repr(cluster)
+
+
+def test_a_cluster_that_has_formed_knows_the_state_of_every_worker() -> None:
+    with rp.launch(workers=1, threads=1, spares=1) as cluster:
+        shown = repr(cluster)
+    assert shown.count(" idle") == 2
+    assert shown.count(" MiB ") == 2
 
 
 def test_targets_of_another_size_are_refused(pipe: rp.Pipeline) -> None:

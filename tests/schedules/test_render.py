@@ -96,3 +96,11 @@ def test_what_takes_no_time_is_not_drawn() -> None:
     assert "█" not in text
     assert text == rp.schedules.get("1f1b", 4, 8).simulate().to_text()
     assert "█ update" in rp.schedules.get("pipedream", 4, 8).simulate(rp.schedules.Costs(optimizer=1)).to_text()
+
+
+def test_a_notebook_shows_the_timeline_as_a_picture() -> None:
+    timeline = rp.schedules.get("1f1b", 2, 3).simulate()
+    picture = timeline._repr_html_()
+    assert picture.count("<i style=") == len(timeline.spans)
+    assert "bubble" in picture
+    assert "body{" not in picture  # the styles are for the picture alone, not for the page that shows it

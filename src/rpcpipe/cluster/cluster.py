@@ -8,7 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar, TypeVarTuple
 
 from rpcpipe import _tables
 from rpcpipe._arguments import require_callable, require_count
@@ -22,6 +22,9 @@ from rpcpipe.transport.owner import Owner
 from rpcpipe.transport.user_pickling import loads, named_dumps
 
 log = logging.getLogger("rpcpipe")
+
+R = TypeVar("R")
+Arguments = TypeVarTuple("Arguments")
 
 _STOP_SECONDS = 1.0
 _KILL_SECONDS = 0.5
@@ -53,6 +56,8 @@ class Cluster:
         self._replicas: dict[str, tuple[int, ...]] = {}
         self._closed = self._ending = False
         self._owner = Owner()
+        for name, payload in group.beats.items():
+            self._handle(group.members[name], "beat", payload)
         group.logs.label = self._label
         self._thread = threading.Thread(target=self._listen, daemon=True, name="rpcpipe-monitor")
         self._thread.start()
@@ -146,7 +151,7 @@ class Cluster:
             raise StateError("the cluster is closed; call rp.launch again")
         self._owner.check()
 
-    def call(self, worker: str | int | Worker, function: Callable[..., Any], *args: Any) -> Any:
+    def call(self, worker: str | int | Worker, function: Callable[[*Arguments], R], *args: *Arguments) -> R:
         """Return ``function(*args)``, run on a worker or spare (its name, rank from 1, or ``Worker``).
 
         Raises StageError for what the function raises, DeadlineExceeded after ``timeout`` seconds, and WorkerLost.
@@ -154,14 +159,32 @@ class Cluster:
         require_callable("function", function)
         self.check()
         name = self._name(worker)
-        reply = self.transport.call(name, "run", named_dumps((function, args), "the call's function"))
-        done, _ = self.transport.wait([reply], self.timeout)
-        if not done:
-            raise DeadlineExceeded(f"{name} did not answer within {self.timeout:g} s")
-        outcome = reply.result()
-        if isinstance(outcome, Failure):
-            raise StageError.of(outcome)
-        return loads(outcome)
+        return self._call([name], function, args)[name]
+
+    def call_all(self, function: Callable[[*Arguments], R], *args: *Arguments) -> dict[str, R]:
+        """Return ``function(*args)`` by worker, run on all workers at once; spares are left out.
+
+        Raises what ``call`` raises: the error of the first worker in order that has one, after all have answered.
+        """
+        require_callable("function", function)
+        self.check()
+        return self._call([worker.name for worker in self.workers], function, args)
+
+    def _call(self, workers: Sequence[str], function: Callable[..., R], args: tuple[Any, ...]) -> dict[str, R]:
+        data = named_dumps((function, args), "the call's function")
+        replies = {worker: self.transport.call(worker, "run", data) for worker in workers}
+        until = time.monotonic() + self.timeout
+        waiting = set(replies.values())
+        while waiting:
+            done, waiting = self.transport.wait(waiting, max(0.0, until - time.monotonic()))
+            if not done:
+                late = ", ".join(worker for worker, reply in replies.items() if reply in waiting)
+                raise DeadlineExceeded(f"{late} did not answer within {self.timeout:g} s")
+        outcomes = {worker: reply.result() for worker, reply in replies.items()}
+        for outcome in outcomes.values():
+            if isinstance(outcome, Failure):
+                raise StageError.of(outcome)
+        return {worker: loads(outcome) for worker, outcome in outcomes.items()}
 
     def _name(self, worker: str | int | Worker) -> str:
         everybody = self.workers + self.spares

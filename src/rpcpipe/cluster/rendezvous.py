@@ -135,7 +135,8 @@ class WorkerGroup:
     """The workers by name, alive or starting, and what hears them.
 
     ``timeout``: seconds for the group to form. ``values`` are what torch's agents have published, addresses.
-    ``starter`` starts further workers; ranks that come later are among ``newcomers``.
+    ``starter`` starts further workers; ranks that come later are among ``newcomers``. ``beats``: by worker, its last
+    heartbeat while the group formed.
     """
 
     monitor: Monitor
@@ -152,6 +153,7 @@ class WorkerGroup:
         given = {DRIVER: DRIVERS_SEAT, **{name: seats.give(name) for name in self.names}}
         self.roster = Roster(uuid.uuid4().hex, DRIVER, given)
         self.transport = RpcTransport(self.roster)
+        self.beats: dict[str, Any] = {}
 
     def worker_config(self, name: str, device: str, seats: Mapping[str, Seat] | None = None) -> dict[str, Any]:
         """Return what every worker is told, on whatever host it is. ``seats``: its own and of those that it joins."""
@@ -349,6 +351,8 @@ class _Rendezvous:
             self._publish(*payload)
         elif kind == "met":
             self._met.put((source.name, *payload))
+        elif kind == "beat":
+            self._group.beats[source.name] = payload
         elif kind in self._reported:
             self._reported[kind].add(source.name)
         elif kind in ("died", "silent"):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from rpcpipe.errors import ArgumentError, require
-from rpcpipe.model.microbatch import Cut, MicroBatches, Nest, cut, flatten, map_tensors
+from rpcpipe.model.microbatch import Batched, Cut, MicroBatches, Nest, Replicated, cut, flatten, map_tensors
 from rpcpipe.model.sendable import as_argument, checked
 
 
@@ -78,10 +78,31 @@ def cut_targets(targets: Nest, inputs: Batch, replicas: int, chunks: int) -> lis
 
 def _cut(what: str, nest: Nest, replicas: int, chunks: int) -> Cut:
     """Return ``nest`` in micro-batches; raises ArgumentError, which says that it is about ``what``."""
+    _check_tensors(what, nest)
     try:
         return cut(nest, replicas, chunks)
     except ArgumentError as error:
         raise ArgumentError(f"{what}: {error}") from None
+
+
+def _check_tensors(what: str, nest: Nest) -> None:
+    """Raise ArgumentError, with what to pass instead, for inputs or targets without a tensor that could be cut."""
+    leaves = flatten(nest)[0]
+    kinds = (torch.Tensor, Replicated, Batched, MicroBatches)
+    if any(isinstance(leaf, kinds) or getattr(leaf, "ndim", 0) for leaf in leaves):
+        return  # what else is wrong with tensors and arrays is said where they are cut
+    if nest is None:
+        advice = "pass a tensor with the batch in dimension 0"
+        if what == "targets":
+            advice += "; a loss that needs none can be given the inputs again, and ignore them"
+    elif any(isinstance(leaf, str) for leaf in leaves):
+        advice = "pass token ids, as tokenizer(texts, return_tensors='pt', padding=True) gives them"
+    elif any(isinstance(leaf, (int, float)) for leaf in leaves):
+        advice = "pass torch.tensor(…) of its numbers; have a tokenizer make tensors, by return_tensors='pt'"
+    else:
+        advice = "pass a tensor, or a tuple, list, dict or dataclass of tensors, with the batch in dimension 0"
+    given = "are None" if nest is None else f"have none: they are of type {type(nest).__name__}"
+    raise ArgumentError(f"{what} must be made of tensors, and {given}; {advice}")
 
 
 def _check_weights(targets: Nest, inputs: Batch) -> None:

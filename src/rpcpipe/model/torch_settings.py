@@ -40,6 +40,11 @@ def _legacy(setting: _Setting) -> _Setting:
 # Those that set others come before them.
 _SETTINGS = (
     _Setting("default dtype", torch.get_default_dtype, torch.set_default_dtype),
+    _Setting(
+        "anomaly detection",
+        lambda: (torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()),
+        lambda value: torch.set_anomaly_enabled(*value),
+    ),
     _Setting("deterministic algorithms", torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
     _legacy(_Setting("matmul precision", torch.get_float32_matmul_precision, torch.set_float32_matmul_precision)),
     _legacy(_attribute("backends.cudnn.allow_tf32")),

@@ -217,11 +217,18 @@ def check_functions(loss: Any, optimizer: Any, dispatch: str) -> None:
         " that evaluates as well",
     )
     if loss is not None and not callable(loss):
-        raise ArgumentError(f"loss must be callable as loss(output, target), not {loss!r}")
+        raise ArgumentError(f"loss must be callable as loss(output, target), not {shown(loss)}")
     if optimizer is not None:
         losses.check(loss)
+    if isinstance(optimizer, torch.optim.Optimizer):
+        kind = type(optimizer).__name__
+        raise ArgumentError(
+            f"optimizer must be a function of the parameters, not an object of type {kind}, because every worker makes"
+            f" one for the parameters that it holds; pass for instance lambda params: {kind}(params, lr=…)"
+        )
     require(
-        optimizer is None or callable(optimizer), f"optimizer must be a function of the parameters, not {optimizer!r}"
+        optimizer is None or callable(optimizer),
+        f"optimizer must be a function of the parameters, not {shown(optimizer)}",
     )
     require(dispatch in _DISPATCH, f"dispatch must be one of {_DISPATCH}, not {dispatch!r}")
 

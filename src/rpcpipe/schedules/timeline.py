@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rpcpipe._arguments import require_count, require_flag, require_kind, require_path
-from rpcpipe.schedules.render import save, to_text
+from rpcpipe.schedules.render import save, to_html, to_text
 from rpcpipe.schedules.spans import Spans
 
 _WIDEST = 10_000  # columns of a text
@@ -22,6 +22,9 @@ class Timeline(Spans):
             f"Timeline({self.name!r}, {len(self.spans)} spans on {self.workers} workers,"
             f" makespan {self.makespan:.4g}, bubble {self.bubble:.1%})"
         )
+
+    def _repr_html_(self) -> str:
+        return to_html([self])
 
     def to_text(self, width: int = 100) -> str:
         """Return the timeline as lines of at most ``width`` characters."""

@@ -77,6 +77,7 @@ class Control:
 
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
+        self._process = psutil.Process()
         self.executor: Executor | None = None
         self.transport: RpcTransport | None = None
         self._values: dict[str, queue.SimpleQueue[str]] = {}
@@ -169,11 +170,15 @@ class Control:
 
     def beat(self) -> None:
         """Send a heartbeat every ``BEAT_SECONDS``: the executor's progress and this process's memory in bytes."""
-        executor, process, pause = self.executor, psutil.Process(), threading.Event()
-        assert executor is not None
+        pause = threading.Event()
         while True:
-            self.channel.send("beat", [*executor.progress(), process.memory_info().rss])
             pause.wait(BEAT_SECONDS)
+            self.send_state()
+
+    def send_state(self) -> None:
+        """Send a heartbeat."""
+        assert self.executor is not None
+        self.channel.send("beat", [*self.executor.progress(), self._process.memory_info().rss])
 
 
 def _set_up(config: dict[str, Any]) -> None:
@@ -203,6 +208,7 @@ def _join(config: dict[str, Any], control: Control) -> Executor:
     this_process.join(store, transport.roster, interface=config["interface"])
     # torch's agent closes its listener for good if a peer ends while its first connection is being made. The driver's
     # listener must serve later groups, too; so the driver, once it has heard this, asks for a call before any work.
+    control.send_state()  # before, so that a cluster that has formed knows it of every worker
     control.channel.send("joined")
     return executor
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rpcpipe.errors import ArgumentError
-from rpcpipe.schedules.render.html import to_html
+from rpcpipe.schedules.render.html import to_page
 from rpcpipe.schedules.render.perfetto import to_chrome
 from rpcpipe.schedules.render.plot import draw
 from rpcpipe.schedules.spans import Spans
@@ -20,7 +20,7 @@ def save(timelines: Sequence[Spans], path: Path) -> None:
     if path.suffix == ".json":
         path.write_text(to_chrome(timelines), encoding="utf-8")
     elif path.suffix == ".html":
-        path.write_text(to_html(timelines), encoding="utf-8")
+        path.write_text(to_page(timelines), encoding="utf-8")
     elif path.suffix in (".svg", ".png"):
         draw(timelines, path)
     else:
