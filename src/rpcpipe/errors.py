@@ -57,10 +57,6 @@ class StateError(RpcPipeError, RuntimeError):
     """A call does not fit how the pipeline or cluster was made, or what it does now."""
 
 
-class CacheLost(StateError):
-    """A worker does not have the keys and values of the tokens before; generation begins again from all of them."""
-
-
 class RendezvousError(RpcPipeError):
     """The driver and its workers did not come together."""
 

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, PreTraine
 
 import rpcpipe as rp
 from rpcpipe.model.hf.decoding import Decoding, Decodings
+from rpcpipe.model.language_model import CacheLost
 from support.local_cluster import LocalCluster
 
 SIZES = {
@@ -166,8 +167,8 @@ def test_rows_whose_tokens_another_process_has_seen_are_refused() -> None:
     assert seen(4, 1).narrow.get_seq_length() == 4
     assert seen(5, 1).narrow.get_seq_length() == 5
     for past in (4, 5 + 2):
-        with pytest.raises(rp.errors.CacheLost, match="6 tokens of these rows"):
+        with pytest.raises(CacheLost, match="6 tokens of these rows"):
             seen(past, 1)
     assert seen(0, 3, session=2).narrow.get_seq_length() == 0
-    with pytest.raises(rp.errors.CacheLost, match="0 tokens"):
+    with pytest.raises(CacheLost, match="0 tokens"):
         decodings.current(config, 3, {"rpcpipe_cached": torch.tensor([[3, 0, 2]])}, 1)

@@ -161,6 +161,14 @@ def test_inputs_that_a_pipeline_cannot_have_are_refused_by_name(name: str) -> No
         pipe({"input_ids": inputs()["input_ids"], name: inputs()["input_ids"]})
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_model_that_was_converted_computes_as_it_does(dtype: torch.dtype) -> None:
+    """``to`` converts rotary frequencies, too, which no stage has: they are rounded on each of them."""
+    model: Any = model_of("llama", "LlamaForCausalLM").to(dtype)
+    assert model.model.rotary_emb.inv_freq.dtype == dtype
+    assert torch.equal(local(model)({"input_ids": inputs()["input_ids"]}), model(inputs()["input_ids"]).logits)
+
+
 def test_a_change_outside_of_the_layers_is_refused() -> None:
     model = model_of("llama", "LlamaForCausalLM")
     model.model.rotary_emb.inv_freq.mul_(2)

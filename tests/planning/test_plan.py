@@ -20,11 +20,11 @@ GPT3 = GPT(96, 12288, 96, 50257, 2048)
 
 
 def plan_gpt3(
-    workers: int, memory: float = 80 * GIB, batch: int = 1536, replicas: int | None = None, undo: str = "copy"
+    workers: int, memory: float = 80 * GIB, batch: int = 1536, replicas: int | None = None, undo: str | None = None
 ) -> Plan:
     layer_costs = {size: GPT3.layer_costs(size, 0.5 * 312e12) for size in (1, 2, 4)}
     costs = CostModel(layer_costs, Machine(workers, memory, 1e-5, 300e9), 16 * GPT3.sequence)
-    return decide(Search(costs, batch, layouts=layouts(workers, 98, replicas), undo=undo))
+    return decide(Search(costs, batch, layouts=layouts(workers, 98, replicas)), undo)
 
 
 def test_gpt3_on_1024_workers() -> None:

@@ -11,8 +11,14 @@ from typing import Protocol
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from rpcpipe.errors import StateError
+
 # The input that says what a worker has in its cache: for every row (session, row, number of tokens seen), int64.
 CACHED = "rpcpipe_cached"
+
+
+class CacheLost(StateError):
+    """A worker does not have the keys and values of the tokens before; generation begins again from all of them."""
 
 
 class Releasable(Protocol):

@@ -19,9 +19,9 @@ import torch
 
 from rpcpipe._arguments import require_callable, require_flag, require_iterable, require_kind, require_number
 from rpcpipe.driver.inference import Passes, release_caches, tell_last_stage
-from rpcpipe.errors import ArgumentError, CacheLost, ModelError, require, require_whole
+from rpcpipe.errors import ArgumentError, ModelError, require, require_whole
 from rpcpipe.model import rng
-from rpcpipe.model.language_model import CachedRows, LanguageModel
+from rpcpipe.model.language_model import CachedRows, CacheLost, LanguageModel
 from rpcpipe.model.microbatch import Nest
 from rpcpipe.pipeline.pipeline import Pipeline
 from rpcpipe.transport.user_pickling import named_dumps

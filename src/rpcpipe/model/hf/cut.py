@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -41,9 +41,10 @@ def cut(source: Any) -> tuple[dict[str, Layer], Loss, LanguageModel]:
     model = source if isinstance(source, PreTrainedModel) else None
     config = source if model is None and not isinstance(source, Folder) else source.config
     anatomy = _anatomy(class_of(config if model is None else model), config, getattr(source, "dtype", None))
+    if model is not None:
+        anatomy = _as_it_is(model, anatomy)
     parts = _parts(anatomy)
     if model is not None:
-        _check_unchanged(model, anatomy)
         made: dict[str, Any] = {path: view(model, anatomy, path, part) for path, part in parts.items()}
     else:
         ties = _ties(anatomy, list(parts))
@@ -169,24 +170,31 @@ def _ties(anatomy: Anatomy, paths: list[str]) -> dict[str, dict[str, str]]:
     return ties
 
 
-def _check_unchanged(model: PreTrainedModel, anatomy: Anatomy) -> None:
-    """Refuse a model whose modules outside of the layers differ from those that its config describes."""
-    frame = _frame(anatomy).model
+def _as_it_is(model: PreTrainedModel, anatomy: Anatomy) -> Anatomy:
+    """Return the anatomy with the dtype to which the model's buffers outside of the layers have been converted.
+
+    Raises ModelError if modules there differ otherwise from those that the model's config describes.
+    """
+    frame = dict(_frame(anatomy).model.named_modules())
     taken = tuple(f"{path}." for path in _parts(anatomy) if path != anatomy.embedding or not anatomy.children)
     for path, theirs in model.named_modules():
-        if f"{path}.".startswith(taken) or path not in dict(frame.named_modules()):
+        if f"{path}.".startswith(taken) or path not in frame:
             continue
-        ours = frame.get_submodule(path)
+        ours = frame[path]
         if any(True for _ in theirs.children()) or any(True for _ in theirs.parameters(recurse=False)):
             continue
-        same = type(ours) is type(theirs) and theirs.extra_repr() == ours.extra_repr()
-        buffers = dict(ours.named_buffers())
-        if not same or any(not _same(buffers.get(name), value) for name, value in theirs.named_buffers()):
+        found = dict(ours.named_buffers())
+        changed = [name for name, value in theirs.named_buffers() if not _same(found.get(name), value)]
+        if changed and anatomy.recipe.rounded is None and theirs.get_buffer(changed[0]).is_floating_point():
+            dtype = theirs.get_buffer(changed[0]).dtype
+            return _as_it_is(model, replace(anatomy, recipe=anatomy.recipe.with_buffers_in(dtype)))
+        if changed or type(ours) is not type(theirs) or theirs.extra_repr() != ours.extra_repr():
             raise ModelError(
                 f"{path} of the {type(model).__name__} was changed after its config built it; say the change in the"
                 " config, from which stages make what is between the layers"
             )
+    return anatomy
 
 
-def _same(one: Any, other: Mapping[str, Any] | torch.Tensor) -> bool:
-    return isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor) and torch.equal(one, other.cpu())
+def _same(ours: torch.Tensor | None, theirs: torch.Tensor) -> bool:
+    return ours is not None and ours.dtype == theirs.dtype and torch.equal(ours, theirs.cpu())

@@ -16,8 +16,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from rpcpipe.errors import CacheLost
-from rpcpipe.model.language_model import CACHED, holds_caches
+from rpcpipe.model.language_model import CACHED, CacheLost, holds_caches
 
 
 def cache_of(config: Any, blocks: int) -> DynamicCache | None:

@@ -37,7 +37,6 @@ from rpcpipe.model.hf.recording import records_routers, unrouted
 from rpcpipe.model.hf.skeleton import Handler, Skeleton
 
 _REFUSED = ("label", "cache", "past", "output_", "encoder_", "embeds", "logits_to_keep", "return_dict", "positions")
-_TIME = 6
 _WIDTHS = (0, 1, 2, 3)  # of the tuples that blocks return
 
 
@@ -333,7 +332,7 @@ class _Examination:
     def _blocks_see_ids(self) -> bool:
         """Return whether other input_ids of the same shape would change what the blocks are called with."""
         ids = tiny_batch(self._recipe)["input_ids"]
-        mask = torch.ones_like(ids).index_fill(1, torch.tensor([_TIME - 1]), 0)
+        mask = torch.ones_like(ids).index_fill(1, torch.tensor([ids.shape[1] - 1]), 0)
         zeros = torch.zeros_like(ids)
         return not all(
             equal_nests(self._arguments(**more), self._arguments(**{**more, "input_ids": zeros}))

@@ -36,7 +36,8 @@ def stop_here(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def tiny_batch(recipe: Recipe) -> dict[str, Any]:
     """Return a tiny batch of token ids, among them the one that pads."""
     vocabulary = recipe.config.get_text_config().vocab_size
-    ids = torch.arange(_ROWS * _TIME).reshape(_ROWS, _TIME) % min(vocabulary, 1 << 15)
+    time = min(_TIME, getattr(recipe.config.get_text_config(), "max_position_embeddings", None) or _TIME)
+    ids = torch.arange(_ROWS * time).reshape(_ROWS, time) % min(vocabulary, 1 << 15)
     pad = getattr(recipe.config.get_text_config(), "pad_token_id", None)
     if isinstance(pad, int) and 0 <= pad < vocabulary:
         ids[0, -1] = pad

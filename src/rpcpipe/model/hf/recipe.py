@@ -6,7 +6,7 @@ import copy
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,13 +24,14 @@ _SMALL = 1 << 16  # elements of a parameter that is kept as its constructor made
 class Recipe:
     """A class of transformers, the config of the model, and its dtype if not torch's default.
 
-    ``key`` is equal for equal models.
+    ``rounded``: the dtype to which ``model.to`` has converted the buffers since. ``key`` is equal for equal models.
     """
 
     cls: type[PreTrainedModel]
     config: Any
     dtype: torch.dtype | None
     key: str
+    rounded: torch.dtype | None = None
 
     @classmethod
     def of(
@@ -68,7 +69,13 @@ class Recipe:
             if any(buffer is not None and buffer.is_meta for buffer in module.buffers(recurse=False)):
                 _fill_buffers(module)
                 model._init_weights(module)
+        if self.rounded is not None:
+            _round_buffers(model, self.rounded)
         return model
+
+    def with_buffers_in(self, dtype: torch.dtype) -> Recipe:
+        """Return the recipe of the model after ``model.to(dtype)``."""
+        return replace(self, rounded=dtype, key=f"{self.key} {dtype}")
 
 
 @contextmanager
@@ -102,6 +109,13 @@ def _on_meta(parameter: nn.Parameter) -> nn.Parameter:
 def own_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Return the parameters that ``module`` itself has, each under all of its names."""
     return list(module.named_parameters(recurse=False, remove_duplicate=False))
+
+
+def _round_buffers(model: nn.Module, dtype: torch.dtype) -> None:
+    for module in model.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.is_floating_point():
+                setattr(module, name, buffer.to(dtype))
 
 
 def _fill_buffers(module: nn.Module) -> None:
