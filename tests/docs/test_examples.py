@@ -6,6 +6,7 @@ import math
 import os
 import re
 import runpy
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -172,3 +173,25 @@ def assert_same_loss(out: str) -> None:
     found = re.search(r"loss ([0-9.]+) in one process, ([0-9.]+) in the pipeline$", out, re.MULTILINE)
     assert found is not None
     assert float(found[1]) == pytest.approx(float(found[2]), abs=1e-4)
+
+
+def test_unet(run: Run) -> None:
+    out = run("unet.py", "--steps", "25")
+    first, *_, last = (float(loss) for loss in re.findall(r"loss ([0-9.]+)", out))
+    assert last < 0.7 * first
+    assert "the model's own forward: True" in out
+
+
+def test_a_run_that_is_killed_goes_on_to_the_bit(run: Run, tmp_path: Path) -> None:
+    """Dropout, bfloat16, warm-up, clipping and tied embeddings, all of them as if nothing had been."""
+    sizes = ["--steps", "8", "--every", "3"]
+    whole = run("resumed.py", "--out", str(tmp_path / "whole"), *sizes)
+    killed = [sys.executable, str(EXAMPLES / "resumed.py"), "--out", str(tmp_path / "killed"), *sizes]
+    died = subprocess.run([*killed, "--die-after", "5"], capture_output=True, text=True, timeout=100, check=False)
+    assert died.returncode == -signal.SIGKILL
+    resumed = run("resumed.py", "--out", str(tmp_path / "killed"), *sizes)
+    assert "begins after step 3\n" in resumed
+    losses = re.findall(r"step (\d+) loss (\S+)", whole)
+    assert len(losses) == 8
+    assert re.findall(r"step (\d+) loss (\S+)", died.stdout) == losses[:5]
+    assert re.findall(r"step (\d+) loss (\S+)", resumed) == losses[3:]
