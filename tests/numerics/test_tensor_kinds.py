@@ -146,7 +146,7 @@ BATCHES: dict[str, tuple[Callable[[Tensor], Any], str | None]] = {
     "mkldnn": (lambda x: {"x": x, "n": rp.Replicated(x.to_mkldnn())}, "the layout of mkldnn"),
     "numpy": (lambda x: x.numpy(), r"a numpy ndarray.*torch.as_tensor"),
     "numpy beside tensors": (lambda x: {"x": x, "n": x.numpy()}, r"a numpy ndarray.*torch.as_tensor"),
-    "no tensor": (lambda x: 3.0, "a batch needs tensors"),
+    "no tensor": (lambda x: 3.0, "inputs must be made of tensors"),
     "not contiguous": (lambda x: x.T.contiguous().T, None),
     "expanded": (lambda x: x[:1].expand(8, -1), None),
     "strided": (lambda x: torch.cat([x, x]).view(8, 2, 4)[:, 0], None),

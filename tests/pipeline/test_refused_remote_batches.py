@@ -143,7 +143,7 @@ def test_make_that_cannot_be_pickled() -> None:
     [
         ([torch.ones(3, 12)], "rp.RemoteBatches needs of make pairs"),
         ([(torch.ones(3, 12), torch.zeros(2, dtype=torch.long))], "inputs have 3 samples and targets 2"),
-        ([(torch.ones(3, 12), None)], "targets: a batch needs tensors"),
+        ([(torch.ones(3, 12), None)], "targets must be made of tensors, and are None"),
         ([({"x": torch.ones(0, 12)}, torch.zeros(0))], "inputs: a batch needs tensors"),
         (3, "not iterable"),
     ],

@@ -53,11 +53,12 @@ def test_a_workers_stages_peak_together() -> None:
     """zb-v's first worker holds the first and the last stage: their peaks do not coincide, so do not add up."""
     schedule = rp.schedules.get("zb-v", 4, 16)
     stages = peak_activation_bytes(schedule, [100] * 8, [10] * 8)
-    assert peak_worker_bytes(schedule, [100] * 8, [10] * 8) == (800,) * 4
+    assert peak_worker_bytes(schedule, [100] * 8, [10] * 8, [0] * 8) == ((800,) * 4, (800,) * 4)
+    assert peak_worker_bytes(schedule, [100] * 8, [10] * 8, [5] * 8)[1] == (805,) * 4
     assert stages[0] + stages[7] > 800
     single = rp.schedules.get("1f1b", 4, 16)
-    sizes = ([10, 20, 30, 40], [1, 2, 3, 4], lambda stage, chunk: chunk % 2 == 0)
-    assert peak_worker_bytes(single, *sizes) == peak_activation_bytes(single, *sizes)
+    sizes, drops = ([10, 20, 30, 40], [1, 2, 3, 4]), lambda stage, chunk: chunk % 2 == 0
+    assert peak_worker_bytes(single, *sizes, [0] * 4, drops)[0] == peak_activation_bytes(single, *sizes, drops)
 
 
 def test_1f1b_is_k_over_m_of_gpipe() -> None:

@@ -18,7 +18,7 @@ from rpcpipe.driver.remote_batches import Following, RemoteBatches, RemoteValue
 from rpcpipe.driver.result import mean_loss, merged_outputs
 from rpcpipe.driver.runtime import Runtime
 from rpcpipe.driver.succession import healed
-from rpcpipe.errors import ArgumentError, StateError, require
+from rpcpipe.errors import ArgumentError, StateError, WorkerLost, require
 from rpcpipe.model.microbatch import Nest, copied
 from rpcpipe.stage.context import StepContext
 from rpcpipe.stage.metrics import Metric, Sums, means
@@ -91,6 +91,8 @@ class Passes:
         self._waiting: deque[_Pass] = deque()
         self._first: Mapping[str, int] = {}
         self._has_lost = False  # a worker, since the oldest batch was fed
+        # Deaths since a batch was collected: one that is noticed while batches are fed counts among its batch's tries.
+        self._causes: list[WorkerLost] = []
 
     def run(self, batches: Iterable[tuple[Nest, Nest | None]]) -> Iterator[Passed]:
         """Run every (inputs, targets), or those of RemoteBatches, and yield the results in order."""
@@ -130,7 +132,7 @@ class Passes:
             self._feed()
             return call()
 
-        return healed(self._runtime.cluster, check, feed_and_call)
+        return healed(self._runtime.cluster, check, feed_and_call, causes=self._causes)
 
     def _cancel(self) -> None:
         with shield_interrupts():
@@ -167,6 +169,7 @@ class Passes:
         reports = self._runtime.driver.collect(oldest.replies)
         self._waiting.popleft()
         self._has_lost = False
+        self._causes.clear()
         return oldest.passed._replace(reports=reports)
 
 

@@ -106,13 +106,20 @@ class Succession:
 AS_BEFORE = "The pipeline is as it was before the call"
 
 
-def healed(cluster: PipelineCluster, check: Callable[[], None], call: Callable[[], T], *, after: str = AS_BEFORE) -> T:
+def healed(
+    cluster: PipelineCluster,
+    check: Callable[[], None],
+    call: Callable[[], T],
+    *,
+    after: str = AS_BEFORE,
+    causes: list[WorkerLost] | None = None,
+) -> T:
     """Return ``call()``, made again where workers have died in it and ``check`` has had them replaced.
 
     Raises WorkerLost, with all causes, where that has happened more often than ``cluster.heal``; ``after``: what it
-    then says of the pipeline.
+    then says of the pipeline. ``causes``: those of calls before this one that are parts of the same.
     """
-    causes: list[WorkerLost] = []
+    causes = [] if causes is None else causes
     while True:
         try:
             return call()

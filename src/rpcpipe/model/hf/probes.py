@@ -36,7 +36,8 @@ def stop_here(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def tiny_batch(recipe: Recipe) -> dict[str, Any]:
     """Return a tiny batch of token ids, among them the one that pads."""
     vocabulary = recipe.config.get_text_config().vocab_size
-    time = min(_TIME, getattr(recipe.config.get_text_config(), "max_position_embeddings", None) or _TIME)
+    most = getattr(recipe.config.get_text_config(), "max_position_embeddings", None)
+    time = min(_TIME, most) if isinstance(most, int) and most > 0 else _TIME
     ids = torch.arange(_ROWS * time).reshape(_ROWS, time) % min(vocabulary, 1 << 15)
     pad = getattr(recipe.config.get_text_config(), "pad_token_id", None)
     if isinstance(pad, int) and 0 <= pad < vocabulary:
