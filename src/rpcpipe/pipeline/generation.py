@@ -188,6 +188,8 @@ def _generate(
 def _run(pipe: Pipeline, rows: Sequence[_Row], drawn: _Drawn, feeding: _Plain | _Cached) -> None:
     """Add their tokens to ``rows``, in groups that follow each other through the stages."""
     passes = Passes(pipe.runtime, keep_outputs=True)
+    if isinstance(feeding, _Cached):  # a pass over a token is mostly overhead, of which larger groups have less
+        passes.ahead = -(-(pipe.runtime.layout.pipeline_size + 1) // pipe.runtime.chunks) - 1
     groups = passes.ahead + 1
     waiting = deque(group for group in (list(rows[start::groups]) for start in range(groups)) if _unfinished(group))
     under_way = deque[list[_Row]]()
