@@ -190,3 +190,12 @@ def test_a_model_that_was_called_for_router_logits_is_sent_and_stays_as_it_is() 
     assert hooks > 0
     local(model)
     assert sum(len(vars(part)["_forward_hooks"]) for part in model.modules()) == hooks
+
+
+def test_a_part_of_the_embedding_keeps_its_own_mode() -> None:
+    """Dropout that the user has switched off stays off while the model trains."""
+    model = model_of("gpt2", "GPT2LMHeadModel", embd_pdrop=0.5, attn_pdrop=0.0, resid_pdrop=0.0).train()
+    model.transformer.drop.eval()
+    ids = inputs()["input_ids"]
+    expected = model(ids, labels=ids).loss
+    assert local(model).train_step({"input_ids": ids}, {"labels": ids}).loss == pytest.approx(float(expected.detach()))

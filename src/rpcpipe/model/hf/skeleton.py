@@ -65,6 +65,7 @@ class Skeleton:
         for path, template in self._templates.items():
             self._put(self.model, path, StandIn(path, template, self._handlers))
         self.model.config.use_cache = False
+        self._own = list(self.model.modules())
         self.memo: OrderedDict[Any, Any] = OrderedDict()
         self.decodings = Decodings()
 
@@ -78,6 +79,12 @@ class Skeleton:
         template = self._templates.get(path)
         return copy.deepcopy(self._pristine.get_submodule(path) if template is None else template)
 
+    def hollow(self, path: str) -> nn.Module:
+        """Return a copy of the module at ``path`` on the CPU, in eval mode, with zeros for weights."""
+        part = self.part(path)
+        without_values(part, torch.device("cpu"), needs_grad=False)
+        return part.eval()
+
     def alone(self, path: str) -> nn.Module:
         """Return the model with the module at ``path`` in it and without the others that are stand-ins."""
         model = copy.deepcopy(self._pristine)
@@ -90,9 +97,14 @@ class Skeleton:
         initialize(module, self._pristine)
 
     def run(self, handlers: Mapping[str, Handler], training: bool, **inputs: Any) -> Any:
-        """Return what the model's forward returns, or the value with which a handler ended it."""
+        """Return what the model's forward returns, or the value with which a handler ended it.
+
+        Modules that stand in for the skeleton's own (``having``) keep their modes.
+        """
         self._handlers |= handlers
-        self.model.train(training)
+        if self.model.training != training:
+            for module in self._own:
+                module.training = training
         try:
             return self.model(**inputs)
         except Reached as reached:
