@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rpcpipe.model.hf.recipe import Recipe
+from rpcpipe.model.hf.skeleton import Handler
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,10 @@ class Body:
         if self.hidden:
             return kwargs[self.hidden], args, {name: value for name, value in kwargs.items() if name != self.hidden}
         return args[0], args[1:], kwargs
+
+    def passing(self) -> dict[str, Handler]:
+        """Return handlers of the blocks that return their hidden states as they are."""
+        return dict.fromkeys(self.blocks, lambda args, kwargs: self.returned(self.split(args, kwargs)[0]))
 
     @property
     def owner(self) -> str:
@@ -63,9 +68,8 @@ class Anatomy:
     go along with the hidden states. ``direct``: which modules of ``tail`` are called with the result before them and
     nothing else. ``shortcut``: what the last of them needs of the forward before it, if it is known. ``cache``: the
     argument of the forward that takes a key-value cache, "" if generation cannot use one. ``causal``: no token is
-    known to see later ones. ``beside``: for every block,
-    which leaves of its other arguments depend on weights of the part before the blocks, and which of the values that
-    go along from there each of them is.
+    known to see later ones. ``beside``: for every block, which leaves of its other arguments depend on weights of the
+    part before the blocks, and which of the values that go along from there each of them is.
     """
 
     recipe: Recipe

@@ -36,14 +36,12 @@ class Chain:
         Raises ModelError if the blocks are no chain, and whatever the model's forward raises if it does not take
         what they return.
         """
-        probe.run({path: self._block(index) for index, path in enumerate(self._body.blocks)}, False, **self._batch())
         names, blocks = self._names, self._body.blocks
+        handlers = {path: self._block(index) for index, path in enumerate(blocks)}
+        probe.run(handlers, False, **tiny_batch(self._recipe))
         if len(names) != len(blocks) or len(set(names)) > 1:
             raise self._error(f"{len(names)} of its {len(blocks)} blocks are called")
         return Body(self._body.path, blocks, names[0], self._body.width), tuple(self._beside)
-
-    def _batch(self) -> dict[str, Any]:
-        return tiny_batch(self._recipe)
 
     def _error(self, what: str) -> ModelError:
         return ModelError(f"{self._recipe.name} cannot be cut: {what}")

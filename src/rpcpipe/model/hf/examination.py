@@ -32,7 +32,7 @@ from rpcpipe.model.hf.probes import (
     tensors,
     tiny_batch,
 )
-from rpcpipe.model.hf.recipe import Recipe, without_values
+from rpcpipe.model.hf.recipe import Recipe
 from rpcpipe.model.hf.recording import records_routers, unrouted
 from rpcpipe.model.hf.skeleton import Handler, Skeleton
 
@@ -78,6 +78,12 @@ def anatomy_of(recipe: Recipe) -> Anatomy:
         ) from error
 
 
+def _is_causal(model: nn.Module, blocks: Sequence[str]) -> bool:
+    """Return whether no attention of the blocks says that it sees later tokens (BERT that is no decoder)."""
+    parts = [part for path in blocks for part in model.get_submodule(path).modules()]
+    return all(getattr(part, name, True) for part in parts for name in ("is_causal", "is_decoder"))
+
+
 def _has(cache: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return any(one is cache for one in (*args, *kwargs.values()))
 
@@ -97,11 +103,11 @@ class _Examination:
         if any(getattr(model.config, name, 0) for name in ("layerdrop", "decoder_layerdrop")):
             raise self._error("it leaves blocks out at random (layerdrop of its config); set that to 0")
         path, blocks = find_blocks(model, recipe.name)
-        self._candidates = list(candidates(model, path))
+        self._causal = _is_causal(model, blocks)
         self._probe = Skeleton(recipe, blocks, torch.device("cpu"), needs_grad=True)
         unrouted(self._probe.model)
         self._body, self._beside = self._how_called(path, blocks)
-        before, tail, self._idle = self._phases()
+        before, tail, self._idle = self._phases(list(candidates(model, path)))
         self._tail = tail
         self._embedding, self._children = self._before(model, before, path)
         self._check_direct(model, path)
@@ -125,17 +131,17 @@ class _Examination:
             direct=direct,
             shortcut=self._shortcut(),
             cache=self._cache(),
-            causal=self._is_causal(),
+            causal=self._causal,
             beside=self._beside,
         )
 
     def _error(self, what: str) -> ModelError:
         return ModelError(f"{self._recipe.name} cannot be cut: {what}")
 
-    def _phases(self) -> tuple[tuple[str, ...], ...]:
+    def _phases(self, candidates: Sequence[str]) -> tuple[tuple[str, ...], ...]:
         """Return the candidates called before the blocks, in order those called behind them, and the others."""
         probe, body = self._probe, self._body
-        calls: dict[str, list[bool]] = {candidate: [] for candidate in self._candidates}
+        calls: dict[str, list[bool]] = {candidate: [] for candidate in candidates}
         order: list[str] = []
         reached = False
 
@@ -151,7 +157,7 @@ class _Examination:
             reached = True
             return body.returned(body.split(args, kwargs)[0])
 
-        for candidate in self._candidates:
+        for candidate in candidates:
             probe.model.get_submodule(candidate).register_forward_pre_hook(called(candidate))
         probe.run(dict.fromkeys(body.blocks, block), False, **tiny_batch(self._recipe))
         for candidate, phases in calls.items():
@@ -202,11 +208,6 @@ class _Examination:
     def _run(self, body: Body, handlers: Mapping[str, Handler], **more: Any) -> Any:
         return self._skeleton.run(handlers, False, **{**tiny_batch(self._recipe), **more})
 
-    def _passing(self) -> dict[str, Handler]:
-        """Return handlers of blocks that return their hidden states as they are."""
-        body = self._body
-        return {path: lambda args, kwargs: body.returned(body.split(args, kwargs)[0]) for path in body.blocks}
-
     def _live(self) -> tuple[tuple[tuple[int, ...], ...], tuple[bool, ...]]:
         """Return for every module behind the blocks which earlier results go into it or a later one.
 
@@ -229,14 +230,14 @@ class _Examination:
             def module(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
                 uses.append(self._used(results, (args, kwargs)))
                 direct.append(not kwargs and len(args) == 1 and args[0] is results[-1])
-                return leaf(self._tail_part(path)(*args, **kwargs))
+                return leaf(self._skeleton.hollow(path)(*args, **kwargs))
 
             return module
 
         output = self._run(
-            body, {**self._passing(), body.blocks[-1]: last, **{path: behind(path) for path in self._tail}}
+            body, {**self._body.passing(), body.blocks[-1]: last, **{path: behind(path) for path in self._tail}}
         )
-        uses.append(self._used(results, output, allowed=True))
+        uses.append(self._used(results, output))
         needed: set[int] = set()
         live = []
         for index in reversed(range(len(self._tail))):
@@ -258,7 +259,7 @@ class _Examination:
 
         def behind(part: str) -> Handler:
             def module(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-                marked.append(self._tail_part(part)(*args, **kwargs))
+                marked.append(self._skeleton.hollow(part)(*args, **kwargs))
                 return marked[-1]
 
             return module
@@ -271,7 +272,7 @@ class _Examination:
             )
             for name in names
         ]
-        handlers = {**self._passing(), self._body.blocks[-1]: last, **{part: behind(part) for part in inside}}
+        handlers = {**self._body.passing(), self._body.blocks[-1]: last, **{part: behind(part) for part in inside}}
         self._run(self._body, {**handlers, self._tail[-1]: stop_here})
         for hook in hooks:
             hook.remove()
@@ -282,12 +283,7 @@ class _Examination:
                 return Shortcut(name, type(output), key)
         return None
 
-    def _tail_part(self, path: str) -> nn.Module:
-        part = self._skeleton.part(path)
-        without_values(part, torch.device("cpu"), needs_grad=False)
-        return part.eval()
-
-    def _used(self, results: Sequence[Any], value: Any, allowed: bool = False) -> set[int]:
+    def _used(self, results: Sequence[Any], value: Any) -> set[int]:
         """Return which of ``results`` the tensors in ``value`` depend on; refuse weights before the blocks."""
         roots = [leaf.float().sum() for leaf in tensors(value) if leaf.requires_grad]
         if not roots:
@@ -317,17 +313,11 @@ class _Examination:
         arguments = inspect.signature(self._recipe.cls.forward).parameters
         name = next((one for one in ("cache", "past_key_values") if one in arguments), "")
         cache = cache_of(self._recipe.config, len(self._body.blocks)) if name else None
-        shares = bool(getattr(self._recipe.config, "num_kv_shared_layers", None))
-        if cache is None or "attention_mask" not in arguments or shares or any(self._beside) or not self._is_causal():
+        if cache is None or "attention_mask" not in arguments or any(self._beside) or not self._causal:
             return ""
         with torch.no_grad():
             calls = self._arguments(**{name: cache, "use_cache": True})
         return name if all(_has(cache, args, kwargs) for _, (args, kwargs) in calls) else ""
-
-    def _is_causal(self) -> bool:
-        """Return whether no attention of the blocks says that it sees later tokens (BERT that is no decoder)."""
-        parts = [part for path in self._body.blocks for part in self._skeleton.part(path).modules()]
-        return all(getattr(part, name, True) for part in parts for name in ("is_causal", "is_decoder"))
 
     def _blocks_see_ids(self) -> bool:
         """Return whether other input_ids of the same shape would change what the blocks are called with."""
@@ -349,8 +339,8 @@ class _Examination:
             return self._body.returned(self._body.split(args, kwargs)[0].as_subclass(torch.Tensor))
 
         def behind(path: str) -> Handler:
-            return lambda args, kwargs: self._tail_part(path)(*args, **kwargs)
+            return lambda args, kwargs: self._skeleton.hollow(path)(*args, **kwargs)
 
-        handlers = {**self._passing(), self._body.blocks[-1]: last, **{path: behind(path) for path in self._tail}}
+        handlers = {**self._body.passing(), self._body.blocks[-1]: last, **{path: behind(path) for path in self._tail}}
         self._run(self._body, handlers, input_ids=ids)
         return WatchedIds.used

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils import _pytree as pytree
 
 from rpcpipe.model.hf.anatomy import Anatomy
@@ -21,10 +20,9 @@ from rpcpipe.model.hf.losses import (
     RoutedLoss,
 )
 from rpcpipe.model.hf.probes import tiny_batch
-from rpcpipe.model.hf.recipe import without_values
 from rpcpipe.model.hf.recording import unrouted
 from rpcpipe.model.hf.skeleton import Handler
-from rpcpipe.model.hf.staged import outputs, passed, skeleton_of
+from rpcpipe.model.hf.staged import outputs, skeleton_of
 
 _COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")  # of a model or its config
 
@@ -96,7 +94,7 @@ def _forward(anatomy: Anatomy, labels: dict[str, torch.Tensor]) -> tuple[Any, to
         return torch.randn(value.shape, generator=generator)
 
     def behind(path: str) -> Handler:
-        part = _without_weights(skeleton.part(path))
+        part = skeleton.hollow(path)
         last = path == anatomy.tail[-1]
 
         def module(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -105,7 +103,7 @@ def _forward(anatomy: Anatomy, labels: dict[str, torch.Tensor]) -> tuple[Any, to
 
         return module
 
-    handlers = {**passed(anatomy.body), **{path: behind(path) for path in anatomy.tail}}
+    handlers = {**anatomy.body.passing(), **{path: behind(path) for path in anatomy.tail}}
     unrouted(skeleton.model)
     try:
         with torch.no_grad():
@@ -114,8 +112,3 @@ def _forward(anatomy: Anatomy, labels: dict[str, torch.Tensor]) -> tuple[Any, to
         if anatomy.records:
             skeleton.model.config.get_text_config().output_router_logits = True
     return outputs(result), result["loss"]
-
-
-def _without_weights(part: nn.Module) -> nn.Module:
-    without_values(part, torch.device("cpu"), needs_grad=False)
-    return part.eval()

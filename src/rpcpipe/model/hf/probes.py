@@ -67,7 +67,7 @@ def candidates(model: nn.Module, blocks: str) -> Iterator[str]:
     for ancestor in ancestors(blocks):
         for name, child in model.get_submodule(ancestor).named_children():
             path = f"{ancestor}.{name}" if ancestor else name
-            if not f"{blocks}.".startswith(f"{path}.") and has_state(child):
+            if not is_within(blocks, path) and has_state(child):
                 yield path
 
 

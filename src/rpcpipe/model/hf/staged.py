@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from transformers.utils import output_capturing
 
 from rpcpipe.errors import ArgumentError, ModelError
-from rpcpipe.model.hf.anatomy import Anatomy, Body
+from rpcpipe.model.hf.anatomy import Anatomy
 from rpcpipe.model.hf.decoding import Decoding
 from rpcpipe.model.hf.recording import record_routers, with_routers
 from rpcpipe.model.hf.skeleton import Handler, Reached, Skeleton, remembered, skeleton
@@ -335,15 +335,6 @@ class Tail:
         return skeleton.returning(path, forward)
 
 
-def passed(body: Body) -> dict[str, Handler]:
-    """Return handlers of blocks that return their hidden states as they are."""
-
-    def passing(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return body.returned(body.split(args, kwargs)[0])
-
-    return dict.fromkeys(body.blocks, passing)
-
-
 def _behind(anatomy: Anatomy, results: Mapping[int, Any]) -> dict[str, Handler]:
     """Return handlers of blocks and of modules behind them that return their ``results``, or what they are given."""
     body = anatomy.body
@@ -351,7 +342,7 @@ def _behind(anatomy: Anatomy, results: Mapping[int, Any]) -> dict[str, Handler]:
     def known(result: Any) -> Handler:
         return lambda args, kwargs: result
 
-    handlers = passed(body)
+    handlers = body.passing()
     handlers |= {path: lambda args, kwargs: args[0] if args else None for path in anatomy.tail}
     if -1 in results:
         handlers[body.blocks[-1]] = known(body.returned(results[-1]))
