@@ -31,8 +31,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--out", type=Path, default=Path(tempfile.mkdtemp()))
+    parser.add_argument("--out", type=Path, help="default: a new temporary folder")
     args = parser.parse_args()
+    args.out = args.out or Path(tempfile.mkdtemp())
     if args.model is None:
         args.model, sizes = args.out / "base", {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4}
         LlamaForCausalLM(LlamaConfig(vocab_size=256, num_attention_heads=4, **sizes)).save_pretrained(args.model)
