@@ -29,12 +29,12 @@ from rpcpipe.model.hf.probes import (
     has_state,
     is_within,
     stop_here,
-    tensors,
     tiny_batch,
 )
 from rpcpipe.model.hf.recipe import Recipe
 from rpcpipe.model.hf.recording import records_routers, unrouted
 from rpcpipe.model.hf.skeleton import Handler, Skeleton
+from rpcpipe.model.microbatch import tensors
 
 _REFUSED = ("label", "cache", "past", "output_", "encoder_", "embeds", "logits_to_keep", "return_dict", "positions")
 _WIDTHS = (0, 1, 2, 3)  # of the tuples that blocks return

@@ -71,11 +71,6 @@ def candidates(model: nn.Module, blocks: str) -> Iterator[str]:
                 yield path
 
 
-def tensors(nest: Any) -> list[torch.Tensor]:
-    """Return the tensors in ``nest``."""
-    return [leaf for leaf in pytree.tree_leaves(nest) if isinstance(leaf, torch.Tensor)]
-
-
 def equal_nests(one: Any, other: Any) -> bool:
     """Return whether two nests have the same form and equal leaves."""
     a, b = pytree.tree_flatten(one), pytree.tree_flatten(other)
