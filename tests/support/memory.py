@@ -10,11 +10,15 @@ def open_files() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-def lane_bytes() -> int:
-    """Return the bytes of lanes' slots that this process has mapped; each end maps them."""
-    total = 0
+def lane_slots() -> dict[str, int]:
+    """Return the bytes of every lane's slot that this process has mapped, by its place and file; each end maps them."""
+    slots = {}
     for line in Path("/proc/self/maps").read_text().splitlines():
         if "rpcpipe-lane" in line:
             start, end = (int(part, 16) for part in line.split()[0].split("-"))
-            total += end - start
-    return total
+            slots[line] = end - start
+    return slots
+
+
+def lane_bytes() -> int:
+    return sum(lane_slots().values())
