@@ -115,7 +115,7 @@ def test_the_parts_of_a_workers_memory(undo: str, sharded: bool) -> None:
     shards = 2 if sharded else 1
     assert (first.weights, first.gradients, first.optimizer) == (200, 200, (200 + 300) / shards)
     assert (last.weights, last.gradients, last.optimizer) == (200, 200, (0 + 200) / shards)
-    assert first.copy == (200 + 500 / shards if undo == "copy" else 0)
+    assert first.copy == ((200 + 500) / shards if undo == "copy" else 0)
     assert first.activations == 3 * (10 + 11)
     assert last.activations == 3 * (12 + 13)
     # Of the last micro-batch's backward: layer 1 has no more than it keeps; layer 2 does, while 3 has none any more.

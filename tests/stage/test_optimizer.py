@@ -87,6 +87,24 @@ def test_undo_leaves_what_the_optimizer_has_not_touched() -> None:
     assert all(torch.equal(a, b) for a, b in zip(state(optimizer), after, strict=True))
 
 
+def test_what_others_own_is_not_copied() -> None:
+    names = [("a", nn.Parameter(torch.ones(3))), ("b", nn.Parameter(torch.ones(4)))]
+    (_, own), (_, other) = names
+    optimizer = LocalOptimizer(lambda ps: torch.optim.AdamW(ps), Parameters(names), {other}, is_whole=False)
+    optimizer.undo.begin(0)
+    optimizer.undo.refresh()
+    assert list(optimizer.undo.copies) == [own]
+    optimizer.undo.cover(optimizer.parameters)  # as for a call, which may change all
+    optimizer.undo.begin(1)
+    optimizer.undo.refresh()
+    with torch.no_grad():
+        other.zero_()
+    optimizer.undo.take_back(1)
+    assert torch.equal(other, torch.ones(4))
+    optimizer.undo.cover(optimizer.owned)
+    assert list(optimizer.undo.copies) == [own]
+
+
 def test_without_copies_an_update_says_how_far_it_has_got() -> None:
     parameter = nn.Parameter(torch.ones(3))
     optimizer = LocalOptimizer(lambda ps: torch.optim.AdamW(ps), Parameters([("a", parameter)]), copies=False)

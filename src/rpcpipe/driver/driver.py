@@ -31,6 +31,7 @@ from rpcpipe.driver.recovery import (
 )
 from rpcpipe.driver.replies import is_done, outcome_of
 from rpcpipe.driver.sender import Issue, Sender
+from rpcpipe.driver.sharing import Sharing
 from rpcpipe.errors import Failure, StageError
 from rpcpipe.stage.context import StepContext
 from rpcpipe.transport.base import Transport
@@ -70,6 +71,7 @@ class Driver:
         self._recovery: State = Idle()
         # By worker, what ``ensure`` has sent it and it may not have executed: its successor must.
         self._ensured: dict[str, list[tuple[list[Task], Future[Any]]]] = {}
+        self.sharing = Sharing()
         # By worker that has taken a dead one's place, the place in its sequence after what it was told to do first.
         self._welcomed: dict[str, int] = {}
 
@@ -90,8 +92,7 @@ class Driver:
     ) -> dict[str, Report]:
         """Execute one step's actions; return every worker's report. After an error the step is rolled back.
 
-        ``meanwhile`` runs once all calls have been issued. Raises ModelError if the workers' optimizers have changed
-        their hyperparameters in different ways.
+        ``meanwhile`` runs once all calls have been issued. Raises ModelError for optimizers that have parted.
         """
         with self._cancelling(plan.step, updating=ending.updates):
             replies = self._issue(program, plan, values, ending, keep=True)
@@ -101,10 +102,7 @@ class Driver:
     def run_ahead(
         self, program: Program, plan: StepContext, values: Mapping[Port, Any], ending: Ending
     ) -> dict[str, Future[Any]]:
-        """Issue the actions of the step after the one under way, for ``follow``; return the replies.
-
-        No weight changes before ``follow``. Whatever else is called on the workers takes the step back.
-        """
+        """Issue the actions of the step after the one under way, for ``follow``; any other call takes it back."""
         self._note(BeginAhead(plan.step, dict(self._sender.next)))
         return self._issue(program, plan, values, ending, keep=True)
 
@@ -141,7 +139,7 @@ class Driver:
         return reports
 
     def issue(self, program: Program, plan: StepContext, values: Mapping[Port, Any]) -> dict[str, Future[Any]]:
-        """Send one forward pass's actions; return each worker's reply. Several passes may be under way."""
+        """Send one forward pass's actions; return each worker's reply. Several may be under way."""
         return self._issue(program, plan, values, REPORT, keep=False)
 
     def _issue(
@@ -157,26 +155,21 @@ class Driver:
         """Undo the updates of ``step``, which has succeeded; what its forwards have changed stays."""
         self.take_ahead_back()
         self._post_all(step, Task(UndoUpdate(step)))
+        self.sharing.begin(self)
 
     def take_ahead_back(self) -> None:
         """Roll back the step ahead, if there is one; the one before must be settled."""
         self._note(OtherCall(-1))
 
     def normalize_gradients(self, step: int, count: float, reports: Mapping[str, Report]) -> None:
-        """Divide the gradients of a loss of (sum, count) by ``count``; put the new norms into ``reports``.
-
-        With ``count`` 0 the gradients become NaN, which the gate keeps from the weights.
-        """
+        """Divide gradients of a loss of (sum, count) by ``count``, by NaN for 0; put the new norms into ``reports``."""
         with self._cancelling(step):
             task = Task(NormalizeGradients(divisor(count)))
             for worker, norms in self.collect(self._post_all(step, task)).items():
                 reports[worker].norms = norms
 
     def publish_gradients(self, step: int, context_id: int, factor: float) -> dict[str, Future[Any]]:
-        """Begin to add every stage's gradients, times ``factor``, to the step's distributed-autograd context.
-
-        Returns the replies.
-        """
+        """Begin to add every stage's gradients, times ``factor``, to the step's context; return the replies."""
         task = Task(PublishGradients(context_id, factor))
         with self._cancelling(step):
             return self._post_all(step, task)
@@ -198,8 +191,8 @@ class Driver:
         """Apply the context's gradients on all workers; return each worker's (start, end) in ns.
 
         ``after``: tasks to run on each worker after its update. ``undoes``: an update that fails is taken back, from
-        the workers' copies; else nothing is sent then, see ``reaches``. Raises ModelError if the workers' optimizers
-        have changed their hyperparameters in different ways.
+        the workers' copies; else nothing is sent then, see ``reaches``. Raises ModelError for optimizers that have
+        changed their hyperparameters in different ways.
         """
         tasks = {
             worker: [Task(UpdateWeights(context_id, changes)), *after.get(worker, ()), Task(LastUpdate())]
@@ -297,8 +290,7 @@ class Driver:
     def _note(self, event: Event) -> None:
         """Record ``event``; if a step under way must be rolled back, send the rollback to all workers.
 
-        The rollback is not awaited: later calls follow it in every worker's sequence, and values that workers still
-        send for the step are discarded by its number.
+        It is not awaited: later calls follow it in every worker's sequence; values still sent for the step are dropped.
         """
         with shield_interrupts():
             self._recovery, undone = transition(self._recovery, event)
@@ -306,13 +298,15 @@ class Driver:
                 self._send(undone)
 
     def _send(self, undone: RollBack) -> None:
-        """Have all workers drop the tasks of the steps that are ``undone``, and roll these back, the last one first."""
+        """Have all workers drop the tasks of the steps that are ``undone``, and roll these back, the last first."""
         orders = [] if undone.ahead is None else [RollBackStep(undone.ahead, updating=False, ahead=True)]
         orders += [] if undone.step is None else [RollBackStep(undone.step, undone.updating)]
         newest = orders[0].step
         self._sender.release(newest)
         self.cancel(newest, undone.first)
         self.ensure(orders)
+        if undone.updating:
+            self.sharing.begin(self)
 
     def revive(self, worker: str, path: str, *, copy: bool = False) -> Future[Any]:
         """Have a successor go on from what ``worker`` kept at ``path``, or a copy; return the reply."""
@@ -325,6 +319,7 @@ class Driver:
     def restart(self) -> None:
         """Go on with workers all of whom have been revived from a snapshot: nothing is left to be done or undone."""
         self._ensured.clear()
+        self.sharing.end()
         for worker in self.workers:
             self.welcome(worker)
 
@@ -334,10 +329,14 @@ class Driver:
         self._sender.forget_all()
         place = self._sender.next[worker]
         self._transport.send(worker, "cancel", self._pipeline, self._step - 1, place, place)
+        self.ensure_again(worker)
+        self._welcomed[worker] = self._sender.next[worker]
+
+    def ensure_again(self, worker: str) -> None:
+        """Have ``worker`` execute what ``ensure`` has sent it and it is not known to have executed."""
         for tasks, reply in self._ensured.pop(worker, []):
             if not is_done(reply):
                 self.ensure([task.operation for task in tasks], [worker])
-        self._welcomed[worker] = self._sender.next[worker]
 
     def drop(self) -> list[Future[Any]]:
         """Free the stages on all workers; return their replies."""
@@ -370,8 +369,8 @@ class Driver:
     def collect(self, replies: Mapping[K, Future[Any]], watches: Collection[Future[Any]] = ()) -> dict[K, Any]:
         """Wait for all ``replies``; return their results by key.
 
-        Raises the first failure as StageError, also one that arrives from ``watches``, which are not awaited
-        otherwise, and DeadlineExceeded if no worker finishes anything for the timeout.
+        Raises the first failure as StageError, also one from ``watches``, which are not awaited otherwise, and
+        DeadlineExceeded if no worker finishes anything for the timeout.
         """
         for outcome in self._arriving(replies, watches):
             if isinstance(outcome, Failure):

@@ -128,6 +128,7 @@ class Runtime:
                 for stage, holder in enumerate(deployment.schedule.placement)
             )
         self.program = deployment.program(self.stages)
+        self.driver.sharing.gathers = self.program.after_update()
         self.cluster.relabel()
 
     def make_optimizer(self, groups: Sequence[Mapping[str, Any]]) -> None:

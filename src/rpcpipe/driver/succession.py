@@ -80,6 +80,7 @@ class Succession:
         for name in missing:
             self._driver.welcome(name)
             self._holders[name] = workers[name].pid
+        self._driver.sharing.again(self._driver)
 
     @property
     def is_beyond(self) -> bool:

@@ -172,7 +172,7 @@ class LayerSums:
         """Return what a worker with these layers holds whatever the micro-batches."""
         weights, state = (float(sums[stop] - sums[start]) for sums in (self.parameters, self.states))
         shards = candidate.shards
-        copy = weights + state / shards if candidate.undo == "copy" else 0.0
+        copy = (weights + state) / shards if candidate.undo == "copy" else 0.0
         return WorkerMemory(weights, weights, state / shards, copy)
 
     def least_work(self, candidate: Candidate) -> list[float]:

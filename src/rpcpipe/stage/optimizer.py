@@ -124,8 +124,8 @@ def _check_random(kind: str, before: torch.Tensor) -> None:
 class LocalOptimizer:
     """One worker's optimizer: the user's optimizer over the parameters of the worker's stages.
 
-    ``is_whole``: ``parameters`` are all of the model's. Parameters in ``elsewhere`` are updated on other workers; this
-    worker only restores them after a failed step. ``copies``: whether an update can be taken back.
+    ``is_whole``: ``parameters`` are all of the model's. Parameters in ``elsewhere`` are updated on other workers, which
+    send what they restore after a failed step. ``copies``: whether an update can be taken back.
     ``changed`` holds, per group, the hyperparameters that the optimizer itself has changed in the last update, and None
     for a group that has no parameter of this worker.
     """
@@ -151,7 +151,8 @@ class LocalOptimizer:
             error=ModelError,
         )
         self.changed: list[dict[str, Any] | None] = []
-        self.undo = Undo(self.parameters if copies else [], self.optimizer)
+        self.owned = list(owned) if copies else []
+        self.undo = Undo(self.owned, self.optimizer)
         # What differs from it goes along with moves and saves; the rest may depend on the parameters, as their number.
         [self._fresh] = copied([own(self.optimizer)])
 

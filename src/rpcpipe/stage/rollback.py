@@ -84,6 +84,14 @@ class Undo:
             self.invalidate()
         self.step = step
 
+    def cover(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Copy ``parameters`` from now on, and no others; nothing is taken back to what was copied before."""
+        if len(self.parameters) != len(parameters):
+            self.parameters, self.moved = list(parameters), True
+            self.invalidate()
+            kept = set(self.parameters)
+            self.copies = {parameter: copies for parameter, copies in self.copies.items() if parameter in kept}
+
     def invalidate(self) -> None:
         """Mark all copies as stale, because the live values have changed."""
         if self.watch is not None:

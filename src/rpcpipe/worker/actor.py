@@ -195,6 +195,7 @@ class Actor:
             self.held.accumulated.resume(plan.accumulates_on, self.held.parameters, ahead=plan.ahead)
             # The update before a step that runs ahead may have to be taken back until orders come.
             if self.held.optimizer is not None and not plan.ahead:
+                self.held.optimizer.undo.cover(self.held.optimizer.owned)
                 self.held.optimizer.undo.begin(plan.step, after=plan.accumulates_on)
         if self._kept is not None:
             self._kept.begin(plan)
@@ -270,9 +271,9 @@ class Actor:
         for buffer, value in zip(self.held.stages[stage].module.buffers(), values, strict=True):
             buffer.copy_(value)
 
-    def _push(self, pushes: Iterable[tuple[str, Port, Any]]) -> None:
+    def _push(self, pushes: Iterable[tuple[str, Port, Any]], step: int | None = None) -> None:
         for worker, port, value in pushes:
-            self._send(worker, self._plan.step, port, value)
+            self._send(worker, self._plan.step if step is None else step, port, value)
 
     def _report_step(self) -> Report:
         """Return the worker's report of the step, all of whose actions on this worker are done."""
@@ -324,6 +325,7 @@ class Actor:
         """Copy what a call may change; no step is open."""
         self._starts.take(number, self.held.buffered)
         if self.held.optimizer is not None:
+            self.held.optimizer.undo.cover(self.held.optimizer.parameters)  # a call may change all
             self.held.optimizer.undo.begin(number)
             self.held.optimizer.undo.refresh()
         if self._kept is not None:

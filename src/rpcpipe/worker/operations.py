@@ -124,6 +124,12 @@ class TellNorms(NamedTuple):
     agreement: Agreement
 
 
+class ShareWeights(NamedTuple):
+    """Push the weights that this worker owns to the other replicas, as values of ``step``: they were restored."""
+
+    step: int
+
+
 class GetReach(NamedTuple):
     """Reply with how far the update of ``step`` has got on this worker; None if it updates nothing."""
 
@@ -197,6 +203,7 @@ class BeginCall(NamedTuple):
 UpdateOperation = (
     NormalizeGradients | PublishGradients | UpdateWeights | LastUpdate | TakeOrders | TellLosses | TellNorms
     | CommitStep | LastReport | UndoUpdate | GetReach
+    | ShareWeights
 )  # fmt: skip
 
 StepOperation = (

@@ -85,6 +85,8 @@ def _fill(optimizer: LocalOptimizer, records: Mapping[int, Any], updating: int) 
             optimizer.optimizer.state[parameter] = state
     if updating >= 0:
         undo = optimizer.undo
+        if len(records[Part.UNDO]) > len(undo.parameters):
+            undo.cover(optimizer.parameters)
         undo.take_over(updating, _by_parameter(undo, records[Part.UNDO]), records[Part.UNDO_GROUPS])
 
 

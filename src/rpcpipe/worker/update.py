@@ -32,6 +32,7 @@ from rpcpipe.worker.operations import (
     LastUpdate,
     NormalizeGradients,
     PublishGradients,
+    ShareWeights,
     TakeOrders,
     TellLosses,
     TellNorms,
@@ -53,10 +54,17 @@ class Ledger(Protocol):
 
 
 class Updater:
-    """Updates the weights of ``held`` on worker ``name``; ``push`` sends (worker, port, value)."""
+    """Updates the weights of ``held`` on worker ``name``.
+
+    ``push``: sends (worker, port, value), as values of a step, None for the one under way.
+    """
 
     def __init__(
-        self, name: str, held: StageSet, ledger: Ledger, push: Callable[[Iterable[tuple[str, Port, Any]]], None]
+        self,
+        name: str,
+        held: StageSet,
+        ledger: Ledger,
+        push: Callable[[Iterable[tuple[str, Port, Any]], int | None], None],
     ) -> None:
         self.ledger = ledger
         self._name, self._held, self._push = name, held, push
@@ -82,7 +90,8 @@ class Updater:
             case TakeOrders(orders):
                 self._orders = orders or inputs[ORDERS.slot]
             case TellLosses(agreement):
-                self._push((other, losses_from(self._name), report.losses) for other in agreement.others(self._name))
+                others = agreement.others(self._name)
+                self._push(((other, losses_from(self._name), report.losses) for other in others), None)
             case TellNorms(agreement):
                 self._tell_norms(agreement, plan, report, inputs)
             case CommitStep(agreement):
@@ -90,6 +99,8 @@ class Updater:
                 return report
             case LastReport():
                 return report
+            case ShareWeights(step):
+                self._push_weights(step)
             case UndoUpdate(step):
                 if self._held.optimizer is not None:
                     self._held.optimizer.undo.take_back(step)
@@ -128,7 +139,7 @@ class Updater:
         if total is not None:
             self._normalize(report, divisor(total))
         norms = report.gradient_norms
-        self._push((other, norms_from(self._name), norms) for other in agreement.others(self._name))
+        self._push(((other, norms_from(self._name), norms) for other in agreement.others(self._name)), None)
 
     def _commit(self, agreement: Agreement | None, plan: StepContext, report: Report, others: Sequence[Norms]) -> None:
         """Update, unless a loss or a gradient is not finite: any, with ``agreement``, and else one of this worker."""
@@ -143,10 +154,6 @@ class Updater:
                 self.publish(context_id, factor)
                 self._update(plan, report, context_id, self._orders.changes)
             return
-        if self._held.optimizer is not None:
-            # Sharded: the owners' new weights still arrive here; a copy of the old ones takes them back.
-            self._held.optimizer.undo.begin(plan.step)
-            self._held.optimizer.undo.refresh()
         self._push_weights()  # sharded: unchanged, but the others await them
 
     def publish(self, context_id: int, factor: float) -> None:
@@ -168,8 +175,8 @@ class Updater:
         report.updated = Updated(start, time.monotonic_ns(), () if optimizer is None else optimizer.changed)
         self._push_weights()
 
-    def _push_weights(self) -> None:
+    def _push_weights(self, step: int | None = None) -> None:
         if self._held.spec.peers.shard:
             for exchange in self._held.exchanges.values():
                 pushes: Iterable[Push] = exchange.weights()
-                self._push(pushes)
+                self._push(pushes, step)

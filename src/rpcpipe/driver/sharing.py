@@ -1,0 +1,75 @@
+"""After a rollback: replicas whose optimizer is sharded send each other the weights that they have restored.
+
+Of the weights that others own a worker has no copy. An update that is taken back may have spread new ones already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any, NamedTuple, Protocol
+
+from rpcpipe.driver.replies import is_done
+from rpcpipe.worker.operations import ShareWeights, Task
+
+
+class Sender(Protocol):
+    """Sends to the workers of a pipeline."""
+
+    workers: list[str]
+
+    def new_step(self) -> int: ...
+
+    def places(self) -> dict[str, int]: ...
+
+    def send(self, worker: str, step: int, task: Task) -> Future[Any]: ...
+
+    def cancel(self, step: int, first: Mapping[str, int]) -> None: ...
+
+    def ensure_again(self, worker: str) -> None: ...
+
+
+class _Round(NamedTuple):
+    step: int
+    first: Mapping[str, int]
+    replies: Sequence[Future[Any]]
+
+
+class Sharing:
+    """``gathers``: by worker, the tasks by which it receives the others' weights; {} where nothing is sharded."""
+
+    def __init__(self) -> None:
+        self.gathers: Mapping[str, list[Task]] = {}
+        self._rounds: list[_Round] = []
+
+    def begin(self, sender: Sender) -> None:
+        """Have all workers send what they own, in their sequences; nothing is awaited."""
+        if self.gathers:
+            step, first = sender.new_step(), sender.places()
+            replies = [self._send(sender, worker, step) for worker in sender.workers]
+            self._rounds = [*self._unfinished(), _Round(step, first, replies)]
+
+    def _send(self, sender: Sender, worker: str, step: int) -> Future[Any]:
+        reply = sender.send(worker, step, Task(ShareWeights(step)))
+        for task in self.gathers.get(worker, []):
+            reply = sender.send(worker, step, task)
+        return reply
+
+    def _unfinished(self) -> list[_Round]:
+        return [one for one in self._rounds if not all(map(is_done, one.replies))]
+
+    def again(self, sender: Sender) -> None:
+        """Begin again, now that dead workers' successors are there, unless all had received everything.
+
+        Whoever waits for a dead worker's weights does so in the oldest round that is not finished, whatever follows.
+        """
+        rounds, self._rounds = self._unfinished(), []
+        if rounds:
+            sender.cancel(rounds[-1].step, rounds[0].first)
+            for worker in sender.workers:
+                sender.ensure_again(worker)
+            self.begin(sender)
+
+    def end(self) -> None:
+        """Note that the state of all workers has been replaced, and nothing is under way."""
+        self._rounds = []
