@@ -159,7 +159,7 @@ class Passes:
             step = runtime.driver.new_step()
             plan = StepContext(step, runtime.trained, False, batch.weights, keep_outputs=self._keep_outputs)
             program = runtime.program.forward(batch.counts, targets=target_parts is not None)
-            one.passed = Passed(batch.size, batch.weights, {})
+            one.passed = Passed(batch.size.samples, batch.weights, {})
             one.replies = runtime.driver.issue(program, plan, runtime.program.given(batch.parts, target_parts))
 
     def _collect(self) -> Passed:

@@ -28,7 +28,9 @@ def train_batch(
         return stream.take()
 
     def step() -> StepResult:
-        return train_once(new_step(runtime, metrics, outputs, updates_at_once=True), inputs, targets)
+        runtime.check()
+        step = Step(runtime, runtime.trained, Wanted.of(runtime, metrics, outputs), updates_at_once=True)
+        return train_once(step, inputs, targets)
 
     result = runtime.healed(step)
     runtime.history.tick()
@@ -36,21 +38,12 @@ def train_batch(
     return result
 
 
-def new_step(
-    runtime: Runtime,
-    metrics: Mapping[str, Metric] | None = None,
-    outputs: bool = False,
-    *,
-    updates_at_once: bool = False,
-) -> Step:
-    """Return a step that reports ``metrics`` and ``outputs``; ``updates_at_once`` as for ``Step``.
-
-    Raises ScheduleError under an asynchronous schedule.
-    """
+def step_by_hand(runtime: Runtime) -> Step:
+    """Return a step for the user to run; raises ScheduleError under an asynchronous schedule."""
     runtime.check()
     runtime.check_trains()
     if runtime.policy is not None:
         raise ScheduleError(
             f"{runtime.schedule.name!r} updates as it goes; a step by hand needs a synchronous schedule"
         )
-    return Step(runtime, runtime.trained, Wanted.of(runtime, metrics, outputs), updates_at_once=updates_at_once)
+    return Step(runtime, runtime.trained, by_hand=True)

@@ -23,7 +23,7 @@ from rpcpipe.driver.optimizer import PipelineOptimizer
 from rpcpipe.driver.result import StepResult
 from rpcpipe.driver.stage_handle import HEADER, StageHandle
 from rpcpipe.driver.step import Step
-from rpcpipe.driver.training import new_step, train_batch
+from rpcpipe.driver.training import step_by_hand, train_batch
 from rpcpipe.driver.turn import EachInTurn, Turn, in_turn
 from rpcpipe.errors import require_whole
 from rpcpipe.model.layers import AnyModel, Loss
@@ -275,11 +275,11 @@ class Pipeline(Hints):
         return EachInTurn(self.turn, "train", shown(results, batches, progress), NOT_TRAINED)
 
     def on_step(self, callback: Callback | str | os.PathLike[str]) -> Callback:
-        """Call ``callback(result)`` on the driver after every step of ``train_step`` and ``train``; return it.
+        """Call ``callback(result)`` on the driver after every step; return it.
 
-        A path stands for ``JsonLines(path)``. ``train_step`` or ``train`` raises what a callback raises, once the
-        other callbacks have been called; by then the step is done and counted, and the pipeline is usable.
-        ``callbacks`` lists them; ``close`` closes those that have a method ``close``.
+        A path stands for ``JsonLines(path)``. ``train_step``, ``train`` or the end of a ``with pipe.step()`` raises
+        what a callback raises, once the other callbacks have been called; by then the step is done and counted, and the
+        pipeline is usable. ``callbacks`` lists them; ``close`` closes those that have a method ``close``.
         """
         function = callback if callable(callback) else JsonLines(require_path("callback", callback, ", or a function"))
         self.callbacks.append(function)
@@ -293,7 +293,7 @@ class Pipeline(Hints):
         with ``s.optimize()``, or with torch's ``DistributedOptimizer`` on ``parameter_rrefs()``. Raises ScheduleError
         under an asynchronous schedule.
         """
-        return new_step(self.runtime)
+        return step_by_hand(self.runtime)
 
     @contextmanager
     def trace(self) -> Iterator[Timeline]:
