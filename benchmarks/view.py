@@ -22,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 from bench import Case, adamw, balance, batch, layers
@@ -52,7 +53,8 @@ class Used(NamedTuple):
     @classmethod
     def between(cls, before: Sequence[float], after: Sequence[float], steps: int) -> Used:
         """Return what was used between two calls of ``Clocks.read``."""
-        return cls(*(end - start for start, end in zip(before, after, strict=True)), steps)
+        driver, workers, callback, thread, wall = (end - start for start, end in zip(before, after, strict=True))
+        return cls(driver, workers, callback, thread, wall, steps)
 
     @property
     def total(self) -> float:
@@ -78,7 +80,7 @@ class Clocks:
             add(recorder, result)
             self.callback += time.thread_time() - begun
 
-        Recorder.add = timed  # type: ignore[method-assign]
+        mock.patch.object(Recorder, "add", timed).start()
 
     def read(self) -> tuple[float, float, float, float, float]:
         """Return the first five fields of ``Used``, counted from some time on."""

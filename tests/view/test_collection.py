@@ -157,6 +157,9 @@ def test_checkpoints_resizes_and_schedules_are_events(tmp_path: Path) -> None:
     pipe.load(tmp_path)
     pipe.schedule = "gpipe"
     pipe.resize(3)
+    assert [(one.kind, one.step) for one in pipe.events] == [
+        ("saved", 1), ("loaded", 1), ("schedule", 1), ("resized", 1),
+    ]  # fmt: skip
     found = json.loads(message(Recorder(pipe))[0])["events"]
     assert [(one["kind"], one["what"]) for one in found] == [
         ("saved", f"after step 1: {folder}"), ("loaded", f"after step 1: {folder}"),

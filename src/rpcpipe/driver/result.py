@@ -34,9 +34,10 @@ class StepResult:
     once, which includes the inputs of recomputed layers and excludes parameters, and ``recomputed`` the
     number of layer forwards that were recomputed. ``metrics`` and ``outputs`` are those that the call asked for.
     ``input_grads`` holds the gradients of the mean loss for the inputs that require one, in a nest like the inputs
-    with None elsewhere; None if no input does, and in a stream. ``samples`` is the size of the batch, and ``tokens``
-    the elements of inputs that are token ids, integers of shape (batch, length): of the tensor called ``input_ids``, or
-    else of the first one; 0 for other inputs.
+    with None elsewhere; None if no input does, and in a stream. ``outputs`` and ``input_grads`` are typed Any,
+    because the model decides what they are. ``samples`` is the size of the batch, and ``tokens`` the elements of inputs
+    that are token ids, integers of shape (batch, length): of the tensor called ``input_ids``, or else of the first one;
+    0 for other inputs.
     """
 
     step: int

@@ -28,6 +28,7 @@ from rpcpipe.driver.turn import Turn, in_turn
 from rpcpipe.errors import StateError, WorkerLost, require
 from rpcpipe.model.batch import Size
 from rpcpipe.model.microbatch import Nest
+from rpcpipe.model.nest_types import NestOfTensors
 from rpcpipe.schedules import Timeline
 from rpcpipe.stage import precision
 from rpcpipe.stage.context import StepContext
@@ -163,7 +164,7 @@ class Step:
         return self._result is not None
 
     @in_turn
-    def forward_backward(self, inputs: Nest, targets: Nest) -> float:
+    def forward_backward(self, inputs: NestOfTensors, targets: NestOfTensors) -> float:
         """Run the batch, put the gradients of its mean loss into the context, and return the loss."""
         self._runtime.driver.settle(self._message, self.run(inputs, targets))
         return self.result().loss

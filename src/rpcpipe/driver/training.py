@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from rpcpipe.driver.callbacks import tell
 from rpcpipe.driver.inference import Wanted
 from rpcpipe.driver.result import StepResult
@@ -12,12 +10,10 @@ from rpcpipe.driver.step import Step, train_once
 from rpcpipe.driver.stream import Stream
 from rpcpipe.errors import ScheduleError
 from rpcpipe.model.microbatch import Nest
-from rpcpipe.stage.metrics import Metric
+from rpcpipe.stage.metrics import Metrics
 
 
-def train_batch(
-    runtime: Runtime, inputs: Nest, targets: Nest, metrics: Mapping[str, Metric] | None, outputs: bool
-) -> StepResult:
+def train_batch(runtime: Runtime, inputs: Nest, targets: Nest, metrics: Metrics | None, outputs: bool) -> StepResult:
     """Run one batch to its update; return the result with ``metrics`` and, if asked for, the outputs."""
     runtime.check_trains()
     if runtime.policy is not None:
