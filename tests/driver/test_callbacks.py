@@ -63,8 +63,9 @@ def test_results_of_token_ids_say_how_many_tokens_they_are_of(schedule: str, ahe
     assert record(results[0])["throughput"] == results[0].throughput
 
 
-def test_a_step_by_hand_is_told_at_the_end_of_its_block(tmp_path: Path) -> None:
-    pipe, seen = local(), list[rp.StepResult]()
+@pytest.mark.parametrize("undo", ["copy", "off"])
+def test_a_step_by_hand_is_told_at_the_end_of_its_block(undo: str, tmp_path: Path) -> None:
+    pipe, seen = local(undo=undo), list[rp.StepResult]()
     pipe.on_step(seen.append)
     pipe.on_step(tmp_path / "run.jsonl")
     [first, second] = batches(2)

@@ -122,7 +122,7 @@ class Step:
             self.turn.take("step", self._exit, kind, error)
         if self._tells and self._counted:
             self._tells = False
-            self.turn.run("step", tell, self._runtime.callbacks, self.result())
+            self.turn.take("step", tell, self._runtime.callbacks, self.result())
 
     def _exit(self, kind: type[BaseException] | None, error: BaseException | None) -> None:
         self._runtime.leave(self)
