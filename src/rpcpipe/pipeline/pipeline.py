@@ -308,7 +308,7 @@ class Pipeline(Hints):
 
     @in_turn
     def __call__(self, inputs: NestOfTensors) -> Any:
-        """Return the model's output for ``inputs`` in eval mode, gathered in this process."""
+        """Return the model's output in eval mode, gathered in this process. Its type is Any: the model decides it."""
         [output] = self.predict([inputs])
         return output
 
