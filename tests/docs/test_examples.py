@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -140,6 +141,23 @@ def test_immortal(run: Run, tmp_path: Path) -> None:
     assert re.search(r"^ +[0-9.]+ s  worker[01] replaced, within [0-9.]+ s, by process \d+", out, re.MULTILINE)
     assert re.search(r"^\d+ kills; same weights as the undisturbed run: yes$", out, re.MULTILINE)
     assert "around the first of" in (tmp_path / "gap.svg").read_text()
+
+
+def test_immortal_counts_no_kill_of_a_worker_that_has_died_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [str(EXAMPLES), *sys.path])
+    kill = runpy.run_path(str(EXAMPLES / "immortal.py"))["kill"]
+    cluster, kills, killed = SimpleNamespace(workers=[SimpleNamespace(pid=7)]), list[float](), list[int]()
+    monkeypatch.setattr(os, "kill", lambda pid, number: killed.append(pid))
+    kill(cluster, kills)
+    assert killed == [7]
+    assert len(kills) == 1
+
+    def gone(pid: int, number: int) -> None:
+        raise ProcessLookupError
+
+    monkeypatch.setattr(os, "kill", gone)
+    kill(cluster, kills)
+    assert len(kills) == 1
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

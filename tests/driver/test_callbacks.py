@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import rpcpipe as rp
 from rpcpipe.driver.callbacks import record
@@ -49,6 +50,66 @@ def test_results_say_how_many_samples_they_are_of(schedule: str, ahead: int) -> 
     assert [record(result)["samples"] for result in pipe.train(read, ahead=ahead)] == [6, 6]
 
 
+@pytest.mark.parametrize(("schedule", "ahead"), [("1f1b", 0), ("1f1b", 1), ("pipedream", 0)])
+def test_results_of_token_ids_say_how_many_tokens_they_are_of(schedule: str, ahead: int) -> None:
+    pipe = rp.Pipeline(
+        nn.Sequential(nn.Embedding(9, 12), nn.Linear(12, 4), nn.Flatten(0, 1)), LocalCluster(2), chunks=3,
+        loss=lambda output, target: cross_entropy(output, target.flatten()), optimizer=sgd, schedule=schedule,
+    )  # fmt: skip
+    given = [(torch.ones(size, 5, dtype=torch.long), torch.ones(size, 5, dtype=torch.long)) for size in (6, 2)]
+    results = [*pipe.train(given, ahead=ahead), *pipe.train(rp.RemoteBatches(lambda: iter(given)), ahead=ahead)]
+    assert [(one.samples, one.tokens) for one in results] == [(6, 30), (2, 10)] * 2
+    assert [one.throughput for one in results] == [one.tokens / one.seconds for one in results]
+    assert record(results[0])["throughput"] == results[0].throughput
+
+
+@pytest.mark.parametrize("undo", ["copy", "off"])
+def test_a_step_by_hand_is_told_at_the_end_of_its_block(undo: str, tmp_path: Path) -> None:
+    pipe, seen = local(undo=undo), list[rp.StepResult]()
+    pipe.on_step(seen.append)
+    pipe.on_step(tmp_path / "run.jsonl")
+    [first, second] = batches(2)
+    pipe.train_step(*first)
+    with pipe.step() as step:
+        loss = step.forward_backward(*second)
+        step.optimize()
+        assert len(seen) == 1
+    assert (seen[1].step, seen[1].loss, seen[1].applied, seen[1].samples) == (1, loss, True, 10)
+    assert seen[1].seconds > 0
+    assert [line["loss"] for line in lines(tmp_path / "run.jsonl")] == [one.loss for one in seen]
+    step.__exit__(None, None, None)
+    assert len(seen) == pipe.trained == 2
+
+
+def test_a_step_by_hand_that_does_not_count_is_told_to_nobody() -> None:
+    pipe, seen = local(), list[rp.StepResult]()
+    pipe.on_step(seen.append)
+    with pipe.step():
+        pass
+    with pytest.raises(ZeroDivisionError), pipe.step() as step:  # noqa: PT012
+        step.forward_backward(*next(batches(1)))
+        raise ZeroDivisionError
+    assert pipe.trained == 0
+    assert seen == []
+
+
+def test_what_a_callback_raises_of_a_step_by_hand_comes_out_of_its_block() -> None:
+    pipe = local()
+    pipe.on_step(lambda result: 1 // 0)
+    with pytest.raises(ZeroDivisionError) as caught, pipe.step() as step:  # noqa: PT012
+        step.forward_backward(*next(batches(1)))
+        step.optimize()
+    assert "after step 0, which is done and counted" in caught.value.__notes__[0]
+    assert pipe.trained == 1
+    pipe.callbacks.clear()
+    assert pipe.train_step(*next(batches(1))).step == 1
+
+
+def test_other_results_have_samples_per_second() -> None:
+    result = local().train_step(*next(batches(1)))
+    assert (result.tokens, result.throughput) == (0, 10 / result.seconds)
+
+
 def test_json_lines_hold_the_figures(tmp_path: Path) -> None:
     pipe, path = local(), tmp_path / "run.jsonl"
     pipe.on_step(path)
@@ -74,7 +135,7 @@ def test_a_record_holds_every_figure_and_has_the_same_keys_under_all_schedules()
     sync, streamed = (local(schedule=schedule).train_step(*next(batches(1))) for schedule in ("1f1b", "pipedream"))
     assert list(record(sync)) == list(record(streamed))
     fields = {field.name for field in dataclasses.fields(StreamResult)}
-    figures = fields - {"timeline", "idle", "outputs", "input_grads"} | {"bubble"}
+    figures = fields - {"timeline", "idle", "outputs", "input_grads"} | {"bubble", "throughput"}
     assert set(record(streamed)) == figures
     assert type(sync) is rp.StepResult
     assert type(streamed) is StreamResult

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections import UserDict
 from typing import Any, NamedTuple
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rpcpipe.model import microbatch
+from rpcpipe.model.batch import count_tokens
 
 
 @pytest.mark.parametrize(("size", "chunks"), [(8, 4), (10, 4), (3, 8), (1, 1), (7, 3)])
@@ -53,6 +55,23 @@ def test_a_batch_is_cut_for_replicas_and_then_into_micro_batches() -> None:
     assert samples == [2, 1, 2, 1, 1]
     assert not by_caller
     assert [len(share) for share in microbatch.cut(torch.arange(1), 3, 2).shares] == [1, 0, 0]
+
+
+IDS = torch.ones(6, 5, dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "tokens"),
+    [
+        (IDS, 30), (IDS.to(torch.uint8), 30), (IDS[:, 0], 0), (IDS[..., None], 0), (IDS.float(), 0), (IDS.bool(), 0),
+        ((IDS, torch.ones(6, 3)), 30), ((torch.ones(6, 3), IDS), 0), ([{"x": IDS, "y": IDS}], 30),
+        ({"attention_mask": torch.ones(6, 5), "input_ids": IDS}, 30), ({"pixels": torch.ones(6, 3), "ids": IDS}, 0),
+        (UserDict(mask=torch.ones(6, 5), input_ids=IDS), 30), ((microbatch.Replicated(torch.ones(1, 5)), IDS), 30),
+        (microbatch.Batched(IDS.T, 1), 30), (microbatch.MicroBatches([IDS, (IDS[:2], 7)]), 40), (None, 0),
+    ],
+)  # fmt: skip
+def test_tokens_are_the_elements_of_two_dimensional_integers(inputs: Any, tokens: int) -> None:
+    assert count_tokens(inputs) == tokens
 
 
 class Point(NamedTuple):

@@ -88,6 +88,26 @@ def test_a_recorder_has_figures_timelines_workers_and_stages() -> None:
     assert planned["makespan"] <= measured["makespan"] * (1 + 1e-9)
 
 
+def test_a_step_by_hand_is_a_step_like_others() -> None:
+    pipe = local(chunks=4)
+    recorder = Recorder(pipe)
+    pipe.on_step(recorder.add)
+    [first, second] = batches(2, size=8)
+    pipe.train_step(*first)
+    with pipe.step() as step:
+        loss = step.forward_backward(*second)
+        step.optimize()
+        assert [one[0] for one in json.loads(message(recorder)[0])["points"]] == [0]
+    content = json.loads(message(recorder)[0])
+    assert "2 steps trained" in content["title"]
+    assert [one[0] for one in content["points"]] == [0, 1]
+    assert content["figures"]["loss"] == loss
+    planned, measured = content["timelines"]
+    assert sorted(span[:4] for span in planned["spans"]) == sorted(span[:4] for span in measured["spans"])
+    pipe.stages[0].call(len)  # is no step
+    assert json.loads(message(recorder)[0])["points"] == content["points"]
+
+
 def test_what_a_client_has_is_not_sent_again() -> None:
     pipe = local()
     recorder = Recorder(pipe)
@@ -137,6 +157,9 @@ def test_checkpoints_resizes_and_schedules_are_events(tmp_path: Path) -> None:
     pipe.load(tmp_path)
     pipe.schedule = "gpipe"
     pipe.resize(3)
+    assert [(one.kind, one.step) for one in pipe.events] == [
+        ("saved", 1), ("loaded", 1), ("schedule", 1), ("resized", 1),
+    ]  # fmt: skip
     found = json.loads(message(Recorder(pipe))[0])["events"]
     assert [(one["kind"], one["what"]) for one in found] == [
         ("saved", f"after step 1: {folder}"), ("loaded", f"after step 1: {folder}"),

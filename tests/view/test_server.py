@@ -9,15 +9,18 @@ import os
 import socket
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 
 import rpcpipe as rp
+from rpcpipe.transport.local import LocalTransport
 from rpcpipe.view.server import Pace
 from support.local_cluster import LocalCluster
 from support.models import batches, cross_entropy, mlp, sgd
+from support.sent import Sent
 
 SECONDS = 20.0
 
@@ -138,6 +141,25 @@ def test_a_page_gets_everything_and_then_what_is_new(pipe: rp.Pipeline, view: An
     later = event(reply)
     assert not later["full"]
     assert [one[0] for one in later["points"]] == [2]
+
+
+def test_workers_get_no_message_of_a_view(pipe: rp.Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that it costs them nothing."""
+    monkeypatch.setattr(LocalTransport, "is_near", lambda self, to: False)  # else at random, and so are the messages
+    sent = Sent(pipe.cluster)
+    train(pipe, 3)  # sends what workers keep
+    counts = []
+    for watched in (False, True):
+        sent.clear()
+        with rp.view(pipe) if watched else nullcontext() as opened:
+            reply = ask(opened, f"/events?{token(opened)}") if watched else None
+            for _ in range(2):
+                train(pipe)
+                if reply is not None:
+                    event(reply)
+        counts.append((sent.verbs.copy(), sent.operations.copy(), sent.kinds.copy()))
+    assert counts[0] == counts[1]
+    assert sum(sent.kinds.values()) > 0
 
 
 def test_the_end_of_the_view_ends_its_streams(pipe: rp.Pipeline, view: Any) -> None:

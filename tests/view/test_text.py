@@ -12,7 +12,8 @@ from rpcpipe.view.source import packed
 from rpcpipe.view.text import bars, render
 
 FIGURES = {
-    "step": 41, "loss": 0.51234, "grad_norm": 1.25, "seconds": 0.125, "samples": 64.0, "bubble": 0.25, "applied": True,
+    "step": 41, "loss": 0.51234, "grad_norm": 1.25, "seconds": 0.125, "samples": 64.0, "tokens": 0, "throughput": 512.0,
+    "bubble": 0.25, "applied": True,
     "peak_activation_bytes": [2**20, 2**19],
 }  # fmt: skip
 WORKER = {
@@ -36,9 +37,17 @@ def test_before_the_first_step() -> None:
 def test_the_figures_of_a_step() -> None:
     [_, line] = render(content(figures=FIGURES)).splitlines()
     assert line == "step 41, loss 0.5123, gradient norm 1.25, 512 samples/s, 125.0 ms, bubble 25.0%"
-    [_, line] = render(content(figures={**FIGURES, "loss": None, "samples": 0, "applied": False})).splitlines()
+    [_, line] = render(content(figures={**FIGURES, "loss": None, "throughput": None, "applied": False})).splitlines()
     assert render(content(figures={**FIGURES, "metrics": {"accuracy": 0.5}})).endswith("bubble 25.0%, accuracy 0.5")
     assert line == "step 41, loss ?, gradient norm 1.25, ? samples/s, 125.0 ms, bubble 25.0%, not applied"
+
+
+def test_token_ids_have_tokens_per_second() -> None:
+    points = [[step, None, None, 0.1, 0.5, 800.0, 0.0] for step in range(3)]
+    text = render(content(figures={**FIGURES, "tokens": 100, "throughput": 800.0}, points=points))
+    assert ", 800 tokens/s, 125.0 ms" in text
+    assert "tokens/s            800 ▁▁▁ 800" in text
+    assert "samples" not in text
 
 
 def test_charts() -> None:

@@ -23,7 +23,7 @@ _OF_STREAMS: dict[str, Any] = {
 }  # fmt: skip
 _FIGURES = (
     "step", "loss", "grad_norm", "seconds", "peak_in_flight", "applied", "peak_activation_bytes", "recomputed", "lr",
-    *_OF_STREAMS, "accumulated", "samples", "loss_scale", "bubble", "metrics",
+    *_OF_STREAMS, "accumulated", "samples", "tokens", "throughput", "loss_scale", "bubble", "metrics",
 )  # fmt: skip
 
 

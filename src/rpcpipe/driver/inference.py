@@ -21,7 +21,7 @@ from rpcpipe.driver.succession import healed
 from rpcpipe.errors import ArgumentError, StateError, WorkerLost, require
 from rpcpipe.model.microbatch import Nest, copied
 from rpcpipe.stage.context import StepContext
-from rpcpipe.stage.metrics import Metric, Sums, means
+from rpcpipe.stage.metrics import Metrics, Sums, means
 from rpcpipe.transport.interrupts import shield_interrupts
 from rpcpipe.transport.user_pickling import named_dumps
 from rpcpipe.worker.messages import Report
@@ -38,7 +38,7 @@ class Wanted(NamedTuple):
     outputs: bool = False
 
     @classmethod
-    def of(cls, runtime: Runtime, metrics: Mapping[str, Metric] | None, outputs: bool) -> Wanted:
+    def of(cls, runtime: Runtime, metrics: Metrics | None, outputs: bool) -> Wanted:
         """Tell the last stage which ``metrics`` to compute, and return what the step is to report."""
         require_flag("outputs", outputs)
         if metrics is None:
@@ -159,7 +159,7 @@ class Passes:
             step = runtime.driver.new_step()
             plan = StepContext(step, runtime.trained, False, batch.weights, keep_outputs=self._keep_outputs)
             program = runtime.program.forward(batch.counts, targets=target_parts is not None)
-            one.passed = Passed(batch.size, batch.weights, {})
+            one.passed = Passed(batch.size.samples, batch.weights, {})
             one.replies = runtime.driver.issue(program, plan, runtime.program.given(batch.parts, target_parts))
 
     def _collect(self) -> Passed:
@@ -198,7 +198,7 @@ def release_caches(runtime: Runtime) -> None:
 
 
 def evaluate(
-    runtime: Runtime, batches: Iterable[tuple[Nest, Nest]], metrics: Mapping[str, Metric]
+    runtime: Runtime, batches: Iterable[tuple[Nest, Nest]], metrics: Metrics
 ) -> tuple[float, dict[str, float]]:
     """Return (mean loss, mean of each metric) over ``batches``.
 

@@ -82,7 +82,7 @@ class Readers:
         require(inputs.digest in (None, info.digest), CHANGED.format(inputs.number), error=StateError)
         inputs.digest = info.digest
         parts = [ReadPart(ref, info.digest, chunk, "input") for chunk in range(len(info.weights))]
-        return Batch(parts, info.weights, info.counts, info.samples, info.by_caller)
+        return Batch(parts, info.weights, info.counts, info.samples, info.by_caller, info.tokens)
 
     def ensure(self, deployment: Deployment, part: Nest) -> None:
         """Have the batch of ``part``, if it stands for one, read by workers that have not. Raises as ``cut`` does."""

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 from rpcpipe._arguments import require_callable, require_count
 from rpcpipe.errors import ArgumentError, StateError, require_whole
+from rpcpipe.model.nest_types import StandIn
 
 _keys = itertools.count()
 
@@ -62,7 +63,7 @@ class RemoteBatches:
         return f"RemoteBatches({self.make!r}, start={self.start}, seed={self.seed})"
 
 
-class RemoteValue:
+class RemoteValue(StandIn):
     """Stands for the inputs or the targets of batch ``number`` of ``source``, or for a ``batch`` of inputs alone.
 
     ``digest``: the batch's, when it was used first; a step that is made again takes no other.

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from rpcpipe import _tables
+from rpcpipe.model.batch import Size
 from rpcpipe.model.microbatch import Nest, merge, unpack
 from rpcpipe.schedules import Timeline
 from rpcpipe.stage import gradients
@@ -33,7 +34,10 @@ class StepResult:
     once, which includes the inputs of recomputed layers and excludes parameters, and ``recomputed`` the
     number of layer forwards that were recomputed. ``metrics`` and ``outputs`` are those that the call asked for.
     ``input_grads`` holds the gradients of the mean loss for the inputs that require one, in a nest like the inputs
-    with None elsewhere; None if no input does, and in a stream. ``samples`` is the size of the batch.
+    with None elsewhere; None if no input does, and in a stream. ``outputs`` and ``input_grads`` are typed Any,
+    because the model decides what they are. ``samples`` is the size of the batch, and ``tokens`` the elements of inputs
+    that are token ids, integers of shape (batch, length): of the tensor called ``input_ids``, or else of the first one;
+    0 for other inputs.
     """
 
     step: int
@@ -48,6 +52,7 @@ class StepResult:
     lr: tuple[float, ...] = ()
     accumulated: int = 0
     samples: float = 0.0
+    tokens: int = 0
     loss_scale: float = 1.0
     metrics: Mapping[str, float] = field(default_factory=dict, repr=False)
     outputs: Nest = field(default=None, repr=False, compare=False)
@@ -57,6 +62,11 @@ class StepResult:
     def bubble(self) -> float:
         """The workers' idle share of the step."""
         return self.timeline.bubble
+
+    @property
+    def throughput(self) -> float:
+        """Tokens per second where inputs are token ids, else samples per second, of the batch in ``seconds``."""
+        return (self.tokens or self.samples) / self.seconds if self.seconds else math.nan
 
     def __repr__(self) -> str:
         return f"{self._title()}\n{_tables.text(_HEADER, self._rows())}"
@@ -125,7 +135,7 @@ class StreamedBatch:
     groups: range
     shares: Mapping[int, float]
     lr: tuple[float, ...]
-    samples: float
+    size: Size
 
     @property
     def number(self) -> int:
@@ -187,7 +197,8 @@ class StreamResult(StepResult):
             peak_activation_bytes=by_stage(reports, "peak_bytes"),
             recomputed=by_stage(reports, "recomputed"),
             lr=batch.lr,
-            samples=batch.samples,
+            samples=batch.size.samples,
+            tokens=batch.size.tokens,
             metrics=mean_metrics(reports),
             outputs=merged_outputs(reports),
             skipped=len(updates) - len(applied),

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, NamedTuple
 
+from rpcpipe.driver.callbacks import tell
 from rpcpipe.driver.course import Course, Cut, Issued
 from rpcpipe.driver.ending import Committing, Ending
 from rpcpipe.driver.gate import judge, refuse_nonfinite
@@ -25,7 +26,9 @@ from rpcpipe.driver.succession import healed
 from rpcpipe.driver.tracing import spans
 from rpcpipe.driver.turn import Turn, in_turn
 from rpcpipe.errors import StateError, WorkerLost, require
+from rpcpipe.model.batch import Size
 from rpcpipe.model.microbatch import Nest
+from rpcpipe.model.nest_types import NestOfTensors
 from rpcpipe.schedules import Timeline
 from rpcpipe.stage import precision
 from rpcpipe.stage.context import StepContext
@@ -53,7 +56,8 @@ class Step:
     """A training step. ``context_id`` names its distributed-autograd context inside the with-block.
 
     ``updates_at_once``: the caller will update whatever the batch gives, so workers need not wait to be told; they use
-    contexts of their own.
+    contexts of their own. ``by_hand``: it is the user's; the pipeline's callbacks are called at the end of its
+    block if it counts.
 
     It is a class and not a generator because Python delivers no Ctrl-C between the return of ``__enter__``
     and the with-block.
@@ -62,9 +66,15 @@ class Step:
     context_id: int
 
     def __init__(
-        self, runtime: Runtime, number: int, wanted: Wanted = NOTHING, *, updates_at_once: bool = False
+        self,
+        runtime: Runtime,
+        number: int,
+        wanted: Wanted = NOTHING,
+        *,
+        updates_at_once: bool = False,
+        by_hand: bool = False,
     ) -> None:
-        self._runtime = runtime
+        self._runtime, self._tells = runtime, by_hand
         progress = runtime.in_progress
         self._course = Course(number, progress, wanted, updates_at_once)
         # By worker, when an update that did not wait for the driver began and ended.
@@ -110,6 +120,9 @@ class Step:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         with shield_interrupts():
             self.turn.take("step", self._exit, kind, error)
+        if self._tells and self._counted:
+            self._tells = False
+            self.turn.take("step", tell, self._runtime.callbacks, self.result())
 
     def _exit(self, kind: type[BaseException] | None, error: BaseException | None) -> None:
         self._runtime.leave(self)
@@ -135,6 +148,7 @@ class Step:
 
     def _advance(self) -> None:
         """Count the step, which has succeeded, and update the loss scale."""
+        self._counted = True
         runtime, result, course = self._runtime, self.result(), self._course
         runtime.history.trained(
             StepRecord(course.number, course.progress, self._changes, self._has_updated, self._given)
@@ -150,7 +164,7 @@ class Step:
         return self._result is not None
 
     @in_turn
-    def forward_backward(self, inputs: Nest, targets: Nest) -> float:
+    def forward_backward(self, inputs: NestOfTensors, targets: NestOfTensors) -> float:
         """Run the batch, put the gradients of its mean loss into the context, and return the loss."""
         self._runtime.driver.settle(self._message, self.run(inputs, targets))
         return self.result().loss
@@ -188,7 +202,7 @@ class Step:
         factor = 1.0 / plan.scale / (verdict.count or 1.0)
         input_grads = runtime.input_gradients(cut.batch, inputs, done.reports, factor)
         applied = plan.updates and sound
-        self._record(done, input_grads, applied=applied, samples=cut.batch.size)
+        self._record(done, input_grads, applied=applied, size=cut.batch.size)
         if done.ending.updates or not applied:
             return {}
         if self._context is None:
@@ -221,7 +235,7 @@ class Step:
             return self._execute(cut, None, meanwhile)
         return _Done(plan, ending, reports, verdict)
 
-    def _record(self, done: _Done, input_grads: Nest, *, applied: bool, samples: float) -> None:
+    def _record(self, done: _Done, input_grads: Nest, *, applied: bool, size: Size) -> None:
         """Note what the batch has given: its place in an accumulation, its updates and its figures."""
         runtime, plan, reports, verdict = self._runtime, done.plan, done.reports, done.verdict
         if runtime.tracer is not None:
@@ -242,7 +256,8 @@ class Step:
             peak_activation_bytes=by_stage(reports, "peak_bytes"),
             recomputed=by_stage(reports, "recomputed", sum),
             accumulated=self._progress.done,
-            samples=samples,
+            samples=size.samples,
+            tokens=size.tokens,
             loss_scale=plan.scale,
             metrics=mean_metrics(reports),
             outputs=merged_outputs(reports),
@@ -292,7 +307,7 @@ class Step:
         if self._runtime.tracer is not None:
             self._runtime.tracer.update(times, self._course.number)
         if not self._undoes:  # whatever comes now, the step is done
-            self._runtime.by_hand, self._counted = None, True
+            self._runtime.by_hand = None
             self._advance()
 
     def _update_healed(self) -> Mapping[str, tuple[int, int]]:

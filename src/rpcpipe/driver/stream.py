@@ -105,7 +105,7 @@ class Stream:
                 runtime.leave(self)
             parts, policy = list(zip(cut.parts, target_parts, strict=True)), self._policy
             clip = runtime.settings.clip_grad_norm
-            self._open.add(policy.updates(len(parts)), parts, cut.weights, runtime.optimizer.lr, clip, cut.size)
+            self._open.add(policy.updates(len(parts)), parts, cut, runtime.optimizer.lr, clip)
             self._healed(self._issue_batches)
         if policy.must_drain(len(parts), len(runtime.names)):
             self.flush()
@@ -286,7 +286,7 @@ class Stream:
         runtime, number = self._runtime, self._open.base + batch.groups.start
         since, self._open.since = self._open.since, time.perf_counter()
         by_worker = {name: Report.joined([reports[name, group] for group in batch.groups]) for name in runtime.names}
-        streamed = StreamedBatch(self._open.base, batch.groups, batch.shares, batch.lr, batch.samples)
+        streamed = StreamedBatch(self._open.base, batch.groups, batch.shares, batch.lr, batch.size)
         updates = [[reports[name, group] for name in runtime.names] for group in batch.groups]
         measured = spans(by_worker, runtime.offsets, number)
         timeline = Timeline(measured, workers=len(by_worker), name=runtime.schedule.name)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rpcpipe.driver.program import Fed
+from rpcpipe.model.batch import Batch, Size
 from rpcpipe.model.microbatch import Nest
 from rpcpipe.schedules.asynchronous import StreamOrder
 from rpcpipe.stage import stream_rollback
@@ -20,7 +21,7 @@ from rpcpipe.worker.messages import Update
 
 @dataclass(kw_only=True)
 class FedBatch:
-    """A batch: its groups, each micro-batch's share of the batch, its samples, and the RRefs to keep while it runs.
+    """A batch: its groups, each micro-batch's share of the batch, its size, and the RRefs to keep while it runs.
 
     ``parts``: its micro-batches from ``first`` on, copies that nobody changes. ``awaited``: the groups whose updates
     are awaited; all but where the stream goes on from a snapshot amid the batch. ``given``: its result was taken
@@ -31,7 +32,7 @@ class FedBatch:
     first: int
     shares: dict[int, float]
     lr: tuple[float, ...]
-    samples: float
+    size: Size
     parts: list[Fed]
     awaited: range
     held: list[object] = field(default_factory=list)
@@ -92,28 +93,27 @@ class StreamState:
         self,
         updates: Sequence[range],
         parts: Sequence[tuple[Nest, Nest]],
-        shares: Sequence[float],
+        batch: Batch,
         lr: tuple[float, ...],
         clip: float | None,
-        samples: float,
     ) -> None:
-        """Add a batch of ``parts``, whose ``updates`` are made by the micro-batches given by their indices."""
+        """Add ``batch``, in ``parts`` with its targets; ``updates``: of each, the indices of its micro-batches."""
         start, first = len(self.changes), len(self.groups)
         groups = range(start, start + len(updates))
         feds = []
         for group, update in zip(groups, updates, strict=True):
             alone = len(update) == 1
             for index in update:
-                weight, last = 1.0 if alone else shares[index], index == update[-1]
+                weight, last = 1.0 if alone else batch.weights[index], index == update[-1]
                 share = MicroBatch(self.base + group, index - update.start, weight, group, last=last, alone=alone)
                 feds.append(Fed(share, *parts[index]))
                 self.groups.append(group)
         self.changes += [self.hyperparameters] * len(updates)
         self.clips += [clip] * len(updates)
-        by_chunk = dict(enumerate(shares, first))
+        by_chunk = dict(enumerate(batch.weights, first))
         self.batches.append(
             FedBatch(
-                groups=groups, first=first, shares=by_chunk, lr=lr, samples=samples, parts=feds, awaited=groups
+                groups=groups, first=first, shares=by_chunk, lr=lr, size=batch.size, parts=feds, awaited=groups
             )
         )  # fmt: skip
 

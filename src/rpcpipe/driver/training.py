@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from rpcpipe.driver.callbacks import tell
 from rpcpipe.driver.inference import Wanted
 from rpcpipe.driver.result import StepResult
@@ -12,12 +10,10 @@ from rpcpipe.driver.step import Step, train_once
 from rpcpipe.driver.stream import Stream
 from rpcpipe.errors import ScheduleError
 from rpcpipe.model.microbatch import Nest
-from rpcpipe.stage.metrics import Metric
+from rpcpipe.stage.metrics import Metrics
 
 
-def train_batch(
-    runtime: Runtime, inputs: Nest, targets: Nest, metrics: Mapping[str, Metric] | None, outputs: bool
-) -> StepResult:
+def train_batch(runtime: Runtime, inputs: Nest, targets: Nest, metrics: Metrics | None, outputs: bool) -> StepResult:
     """Run one batch to its update; return the result with ``metrics`` and, if asked for, the outputs."""
     runtime.check_trains()
     if runtime.policy is not None:
@@ -28,7 +24,9 @@ def train_batch(
         return stream.take()
 
     def step() -> StepResult:
-        return train_once(new_step(runtime, metrics, outputs, updates_at_once=True), inputs, targets)
+        runtime.check()
+        step = Step(runtime, runtime.trained, Wanted.of(runtime, metrics, outputs), updates_at_once=True)
+        return train_once(step, inputs, targets)
 
     result = runtime.healed(step)
     runtime.history.tick()
@@ -36,21 +34,12 @@ def train_batch(
     return result
 
 
-def new_step(
-    runtime: Runtime,
-    metrics: Mapping[str, Metric] | None = None,
-    outputs: bool = False,
-    *,
-    updates_at_once: bool = False,
-) -> Step:
-    """Return a step that reports ``metrics`` and ``outputs``; ``updates_at_once`` as for ``Step``.
-
-    Raises ScheduleError under an asynchronous schedule.
-    """
+def step_by_hand(runtime: Runtime) -> Step:
+    """Return a step for the user to run; raises ScheduleError under an asynchronous schedule."""
     runtime.check()
     runtime.check_trains()
     if runtime.policy is not None:
         raise ScheduleError(
             f"{runtime.schedule.name!r} updates as it goes; a step by hand needs a synchronous schedule"
         )
-    return Step(runtime, runtime.trained, Wanted.of(runtime, metrics, outputs), updates_at_once=updates_at_once)
+    return Step(runtime, runtime.trained, by_hand=True)

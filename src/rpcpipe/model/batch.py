@@ -27,10 +27,17 @@ def as_pair(batch: Any, source: str) -> tuple[Nest, Nest]:
     return batch[0], batch[1]
 
 
+class Size(NamedTuple):
+    """How much a batch is: its samples, and its ``tokens``, 0 unless its inputs are token ids."""
+
+    samples: float
+    tokens: int
+
+
 class Batch(NamedTuple):
     """A batch's micro-batches in order, the share of the batch that each is, and how many each replica has.
 
-    ``samples``: of each micro-batch. ``by_caller``: the caller has cut it.
+    ``samples``: of each micro-batch. ``by_caller``: the caller has cut it. ``tokens``: of the batch.
     """
 
     parts: list[Nest]
@@ -38,11 +45,31 @@ class Batch(NamedTuple):
     counts: tuple[int, ...]
     samples: tuple[float, ...]
     by_caller: bool
+    tokens: int
 
     @property
-    def size(self) -> float:
-        """The samples of the batch."""
-        return sum(self.samples)
+    def size(self) -> Size:
+        """The samples and tokens of the batch."""
+        return Size(sum(self.samples), self.tokens)
+
+
+def count_tokens(inputs: Nest) -> int:
+    """Return the number of tokens in ``inputs``, 0 unless they are token ids.
+
+    They are where their tensor called ``input_ids``, or else their first one that is not Replicated, holds integers in
+    two dimensions, batch and length; every element is a token, padding as well.
+    """
+    if isinstance(inputs, Mapping) and "input_ids" in inputs:
+        inputs = inputs["input_ids"]
+    match next((leaf for leaf in flatten(inputs)[0] if isinstance(leaf, (torch.Tensor, Batched, MicroBatches))), None):
+        case torch.Tensor() as ids:
+            is_integer = not (ids.is_floating_point() or ids.is_complex() or ids.dtype is torch.bool)
+            return ids.numel() if is_integer and ids.dim() == 2 else 0
+        case Batched() as one:
+            return count_tokens(one.value)
+        case MicroBatches() as made:
+            return sum(map(count_tokens, made.parts))
+    return 0
 
 
 def cut_inputs(inputs: Nest, replicas: int, chunks: int) -> Batch:
@@ -50,7 +77,7 @@ def cut_inputs(inputs: Nest, replicas: int, chunks: int) -> Batch:
     shares, samples, by_caller = _cut("inputs", inputs, replicas, chunks)
     parts, total = [_sendable(part, "inputs") for share in shares for part in share], sum(samples)
     weights = tuple(count / total for count in samples)
-    return Batch(parts, weights, tuple(map(len, shares)), tuple(samples), by_caller)
+    return Batch(parts, weights, tuple(map(len, shares)), tuple(samples), by_caller, count_tokens(inputs))
 
 
 def cut_targets(targets: Nest, inputs: Batch, replicas: int, chunks: int) -> list[Nest]:
@@ -68,10 +95,10 @@ def cut_targets(targets: Nest, inputs: Batch, replicas: int, chunks: int) -> lis
     )
     require(
         by_caller or tuple(samples) == inputs.samples,
-        f"inputs have {inputs.size:g} samples and targets {sum(samples):g}: a loss would stretch one to the other, or"
-        " compare the wrong ones. Give both the same size in dimension 0; say rp.Batched(value, dim=…) where the batch"
-        " is in another dimension, rp.Replicated(value) of what all micro-batches share, or cut both yourself with"
-        " rp.MicroBatches([…])",
+        f"inputs have {inputs.size.samples:g} samples and targets {sum(samples):g}: a loss would stretch one to the"
+        " other, or compare the wrong ones. Give both the same size in dimension 0; say rp.Batched(value, dim=…) where"
+        " the batch is in another dimension, rp.Replicated(value) of what all micro-batches share, or cut both yourself"
+        " with rp.MicroBatches([…])",
     )
     return parts
 

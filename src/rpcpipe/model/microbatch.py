@@ -19,8 +19,10 @@ from torch.utils import _pytree as pytree
 from rpcpipe._arguments import require_iterable, require_numbers
 from rpcpipe.errors import ArgumentError, require, require_whole
 from rpcpipe.model import nest_types
+from rpcpipe.model.nest_types import NestOfTensors, StandIn
 from rpcpipe.transport import user_pickling
 
+# A nest whose structure the model knows alone; what users give is a ``NestOfTensors``.
 Nest = Any
 
 
@@ -91,20 +93,20 @@ class _Place:
         self.index = index
 
 
-class Replicated:
+class Replicated(StandIn):
     """A value in inputs or targets that every micro-batch gets whole: ``rp.Replicated(mask)``."""
 
-    def __init__(self, value: Nest) -> None:
+    def __init__(self, value: NestOfTensors) -> None:
         self.value = value
 
     def __repr__(self) -> str:
         return f"Replicated({self.value!r})"
 
 
-class Batched:
+class Batched(StandIn):
     """A value in inputs or targets with the batch in dimension ``dim`` of its tensors: ``rp.Batched(x, dim=1)``."""
 
-    def __init__(self, value: Nest, dim: int) -> None:
+    def __init__(self, value: NestOfTensors, dim: int) -> None:
         self.value, self.dim = value, require_whole("dim", dim, least=-math.inf)
         for tensor in tensors(value):
             require(
@@ -116,7 +118,7 @@ class Batched:
         return f"Batched({self.value!r}, dim={self.dim})"
 
 
-class MicroBatches:
+class MicroBatches(StandIn):
     """A value in inputs or targets that the caller has cut into micro-batches, of any shapes.
 
     Their number takes the place of ``chunks``, and may be smaller. A micro-batch's loss has the weight of its samples,
@@ -124,7 +126,7 @@ class MicroBatches:
     the same weight. ``weights`` says otherwise.
     """
 
-    def __init__(self, parts: Sequence[Nest], weights: Sequence[float] | None = None) -> None:
+    def __init__(self, parts: Sequence[NestOfTensors], weights: Sequence[float] | None = None) -> None:
         require_iterable("parts", parts, "micro-batches")
         self.parts = list(parts)
         self.weights = None if weights is None else require_numbers("weights", weights)

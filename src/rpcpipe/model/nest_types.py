@@ -1,4 +1,4 @@
-"""Containers of tensors that torch's pytree does not know, and objects that hold tensors where nobody looks.
+"""The type of nests; containers that torch's pytree does not know; objects that hold tensors where nobody looks.
 
 A dataclass, a namespace, a subclass of dict or list, ... is registered with torch's pytree when the first one is seen,
 as a node whose children are its items and attributes. Both ends of a link see it, so both register it.
@@ -13,9 +13,9 @@ import inspect
 import io
 import pickle
 import threading
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import NoneType, SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias
 
 import cloudpickle
 import torch
@@ -23,6 +23,36 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from rpcpipe.errors import ModelError
+
+
+class Dataclass(Protocol):
+    """An instance of a dataclass, as type checkers know it."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+class StandIn:
+    """What stands in a nest for values: a base of ``Replicated``, ``Batched``, ``MicroBatches`` and ``RemoteValue``."""
+
+
+# What users give: batches and samples. What they get back, outputs and gradients, is typed Any: which of these it is,
+# the model decides, and of a union every user would have to choose by a cast. A container of a class that is registered
+# with torch's pytree and is none of these needs a cast.
+NestOfTensors: TypeAlias = (
+    torch.Tensor
+    | StandIn
+    | bool
+    | complex  # float and int as well
+    | str
+    | bytes
+    | Dataclass
+    | SimpleNamespace
+    | Mapping[Any, "NestOfTensors"]
+    | Sequence["NestOfTensors"]
+    | None
+)
+# What pipelines train on and evaluate: pairs (inputs, targets).
+Batches: TypeAlias = Iterable[tuple[NestOfTensors, NestOfTensors]]
 
 _PLAIN = (NoneType, bool, int, float, complex, str, bytes, range, slice, torch.Size, torch.dtype, torch.device)
 # Types of values that are sent as they are.

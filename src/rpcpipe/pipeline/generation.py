@@ -23,6 +23,7 @@ from rpcpipe.errors import ArgumentError, ModelError, require, require_whole
 from rpcpipe.model import rng
 from rpcpipe.model.language_model import CachedRows, CacheLost, LanguageModel
 from rpcpipe.model.microbatch import Nest
+from rpcpipe.model.nest_types import NestOfTensors
 from rpcpipe.pipeline.pipeline import Pipeline
 from rpcpipe.transport.user_pickling import named_dumps
 from rpcpipe.worker.operations import SetSelection
@@ -81,7 +82,7 @@ def generate(
     seed: int = 0,
     context: int | None = None,
     stop: int | None = None,
-    inputs: Callable[[torch.Tensor], Nest] | None = None,
+    inputs: Callable[[torch.Tensor], NestOfTensors] | None = None,
     logits: Callable[[Nest], torch.Tensor] | None = None,
     cache: bool | None = None,
 ) -> list[torch.Tensor]:
@@ -211,7 +212,7 @@ def _run(pipe: Pipeline, rows: Sequence[_Row], drawn: _Drawn, feeding: _Plain | 
 class _Plain:
     """Feeds all tokens of a row with every pass, the last ``context`` at most."""
 
-    make: Callable[[torch.Tensor], Nest]
+    make: Callable[[torch.Tensor], NestOfTensors]
     context: int | None
 
     def inputs(self, rows: list[_Row]) -> tuple[Nest, torch.Tensor]:

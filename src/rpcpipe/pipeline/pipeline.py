@@ -18,16 +18,17 @@ from rpcpipe.cluster.tenancy import PipelineCluster
 from rpcpipe.driver import inference
 from rpcpipe.driver.ahead import train
 from rpcpipe.driver.callbacks import Callback, JsonLines
+from rpcpipe.driver.events import PipelineEvent
 from rpcpipe.driver.feeding import has
 from rpcpipe.driver.optimizer import PipelineOptimizer
 from rpcpipe.driver.result import StepResult
 from rpcpipe.driver.stage_handle import HEADER, StageHandle
 from rpcpipe.driver.step import Step
-from rpcpipe.driver.training import new_step, train_batch
+from rpcpipe.driver.training import step_by_hand, train_batch
 from rpcpipe.driver.turn import EachInTurn, Turn, in_turn
 from rpcpipe.errors import require_whole
 from rpcpipe.model.layers import AnyModel, Loss
-from rpcpipe.model.microbatch import Nest
+from rpcpipe.model.nest_types import Batches, NestOfTensors
 from rpcpipe.model.splitting import layers_for
 from rpcpipe.pipeline import deploy, resize, state
 from rpcpipe.pipeline.arguments import Options, pairs
@@ -38,7 +39,7 @@ from rpcpipe.pipeline.setting import Setting
 from rpcpipe.planning.plan import Plan
 from rpcpipe.schedules import Schedule
 from rpcpipe.schedules.timeline import Timeline
-from rpcpipe.stage.metrics import Metric
+from rpcpipe.stage.metrics import Metrics
 from rpcpipe.stage.optimizer import Factory
 from rpcpipe.stage.recompute import Checkpoint
 
@@ -115,7 +116,7 @@ class Pipeline(Hints):
         accumulate: int = 1,
         batch_norm: str = "micro_batch",
         undo: str = "copy",
-        sample: Nest = None,
+        sample: NestOfTensors = None,
         plan: Plan | None = None,
     ) -> None:
         options = Options(
@@ -194,6 +195,11 @@ class Pipeline(Hints):
         return self.runtime.callbacks
 
     @property
+    def events(self) -> list[PipelineEvent]:
+        """Return the newest checkpoints, resizes and changes of schedule, the oldest first; see ``cluster.events``."""
+        return list(self.runtime.events)
+
+    @property
     def schedule(self) -> Schedule:
         """Return the schedule of a full batch. It may be set between two steps, to a name or a Schedule.
 
@@ -244,7 +250,7 @@ class Pipeline(Hints):
 
     @in_turn
     def train_step(
-        self, inputs: Nest, targets: Nest, metrics: Mapping[str, Metric] | None = None, outputs: bool = False
+        self, inputs: NestOfTensors, targets: NestOfTensors, metrics: Metrics | None = None, outputs: bool = False
     ) -> StepResult:
         """Run one batch forward and backward and update the weights; return the loss and what was measured.
 
@@ -257,9 +263,7 @@ class Pipeline(Hints):
         self.runtime = resize.settled(self.runtime, self.recipe.options)
         return train_batch(self.runtime, inputs, targets, metrics, outputs)
 
-    def train(
-        self, batches: Iterable[tuple[Nest, Nest]], progress: bool = False, *, ahead: int = 0
-    ) -> Iterator[StepResult]:
+    def train(self, batches: Batches, progress: bool = False, *, ahead: int = 0) -> Iterator[StepResult]:
         """Train on each (inputs, targets) of ``batches``, or RemoteBatches, as ``train_step`` does; yield each result.
 
         ``progress`` shows a bar with the loss. With ``ahead=1`` a batch more is read than results are yielded, and its
@@ -275,11 +279,11 @@ class Pipeline(Hints):
         return EachInTurn(self.turn, "train", shown(results, batches, progress), NOT_TRAINED)
 
     def on_step(self, callback: Callback | str | os.PathLike[str]) -> Callback:
-        """Call ``callback(result)`` on the driver after every step of ``train_step`` and ``train``; return it.
+        """Call ``callback(result)`` on the driver after every step; return it.
 
-        A path stands for ``JsonLines(path)``. ``train_step`` or ``train`` raises what a callback raises, once the
-        other callbacks have been called; by then the step is done and counted, and the pipeline is usable.
-        ``callbacks`` lists them; ``close`` closes those that have a method ``close``.
+        A path stands for ``JsonLines(path)``. ``train_step``, ``train`` or the end of a ``with pipe.step()`` raises
+        what a callback raises, once the other callbacks have been called; by then the step is done and counted, and the
+        pipeline is usable. ``callbacks`` lists them; ``close`` closes those that have a method ``close``.
         """
         function = callback if callable(callback) else JsonLines(require_path("callback", callback, ", or a function"))
         self.callbacks.append(function)
@@ -293,7 +297,7 @@ class Pipeline(Hints):
         with ``s.optimize()``, or with torch's ``DistributedOptimizer`` on ``parameter_rrefs()``. Raises ScheduleError
         under an asynchronous schedule.
         """
-        return new_step(self.runtime)
+        return step_by_hand(self.runtime)
 
     @contextmanager
     def trace(self) -> Iterator[Timeline]:
@@ -303,12 +307,12 @@ class Pipeline(Hints):
             yield timeline
 
     @in_turn
-    def __call__(self, inputs: Nest) -> Nest:
-        """Return the model's output for ``inputs`` in eval mode, gathered in this process."""
+    def __call__(self, inputs: NestOfTensors) -> Any:
+        """Return the model's output in eval mode, gathered in this process. Its type is Any: the model decides it."""
         [output] = self.predict([inputs])
         return output
 
-    def predict(self, batches: Iterable[Nest]) -> Iterator[Nest]:
+    def predict(self, batches: Iterable[NestOfTensors]) -> Iterator[Any]:
         """Yield the output for every batch of inputs, as ``pipe(inputs)`` returns it, without a gap between batches.
 
         The iterator reads some batches ahead. Until it is finished or closed, other calls of the pipeline that run
@@ -318,15 +322,13 @@ class Pipeline(Hints):
         return EachInTurn(self.turn, "predict", inference.outputs(self.runtime, batches))
 
     @overload
-    def evaluate(self, batches: Iterable[tuple[Nest, Nest]]) -> float: ...
+    def evaluate(self, batches: Batches) -> float: ...
 
     @overload
-    def evaluate(self, batches: Iterable[tuple[Nest, Nest]], metrics: Mapping[str, Metric]) -> dict[str, float]: ...
+    def evaluate(self, batches: Batches, metrics: Metrics) -> dict[str, float]: ...
 
     @in_turn
-    def evaluate(
-        self, batches: Iterable[tuple[Nest, Nest]], metrics: Mapping[str, Metric] | None = None
-    ) -> float | dict[str, float]:
+    def evaluate(self, batches: Batches, metrics: Metrics | None = None) -> float | dict[str, float]:
         """Return the mean loss over all samples of ``batches``, or RemoteBatches, in eval mode.
 
         ``metrics``: functions by name, each of the (output, target) of a micro-batch and returning (sum, count), called

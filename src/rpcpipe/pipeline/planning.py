@@ -18,6 +18,7 @@ from rpcpipe.cluster import Cluster, Worker
 from rpcpipe.errors import ArgumentError, require, require_positive, require_whole, shown
 from rpcpipe.model.layers import AnyModel, Layer, Model, named_layers, parameter_counts
 from rpcpipe.model.microbatch import Nest, batch_size, split, tensors
+from rpcpipe.model.nest_types import NestOfTensors
 from rpcpipe.model.splitting import layers_for
 from rpcpipe.pipeline.calibration import measure_overheads
 from rpcpipe.planning import CostModel, LayerCost, partition
@@ -37,12 +38,12 @@ _MOST_WORKERS = 1 << 16
 
 def plan(
     model: AnyModel,
-    sample: Nest,
+    sample: NestOfTensors,
     workers: int | Cluster,
     *,
     memory: float | None = None,
     loss: Callable[[Any, Any], Any] | None = None,
-    targets: Nest = None,
+    targets: NestOfTensors = None,
     optimizer: Factory | None = None,
     moments: int = 2,
     chunks: Sequence[int] | None = None,
@@ -92,12 +93,12 @@ def plan(
 
 def cost_model(
     model: AnyModel,
-    sample: Nest,
+    sample: NestOfTensors,
     workers: int | Cluster,
     *,
     memory: float | None = None,
     loss: Callable[[Any, Any], Any] | None = None,
-    targets: Nest = None,
+    targets: NestOfTensors = None,
     optimizer: Factory | None = None,
     moments: int = 2,
     chunks: Sequence[int] | None = None,
@@ -245,7 +246,7 @@ def balance_by_parameters(model: Model, stages: int) -> list[int]:
     return partition.balance(parameter_counts(layers), require_whole("stages", stages))
 
 
-def balance_by_time(model: AnyModel, stages: int, sample: Nest) -> list[int]:
+def balance_by_time(model: AnyModel, stages: int, sample: NestOfTensors) -> list[int]:
     """Return the number of layers of each stage, so that the slowest stage's forward and backward are fastest.
 
     Every layer is run in this process with ``sample``, one micro-batch of inputs; ``Pipeline(balance="time",
@@ -254,7 +255,7 @@ def balance_by_time(model: AnyModel, stages: int, sample: Nest) -> list[int]:
     return _measured_cut(model, stages, sample, "time")
 
 
-def balance_by_memory(model: AnyModel, stages: int, sample: Nest) -> list[int]:
+def balance_by_memory(model: AnyModel, stages: int, sample: NestOfTensors) -> list[int]:
     """Return the number of layers of each stage, so that the largest stage's memory is as small as possible.
 
     A stage's memory is seven times its parameters (weights, gradient, Adam's two moments, and the copy of weights and

@@ -19,6 +19,7 @@ from rpcpipe.model import tied_weights
 from rpcpipe.model.layers import Layer, Wired, layer_of
 from rpcpipe.model.microbatch import Nest
 from rpcpipe.model.names import prefix_of
+from rpcpipe.model.nest_types import NestOfTensors
 from rpcpipe.pipeline import deploy, state
 from rpcpipe.pipeline.pipeline import Pipeline
 from rpcpipe.pipeline.plain_loop import Job, PlainProcess, Update, unwatch, watch
@@ -89,7 +90,7 @@ class Verification:
         return f"{quantities} are those of one process within {worst:.2g} ({self.reason})."
 
 
-def verify(pipe: Pipeline, inputs: Nest, targets: Nest, steps: int = 2) -> Verification:
+def verify(pipe: Pipeline, inputs: NestOfTensors, targets: NestOfTensors, steps: int = 2) -> Verification:
     """Train ``steps`` updates on one batch, and the same in a plain loop in another process, and compare everything.
 
     ``inputs`` and ``targets`` as for ``train_step``. The pipeline's weights, buffers, optimizer and counters are put

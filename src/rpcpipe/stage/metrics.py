@@ -11,10 +11,11 @@ from rpcpipe.model.microbatch import Nest
 
 # metric(output, target) returns (sum, count), two numbers or scalar tensors.
 Metric = Callable[[Any, Any], tuple[Any, Any]]
+Metrics = Mapping[str, Metric]
 Sums = dict[str, tuple[float, float]]
 
 
-def measure(metrics: Mapping[str, Metric], output: Nest, target: Nest) -> Sums:
+def measure(metrics: Metrics, output: Nest, target: Nest) -> Sums:
     """Return every metric's (sum, count) for one micro-batch, by name.
 
     Raises ArgumentError if a metric returns anything else.

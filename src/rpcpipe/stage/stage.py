@@ -29,7 +29,7 @@ from rpcpipe.stage.audit import Audit
 from rpcpipe.stage.autograd import Gradients, StageInput
 from rpcpipe.stage.boundary import cut, join, leaving, part
 from rpcpipe.stage.context import MicroBatch, StepContext
-from rpcpipe.stage.metrics import Metric, Sums, measure
+from rpcpipe.stage.metrics import Metrics, Sums, measure
 from rpcpipe.stage.modes import Modes
 from rpcpipe.stage.outputs import Outputs
 from rpcpipe.stage.recompute import MicroBatchGraph, Recompute, SegmentRunner
@@ -92,7 +92,7 @@ class Stage:
         self._returns: dict[int, dict[str, int]] = {}
         self.losses: dict[int, tuple[torch.Tensor, Any]] = {}
         self.outputs: dict[int, Nest] = {}
-        self.metrics: Mapping[str, Metric] = {}
+        self.metrics: Metrics = {}
         self.select: Callable[[Nest, Nest], Nest] | None = None
         self.measured: dict[int, Sums] = {}
         self.peak_in_flight = 0

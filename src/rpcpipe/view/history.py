@@ -14,7 +14,8 @@ _MOST = 4000
 class Point(NamedTuple):
     """The figures of one step that are drawn over time; None for what is not known or not finite.
 
-    ``seconds``: the step's wall time. ``rate``: samples per second. ``time``: when it was done, in seconds since 1970.
+    ``seconds``: the step's wall time. ``rate``: ``StepResult.throughput``. ``time``: when it was done, in seconds since
+    1970.
     """
 
     step: int
@@ -28,13 +29,11 @@ class Point(NamedTuple):
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Point:
         """Return the point of a record of ``rp.callbacks``; raises KeyError, TypeError or ArgumentError for others."""
-        seconds, samples = record["seconds"], record.get("samples")
-        figures = [record["loss"], record["grad_norm"], seconds, record.get("bubble"), record.get("time")]
-        if not isinstance(record["step"], int) or not all(_is_figure(one) for one in (*figures, samples)):
+        figures = [record[name] for name in ("loss", "grad_norm", "seconds")]
+        figures += [record.get(name) for name in ("bubble", "throughput", "time")]
+        if not isinstance(record["step"], int) or not all(map(_is_figure, figures)):
             raise ArgumentError(f"a figure of step {shown(record['step'])} is no number")
-        loss, grad_norm, _, bubble, time = figures
-        rate = samples / seconds if samples and seconds else None
-        return cls(record["step"], loss, grad_norm, seconds, bubble, rate, time)
+        return cls(record["step"], *figures)
 
 
 def _is_figure(value: Any) -> bool:

@@ -84,7 +84,7 @@ class Recorder:
             "figures": last.figures,
             "workers": [_worker(status, last.busy) for status in pipe.cluster.status()],
             "stages": {"header": HEADER[:-1], "rows": self._stages[1]},
-            "events": events(pipe.cluster.events, pipe.runtime.events),
+            "events": events(pipe.cluster.events, pipe.events),
         }
 
     def timelines(self) -> list[Timeline]:
@@ -127,9 +127,7 @@ def plan_of(measured: Timeline, schedule: Schedule) -> Timeline | None:
 def events(of_cluster: Sequence[ClusterEvent], of_pipeline: Sequence[PipelineEvent]) -> list[dict[str, Any]]:
     """Return the newest events of both, by time, fit for JSON."""
     found = [{"time": one.time, "kind": one.kind, "what": told(one)} for one in list(of_cluster)[-_EVENTS:]]
-    found += [
-        {"time": one.time, "kind": one.kind, "what": f"after step {one.step}: {one.how}"} for one in list(of_pipeline)
-    ]
+    found += [{"time": one.time, "kind": one.kind, "what": f"after step {one.step}: {one.how}"} for one in of_pipeline]
     return sorted(found, key=lambda one: float(str(one["time"])))[-_EVENTS:]
 
 

@@ -92,6 +92,18 @@ class Pace:
         return max(self._interval, spent / self._share * max(1, self.clients))
 
 
+class _Sleeping(uvicorn.Server):
+    """Sleeps until a request comes or ``closing`` is set. uvicorn's own loop wakes ten times a second, for a clock."""
+
+    def __init__(self, config: uvicorn.Config, closing: asyncio.Event) -> None:
+        super().__init__(config)
+        self._closing = closing
+
+    async def main_loop(self) -> None:
+        """Return once the server is to be closed."""
+        await self._closing.wait()
+
+
 class Server:
     """Serves ``source`` on ``port`` of loopback (0: a free one) until ``close``. ``url`` has the token."""
 
@@ -108,11 +120,11 @@ class Server:
         )
         config = uvicorn.Config(
             app, log_config=None, access_log=False, lifespan="off", ws="none", http="h11", loop="asyncio",
-            server_header=False, limit_concurrency=_CONNECTIONS, timeout_graceful_shutdown=1,
+            server_header=False, date_header=False, limit_concurrency=_CONNECTIONS, timeout_graceful_shutdown=1,
         )  # fmt: skip
-        self._server = uvicorn.Server(config)
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._closing, self._polling, self._next_poll = asyncio.Event(), asyncio.Lock(), 0.0
+        self._server = _Sleeping(config, self._closing)
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._failed = False
         self._started = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="rpcpipe-view")
@@ -123,7 +135,7 @@ class Server:
         """End the server and its thread. Closing twice is allowed; a fork's call does nothing."""
         if not self._owner.here:
             return
-        self._server.should_exit = True
+        self._server.should_exit = True  # seen at the end of its start, if it has not begun
         with contextlib.suppress(RuntimeError):  # the loop is closed already
             if self._loop is not None:
                 self._loop.call_soon_threadsafe(self._closing.set)

@@ -22,7 +22,7 @@ def render(content: Mapping[str, Any], width: int = 100) -> str:
     parts = [
         f"{content['title']}  [{content['state']}]",
         _figures(content["figures"]),
-        *_charts(content["points"], width),
+        *_charts(content, width),
     ]
     if timelines := content.get("timelines"):
         parts += ["", to_text([unpacked(one) for one in timelines], width)]
@@ -38,27 +38,31 @@ def render(content: Mapping[str, Any], width: int = 100) -> str:
 def _figures(figures: Mapping[str, Any]) -> str:
     if not figures:
         return "no step yet"
-    samples, seconds = figures.get("samples"), figures.get("seconds")
-    rate = samples / seconds if samples and seconds else None
-    bubble = figures.get("bubble")
+    seconds, bubble = figures.get("seconds"), figures.get("bubble")
     texts = [
         f"step {figures['step']}", f"loss {_number(figures['loss'])}", f"gradient norm {_number(figures['grad_norm'])}",
-        f"{_number(rate)} samples/s", f"{_UNKNOWN if seconds is None else f'{seconds * 1e3:.1f}'} ms",
+        f"{_number(figures.get('throughput'))} {_rate(figures)}",
+        f"{_UNKNOWN if seconds is None else f'{seconds * 1e3:.1f}'} ms",
         f"bubble {_UNKNOWN if bubble is None else f'{bubble:.1%}'}",
     ]  # fmt: skip
     texts += [f"{name} {_number(value)}" for name, value in (figures.get("metrics") or {}).items()]
     return ", ".join(texts) + ("" if figures.get("applied", True) else ", not applied")
 
 
+def _rate(figures: Mapping[str, Any]) -> str:
+    """Return the unit of the throughput."""
+    return "tokens/s" if figures.get("tokens") else "samples/s"
+
+
 def _number(value: float | None) -> str:
     return _UNKNOWN if value is None else f"{value:.4g}"
 
 
-def _charts(points: Sequence[Sequence[Any]], width: int) -> list[str]:
+def _charts(content: Mapping[str, Any], width: int) -> list[str]:
     """Return a line for each figure over the steps: its first and last value around bars; none below two steps."""
     lines = []
-    for name, index in (("loss", 1), ("gradient norm", 2), ("samples/s", 5)):
-        values = [point[index] for point in points if point[index] is not None]
+    for name, index in (("loss", 1), ("gradient norm", 2), (_rate(content["figures"]), 5)):
+        values = [point[index] for point in content["points"] if point[index] is not None]
         if len(values) > 1:
             first, last = _number(values[0]), _number(values[-1])
             lines.append(f"{name:<13} {first:>9} {bars(values, max(10, width - 36))} {last}")

@@ -72,10 +72,10 @@ class Callback:
 def view(pipe: Pipeline, *, port: int = 0) -> View:
     """Serve a page on loopback that shows ``pipe`` as it trains; return its handle, whose ``url`` opens it.
 
-    The page shows the last step's timeline by worker, planned above measured, samples per second, bubble, loss and
-    gradient norm over time, what every worker holds and does, and events: losses of workers, replacements, resizes,
-    checkpoints. It is read-only, needs the token in its URL, and ends with ``close``, with the pipeline, or with this
-    process. It shows the steps of ``train_step`` and ``train`` from now on. ``port``: 0 for a free one.
+    The page shows the last step's timeline by worker, planned above measured, tokens or samples per second, bubble,
+    loss and gradient norm over time, what every worker holds and does, and events: losses of workers, replacements,
+    resizes, checkpoints. It is read-only, needs the token in its URL, and ends with ``close``, with the pipeline, or
+    with this process. It shows the steps that are done from now on, those by hand as well. ``port``: 0 for a free one.
 
     Raises DependencyError where the extra ``view`` is not installed, StateError for a closed pipeline, and
     ArgumentError for a port that is taken.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
@@ -13,7 +13,7 @@ from rpcpipe.model import rng
 from rpcpipe.model.microbatch import Nest
 from rpcpipe.stage.attributes import Attributes
 from rpcpipe.stage.hyperparameters import Groups
-from rpcpipe.stage.metrics import Metric
+from rpcpipe.stage.metrics import Metrics
 from rpcpipe.stage.stream_rollback import Past
 from rpcpipe.worker.actor_spec import ActorSpec
 
@@ -42,7 +42,7 @@ class Model:
 
     spec: ActorSpec
     fresh_loss: dict[str, Any]
-    metrics: Mapping[str, Metric] = field(default_factory=dict)
+    metrics: Metrics = field(default_factory=dict)
     select: Callable[[Nest, Nest], Nest] | None = None
     frozen: list[nn.Parameter]
     others: tuple[int, Attributes, rng.PythonState] | None

@@ -242,12 +242,13 @@ class ReadOrder(NamedTuple):
 
 
 class BatchInfo(NamedTuple):
-    """A batch that was read: its shares, as those of ``model.batch.Batch``, and the ``digest`` of all that is in it."""
+    """A batch that was read: what ``model.batch.Batch`` says of it, and the ``digest`` of all that is in it."""
 
     weights: tuple[float, ...]
     counts: tuple[int, ...]
     samples: tuple[float, ...]
     by_caller: bool
+    tokens: int
     digest: int
 
 

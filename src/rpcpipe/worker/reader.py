@@ -64,7 +64,8 @@ class Reader:
         read = self._cut(ref, value, targets=order.targets)
         self._cuts = {one: cut for one, cut in self._cuts.items() if self._is_held(one)}
         batch = read.batch
-        return ReadAnswer(BatchInfo(batch.weights, batch.counts, batch.samples, batch.by_caller, read.digest))
+        info = BatchInfo(batch.weights, batch.counts, batch.samples, batch.by_caller, batch.tokens, read.digest)
+        return ReadAnswer(info)
 
     def _is_held(self, ref: BatchRef) -> bool:
         return ref.source in self._sources and ref.number in self._sources[ref.source].held

@@ -16,6 +16,7 @@ from rpcpipe.errors import ArgumentError, ModelError
 from rpcpipe.model.containers import beside_forward
 from rpcpipe.model.layers import AnyModel, Layer, Sequential, named_layers, unwired
 from rpcpipe.model.microbatch import Nest, flatten, tensors
+from rpcpipe.model.nest_types import NestOfTensors
 from rpcpipe.model.splitting.cutting import layers_of
 from rpcpipe.model.splitting.grouping import grouped
 from rpcpipe.model.splitting.opening import opened
@@ -38,7 +39,7 @@ def layers_for(model: AnyModel, sample: Nest, autocast: torch.dtype | None = Non
     return named_layers(model)
 
 
-def split(model: nn.Module, sample: Nest) -> dict[str, Layer]:
+def split(model: nn.Module, sample: NestOfTensors) -> dict[str, Layer]:
     """Return the layers of any module, cut between its submodules, by name: what ``Pipeline`` takes as a model.
 
     The module's forward is run on ``sample``, a micro-batch of inputs as ``train_step`` takes them, and recorded: the
