@@ -9,8 +9,8 @@ import pytest
 
 from rpcpipe.errors import PartitionError
 from rpcpipe.planning import CostModel, Plan, Search
-from rpcpipe.planning.cost_model import Machine
 from rpcpipe.planning.gpt import GPT
+from rpcpipe.planning.machine import Machine
 from rpcpipe.planning.plan import decide
 from rpcpipe.planning.search import layouts
 from rpcpipe.schedules import optimal_microbatches
@@ -29,8 +29,11 @@ def plan_gpt3(
 
 def test_gpt3_on_1024_workers() -> None:
     start = time.process_time()
-    plan = plan_gpt3(1024)
+    copied = plan_gpt3(1024, undo="copy")
     assert time.process_time() - start < 4.0  # 1 s on a free core; tests share theirs
+    assert copied.without_copy is None  # nobody has asked
+    plan = plan_gpt3(1024)
+    assert plan.arguments == copied.arguments
     assert plan.replicas * len(plan.balance) // plan.virtual_stages == 1024
     assert sum(plan.balance) == 98
     assert max(plan.memory) <= 80 * GIB
@@ -44,6 +47,14 @@ def test_gpt3_on_1024_workers() -> None:
     without = plan_gpt3(1024, undo="off")
     assert "interleaved" in repr(without)
     assert without.seconds < 0.8 * plan.seconds
+    # The copy is preferred, and what it costs is said.
+    assert plan.undo == "copy"
+    assert plan.without_copy is not None
+    assert (plan.without_copy.candidate, plan.without_copy.seconds) == (without.best.candidate, without.seconds)
+    assert text.partition("next cheaper choice\n  - ")[2].startswith(
+        f"undo='off': {without.seconds:.4g} s a step instead of {plan.seconds:.4g},"
+        f" at most {max(without.memory) / GIB:.1f} GiB a worker (interleaved, 32 replicas of 32 workers"
+    )
     assert f"{optimal_microbatches(1024 // plan.replicas)} micro-batches bring it to 10%" in text
 
 
@@ -79,6 +90,13 @@ def test_without_a_limit_nothing_is_recomputed() -> None:
     assert {estimate.candidate.schedule for estimate in plan.beaten} >= {"1f1b", "gpipe", "zb-v", "dualpipe-v"}
     assert plan.seconds == min(estimate.seconds for estimate in plan.beaten)
     assert "<table>" in plan._repr_html_()
+
+
+def test_without_a_copy_nothing_is_faster_where_memory_does_not_bind() -> None:
+    for memory in (1e4 * GIB, float("inf")):
+        plan = plan_gpt3(8, memory=memory, batch=64, replicas=1)
+        assert (plan.undo, plan.without_copy) == ("copy", None)
+        assert "next cheaper choice" not in repr(plan)
 
 
 def test_a_small_memory_wants_recomputation() -> None:
