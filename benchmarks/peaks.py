@@ -1,5 +1,7 @@
 """Memory predicted beside measured: two workers' peaks under every schedule, with and without recomputation and copy.
 
+Of asynchronous schedules a stream of more than 64 updates, in which the second snapshot has followed the first.
+
 Predicted: what ``rp.plan`` would say, from a profile of the layers in this process. Measured: on each worker the
 resident memory's high-water mark (VmHWM) of a step, less the resident memory before the pipeline was made and after
 another, small one was there. The heap's free pages are given back before the step, or the mark would be that of the
@@ -14,7 +16,7 @@ import argparse
 import itertools
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
@@ -27,11 +29,18 @@ import rpcpipe as rp
 from gpt_model import gpt, next_token_loss
 from rpcpipe.pipeline.planning import cost_model
 from rpcpipe.planning import CostModel
-from rpcpipe.planning.cost_model import Candidate
+from rpcpipe.planning.cost_model import SIMPLEST, Candidate
 from rpcpipe.planning.worker_memory import WorkerMemory
+from rpcpipe.schedules.weight_versions import choose
+from rpcpipe.stage.stream_rollback import EVERY
 
 MIB = 2**20
 _VOCABULARY, _CONTEXT = 1000, 128
+_SCHEDULES = [
+    "gpipe", "1f1b", "interleaved", "zb-h1", "zb-v", "pipedream", "pipedream/vertical_sync", "pipedream/latest",
+    "pipedream-2bw",
+]  # fmt: skip
+_STREAMED = 2 * EVERY + 8  # updates
 
 
 class Resident(NamedTuple):
@@ -81,24 +90,44 @@ def case(dim: int, blocks: int, batch: int) -> Case:
 
 
 class Way(NamedTuple):
-    """How the model is run."""
+    """How the model is run; ``weights``: the policy of an asynchronous schedule."""
 
     schedule: str
+    weights: str | None
     checkpoint: str
     undo: str
 
+    @property
+    def by_batch(self) -> bool:
+        """Whether an update follows a batch, and not a micro-batch, of a stream."""
+        policy = choose(self.schedule, self.weights)
+        return policy is not None and policy.by_batch
 
-def predict(costs: CostModel, way: Way, chunks: int, batch: int, balance: Sequence[int]) -> tuple[WorkerMemory, ...]:
+
+def ways(names: Sequence[str]) -> Iterator[Way]:
+    """Yield every way to run the schedules ``names``; "pipedream/latest" is one with weights="latest"."""
+    for name in names:
+        schedule, _, weights = name.partition("/")
+        undos = ("copy", "off") if schedule in SIMPLEST else ("copy",)
+        for checkpoint, undo in itertools.product(("never", "always"), undos):
+            yield Way(schedule, weights or None, checkpoint, undo)
+
+
+def predict(costs: CostModel, way: Way, chunks: int, balance: Sequence[int]) -> tuple[WorkerMemory, ...]:
     """Return the workers' predicted memory."""
+    (micro_batch,) = costs.sums
     candidate = Candidate(
-        schedule=way.schedule, depth=2, replicas=1, virtual_stages=len(balance) // 2, micro_batch=-(-batch // chunks),
-        chunks=chunks, checkpoint=way.checkpoint, undo=way.undo,
+        schedule=way.schedule, depth=2, replicas=1, virtual_stages=len(balance) // 2, micro_batch=micro_batch,
+        chunks=2 if way.by_batch else chunks, checkpoint=way.checkpoint, undo=way.undo, weights=way.weights,
     )  # fmt: skip
     return costs.parts(candidate, [0, *accumulate(balance)])
 
 
 def measure(cluster: rp.Cluster, what: Case, way: Way, chunks: int) -> tuple[list[int], list[dict[str, float]]]:
     """Return the cut, and each worker's bytes: of the pipeline as it is made, between two steps, and at the peak."""
+    if way.by_batch:  # as many updates take fewer micro-batches
+        part = 2 * len(what.inputs) // chunks
+        what, chunks = Case(what.layers, what.inputs[:part], what.targets[:part]), 2
     small = case(8, 2, 4)
     first = rp.Pipeline(small.layers, cluster, loss=next_token_loss, optimizer=adamw, chunks=2)
     first.train_step(small.inputs, small.targets)
@@ -107,12 +136,18 @@ def measure(cluster: rp.Cluster, what: Case, way: Way, chunks: int) -> tuple[lis
     pipe = rp.Pipeline(
         what.layers, cluster, loss=next_token_loss, optimizer=adamw, schedule=way.schedule, chunks=chunks,
         virtual_stages=rp.schedules.suited_virtual_stages(way.schedule, 2), checkpoint=way.checkpoint, undo=way.undo,
+        weights=way.weights,
     )  # fmt: skip
     made = [cluster.call(worker, restart) for worker in cluster.workers]
     for _ in range(2):
         pipe.train_step(what.inputs, what.targets)
     idle = [cluster.call(worker, restart) for worker in cluster.workers]
-    pipe.train_step(what.inputs, what.targets)
+    if way.schedule in SIMPLEST:
+        pipe.train_step(what.inputs, what.targets)
+    else:
+        batches = _STREAMED if way.by_batch else -(-_STREAMED // chunks)
+        for _ in pipe.train([(what.inputs, what.targets)] * batches):
+            pass
     after = [cluster.call(worker, look) for worker in cluster.workers]
     balance = pipe.balance
     pipe.close()
@@ -129,7 +164,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=8)
     parser.add_argument("--chunks", type=int, default=8)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--schedules", nargs="+", default=["gpipe", "1f1b", "interleaved", "zb-h1", "zb-v"])
+    parser.add_argument("--schedules", nargs="+", default=_SCHEDULES)
     parser.add_argument("--threshold", type=int, help="of the allocator, in bytes")
     parser.add_argument("--parts", action="store_true", help="of the prediction")
     args = parser.parse_args()
@@ -143,10 +178,10 @@ def main() -> None:
     print(f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}; MiB of worker 0 and worker 1")
     print("| schedule | checkpoint | undo | predicted | measured | predicted ÷ measured | USS made | USS idle |")
     print("|---|---|---|---|---|---|---|---|")
-    for way in map(Way._make, itertools.product(args.schedules, ("never", "always"), ("copy", "off"))):
+    for way in ways(args.schedules):
         with rp.launch(workers=2, threads=1) as cluster:
             balance, found = measure(cluster, what, way, args.chunks)
-        foreseen = predict(costs, way, args.chunks, args.batch, balance)
+        foreseen = predict(costs, way, args.chunks, balance)
         columns = [
             [worker.total / MIB for worker in foreseen], [worker["peak"] / MIB for worker in found],
             [worker.total / own["peak"] for worker, own in zip(foreseen, found, strict=True)],
@@ -155,7 +190,7 @@ def main() -> None:
         texts = [
             ", ".join(f"{value:.2f}" if at == 2 else f"{value:.0f}" for value in row) for at, row in enumerate(columns)
         ]
-        print("| " + " | ".join([*way, *texts]) + " |", flush=True)
+        print("| " + " | ".join(["/".join(filter(None, way[:2])), *way[2:], *texts]) + " |", flush=True)
         if args.parts:
             print(*foreseen, sep="\n", flush=True)
 

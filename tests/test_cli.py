@@ -88,6 +88,12 @@ def test_plan_by_dtype_and_undo_and_a_picture(tmp_path: Path, capsys: pytest.Cap
     assert "choose from" in refusal(capsys, ["plan", "gpt", *SIZES, "--undo", "maybe"])
 
 
+def test_plan_for_several_hosts_counts_snapshots(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "gpt", *SIZES, "--hosts", "2"]) == 0
+    assert "snapshots" in capsys.readouterr().out.partition("memory of a worker at its peak\n")[2].splitlines()[0]
+    assert "--hosts=3 are more than the 2 workers" in refusal(capsys, ["plan", "gpt", *SIZES, "--hosts", "3"])
+
+
 SIZES = ["--layers", "4", "--hidden", "64", "--heads", "4", "--vocab", "100", "--seq", "16", "--workers", "2"]
 SIZES += ["--memory", "1GiB", "--flops", "1e12", "--bandwidth", "1e9", "--batch", "8"]
 WRONG = {
@@ -98,7 +104,8 @@ WRONG = {
     "bytes": ("lots", "0", "-1", "1.2.3", "", "5XB", "nan"),
 }
 PLAN = {
-    **dict.fromkeys(("layers", "hidden", "heads", "vocab", "seq", "workers", "batch", "chunks", "replicas"), "whole"),
+    **dict.fromkeys(("layers", "hidden", "heads", "vocab", "seq", "workers", "batch", "chunks"), "whole"),
+    "replicas": "whole", "hosts": "whole",
     "flops": "positive", "bandwidth": "positive", "latency": "not negative", "efficiency": "share", "memory": "bytes",
 }  # fmt: skip
 DRAW = {"workers": "whole", "chunks": "whole", "virtual": "whole", "width": "whole", "latency": "not negative"}

@@ -34,6 +34,7 @@ from rpcpipe.pipeline import (
     from_transformers,
     generate,
     plan,
+    predict_memory,
     verify,
 )
 from rpcpipe.schedules import Schedule, bubble_fraction, optimal_microbatches
@@ -81,6 +82,7 @@ __all__ = [
     "optimal_microbatches",
     "plan",
     "planning",
+    "predict_memory",
     "schedules",
     "split",
     "verify",

@@ -17,9 +17,10 @@ from rpcpipe.cluster import doctor
 from rpcpipe.cluster.host_agent import serve_rank
 from rpcpipe.errors import ArgumentError, RpcPipeError, require, require_positive
 from rpcpipe.planning import CostModel, Search
-from rpcpipe.planning.cost_model import Machine
 from rpcpipe.planning.gpt import DTYPES, GPT
 from rpcpipe.planning.layer_cost import UNDO
+from rpcpipe.planning.loss_cost import Healing, host_names
+from rpcpipe.planning.machine import Machine
 from rpcpipe.planning.plan import decide
 from rpcpipe.planning.search import layouts
 from rpcpipe.schedules import Costs, Schedule
@@ -166,6 +167,8 @@ def _plan_parser(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--scores", action="store_true", help="attention keeps its scores: it is not one kernel")
     undo = "how a failed update is taken back (default: copy where that fits, else off)"
     _option(plan, "--undo", str, undo, choices=UNDO)
+    hosts = "hosts of the workers; with more than one, snapshots for the loss of one count"
+    _option(plan, "--hosts", _COUNT, hosts, 1)
     _option(plan, "--svg", Path, "write a picture of the workers' memory", metavar="FILE")
     plan.add_argument("--draw", action="store_true", help="the step's timeline, too; of a long step its beginning")
 
@@ -179,7 +182,9 @@ def _plan(args: argparse.Namespace) -> None:
     )  # fmt: skip
     sizes = [1, 2, 4, 8] if args.chunks is None else [-(-args.batch // args.chunks)]
     layer_costs = {size: model.layer_costs(size, args.flops * args.efficiency) for size in sizes}
-    machine = Machine(args.workers, args.memory, args.latency, args.bandwidth)
+    require(args.hosts <= args.workers, f"--hosts={args.hosts} are more than the {args.workers} workers")
+    healing = Healing(hosts=host_names(args.workers, args.hosts))
+    machine = Machine(args.workers, args.memory, args.latency, args.bandwidth, healing=healing)
     rows = layouts(args.workers, args.layers + 2, args.replicas)
     plan = decide(Search(CostModel(layer_costs, machine, 16 * args.seq), args.batch, layouts=rows), args.undo)
     print(f"GPT of {model.parameters / 1e9:,.2f} billion parameters, {args.batch} sequences of {args.seq} a step")

@@ -13,7 +13,9 @@ import pytest
 import rpcpipe.planning.cost_model
 from rpcpipe import schedules
 from rpcpipe.planning import CostModel, LayerCost
-from rpcpipe.planning.cost_model import SIMPLEST, Candidate, Machine
+from rpcpipe.planning.cost_model import SIMPLEST, Candidate
+from rpcpipe.planning.loss_cost import Healing
+from rpcpipe.planning.machine import Machine
 from rpcpipe.planning.overheads import Overheads
 from support.layer_costs import layer
 
@@ -129,3 +131,60 @@ def test_recomputation_has_one_micro_batch_at_once() -> None:
     first, last = costs.parts(way("gpipe", 2, 3, checkpoint="always"), [0, 2, 4])
     assert first.activations == 2 * 5 + (10 + 11)
     assert last.activations == 2 * 7 + (12 + 13)
+
+
+STREAMED = [LayerCost(str(at), 1.0, 2.0, 1.0, 1.0, 30 + at, 100 * (at + 1), 7, state_bytes=10) for at in range(3)]
+# By schedule and policy, and by stage of three: versions that are stashed, and how many updates old weights are.
+BEHIND = {
+    ("pipedream", "stash"): ([2, 1, 0], [2, 1, 0]),
+    ("pipedream", "vertical_sync"): ([2, 2, 2], [2, 2, 2]),
+    ("pipedream", "latest"): ([0, 0, 0], [2, 1, 0]),
+    ("pipedream-2bw", None): ([1, 1, 1], [1, 1, 1]),
+}
+
+
+@pytest.mark.parametrize("heals", [True, False])
+@pytest.mark.parametrize(("schedule", "weights"), BEHIND)
+def test_the_parts_of_a_stream(schedule: str, weights: str | None, heals: bool) -> None:
+    """By hand: stage r of 3 has 3 - r micro-batches under way, two copies to go back to, and versions of its weights.
+
+    The activations of a micro-batch go as the gradients of its weights come, where these are of one micro-batch.
+    """
+    costs = CostModel({1: STREAMED}, Machine(3, healing=Healing(heals)), input_bytes=5)
+    workers = costs.parts(way(schedule, 3, 4, weights=weights), [0, 1, 2, 3])
+    for stage, (worker, stashed, behind) in enumerate(zip(workers, *BEHIND[schedule, weights], strict=True)):
+        size = 100 * (stage + 1)
+        assert (worker.weights, worker.gradients, worker.optimizer, worker.copy) == (size, size, 10, 2 * (size + 10))
+        copied = 2 * behind + (stashed > 0) if heals else 0
+        assert worker.versions == (stashed + copied) * size
+        gone = 0 if schedule == "pipedream-2bw" else 30 + stage
+        assert worker.activations == (3 - stage) * (30 + stage) - gone
+        assert worker.snapshots == 0
+
+
+def test_a_streams_gradients_take_no_more_than_the_activations_leave() -> None:
+    layers = [dataclasses.replace(one, activation_bytes=1000) for one in STREAMED]
+    costs = CostModel({1: layers}, Machine(3), input_bytes=5)
+    first = costs.parts(way("pipedream", 3, 1), [0, 1, 2, 3])[0]  # batches of one micro-batch fill the pipeline, too
+    assert first.activations + first.gradients == 3 * 1000
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_snapshots_for_lost_hosts_are_a_part_of_the_memory(sharded: bool) -> None:
+    """By hand: two replicas of three workers, in the pipeline's order on hosts a a b b c c; each state is there twice.
+
+    So every worker is its own, and that of the host before: c, a, b.
+    """
+    hosts = ("a", "a", "b", "b", "c", "c")
+    costs = CostModel({1: STREAMED}, Machine(6, healing=Healing(hosts=hosts)), input_bytes=5)
+    bare = CostModel({1: STREAMED}, Machine(6), input_bytes=5)
+    candidate = way("1f1b", 3, 4, replicas=2, sharded=sharded)
+    workers, without = costs.parts(candidate, [0, 1, 2, 3]), bare.parts(candidate, [0, 1, 2, 3])
+    state = [size + (5 if sharded else 10) for size in (100, 200, 300)]
+    expected = [2 * (state[0] + state[2]), 2 * (state[1] + state[0]), 2 * (state[2] + state[1])]
+    assert [worker.snapshots for worker in workers] == expected
+    for worker, alone, size in zip(workers, without, expected, strict=True):
+        assert (alone.snapshots, worker.total) == (0, alone.total + size)
+    # Whoever plans for them counts them, and says them once.
+    found = costs.loss_of(costs.estimate(candidate, [1, 1, 1]))
+    assert found.snapshot_bytes == tuple(expected)

@@ -9,8 +9,8 @@ import pytest
 
 from rpcpipe.errors import PartitionError
 from rpcpipe.planning import CostModel, Plan, Search
-from rpcpipe.planning.cost_model import Machine
 from rpcpipe.planning.gpt import GPT
+from rpcpipe.planning.machine import Machine
 from rpcpipe.planning.plan import decide
 from rpcpipe.planning.search import layouts
 from rpcpipe.schedules import optimal_microbatches
@@ -29,7 +29,7 @@ def plan_gpt3(
 
 def test_gpt3_on_1024_workers() -> None:
     start = time.process_time()
-    plan = plan_gpt3(1024)
+    plan = plan_gpt3(1024, undo="copy")
     assert time.process_time() - start < 4.0  # 1 s on a free core; tests share theirs
     assert plan.replicas * len(plan.balance) // plan.virtual_stages == 1024
     assert sum(plan.balance) == 98
@@ -38,13 +38,30 @@ def test_gpt3_on_1024_workers() -> None:
     # No worker computes less than its share, at half of the peak.
     assert plan.seconds > 6 * GPT3.parameters * 1536 * 2048 / (1024 * 0.5 * 312e12)
     text = repr(plan)
-    for words in ("98 layers, more than 24: deep", "memory-bound", "micro-batches", "1f1b", "undo='off'"):
+    for words in ("98 layers, more than 24: deep", "memory-bound", "micro-batches", "interleaved", "undo='off'"):
         assert words in text
-    # Without the copy of all weights there is room for three layers a worker, in twice as many replicas.
-    without = plan_gpt3(1024, undo="off")
-    assert "interleaved" in repr(without)
-    assert without.seconds < 0.8 * plan.seconds
+    # Each worker copies what it owns of its weights, a 32nd, so that doing without copies would make nothing faster.
+    assert (plan.replicas, plan.without_copy) == (32, None)
+    assert plan_gpt3(1024).arguments == plan.arguments == plan_gpt3(1024, undo="off").arguments | {"undo": "copy"}
     assert f"{optimal_microbatches(1024 // plan.replicas)} micro-batches bring it to 10%" in text
+
+
+def test_a_plan_with_a_copy_says_what_would_be_faster_without() -> None:
+    plan, without = plan_gpt3(128), plan_gpt3(128, undo="off")
+    assert (plan.undo, plan.replicas, without.replicas) == ("copy", 2, 4)
+    assert without.seconds < 0.8 * plan.seconds
+    assert plan.without_copy is not None
+    assert (plan.without_copy.candidate, plan.without_copy.seconds) == (without.best.candidate, without.seconds)
+    assert (
+        repr(plan)
+        .partition("next cheaper choice\n  - ")[2]
+        .startswith(
+            f"undo='off': {without.seconds:.4g} s a step instead of {plan.seconds:.4g},"
+            f" at most {max(without.memory) / GIB:.1f} GiB a worker (1f1b, 4 replicas of 32 workers"
+        )
+    )
+    asked = plan_gpt3(128, undo="copy")
+    assert (asked.arguments, asked.without_copy) == (plan.arguments, None)  # nobody has asked
 
 
 def test_what_does_not_fit_says_what_would() -> None:
@@ -79,6 +96,13 @@ def test_without_a_limit_nothing_is_recomputed() -> None:
     assert {estimate.candidate.schedule for estimate in plan.beaten} >= {"1f1b", "gpipe", "zb-v", "dualpipe-v"}
     assert plan.seconds == min(estimate.seconds for estimate in plan.beaten)
     assert "<table>" in plan._repr_html_()
+
+
+def test_without_a_copy_nothing_is_faster_where_memory_does_not_bind() -> None:
+    for memory in (1e4 * GIB, float("inf")):
+        plan = plan_gpt3(8, memory=memory, batch=64, replicas=1)
+        assert (plan.undo, plan.without_copy) == ("copy", None)
+        assert "next cheaper choice" not in repr(plan)
 
 
 def test_a_small_memory_wants_recomputation() -> None:

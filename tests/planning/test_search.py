@@ -12,7 +12,8 @@ import pytest
 from rpcpipe import schedules
 from rpcpipe.errors import ScheduleError
 from rpcpipe.planning import CostModel, Search
-from rpcpipe.planning.cost_model import SIMPLEST, Candidate, Estimate, Machine
+from rpcpipe.planning.cost_model import SIMPLEST, Candidate, Estimate
+from rpcpipe.planning.machine import Machine
 from rpcpipe.planning.overheads import Overheads
 from rpcpipe.planning.search import CHECKPOINTS, VIRTUAL
 from support.layer_costs import layer

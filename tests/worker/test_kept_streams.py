@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+import rpcpipe as rp
 from rpcpipe.stage import stream_rollback
 from rpcpipe.stage.kept_memory import Condition, look
 from rpcpipe.stage.optimizer import LocalOptimizer
@@ -61,9 +64,9 @@ def test_a_successor_goes_on_from_each_snapshot_that_others_may_go_back_to(
         forget(copy)
 
 
-def pipe_actor(pipe: Any) -> list[Any]:
-    """The pipeline's actor on the first worker."""
-    return list(pipe.cluster.transport.endpoints[WORKER].actors.values())
+def pipe_actor(pipe: Any, worker: str = WORKER) -> list[Any]:
+    """The pipeline's actor on ``worker``."""
+    return list(pipe.cluster.transport.endpoints[worker].actors.values())
 
 
 def state_of(optimizer: LocalOptimizer) -> bytes:
@@ -71,3 +74,19 @@ def state_of(optimizer: LocalOptimizer) -> bytes:
     tensors = [p.detach() for p in optimizer.parameters]
     state = [optimizer.optimizer.state.get(p, {}).get("momentum_buffer") for p in optimizer.parameters]
     return b"".join(t.numpy().tobytes() for t in (*tensors, *(t for t in state if isinstance(t, torch.Tensor))))
+
+
+def test_a_streams_copies_are_two_however_long_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last stage's older versions are none, so the memory has its weights and moments thrice, and little else."""
+    monkeypatch.setattr(stream_rollback, "EVERY", 8)  # more than are under way
+    layers = [nn.Linear(256, 256, bias=False) for _ in range(4)]
+    pipe = rp.Pipeline(
+        nn.Sequential(*layers), LocalCluster(2, 2, heal=1), loss=nn.functional.mse_loss, chunks=1, schedule="pipedream",
+        optimizer=lambda parameters: torch.optim.Adam(parameters),
+    )  # fmt: skip
+    x = torch.zeros(4, 256)
+    list(pipe.train([(x, x)] * 40))
+    kept_at = pipe_actor(pipe, "worker1")[0].held.kept_at
+    assert kept_at is not None
+    state = 3 * 2 * 4 * 256 * 256
+    assert 3 * state <= os.fstat(kept_at.descriptor).st_blocks * 512 <= 3.2 * state

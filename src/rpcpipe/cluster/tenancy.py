@@ -115,3 +115,13 @@ class PipelineCluster(Protocol):
     def relabel(self) -> None:
         """Ask every pipeline again for its stages, which have come, moved or gone."""
         ...
+
+
+def kept_apart(cluster: PipelineCluster, names: Sequence[str]) -> list[str]:
+    """Return by worker of ``names`` what its snapshot must not die with: its machine.
+
+    Where that is one for all, what each dies with, a host agent: machines die less often than processes.
+    """
+    machine = {worker.name: worker.host for worker in cluster.workers}
+    machines, hosts = [machine[name] for name in names], cluster.hosts()
+    return machines if len(set(machines)) > 1 else [hosts[name] for name in names]

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from rpcpipe.cluster.rendezvous import Kept
-from rpcpipe.cluster.tenancy import PipelineCluster
+from rpcpipe.cluster.tenancy import PipelineCluster, kept_apart
 from rpcpipe.driver.driver import Driver
 from rpcpipe.driver.replies import is_done, outcome_of
 from rpcpipe.errors import Failure, WorkerLost
+from rpcpipe.planning.loss_cost import keepers
 from rpcpipe.worker.messages import KeptAt
 from rpcpipe.worker.worker_operations import TakeSnapshot
 
@@ -83,16 +84,13 @@ class Snapshots:
         number = self._numbers + (self._numbers % 2 == self._newest_number % 2)
         hosts = self._hosts()
         names = list(hosts)
-        # The next in turn that does not die with it.
-        keepers = {
-            name: next(other for other in (*names[at:], *names[:at]) if hosts[other] != hosts[name])
-            for at, name in enumerate(names)
-        }
+        apart = keepers(kept_apart(self._cluster, names))
+        keeper_of = {name: names[keeper] for name, keeper in zip(names, apart, strict=True)}
         self._numbers = number + 1
         begun, ends = time.monotonic(), list[float]()
-        taken = {name: self._driver.call(name, TakeSnapshot(number, keepers[name])) for name in names}
-        stored = {name: self._driver.ask(keepers[name], "stored", name, number) for name in names}
-        self._under_way = _Pending(number, begun, hosts, keepers, taken, stored, ends)
+        taken = {name: self._driver.call(name, TakeSnapshot(number, keeper_of[name])) for name in names}
+        stored = {name: self._driver.ask(keeper_of[name], "stored", name, number) for name in names}
+        self._under_way = _Pending(number, begun, hosts, keeper_of, taken, stored, ends)
         for reply in self._under_way.replies:
             reply.add_done_callback(lambda _: ends.append(time.monotonic()))
 

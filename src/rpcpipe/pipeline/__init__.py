@@ -2,6 +2,7 @@
 
 from rpcpipe.pipeline.from_transformers import from_transformers
 from rpcpipe.pipeline.generation import generate
+from rpcpipe.pipeline.memory import predict_memory
 from rpcpipe.pipeline.pipeline import Pipeline
 from rpcpipe.pipeline.planning import balance_by_memory, balance_by_parameters, balance_by_time, plan
 from rpcpipe.pipeline.verification import verify
@@ -14,5 +15,6 @@ __all__ = [
     "from_transformers",
     "generate",
     "plan",
+    "predict_memory",
     "verify",
 ]

@@ -15,6 +15,7 @@ import torch
 
 from rpcpipe._arguments import require_callable, require_count, require_entries, require_kind, require_number
 from rpcpipe.cluster import Cluster, Worker
+from rpcpipe.cluster.tenancy import kept_apart
 from rpcpipe.errors import ArgumentError, require, require_positive, require_whole, shown
 from rpcpipe.model.layers import AnyModel, Layer, Model, named_layers, parameter_counts
 from rpcpipe.model.microbatch import Nest, batch_size, split, tensors
@@ -22,8 +23,10 @@ from rpcpipe.model.nest_types import NestOfTensors
 from rpcpipe.model.splitting import layers_for
 from rpcpipe.pipeline.calibration import measure_overheads
 from rpcpipe.planning import CostModel, LayerCost, partition
-from rpcpipe.planning.cost_model import SIMPLEST, Machine
+from rpcpipe.planning.cost_model import SIMPLEST
 from rpcpipe.planning.layer_cost import UNDO, balancing_costs, mean_costs
+from rpcpipe.planning.loss_cost import Healing, host_names
+from rpcpipe.planning.machine import Machine
 from rpcpipe.planning.overheads import Overheads
 from rpcpipe.planning.plan import Plan, decide
 from rpcpipe.planning.search import CHECKPOINTS, Search, layouts
@@ -57,6 +60,7 @@ def plan(
     seed: int = 0,
     autocast: torch.dtype | None = None,
     undo: str | None = None,
+    hosts: int | None = None,
 ) -> Plan:
     """Return the fastest plan to train ``model`` on ``workers`` with batches like ``sample``.
 
@@ -71,7 +75,8 @@ def plan(
     ``chunks``, ``schedules`` and ``checkpoints``: the numbers of micro-batches, the schedules and the modes of
     recomputation to try. ``replicas``: the number of replicas, or None to try every number. ``seed``: of the profiled
     layers' random numbers. ``autocast``: in which the pipeline will run. ``undo``: "copy", "off", or None for "copy"
-    where a plan with it fits and else "off".
+    where a plan with it fits and else "off". ``hosts``: over how many hosts the workers are spread, since snapshots for
+    the loss of one take memory; None: a cluster's own, and one where ``workers`` is a number.
 
     Raises PartitionError, which says what would fit, if nothing fits, and ArgumentError for a wrong argument.
     """
@@ -85,7 +90,7 @@ def plan(
     costs = cost_model(
         model, sample, workers, memory=memory, loss=loss, targets=targets, optimizer=optimizer, moments=moments,
         chunks=chunks, flops=flops, latency=latency, bandwidth=bandwidth, device=device, seed=seed,
-        autocast=autocast,
+        autocast=autocast, hosts=hosts,
     )  # fmt: skip
     rows = layouts(costs.machine.workers, costs.layers, replicas)
     return decide(Search(costs, batch_size(sample), schedules, rows, checkpoints), undo)
@@ -108,8 +113,13 @@ def cost_model(
     device: torch.device | str = "cpu",
     seed: int = 0,
     autocast: torch.dtype | None = None,
+    hosts: int | None = None,
+    timed: bool = True,
 ) -> CostModel:
-    """Measure or estimate what ``plan``, which has the same arguments, chooses by."""
+    """Measure or estimate what ``plan``, which has the same arguments, chooses by.
+
+    Without ``timed`` only bytes are wanted, and what a cluster's steps take beside their layers is not measured.
+    """
     _check_measuring(loss, optimizer, moments, flops, latency, bandwidth, seed)
     precision.check(autocast)
     require(
@@ -130,8 +140,11 @@ def cost_model(
     else:
         measure = functools.partial(estimate, flops=flops, loss=loss)
     layer_costs = {part: _costs_of_size(measure, layers, sample, targets, part) for part in parts}
-    machine = _machine(workers, device, flops, latency, bandwidth)
-    machine = replace(machine, memory=math.inf if memory is None else memory, moments=moments)
+    machine = _machine(workers, device, flops, latency, bandwidth) if timed else Machine(count)
+    machine = replace(
+        machine, memory=math.inf if memory is None else memory, moments=moments,
+        healing=Healing(_heals(workers, device), _hosts(workers, hosts)),
+    )  # fmt: skip
     return CostModel(layer_costs, machine, input_bytes=sum(leaf.nbytes for leaf in tensors(sample)) // size)
 
 
@@ -189,6 +202,26 @@ def _machine(
         count, latency=between if latency is None else latency, bandwidth=bandwidth or _BANDWIDTH, cores=cores,
         overheads=overheads,
     )  # fmt: skip
+
+
+def _heals(workers: int | Cluster, device: torch.device) -> bool:
+    """Return whether workers that die are replaced: those on the CPU are, unless a cluster says otherwise."""
+    if isinstance(workers, Cluster):
+        return workers.heal > 0 and all(worker.device == "cpu" for worker in workers.workers)
+    return device.type == "cpu"
+
+
+def _hosts(workers: int | Cluster, hosts: int | None) -> tuple[str, ...]:
+    """Return the host of every worker where snapshots are taken for the loss of one, else ().
+
+    ``hosts``: how many there are, of which each has its share of the workers.
+    """
+    if isinstance(workers, Cluster) and hosts is None:
+        names = [worker.name for worker in workers.workers]
+        found = kept_apart(workers, names) if workers.spread and _heals(workers, torch.device("cpu")) else []
+        return tuple(found) if len(set(found)) > 1 else ()
+    count = len(workers.workers) if isinstance(workers, Cluster) else workers
+    return host_names(count, 1 if hosts is None else require_count("hosts", hosts, count))
 
 
 def _micro_batches(size: int, workers: int, chunks: Sequence[int] | None) -> list[int]:

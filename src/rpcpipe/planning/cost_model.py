@@ -15,10 +15,11 @@ from itertools import accumulate, pairwise
 from rpcpipe import schedules
 from rpcpipe.planning.activation_peaks import Drops, peak_activation_bytes, peak_worker_bytes
 from rpcpipe.planning.layer_cost import LayerCost
-from rpcpipe.planning.loss_cost import LossCost
-from rpcpipe.planning.overheads import Overheads
-from rpcpipe.planning.worker_memory import WorkerMemory
+from rpcpipe.planning.loss_cost import SNAPSHOTS, LossCost, snapshot_bytes
+from rpcpipe.planning.machine import Machine
+from rpcpipe.planning.worker_memory import WorkerMemory, in_stream
 from rpcpipe.schedules import Costs, Schedule, Timeline
+from rpcpipe.schedules.weight_versions import Policy, choose
 
 _TIMES = ("forward", "backward", "input_gradient", "weight_gradient", "update")
 _IN_TURN = 2  # messages of one link at once
@@ -29,29 +30,13 @@ EQUAL = 1 + 1e-9  # Step times within this relative tolerance count as equal.
 SIMPLEST = schedules.planned()
 
 
-@dataclass(frozen=True)
-class Machine:
-    """Identical workers: ``memory`` in bytes of each, ``latency`` in seconds and ``bandwidth`` in bytes/s between two.
-
-    ``cores``: the number that all workers share. ``moments``: the optimizer's state in copies of the parameters.
-    ``overheads``: what a step takes beside its layers.
-    """
-
-    workers: int
-    memory: float = math.inf
-    latency: float = 0.0
-    bandwidth: float = math.inf
-    cores: int | None = None
-    moments: int = 2
-    overheads: Overheads = field(default_factory=Overheads)
-
-
 @dataclass(frozen=True, order=True, kw_only=True)
 class Candidate:
     """One way to run a model, but for the partition of its layers.
 
     ``depth`` workers form one pipeline, of which there are ``replicas``. ``sharded``: each replica holds
     only its part of the optimizer's state. ``undo``: whether there is a copy to take an update back from.
+    ``weights``: the policy of an asynchronous schedule, None for its default.
     """
 
     schedule: str
@@ -63,6 +48,7 @@ class Candidate:
     checkpoint: str
     sharded: bool = False
     undo: str = "copy"
+    weights: str | None = None
 
     @property
     def stages(self) -> int:
@@ -84,8 +70,18 @@ class Candidate:
         """The pipeline worker of every stage."""
         return _placement(self.schedule, self.depth, self.virtual_stages)
 
+    @property
+    def policy(self) -> Policy | None:
+        """Which versions of the weights an asynchronous schedule uses; None for a synchronous one."""
+        return choose(self.schedule, self.weights)
+
     def make_schedule(self) -> Schedule:
-        """Return the schedule of one pipeline; raises ScheduleError where it is not defined."""
+        """Return the schedule of one pipeline, long enough that a stream is full.
+
+        Raises ScheduleError where it is not defined.
+        """
+        if self.policy is not None:
+            return schedules.streamed(self.schedule, self.depth, self.chunks, -(-3 * self.depth // self.chunks))
         return _schedule(self.schedule, self.depth, self.chunks, self.virtual_stages)
 
     def drops(self, stage: int) -> bool:
@@ -173,7 +169,7 @@ class LayerSums:
         weights, state = (float(sums[stop] - sums[start]) for sums in (self.parameters, self.states))
         shards = candidate.shards
         copy = (weights + state) / shards if candidate.undo == "copy" else 0.0
-        return WorkerMemory(weights, weights, state / shards, copy)
+        return WorkerMemory(weights=weights, gradients=weights, optimizer=state / shards, copy=copy)
 
     def least_work(self, candidate: Candidate) -> list[float]:
         """Return prefix sums of the least seconds a micro-batch takes, whether its backward is split or not.
@@ -241,15 +237,47 @@ class CostModel:
         working = [sums.single_peak(a, b) - own for (a, b), own in zip(parts, activations, strict=True)]
         drops: Drops = lambda stage, chunk: candidate.drops(stage)  # noqa: E731
         self.work_done += sum(map(len, schedule.actions))
-        return peak_worker_bytes(schedule, activations, [sums.inputs[a] for a, _ in parts], working, drops)
+        alone, whole = peak_worker_bytes(schedule, activations, [sums.inputs[a] for a, _ in parts], working, drops)
+        if candidate.policy is not None and not candidate.policy.by_batch:
+            # Every backward makes the stage's gradients anew, while the activations of its micro-batch go.
+            gone = [
+                min(size, sums.parameters[b] - sums.parameters[a])
+                for size, (a, b) in zip(activations, parts, strict=True)
+            ]
+            alone, whole = (
+                tuple(size - less for size, less in zip(sizes, gone, strict=True)) for sizes in (alone, whole)
+            )
+        return alone, whole
 
     def parameter_memory(self, candidate: Candidate, ends: Sequence[int]) -> list[WorkerMemory]:
         """Return by worker what it holds whatever the micro-batches."""
-        sums = self.sums[candidate.micro_batch]
+        sums, policy = self.sums[candidate.micro_batch], candidate.policy
         held = [sums.held(candidate, 0, 0)] * candidate.depth
-        for worker, (a, b) in zip(candidate.placement, pairwise(ends), strict=True):
-            held[worker] = held[worker].plus(sums.held(candidate, a, b))
-        return held
+        for stage, (worker, (a, b)) in enumerate(zip(candidate.placement, pairwise(ends), strict=True)):
+            own = sums.held(candidate, a, b)
+            if policy is not None:
+                own = in_stream(
+                    own, policy.behind(stage, candidate.stages), policy.stashes, self.machine.healing.workers
+                )
+            held[worker] = held[worker].plus(own)
+        if not self.machine.healing.hosts or policy is not None:
+            return held
+        snapshots = self._snapshots(candidate, held, self.machine.healing.hosts)
+        return [replace(own, snapshots=size) for own, size in zip(held, snapshots, strict=True)]
+
+    def _snapshots(self, candidate: Candidate, held: Sequence[WorkerMemory], hosts: Sequence[str]) -> list[float]:
+        """Return by worker of a replica the most bytes of snapshots in any; ``hosts``: of all workers."""
+        replicas = candidate.replicas
+        state = [worker.weights + worker.optimizer for worker in held for _ in range(replicas)]
+        more = (f"host of worker {index}" for index in range(len(hosts), len(state)))  # of a longer pipeline
+        sizes = snapshot_bytes(state, (*hosts, *more)[: len(state)])
+        return [max(sizes[at : at + replicas]) for at in range(0, len(sizes), replicas)]
+
+    def least_bytes(self, candidate: Candidate, start: int, stop: int) -> float:
+        """Return the bytes of these layers whatever the micro-batches, and of their snapshots, wherever those lie."""
+        held = self.sums[candidate.micro_batch].held(candidate, start, stop)
+        hosts = self.machine.healing.hosts[: candidate.depth * candidate.replicas]
+        return held.total + SNAPSHOTS * (held.weights + held.optimizer) * (len(set(hosts)) > 1)
 
     def _messages(self, candidate: Candidate, ends: Sequence[int]) -> list[float]:
         """Return by worker the bytes of messages: each link has one under way and one that is being read or written."""
@@ -261,9 +289,12 @@ class CostModel:
 
     def loss_of(self, estimate: Estimate) -> LossCost:
         """Return what the loss of a worker costs."""
-        held, machine = self.parameter_memory(estimate.candidate, [0, *accumulate(estimate.balance)]), self.machine
+        candidate, machine = estimate.candidate, self.machine
+        held = self.parameter_memory(candidate, [0, *accumulate(estimate.balance)])
         state = [worker.weights + worker.optimizer for worker in held]
-        return LossCost.of(estimate.seconds, state, machine.latency, machine.bandwidth)
+        each = [str(worker) for worker in range(candidate.depth * candidate.replicas)]
+        snapshots = self._snapshots(candidate, held, machine.healing.hosts or each)
+        return LossCost.of(estimate.seconds, state, snapshots, machine.latency, machine.bandwidth)
 
     def timeline(self, candidate: Candidate, balance: Sequence[int]) -> Timeline:
         """Simulate the step without the updates, with ``balance[k]`` layers in stage k."""

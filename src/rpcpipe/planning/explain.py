@@ -133,6 +133,19 @@ def cheaper(search: Search, best: Estimate) -> Iterable[str]:
         yield "nothing with these layers in one worker: more workers, or smaller layers"
 
 
+def without_copy(best: Estimate, other: Estimate) -> str:
+    """Return what ``other``, which has no copy to take an update back from, would give instead of ``best``."""
+    candidate = other.candidate
+    where = f"{candidate.replicas} replicas of {candidate.depth} workers" if candidate.replicas > 1 else ""
+    sharded = "the optimizer sharded" if candidate.sharded else ""
+    sizes = f"{candidate.chunks} micro-batches of {candidate.micro_batch}"
+    way = ", ".join(filter(None, (candidate.schedule, where, sharded, sizes, f"checkpoint={candidate.checkpoint!r}")))
+    return (
+        f"undo='off': {other.seconds:.4g} s a step instead of {best.seconds:.4g}, at most"
+        f" {_tables.mebibytes(max(other.memory))} a worker ({way})"
+    )
+
+
 def refusal(search: Search) -> str:
     """Return the message for a search that found nothing: how much memory is missing, and what would fit."""
     limit, workers = search.machine.memory, search.machine.workers
@@ -152,9 +165,10 @@ def refusal(search: Search) -> str:
         else (" and the copy that takes back a failed update")
     )
     remedies = ", or ".join(_remedies(search, frugal, needed)) or "smaller layers"
+    snapshots = " snapshots for the loss of a host," if search.machine.healing.hosts else ""
     return (
         f"the model does not fit {_workers_of(frugal, workers)} of {_tables.mebibytes(limit)}: its weights, gradients,"
-        f" optimizer state{without} are {_tables.mebibytes(weights)}, and with"
+        f" optimizer state{without} are {_tables.mebibytes(weights)}, and with{snapshots}"
         f" everything recomputed and micro-batches of {frugal.micro_batch} the fullest worker needs"
         f" {_tables.mebibytes(needed)}."
         f" What would do: {remedies}"
@@ -169,7 +183,7 @@ def _remedies(search: Search, frugal: Candidate, needed: float) -> Iterable[str]
     if (more := _workers_that_fit(search, frugal)) is not None:
         yield f"{more} workers of {_tables.mebibytes(limit)}"
     sums = search.cost_model.sums[frugal.micro_batch]
-    largest = max(sums.held(frugal, at, at + 1).total for at in range(sums.layers))
+    largest = max(search.cost_model.least_bytes(frugal, at, at + 1) for at in range(sums.layers))
     if largest > limit:
         yield f"smaller layers: the largest alone takes {_tables.mebibytes(largest)}"
 

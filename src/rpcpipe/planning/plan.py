@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
 from rpcpipe import _tables, schedules
 from rpcpipe.errors import PartitionError
 from rpcpipe.planning.cost_model import Estimate
-from rpcpipe.planning.explain import cheaper, reasons, refusal
+from rpcpipe.planning.explain import cheaper, reasons, refusal, without_copy
 from rpcpipe.planning.layer_cost import UNDO
 from rpcpipe.planning.loss_cost import LossCost
 from rpcpipe.planning.search import Search
@@ -20,6 +20,7 @@ from rpcpipe.schedules import Timeline, bubble_fraction, optimal_microbatches
 
 _HEADER = ("schedule", "checkpoint", "micro-batches", "seconds a step", "bubble", "memory", "")
 _TARGET = 0.1  # bubble
+_CLEARLY = 1.02  # times as long is worth a word
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
@@ -30,6 +31,7 @@ class Plan:
     ``exact``: whether every possibility was tried. ``beaten``: the best of every other schedule.
     ``timeline``: the step, of a long one the beginning. ``loss``: what the loss of a worker costs. ``parts``: what the
     memory of each worker of one replica is. ``cheaper``: what would take less memory, the fastest first.
+    ``without_copy``: the best plan without a copy, where that is faster than this one, which has a copy; else None.
     """
 
     best: Estimate
@@ -41,6 +43,7 @@ class Plan:
     loss: LossCost
     parts: tuple[WorkerMemory, ...]
     cheaper: tuple[str, ...]
+    without_copy: Estimate | None = None
 
     @property
     def schedule(self) -> str:
@@ -125,6 +128,8 @@ class Plan:
         lines = [self._title(), *(f"  {name:<15} {value}" for name, value in self._facts())]
         lines += ["why", *(f"  - {reason}" for reason in self.why)]
         lines += ["memory of a worker at its peak", _tables.text(*table(self.parts))]
+        if self.without_copy is not None:
+            lines += ["next cheaper choice", f"  - {without_copy(self.best, self.without_copy)}"]
         lines += ["what would take less memory, the fastest first", *(f"  - {one}" for one in self.cheaper)]
         return "\n".join([*lines, "candidates, the best of each schedule", _tables.text(_HEADER, self._rows())])
 
@@ -169,7 +174,9 @@ class Plan:
         extra = _tables.mebibytes(max(self.loss.snapshot_bytes))
         seconds = self.loss.host_seconds
         back = f"by {seconds:.3g} s at most" if seconds < math.inf else "by as much as snapshots are apart"
-        return f"sets training back {back}; snapshots take {extra} more a worker, with several hosts"
+        counted = any(part.snapshots for part in self.parts)
+        taken = "at most, which is counted" if counted else "more a worker, with several hosts"
+        return f"sets training back {back}; snapshots take {extra} {taken}"
 
     def _rows(self) -> list[list[str]]:
         return [_row(estimate) for estimate in sorted(self.beaten, key=lambda estimate: estimate.seconds)]
@@ -204,7 +211,7 @@ def decide(search: Search, undo: str | None = None) -> Plan:
     ``undo``: of the plan; None for "copy" where a plan with it fits, and else "off".
     """
     for wanted in UNDO if undo is None else (undo,):
-        search = replace(search, undo=wanted, exact=True, best_by_schedule={})
+        search = search.anew(wanted)
         if (best := search.best()) is not None:
             break
     else:
@@ -221,7 +228,15 @@ def decide(search: Search, undo: str | None = None) -> Plan:
         loss=search.cost_model.loss_of(best),
         parts=search.cost_model.parts(best.candidate, [0, *accumulate(best.balance)]),
         cheaper=tuple(cheaper(search, best)),
+        without_copy=_without_copy(search, best) if undo is None else None,
     )
+
+
+def _without_copy(search: Search, best: Estimate) -> Estimate | None:
+    """Return the best estimate without a copy if ``best`` has one and that is clearly faster."""
+    if best.candidate.undo != "copy" or search.machine.memory == math.inf:
+        return None
+    return search.anew("off").best_below(best.seconds / _CLEARLY)
 
 
 def _beaten(search: Search, best: Estimate) -> list[Estimate]:

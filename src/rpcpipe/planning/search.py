@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, combinations, pairwise, product
 
 from rpcpipe import schedules
@@ -53,6 +53,10 @@ class Search:
         self.layers = self.cost_model.layers
         self._slowest_seconds: dict[tuple[int, int, tuple[int, ...]], float] = {}
         self._partition_work = -self.cost_model.work_done  # of a search before
+
+    def anew(self, undo: str) -> Search:
+        """Return the same search, of candidates with ``undo``, of which nothing has been tried."""
+        return replace(self, undo=undo, exact=True, best_by_schedule={})
 
     # --- candidates ---
 
@@ -147,7 +151,7 @@ class Search:
     def may_fit(self, candidate: Candidate) -> bool:
         """Return whether weights and activations would fit if each were spread over the workers as well as possible."""
         sums, limit = self.cost_model.sums[candidate.micro_batch], self.machine.memory
-        if sums.held(candidate, 0, sums.layers).total / candidate.depth > limit:
+        if self.cost_model.least_bytes(candidate, 0, sums.layers) / candidate.depth > limit:
             return False
         if candidate.checkpoint != "never" or limit == math.inf:
             return True
@@ -160,17 +164,30 @@ class Search:
 
     def best(self) -> Estimate | None:
         """Return the fastest estimate that fits, or None. ``exact`` is False afterwards if not all could be tried."""
+        best = self._best_candidate(math.inf)
+        if best is None:
+            return None
+        self._complete_comparison(best.candidate)
+        return best if self.exact else self._with_moved_borders(best)
+
+    def best_below(self, seconds: float) -> Estimate | None:
+        """Return the fastest estimate that fits if it is faster than ``seconds``, else None; others are not tried."""
+        best = self._best_candidate(seconds)
+        if best is None or best.seconds >= seconds:
+            return None
+        return best if self.exact else self._with_moved_borders(best)
+
+    def _best_candidate(self, seconds: float) -> Estimate | None:
+        """Return the best estimate of the candidates that may take less than ``seconds``."""
         best: Estimate | None = None
         for candidate in sorted(self.candidates(), key=self._rank):
             if best is not None and self._work_done() > _SEARCH_BUDGET:
                 self.exact = False
                 break
-            if (best is None or self.bound(candidate) <= best.seconds * EQUAL) and self.may_fit(candidate):
+            slowest = seconds if best is None else min(seconds, best.seconds)
+            if self.bound(candidate) <= slowest * EQUAL and self.may_fit(candidate):
                 best = self._best_partition(candidate, best)
-        if best is None:
-            return None
-        self._complete_comparison(best.candidate)
-        return best if self.exact else self._with_moved_borders(best)
+        return best
 
     def _rank(self, candidate: Candidate) -> tuple[float, int, int, Candidate]:
         simplicity = SIMPLEST.index(candidate.schedule), CHECKPOINTS.index(candidate.checkpoint)
@@ -249,7 +266,7 @@ class Search:
             activations = alive[stage] * sums.inputs[start] + once
             if not candidate.drops(stage):
                 activations = alive[stage] * kept + once - kept
-            return sums.held(candidate, start, stop).total + activations <= limit
+            return self.cost_model.least_bytes(candidate, start, stop) + activations <= limit
 
         return fits
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from itertools import groupby
 
@@ -16,38 +16,58 @@ PARTS = {
     "gradients": ("gradients", "#72b7b2"),
     "optimizer": ("optimizer state", "#54a24b"),
     "copy": ("copy", "#eeca3b"),
+    "versions": ("versions", "#9d755d"),
+    "snapshots": ("snapshots", "#ff9da6"),
     "activations": ("activations", "#f58518"),
     "working": ("working", "#e45756"),
     "messages": ("messages", "#b279a2"),
 }
+_COPIES = 2  # of a stream's state, to go back to
 _ROW, _WIDTH, _LEFT, _TOP = 22, 640, 150, 56
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class WorkerMemory:
     """Bytes of one worker at its peak.
 
-    ``copy``: of weights and optimizer state, from which a failed update is taken back. ``activations``: what autograd
-    saves, and inputs kept for recomputation. ``working``: what the backward of one micro-batch has beside that.
-    ``messages``: values on their way from and to other workers.
+    ``copy``: of weights and optimizer state, from which a failed update is taken back; under an asynchronous schedule
+    two copies to go back to, one of which is older. ``versions``: older versions of the weights, which only such a
+    schedule has, of micro-batches under way and in these copies. ``snapshots``: for the day when a host is lost, of
+    this worker and of those whose keeper it is. ``activations``: what autograd saves, and inputs kept for
+    recomputation. ``working``: what the backward of one micro-batch has beside that. ``messages``: values on their way
+    from and to other workers.
     """
 
     weights: float
     gradients: float
     optimizer: float
     copy: float
+    versions: float = 0.0
+    snapshots: float = 0.0
     activations: float = 0.0
     working: float = 0.0
     messages: float = 0.0
 
     def plus(self, other: WorkerMemory) -> WorkerMemory:
         """Return the sum, part by part."""
-        return WorkerMemory(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+        return WorkerMemory(**{name: own + vars(other)[name] for name, own in vars(self).items()})
 
     @property
     def total(self) -> float:
         """All parts together."""
         return math.fsum(vars(self).values())  # not astuple, which copies: a search asks 70,000 times
+
+
+def in_stream(own: WorkerMemory, behind: int, stashes: bool, heals: bool) -> WorkerMemory:
+    """Return what a stage holds in a stream that would hold ``own`` in a step.
+
+    There are two copies of its state to go back to, as one is made before the other is dropped. Micro-batches under way
+    use weights up to ``behind`` updates old, which are there if the policy ``stashes`` them, and in the copies if the
+    stream goes on from these when a worker has died (``heals``). Where weights move from version to version, the place
+    that they have in the memory that outlives the worker is empty until the stream ends.
+    """
+    versions = behind * stashes + (_COPIES * behind + (behind > 0) * stashes) * heals
+    return replace(own, copy=_COPIES * own.copy, versions=versions * own.weights)
 
 
 def used_parts(workers: Sequence[WorkerMemory]) -> list[str]:

@@ -38,6 +38,11 @@ class Policy:
         """What a group is called."""
         return "batches" if self.by_batch else "minibatches"
 
+    def behind(self, stage: int, stages: int) -> int:
+        """Return how many updates old the weights of a group are when its own update comes, once the stream is full."""
+        group = 2 * stages
+        return group - self.version(group, stage, stages)
+
     def updates(self, chunks: int) -> list[range]:
         """Return for each update of a batch the micro-batches, of ``chunks``, that make it."""
         return [range(chunks)] if self.by_batch else [range(chunk, chunk + 1) for chunk in range(chunks)]

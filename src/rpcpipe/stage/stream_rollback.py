@@ -65,6 +65,7 @@ class Snapshots:
         self.stream, self.ended = stream, ended
         self._optimizer, self._modules = optimizer, modules
         self._buffers: dict[int, Buffers] = {}
+        self._unused: Undo | None = None  # of a snapshot that was dropped; its memory is the next one's
         if slots is not None:
             self.slots = dict(slots)
             return
@@ -86,13 +87,15 @@ class Snapshots:
     def drop_before(self, committed: int) -> None:
         """Drop snapshots that are not needed, as all stages have applied ``committed`` updates."""
         oldest_kept = newest(committed)
-        self.slots = {number: slot for number, slot in self.slots.items() if number >= oldest_kept}
+        for number in [number for number in self.slots if number < oldest_kept]:
+            self._unused = self.slots.pop(number).undo
 
     def take(self, count: int, past: Past) -> None:
         """Take a snapshot after update ``count`` of this worker."""
         undo = None
         if self._optimizer is not None:
-            undo = Undo(self._optimizer.parameters, self._optimizer.optimizer)
+            undo, self._unused = self._unused or Undo(self._optimizer.parameters, self._optimizer.optimizer), None
+            undo.invalidate()
             undo.refresh()
         buffers = self._buffers.pop(count) if count in self._buffers else self._copied_buffers()
         self.slots[count] = Snapshot(undo, buffers, past)

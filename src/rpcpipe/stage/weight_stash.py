@@ -163,7 +163,7 @@ class Versions:
             parameter.grad, alias.grad = alias.grad, None
 
     def before_update(self, group: int, *, skipped: bool = False) -> None:
-        """Stash the newest version if ``group + 1`` needs it; called before ``group``'s update.
+        """Drop versions no longer needed, and stash the newest if ``group + 1`` needs it; before ``group``'s update.
 
         The parameters move to a copy, unless the update is ``skipped`` and overwrites nothing.
         """
@@ -171,20 +171,22 @@ class Versions:
             if self._remembers and self._wanted(stream_rollback.following(self.newest)) <= self.newest:
                 self._past[self.newest] = [parameter.detach().clone() for parameter in self._parameters]
             return
-        if self._wanted(group + 1) > self.newest:
+        # Their last backward is done: gone before there is another version.
+        needed = self._wanted(group + 1)
+        self._held = {number: held for number, held in self._held.items() if number >= needed}
+        if needed > self.newest:
             return
         self._aliases(self.newest)
         for parameter in () if skipped else self._parameters:
             parameter.data = parameter.data.clone()
 
     def after_update(self, group: int) -> None:
-        """Count a new version after ``group``'s update, applied or skipped, and drop versions no longer needed."""
+        """Count a new version after ``group``'s update, applied or skipped."""
         self.newest += 1
-        needed = self._wanted(group + 1)
         if not self._policy.stashes:
+            needed = self._wanted(group + 1)
             self._past = {number: values for number, values in self._past.items() if number >= needed}
             return
-        self._held = {number: held for number, held in self._held.items() if number >= needed}
         self.peak = max(self.peak, len(self._held.keys() | {self.newest}))
 
     def _aliases(self, number: int) -> Aliases:

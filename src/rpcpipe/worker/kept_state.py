@@ -143,7 +143,11 @@ class KeptState:
             numbers = [snapshots.stream, *snapshots.slots]
             if numbers != self._signs.get(Part.SNAPSHOTS):
                 taken = {number: self._snapshot(slot) for number, slot in snapshots.slots.items()}
-                self._commit({Part.SNAPSHOTS: self._memory.dumps((snapshots.stream, taken))})
+                self._memory[Word.UPDATING] = -1  # the copies for an update are a snapshot now
+                if (optimizer := self._held.optimizer) is not None:
+                    optimizer.undo.watch = None
+                undo = {Part.UNDO: self._memory.dumps(None)}
+                self._commit({Part.SNAPSHOTS: self._memory.dumps((snapshots.stream, taken)), **undo})
                 self._signs[Part.SNAPSHOTS] = numbers
             self._memory[Word.CONDITION] = Condition.STREAM
 
