@@ -5,8 +5,6 @@ what runs; ``plan`` chooses it; ``view`` shows it run; ``callbacks``, ``layers``
 is needed less often.
 """
 
-import logging
-
 from rpcpipe import planning, schedules
 from rpcpipe.cluster import Cluster, connect, launch
 from rpcpipe.driver import RemoteBatches, StepResult, callbacks
@@ -39,9 +37,6 @@ from rpcpipe.pipeline import (
 )
 from rpcpipe.schedules import Schedule, bubble_fraction, optimal_microbatches
 from rpcpipe.view import view
-
-# Silent unless the user configures logging.
-logging.getLogger("rpcpipe").addHandler(logging.NullHandler())
 
 __version__ = "0.1.0"
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rpcpipe import _tables, schedules
+from rpcpipe import __version__, _tables, schedules
 from rpcpipe._arguments import require_count, require_number
 from rpcpipe.cluster import doctor
 from rpcpipe.cluster.host_agent import serve_rank
@@ -105,6 +105,7 @@ _FILES = {
 def _parser() -> argparse.ArgumentParser:
     """Return the parser of all subcommands."""
     parser = _Parser(prog="rpcpipe", description="Pipeline parallelism from one Python process.")
+    parser.add_argument("--version", action="version", version=f"rpcpipe {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     _add(commands, "doctor", "examine this machine; exit status 1 if a cluster would not form", _DOCTOR)
     _add(commands, "worker", "serve as the rank that the environment says, for a driver's rp.connect()", _WORKER)

@@ -197,7 +197,7 @@ def _message_and_traceback(error: BaseException) -> tuple[str, str]:
     """Return (message, traceback); a long message is cut at its end, a long traceback in its middle."""
     try:
         message = str(error)
-        text = "".join(_trimmed(traceback.TracebackException.from_exception(error)).format())
+        text = _text(error)
     except Exception as broken:
         message = f"<its str() raised {type(broken).__name__}>"
         text = "".join(traceback.format_tb(error.__traceback__))
@@ -207,6 +207,13 @@ def _message_and_traceback(error: BaseException) -> tuple[str, str]:
         half = _LONGEST_TRACEBACK // 2
         text = f"{text[:half]}\n … {len(text) - 2 * half:,} characters left out …\n{text[-half:]}"
     return message, text
+
+
+def _text(error: BaseException) -> str:
+    """Return the traceback as text; "" for a check of rpcpipe in whose way was nothing of the user's."""
+    trace = traceback.TracebackException.from_exception(error)
+    checked = isinstance(error, RpcPipeError) and error.__cause__ is None and error.__context__ is None
+    return "" if checked and all(map(_leads_to_the_user, trace.stack)) else "".join(_trimmed(trace).format())
 
 
 def _trimmed(trace: traceback.TracebackException) -> traceback.TracebackException:
@@ -256,7 +263,8 @@ class StageError(RpcPipeError):
 
     Where this process knows the original exception's type, the error is also of that type, so that ``except
     ValueError`` works. ``stage``, ``chunk`` and ``action`` say where it was raised, ``remote_traceback`` is the
-    worker's traceback from the user's first frame on, and ``original`` the exception itself, where it could be sent.
+    worker's traceback from the user's first frame on ("" for a check of rpcpipe that no code of the user's leads to),
+    and ``original`` the exception itself, where it could be sent.
     """
 
     def __init__(self, failure: Failure) -> None:
@@ -268,8 +276,8 @@ class StageError(RpcPipeError):
         BaseException.__init__(
             self,
             f"{where} raised {failure.type_name}: {failure.message}\n"
-            f"{failure.after or (_AFTER_A_STEP if failure.in_step else _AFTER_A_CALL)}\n"
-            f"--- traceback on {failure.worker} ---\n{failure.traceback.rstrip()}",
+            f"{failure.after or (_AFTER_A_STEP if failure.in_step else _AFTER_A_CALL)}"
+            + (f"\n--- traceback on {failure.worker} ---\n{failure.traceback.rstrip()}" if failure.traceback else ""),
         )
         self.failure = failure
         self.stage = failure.stage

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy
@@ -63,6 +64,31 @@ def test_a_loader_of_dicts_is_answered_with_how_to_make_pairs(pipe: rp.Pipeline)
     for call in (pipe.evaluate, lambda batches: list(pipe.train(batches))):
         said = refusal(lambda call=call: call([{"x": X, "labels": Y}]))
         assert "pairs (inputs, targets), and got a dict with the keys ['x', 'labels']; make pairs" in said
+        assert said.endswith("for instance ((batch['x'], batch['labels']) for batch in loader)")
+    said = refusal(lambda: pipe.evaluate([{"input_ids": X, "attention_mask": X, "labels": Y}]))  # type: ignore[list-item]
+    code = said.partition("for instance ")[2].partition(", as models of transformers take them")[0]
+    [(inputs, targets)] = eval(code, {"loader": [{"input_ids": X, "attention_mask": X, "labels": Y}]})
+    assert (list(inputs), list(targets)) == (["input_ids", "attention_mask"], ["labels"])
+
+
+def test_a_loss_without_parentheses_is_named() -> None:
+    said = refusal(lambda: rp.Pipeline(mlp(), LocalCluster(2, seed=0), loss=nn.CrossEntropyLoss, optimizer=sgd))
+    assert said.endswith("CrossEntropyLoss is a class: pass CrossEntropyLoss()")
+
+
+def test_what_modules_of_transformers_have_is_answered_with_what_to_call(pipe: rp.Pipeline) -> None:
+    for name, instead in (("generate", "rp.generate(pipe, prompts"), ("save_pretrained", "pipe.state_dict()")):
+        with pytest.raises(AttributeError, match=re.escape(instead)):
+            getattr(pipe, name)
+
+
+def test_a_check_on_a_worker_shows_no_frames_of_rpcpipe(pipe: rp.Pipeline) -> None:
+    vector = rp.Pipeline(mlp(), LocalCluster(2, seed=0), loss=lambda output, target: output, optimizer=sgd)
+    with pytest.raises(rp.ModelError, match="scalar") as caught:
+        vector.train_step(X, Y)
+    assert "traceback" not in str(caught.value)
+    assert ".py" not in str(caught.value)
+    assert len(str(caught.value).splitlines()) < 4
 
 
 def test_an_optimizer_that_is_made_already_is_answered_with_a_function() -> None:

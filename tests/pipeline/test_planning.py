@@ -51,6 +51,7 @@ def test_counting_leaves_a_module_as_it_is() -> None:
     ("wrong", "words"),
     [
         ({"memory": 0}, "memory must be a number above 0"),
+        ({"memory": "lots"}, "'lots' is no number of bytes: write such as 80GiB"),
         ({"flops": -1.0}, "flops must be a finite number above 0"),
         ({"schedules": ["pipedream"]}, "schedules must be a list of some of"),
         ({"chunks": [0]}, "chunks must be at least 1"),

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -189,3 +190,12 @@ def test_a_module_of_the_same_name_elsewhere_on_the_path_is_another_one(by_path:
     (tmp_path / "other" / "net_by_path.py").write_text("")
     imports.adopt([str(tmp_path / "other")])
     assert not imports.find("net_by_path")
+
+
+def test_code_that_goes_by_value_keeps_the_name_of_its_file() -> None:
+    scope: dict[str, Any] = {"__name__": "__main__"}
+    exec(compile("def fail():\n    def inner():\n        1 / 0\n    inner()", "somebodys_script.py", "exec"), scope)
+    with pytest.raises(ZeroDivisionError) as caught:
+        user_pickling.loads(user_pickling.dumps(scope["fail"]))()
+    files = [frame.filename for frame in traceback.extract_tb(caught.value.__traceback__)]
+    assert files[1:] == ["somebodys_script.py"] * 2

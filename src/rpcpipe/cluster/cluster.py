@@ -191,7 +191,8 @@ class Cluster:
         for known in everybody:
             if not isinstance(worker, bool) and worker in (known, known.name, known.rank):
                 return known.name
-        raise ArgumentError(f"no worker {shown(worker)}; there are {', '.join(known.name for known in everybody)}")
+        known_as = ", ".join(f"{known.name} (rank {known.rank})" for known in everybody)
+        raise ArgumentError(f"no worker {shown(worker)}; there are {known_as}; rank 0 is this process")
 
     def replace(self, *workers: str | int | Worker) -> tuple[Worker, ...]:
         """Put new processes in the place of ``workers`` and of all that are lost; return them as they are now, by rank.

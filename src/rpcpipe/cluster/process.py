@@ -24,15 +24,8 @@ from rpcpipe.cluster.template import Stdio, Surroundings, templates
 from rpcpipe.cluster.worker_logs import Lines
 
 # glibc returns freed blocks to the system and faults them in again at every step; a worker keeps
-# them: 160 page faults instead of 18,000 a step (bench, single process, d = 512). To align a tensor glibc before 2.38
-# takes a larger block and frees what is too much on both sides. These pieces must not lie in its caches of small ones:
-# there they count as used, and a tensor of the same size does not fit the hole that the one before has left between
-# them. The user's values win.
-_ALLOCATOR = {
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
-    "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
-    "GLIBC_TUNABLES": "glibc.malloc.tcache_max=16:glibc.malloc.mxfast=0",
-}
+# them: 160 page faults instead of 18,000 a step (bench, single process, d = 512). The user's values win.
+_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(8 << 30)}
 _BLOCK = 1 << 16
 # Orphaned processes are re-parented to PID 1.
 _INIT = 1

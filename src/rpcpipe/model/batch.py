@@ -11,6 +11,9 @@ from rpcpipe.errors import ArgumentError, require
 from rpcpipe.model.microbatch import Batched, Cut, MicroBatches, Nest, Replicated, cut, flatten, map_tensors
 from rpcpipe.model.sendable import as_argument, checked
 
+# What batches of dicts call their targets.
+_LABELS = ("labels", "label", "targets", "target", "y")
+
 
 def as_pair(batch: Any, source: str) -> tuple[Nest, Nest]:
     """Return ``batch`` as (inputs, targets); raises ArgumentError for anything but a pair.
@@ -22,9 +25,21 @@ def as_pair(batch: Any, source: str) -> tuple[Nest, Nest]:
         about += f" with the keys {list(batch)}" if isinstance(batch, Mapping) else ""
         raise ArgumentError(
             f"{source} pairs (inputs, targets), and got a {type(batch).__name__}{about};"
-            " make pairs of the batches, for instance ((batch, batch['labels']) for batch in loader)"
+            f" make pairs of the batches, for instance {_pairs(batch)}"
         )
     return batch[0], batch[1]
+
+
+def _pairs(batch: Any) -> str:
+    """Return code that makes pairs of batches like ``batch``, with what it is likely to have them of."""
+    if not isinstance(batch, Mapping) or len(batch) < 2:
+        return "((batch['x'], batch['y']) for batch in loader)"
+    label = next((key for key in batch if key in _LABELS), list(batch)[-1])
+    if "input_ids" in batch:
+        rest = f"{{key: value for key, value in batch.items() if key != {label!r}}}"
+        return f"(({rest}, {{{label!r}: batch[{label!r}]}}) for batch in loader), as models of transformers take them"
+    first = next(key for key in batch if key != label)
+    return f"((batch[{first!r}], batch[{label!r}]) for batch in loader)"
 
 
 class Size(NamedTuple):

@@ -193,7 +193,8 @@ def cut_layers(
     """
     if len(layers) < stages:
         raise PartitionError(
-            f"the model has {len(layers)} layers and the schedule {stages} stages; use fewer workers or split layers"
+            f"the model has {len(layers)} layer{'s' * (len(layers) != 1)} and the schedule {stages} stages; use fewer"
+            " workers or split layers"
         )
     if isinstance(balance, str):
         require(balance in _BALANCES, f"balance must be layers per stage or one of {_BALANCES}, not {balance!r}")
@@ -218,6 +219,9 @@ def check_functions(loss: Any, optimizer: Any, dispatch: str) -> None:
     )
     if loss is not None and not callable(loss):
         raise ArgumentError(f"loss must be callable as loss(output, target), not {shown(loss)}")
+    if isinstance(loss, type):
+        raise ArgumentError(f"loss must be callable as loss(output, target), and {loss.__name__} is a class: pass"
+                            f" {loss.__name__}()")  # fmt: skip
     if optimizer is not None:
         losses.check(loss)
     if isinstance(optimizer, torch.optim.Optimizer):

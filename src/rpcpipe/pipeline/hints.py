@@ -18,6 +18,9 @@ _INSTEAD = {
     "backward": "pipe.train_step(inputs, targets) runs forward, backward and update; by hand: with pipe.step() as s",
     "zero_grad": "gradients are cleared with every update; pipe.optimizer.zero_grad() drops accumulated ones",
     "requires_grad_": "freeze the model's parameters before Pipeline(model, …), or by pipe.stages[k].call",
+    "generate": "rp.generate(pipe, prompts, …) returns a list of the prompts with what follows each",
+    "save_pretrained": "pipe.save(directory) writes a checkpoint; a model of transformers here takes"
+    " model.load_state_dict(pipe.state_dict()) and has save_pretrained",
     "fit": "for result in pipe.train(batches): …",
 }
 _SAME = {

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from rpcpipe._arguments import require_callable, require_count, require_entries, require_kind, require_number
+from rpcpipe._tables import parse_bytes
 from rpcpipe.cluster import Cluster, Worker
 from rpcpipe.cluster.tenancy import kept_apart
 from rpcpipe.errors import ArgumentError, require, require_positive, require_whole, shown
@@ -44,7 +45,7 @@ def plan(
     sample: NestOfTensors,
     workers: int | Cluster,
     *,
-    memory: float | None = None,
+    memory: float | str | None = None,
     loss: Callable[[Any, Any], Any] | None = None,
     targets: NestOfTensors = None,
     optimizer: Factory | None = None,
@@ -68,10 +69,11 @@ def plan(
     as in a step, or, if ``workers`` is a number, in this process on ``device``. With ``flops``, the operations per
     second of a device, no layer is run: operations are counted on the meta device.
 
-    ``memory``: bytes that a worker may use, None for any. ``latency`` (seconds) and ``bandwidth`` (bytes per second)
-    are those between two workers; None: what a few steps of a small model show on a cluster, beside what they show of
-    the driver's and the workers' other work, and else those of processes of one host. ``moments``: the size of the
-    optimizer's state in copies of the parameters, 2 for Adam; where layers are run with ``optimizer``, its own counts.
+    ``memory``: bytes that a worker may use, or text such as "80GiB"; None for any. ``latency`` (seconds) and
+    ``bandwidth`` (bytes per second) are those between two workers; None: what a few steps of a small model show on a
+    cluster, beside what they show of the driver's and the workers' other work, and else those of processes of one host.
+    ``moments``: the size of the optimizer's state in copies of the parameters, 2 for Adam; where layers are run with
+    ``optimizer``, its own counts.
     ``chunks``, ``schedules`` and ``checkpoints``: the numbers of micro-batches, the schedules and the modes of
     recomputation to try. ``replicas``: the number of replicas, or None to try every number. ``seed``: of the profiled
     layers' random numbers. ``autocast``: in which the pipeline will run. ``undo``: "copy", "off", or None for "copy"
@@ -80,8 +82,10 @@ def plan(
 
     Raises PartitionError, which says what would fit, if nothing fits, and ArgumentError for a wrong argument.
     """
+    if isinstance(memory, str):
+        memory = parse_bytes(memory)
     if memory is not None:
-        require_positive("memory", memory, ", or None")
+        memory = require_positive("memory", memory, ', or text such as "80GiB", or None')
     if replicas is not None:
         require_whole("replicas", replicas, otherwise=", or None to try all")
     require_entries("schedules", schedules, SIMPLEST)

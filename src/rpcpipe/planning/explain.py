@@ -90,7 +90,7 @@ def _speed(search: Search, best: Estimate) -> str:
 def _micro_batches(best: Estimate) -> str:
     chunks, depth = best.candidate.chunks, best.candidate.depth
     if depth == 1:
-        return f"one worker in a row has no bubble; {chunks} micro-batches are what its memory wants"
+        return "one worker in a row has no bubble, however many micro-batches there are"
     many = "more than" if chunks > 4 * depth else "at most"
     return (
         f"{chunks} micro-batches are {many} 4 × {depth} workers in a row: equal stages would have a"

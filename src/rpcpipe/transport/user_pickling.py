@@ -12,7 +12,7 @@ import pickle
 import sys
 import types
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.machinery import BuiltinImporter, FrozenImporter, ModuleSpec, PathFinder
 from typing import Any
 
@@ -64,7 +64,8 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     """cloudpickle's, which also carries hooks of parameters, parametrized modules and memory that tensors share.
 
     Classes and functions go by value where a worker cannot import their module by its name. Raises PicklingError for a
-    module that ``module.compile()`` has compiled, which torch would send uncompiled.
+    module that ``module.compile()`` has compiled, which torch would send uncompiled. Code keeps its file's name, for
+    tracebacks.
     """
 
     def reducer_override(self, value: Any) -> Any:
@@ -90,7 +91,13 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             _register(value.__name__)
         elif isinstance(value, (type, types.FunctionType)):
             _register(value.__module__)
+        elif isinstance(value, types.CodeType):
+            return _code, (value.co_filename, *self.dispatch_table[types.CodeType](value))
         return super().reducer_override(value)
+
+
+def _code(filename: str, make: Callable[..., types.CodeType], arguments: tuple[Any, ...]) -> types.CodeType:
+    return make(*arguments).replace(co_filename=filename)
 
 
 def _holder(module: types.ModuleType) -> types.ModuleType | None:
