@@ -71,6 +71,11 @@ def test_a_loader_of_dicts_is_answered_with_how_to_make_pairs(pipe: rp.Pipeline)
     assert (list(inputs), list(targets)) == (["input_ids", "attention_mask"], ["labels"])
 
 
+def test_a_list_of_samples_is_answered_with_how_to_make_a_batch(pipe: rp.Pipeline) -> None:
+    assert "torch.stack(inputs) makes a batch of a list" in refusal(lambda: pipe.train_step(list(X), Y))
+    assert "torch.stack" not in refusal(lambda: pipe.train_step(X, Y[:4]))
+
+
 def test_a_loss_without_parentheses_is_named() -> None:
     said = refusal(lambda: rp.Pipeline(mlp(), LocalCluster(2, seed=0), loss=nn.CrossEntropyLoss, optimizer=sgd))
     assert said.endswith("CrossEntropyLoss is a class: pass CrossEntropyLoss()")

@@ -11,6 +11,7 @@ from rpcpipe.errors import ArgumentError, require
 from rpcpipe.model.microbatch import Batched, Cut, MicroBatches, Nest, Replicated, cut, flatten, map_tensors
 from rpcpipe.model.sendable import as_argument, checked
 
+_STACK = "torch.stack(inputs) makes a batch of a list of samples. "
 # What batches of dicts call their targets.
 _LABELS = ("labels", "label", "targets", "target", "y")
 
@@ -108,10 +109,12 @@ def cut_targets(targets: Nest, inputs: Batch, replicas: int, chunks: int) -> lis
         len(inputs.parts) == len(parts),
         f"inputs make {len(inputs.parts)} micro-batches and targets {len(parts)}: their batch sizes differ",
     )
+    rows = inputs.parts[0]
+    listed = isinstance(rows, (list, tuple)) and len(rows) == sum(samples)
     require(
         by_caller or tuple(samples) == inputs.samples,
         f"inputs have {inputs.size.samples:g} samples and targets {sum(samples):g}: a loss would stretch one to the"
-        " other, or compare the wrong ones. Give both the same size in dimension 0; say rp.Batched(value, dim=…) where"
+        f" other, or compare the wrong ones. {_STACK * listed}Give both the same size in dimension 0; say rp.Batched(value, dim=…) where"
         " the batch is in another dimension, rp.Replicated(value) of what all micro-batches share, or cut both yourself"
         " with rp.MicroBatches([…])",
     )
