@@ -114,9 +114,9 @@ def cut_targets(targets: Nest, inputs: Batch, replicas: int, chunks: int) -> lis
     require(
         by_caller or tuple(samples) == inputs.samples,
         f"inputs have {inputs.size.samples:g} samples and targets {sum(samples):g}: a loss would stretch one to the"
-        f" other, or compare the wrong ones. {_STACK * listed}Give both the same size in dimension 0; say rp.Batched(value, dim=…) where"
-        " the batch is in another dimension, rp.Replicated(value) of what all micro-batches share, or cut both yourself"
-        " with rp.MicroBatches([…])",
+        f" other, or compare the wrong ones. {_STACK * listed}Give both the same size in dimension 0; say"
+        " rp.Batched(value, dim=…) where the batch is in another dimension, rp.Replicated(value) of what all"
+        " micro-batches share, or cut both yourself with rp.MicroBatches([…])",
     )
     return parts
 
