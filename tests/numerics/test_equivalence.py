@@ -38,7 +38,7 @@ def test_same_bits_through_rpc(cluster: rp.Cluster, schedule: str, optimizer: st
                 mlp(), cluster, loss=cross_entropy, optimizer=make, schedule=schedule, chunks=chunks,
                 balance=balance, dispatch=dispatch,
             )  # fmt: skip
-            train_both(pipe, Oracle(mlp(), make, cross_entropy, chunks))
+            train_both(pipe, Oracle(mlp(), make, cross_entropy, chunks), steps=3)
             assert len(pipe.stages) == stages
             pipe.close()
 

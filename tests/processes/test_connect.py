@@ -28,6 +28,7 @@ SCRIPT = textwrap.dedent("""
                        optimizer=lambda params: torch.optim.SGD(params, lr=0.1), chunks=2)
     x = torch.ones(4, 4)
     print("loss", pipe.train_step(x, x).loss, len(cluster.workers), flush=True)
+    assert "torch._dynamo" not in sys.modules  # importing it takes as long as importing torch; workers need it
     cluster.call(1, lambda: print("hello from rank 1"))
     try:
         while "stay" in sys.argv:
