@@ -16,6 +16,7 @@ from rpcpipe.worker.actor import Actor
 from rpcpipe.worker.messages import Route
 from support.local_cluster import LocalCluster
 from support.models import batches, cross_entropy, mlp, sgd
+from support.seeds import some
 
 
 @pytest.fixture
@@ -45,19 +46,20 @@ def mse(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 def test_executed_order_is_the_schedules(
     schedule: str, dispatch: str, executed: dict[str, list[rp.schedules.Action]]
 ) -> None:
-    """46 seeds × 11 schedules × 2 dispatch modes: over 1,000 shuffles; what is drawn is what runs."""
+    """3 pipelines × 4 steps × 11 schedules × 2 dispatch modes: 264 shuffles, over 1,000 if deep; what is drawn runs."""
     virtual = rp.schedules.fewest_virtual_stages(schedule)
     planned = rp.schedules.get(schedule, 3, 6, virtual)
-    for seed in range(46):
-        executed.clear()
+    for seed in some(range(12), 3):
         pipe = rp.Pipeline(
             tiny(planned.stages), LocalCluster(3, seed), loss=mse, optimizer=sgd, schedule=schedule, chunks=6,
             virtual_stages=virtual, dispatch=dispatch,
         )  # fmt: skip
-        result = pipe.train_step(torch.randn(6, 2), torch.randn(6, 2))
-        assert tuple(tuple(executed[f"worker{index}"]) for index in range(3)) == planned.actions
-        if virtual == 1:
-            assert result.peak_in_flight == planned.simulate().peak_in_flight
+        for _ in range(4):
+            executed.clear()
+            result = pipe.train_step(torch.randn(6, 2), torch.randn(6, 2))
+            assert tuple(tuple(executed[f"worker{index}"]) for index in range(3)) == planned.actions
+            if virtual == 1:
+                assert result.peak_in_flight == planned.simulate().peak_in_flight
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -90,7 +92,7 @@ def fail_on_nan(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         raise ArithmeticError("NaN in the input")
 
 
-@pytest.mark.parametrize("seed", range(50))
+@pytest.mark.parametrize("seed", some(range(50), 12))
 def test_a_failed_step_is_dropped_and_the_next_one_is_right(seed: int) -> None:
     def model() -> nn.Sequential:
         layers = mlp(6)

@@ -14,6 +14,7 @@ from rpcpipe.worker.messages import Route
 from support.local_cluster import LocalCluster
 from support.models import batches, cross_entropy, mlp, sgd, summed
 from support.oracle import Oracle
+from support.seeds import some
 
 
 def correct(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -40,7 +41,7 @@ def test_equals_the_unsplit_model_in_any_order_of_messages(schedule: str, dispat
     targets = torch.cat([y for _, y in data])
     losses = [cross_entropy(output, y) * len(y) for output, (_, y) in zip(outputs, data, strict=True)]
     hits = (torch.cat(outputs).argmax(-1) == targets).sum()
-    for seed in range(8):
+    for seed in some(range(8), 2):
         pipe = local(seed, schedule=schedule, dispatch=dispatch)
         assert all(map(torch.equal, pipe.predict(x for x, _ in data), outputs))
         found = pipe.evaluate(data, {"accuracy": correct, "largest": largest})
@@ -89,7 +90,7 @@ def test_a_failure_drops_all_that_is_under_way(dispatch: str, monkeypatch: pytes
 
     monkeypatch.setattr(Actor, "_run_action", fail_once)
     data = list(batches(6))
-    for seed in range(12):
+    for seed in some(range(12), 4):
         armed[0] = False
         pipe, oracle = local(seed, dispatch=dispatch), Oracle(mlp(), sgd, cross_entropy, 3)
         armed[0] = True
@@ -104,7 +105,7 @@ def test_what_is_left_early_or_raises_leaves_the_pipeline_usable() -> None:
         yield from batches(4)
         raise OSError("no more data")
 
-    for seed in range(8):
+    for seed in some(range(8), 3):
         pipe, oracle = local(seed), Oracle(mlp(), sgd, cross_entropy, 3)
         with pytest.raises(OSError, match="no more data"):
             pipe.evaluate(broken())

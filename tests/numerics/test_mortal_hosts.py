@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from numerics.test_mortal_workers import check_calls, train
+from numerics.test_mortal_workers import check_calls, train, train_alive
 from numerics.test_steps_ahead import OPTIONS, model, pipeline, same
 from support.local_cluster import LocalCluster
 from support.models import batches
@@ -16,7 +16,7 @@ from support.mortal_hosts import MortalHosts
 
 
 def test_a_host_dies_between_two_steps() -> None:
-    expected, after = train(LocalCluster(2, 1), {}, 0)
+    expected, after, _ = train_alive("1f1b")
     cluster = MortalHosts(2, 0)
     pipe = pipeline(cluster, model=model())
     scheduler, losses = torch.optim.lr_scheduler.StepLR(pipe.optimizer, 2, 0.5), []
@@ -51,9 +51,9 @@ def test_snapshots_that_are_given_up_leave_the_newest_as_it_is() -> None:
 @pytest.mark.timeout(120)
 def test_training_gives_the_bits_of_a_run_without_deaths(name: str) -> None:
     workers, losses = 2 * OPTIONS[name].get("replicas", 1), 0
-    expected, after = train(LocalCluster(workers, 1), OPTIONS[name], 0)
+    expected, after, turns = train_alive(name)
     for seed in range(8):
-        cluster = MortalHosts(workers, seed, rarity=150 if workers == 2 else 500)
+        cluster = MortalHosts(workers, seed, rarity=3 * turns)
         figures, state = train(cluster, OPTIONS[name], seed % 2)
         assert repr(figures) == repr(expected)
         assert same(state, after)
@@ -67,5 +67,5 @@ def test_training_gives_the_bits_of_a_run_without_deaths(name: str) -> None:
 @pytest.mark.timeout(120)
 def test_calls_between_results_give_the_bits_of_a_run_without_deaths(name: str, tmp_path: Path) -> None:
     workers, number = 2 * OPTIONS[name].get("replicas", 1), list(OPTIONS).index(name)
-    cluster = MortalHosts(workers, number, rarity=400 if workers == 2 else 1200)
+    cluster = MortalHosts(workers, number, rarity=7 * train_alive(name)[2])
     check_calls(name, cluster, tmp_path, raises=False)

@@ -29,40 +29,41 @@ def model(*, norm: bool) -> nn.Sequential:
     return nn.Sequential(*layers[:4], nn.BatchNorm1d(12), *layers[4:]) if norm else nn.Sequential(*layers)
 
 
-def run(case: str, seed: int | None, rarity: int) -> tuple[str, dict[str, Any], int]:
-    """What a run shows, the state at its end, and the number of deaths; without deaths where there is no ``seed``."""
-    turns, options = CASES[case]
+def run(cluster: Any, case: str) -> tuple[str, dict[str, Any], int]:
+    """What a run shows, the state at its end, and how many turns of the transport a change of the schedule takes."""
+    names, options = CASES[case]
     given: dict[str, Any] = {"loss": cross_entropy, "chunks": 4} | options
     layers = model(norm=given.pop("norm", False))
-    workers = 2 * given.get("replicas", 1)
-    cluster: Any = LocalCluster(workers, 1) if seed is None else MortalCluster(workers, seed, rarity=rarity)
     pipe = rp.Pipeline(layers, cluster, schedule="1f1b", **given)
     seen: list[Any] = []
-    data = batches(2 * len(turns) + 1, 12)
+    data, taken = batches(2 * len(names) + 1, 12), 0
     seen.append(pipe.train_step(*next(data)).loss)
-    for name in turns:
+    for name in names:
+        before = cluster.transport.turns
         cluster.deadly = True
         pipe.schedule = name
         cluster.deadly = False
+        taken += cluster.transport.turns - before
         seen += [pipe.schedule.name, pipe.balance, [stage.layers for stage in pipe.stages]]
         for _ in range(2):
             result = pipe.train_step(*next(data))
             seen.append((result.step, result.loss, result.grad_norm, result.applied))
     state = dict(pipe.state_dict())
     pipe.close()
-    return repr(seen), state, getattr(cluster, "deaths", 0)
+    return repr(seen), state, taken // len(names)
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.timeout(120)
 def test_a_changed_schedule_gives_the_bits_of_a_change_without_deaths(case: str) -> None:
-    shown, state, _ = run(case, None, 0)
-    died = 0
+    workers, died = 2 * CASES[case][1].get("replicas", 1), 0
+    shown, state, turns = run(LocalCluster(workers, 1), case)
     for seed in range(4):
-        again, after, deaths = run(case, seed, 8)
+        cluster = MortalCluster(workers, seed, rarity=turns)
+        again, after, _ = run(cluster, case)
         assert again == shown
         assert state.keys() == after.keys()
         for name, value in state.items():
             assert torch.equal(after[name], value)
-        died += deaths
+        died += cluster.deaths
     assert died > 4

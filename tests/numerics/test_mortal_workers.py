@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ from rpcpipe import schedules
 from support.local_cluster import LocalCluster
 from support.models import adamw, batches
 from support.mortal_cluster import MortalCluster
+from support.seeds import some
 
 T = TypeVar("T")
 
@@ -35,10 +37,18 @@ def train(cluster: Any, options: dict[str, Any], ahead: int) -> tuple[list[Any],
     return figures, state
 
 
+@cache
+def train_alive(name: str) -> tuple[list[Any], dict[str, torch.Tensor], int]:
+    """What training with an option gives without deaths, and how many turns of the transport a step takes."""
+    cluster = LocalCluster(2 * OPTIONS[name].get("replicas", 1), 1)
+    figures, state = train(cluster, OPTIONS[name], 0)
+    return figures, state, cluster.transport.turns // 8
+
+
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("ahead", [0, 1])
 def test_workers_that_die_between_two_results(ahead: int, seed: int) -> None:
-    expected, after = train(LocalCluster(2, 1), {}, 0)
+    expected, after, _ = train_alive("1f1b")
     cluster = MortalCluster(2, seed)
     pipe = pipeline(cluster, model=model())
     scheduler, losses = torch.optim.lr_scheduler.StepLR(pipe.optimizer, 2, 0.5), []
@@ -59,9 +69,9 @@ def test_workers_that_die_between_two_results(ahead: int, seed: int) -> None:
 @pytest.mark.timeout(120)
 def test_training_gives_the_bits_of_a_run_without_deaths(name: str, ahead: int) -> None:
     workers = 2 * OPTIONS[name].get("replicas", 1)
-    expected, after = train(LocalCluster(workers, 1), OPTIONS[name], 0)
-    for seed in range(2):
-        cluster = MortalCluster(workers, seed, rarity=40 if workers == 2 else 150)
+    expected, after, turns = train_alive(name)
+    for seed in some(range(2), 1):
+        cluster = MortalCluster(workers, seed, rarity=turns)
         figures, state = train(cluster, OPTIONS[name], ahead)
         assert repr(figures) == repr(expected)
         assert same(state, after)
@@ -130,7 +140,7 @@ def check_calls(name: str, mortal: MortalCluster, folder: Path, *, raises: bool)
 @pytest.mark.timeout(120)
 def test_calls_between_results_give_the_bits_of_a_run_without_deaths(name: str, tmp_path: Path) -> None:
     workers, number = 2 * OPTIONS[name].get("replicas", 1), list(OPTIONS).index(name)
-    mortal = MortalCluster(workers, number, rarity=80 if workers == 2 else 400)
+    mortal = MortalCluster(workers, number, rarity=2 * train_alive(name)[2])
     check_calls(name, mortal, tmp_path, raises=number % 4 > 1)
     assert mortal.deaths > 1
 
@@ -142,9 +152,10 @@ SYNCHRONOUS = [name for name in schedules.names() if schedules.weight_versions.c
 def test_every_synchronous_schedule_heals(schedule: str) -> None:
     virtual = schedules.suited_virtual_stages(schedule, 1)
     options = {"schedule": schedule, "virtual_stages": virtual, "optimizer": adamw}
-    expected, after = train(LocalCluster(2, 1), options, 0)
+    alive = LocalCluster(2, 1)
+    expected, after = train(alive, options, 0)
     number = SYNCHRONOUS.index(schedule)
-    cluster = MortalCluster(2, number, rarity=80)
+    cluster = MortalCluster(2, number, rarity=alive.transport.turns // 8)
     figures, state = train(cluster, options, number % 2)
     assert repr(figures) == repr(expected)
     assert same(state, after)

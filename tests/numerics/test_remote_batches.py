@@ -289,10 +289,10 @@ def remote_train(cluster: Any, given: Any, ahead: int, **options: Any) -> tuple[
 @pytest.mark.parametrize("kind", [MortalCluster, MortalHosts])
 @pytest.mark.timeout(120)
 def test_workers_die_and_their_successors_read_again(kind: Any, ahead: int) -> None:
-    expected, alone = remote_train(LocalCluster(2, 1), here(shuffled), ahead)
-    deaths = 0
+    alive, deaths = LocalCluster(2, 1), 0
+    expected, alone = remote_train(alive, here(shuffled), ahead)
     for seed in range(2):
-        cluster = kind(2, seed, rarity=60)
+        cluster = kind(2, seed, rarity=alive.transport.turns // 4)
         found, pipe = remote_train(cluster, rp.RemoteBatches(shuffled), ahead)
         assert repr(found) == repr(expected)
         assert_same_weights(pipe, alone)
@@ -305,10 +305,10 @@ def test_workers_die_and_their_successors_read_again(kind: Any, ahead: int) -> N
 def test_workers_die_in_a_stream(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected, deaths = test_mortal_streams.Run(LocalCluster(3, 1), case), 0
     expected.train(test_mortal_streams.data(case, 9))
-    wanted = expected.outcome()
+    wanted, rarity = expected.outcome(), expected.cluster.transport.turns // 2
     for seed, every in enumerate((2, 32)):
         monkeypatch.setattr(stream_rollback, "EVERY", every)
-        run = test_mortal_streams.Run(MortalCluster(3, seed, rarity=130 * expected.pipe.chunks), case)
+        run = test_mortal_streams.Run(MortalCluster(3, seed, rarity=rarity), case)
         given: Any = rp.RemoteBatches(partial(lambda data, case: data(case, 9), test_mortal_streams.data, case))
         run.train(given)
         test_mortal_streams.assert_same(run.outcome(), wanted)

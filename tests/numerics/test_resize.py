@@ -59,8 +59,9 @@ def test_losses_and_weights_are_those_of_a_run_that_is_not_resized(name: str) ->
 
 @pytest.mark.parametrize("seed", range(3))
 def test_deaths_meanwhile_change_nothing(seed: int) -> None:
-    expected, after = train(LocalCluster(4, 1), {}, model=mlp())  # no layer counts the forwards of evaluate
-    cluster = MortalCluster(4, seed, rarity=60)
+    alive = LocalCluster(4, 1)
+    expected, after = train(alive, {}, model=mlp())  # no layer counts the forwards of evaluate
+    cluster = MortalCluster(4, seed, rarity=alive.transport.turns // len(expected))
     figures, state = train(cluster, plans(""), model=mlp())
     assert repr(figures) == repr(expected)
     assert same(state, after)

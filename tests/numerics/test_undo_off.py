@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import rpcpipe as rp
-from numerics.test_mortal_workers import SYNCHRONOUS, train
+from numerics.test_mortal_workers import SYNCHRONOUS, train, train_alive
 from numerics.test_steps_ahead import OPTIONS, model, pipeline, same
 from rpcpipe import schedules
 from support.local_cluster import LocalCluster
@@ -25,7 +25,7 @@ OFF = {"undo": "off"}
 @pytest.mark.parametrize("name", OPTIONS)
 def test_the_bits_are_those_with_a_copy(name: str) -> None:
     workers = 2 * OPTIONS[name].get("replicas", 1)
-    expected, after = train(LocalCluster(workers, 1), OPTIONS[name], 0)
+    expected, after, _ = train_alive(name)
     figures, state = train(LocalCluster(workers, 2), OPTIONS[name] | OFF, list(OPTIONS).index(name) % 2)
     assert repr(figures) == repr(expected)
     assert same(state, after)
@@ -253,8 +253,8 @@ def test_a_torn_update_goes_back_to_the_newest_snapshot(dies: bool) -> None:
 @pytest.mark.timeout(120)
 def test_deaths_heal_and_where_one_tears_an_update_the_checkpoint_before_goes_on(name: str, tmp_path: Path) -> None:
     workers = 2 * OPTIONS[name].get("replicas", 1)
-    expected, after = train(LocalCluster(workers, 1), OPTIONS[name], 0)
-    cluster = MortalCluster(workers, list(OPTIONS).index(name), rarity=60 if workers == 2 else 200)
+    expected, after, turns = train_alive(name)
+    cluster = MortalCluster(workers, list(OPTIONS).index(name), rarity=turns)
     pipe = pipeline(cluster, **OPTIONS[name], **OFF, model=model())
     scheduler = torch.optim.lr_scheduler.StepLR(pipe.optimizer, 2, 0.5)
     fed, losses, saved, torn = list(batches(8, 24)), list[float](), 0, 0

@@ -50,7 +50,6 @@ def of_pipe(method: str) -> Callable[..., Any]:
 def launch(**arguments: Any) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launching, "_start", lambda *given: SimpleNamespace(workers=[], spares=[]))
-        patch.setattr(launching, "_preload", lambda: SimpleNamespace(join=lambda: None))
         patch.setattr(launching.templates, "prepare", lambda environment: None)
         patch.setattr(launching, "live", launching.LiveCluster())
         return rp.launch(**arguments)

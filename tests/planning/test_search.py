@@ -17,6 +17,7 @@ from rpcpipe.planning.machine import Machine
 from rpcpipe.planning.overheads import Overheads
 from rpcpipe.planning.search import CHECKPOINTS, VIRTUAL
 from support.layer_costs import layer
+from support.seeds import some
 
 
 def case(seed: int) -> Search:
@@ -66,7 +67,7 @@ def everything(search: Search) -> Iterator[Estimate]:
                 yield found
 
 
-@pytest.mark.parametrize("seed", range(200))
+@pytest.mark.parametrize("seed", some(range(200), 50))
 def test_nothing_is_faster_than_what_is_found(seed: int) -> None:
     search = case(seed)
     fastest = min((estimate.seconds for estimate in everything(search)), default=None)

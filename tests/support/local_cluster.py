@@ -15,6 +15,16 @@ from rpcpipe.transport.user_pickling import loads, named_dumps
 from rpcpipe.worker.executor import Executor
 
 
+class CountedTransport(LocalTransport):
+    """Counts its turns."""
+
+    turns = 0
+
+    def _turn(self) -> bool:
+        self.turns += 1
+        return super()._turn()
+
+
 class LocalCluster:
     """A PipelineCluster of workers in this process, over the shuffling transport."""
 
@@ -27,7 +37,7 @@ class LocalCluster:
         drop: Callable[[str, str], bool] | None = None,
         heal: int = 0,
     ) -> None:
-        self.transport = LocalTransport(seed, drop=drop)
+        self.transport = CountedTransport(seed, drop=drop)
         self.workers = [Worker(f"worker{index}", index + 1, "elsewhere", 0, "cpu") for index in range(workers)]
         self.timeout, self.spread = timeout, False
         self.open, self.healthy, self.heal = True, True, heal

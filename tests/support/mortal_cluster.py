@@ -10,12 +10,11 @@ import torch
 
 from rpcpipe.cluster import Worker
 from rpcpipe.errors import WorkerLost
-from rpcpipe.transport.local import LocalTransport
 from rpcpipe.worker.executor import Executor
-from support.local_cluster import LocalCluster
+from support.local_cluster import CountedTransport, LocalCluster
 
 
-class MortalTransport(LocalTransport):
+class MortalTransport(CountedTransport):
     """Kills a worker before the turns that ``plan`` says."""
 
     cluster: MortalCluster
@@ -36,7 +35,9 @@ class MortalTransport(LocalTransport):
 class MortalCluster(LocalCluster):
     """Kills a worker, any of them, in one of ``rarity`` turns of the transport, while ``deadly``; heals like a Cluster.
 
-    A worker dies between two tasks; what it has sent may still arrive.
+    A worker dies between two tasks; what it has sent may still arrive. With the turns of a step without deaths (see
+    ``LocalCluster.transport.turns``) as ``rarity``, there are about two deaths in a step; with far fewer, every try of
+    it fails, and the run takes many times as long.
     """
 
     def __init__(self, workers: int, seed: int = 0, *, rarity: int = 40, heal: int = 1000) -> None:

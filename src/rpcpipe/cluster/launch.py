@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import atexit
-import importlib
 import os
 import resource
 import sys
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +16,7 @@ from rpcpipe.cluster.monitor import Monitor
 from rpcpipe.cluster.process import strings, worker_environment
 from rpcpipe.cluster.rendezvous import Worker, WorkerGroup, form, worker_names
 from rpcpipe.cluster.starters import LocalStarter, devices
-from rpcpipe.cluster.template import PRELOADED, templates
+from rpcpipe.cluster.template import templates
 from rpcpipe.cluster.worker_logs import WorkerLogs
 from rpcpipe.errors import ArgumentError, StateError, require, require_whole
 from rpcpipe.transport.roster import DRIVERS_SEAT
@@ -143,10 +141,7 @@ def launch(
         return cluster
     require_descriptors(workers + spares)
     templates.prepare(worker_environment(count))
-    preloading = _preload()
-    cluster = live.keep(_start(workers, names, device, count, timeout, directory, tries), shape)
-    preloading.join()  # bounded by the imports; it takes no longer than the first workers do
-    return cluster
+    return live.keep(_start(workers, names, device, count, timeout, directory, tries), shape)
 
 
 def _check_alone(environ: Mapping[str, str]) -> None:
@@ -159,21 +154,6 @@ def _check_alone(environ: Mapping[str, str]) -> None:
         " workers, or start the script by python alone (unset RANK and WORLD_SIZE)",
         error=StateError,
     )
-
-
-def _preload() -> threading.Thread:
-    """Import what this process's optimizers need while the template does so, too; return the thread that does it.
-
-    On another thread than the main one, because a Ctrl-C amid an import leaves half-imported modules behind.
-    """
-
-    def load() -> None:
-        for name in PRELOADED:
-            importlib.import_module(name)
-
-    thread = threading.Thread(target=load, name="rpcpipe-preload")
-    thread.start()
-    return thread
 
 
 def heal_tries(heal: bool | int | str) -> int:

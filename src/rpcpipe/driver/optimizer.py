@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -121,7 +122,8 @@ class PipelineOptimizer(torch.optim.Optimizer):
             " Pipeline(optimizer=…), make the group on the workers, empty where a stage has none of its parameters",
             error=StateError,
         )
-        super().add_param_group(param_group)
+        # The function in torch's wrapper, which imports torch._dynamo: as much time as importing torch takes.
+        inspect.unwrap(torch.optim.Optimizer.add_param_group)(self, param_group)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the workers' state in torch's format, on the CPU, for the unsplit model's trainable parameters.
