@@ -20,12 +20,15 @@ from support.replacement import kill
 
 
 @contextmanager
-def killing(cluster: rp.Cluster, seed: int, every: float) -> Iterator[list[float]]:
-    """Kill a worker of ``cluster``, any, every so many seconds on average."""
-    source, ended, kills = random.Random(seed), threading.Event(), list[float]()
+def killing(cluster: rp.Cluster, pipe: rp.Pipeline, seed: int, every: float) -> Iterator[list[float]]:
+    """Kill a worker of ``cluster``, any, every so many seconds on average, and two at most in one step."""
+    source, ended, kills, at_last_result = random.Random(seed), threading.Event(), list[float](), [0]
+    pipe.on_step(lambda result: at_last_result.append(len(kills)))
 
     def strike() -> None:
         while not ended.wait(source.uniform(0.2, 1.8) * every):
+            if len(kills) >= at_last_result[-1] + 2:
+                continue  # a busy machine restores no worker in the time of some kills, and its tries would run out
             worker = source.choice(cluster.workers)
             try:
                 os.kill(worker.pid, signal.SIGKILL)
@@ -46,12 +49,12 @@ def killing(cluster: rp.Cluster, seed: int, every: float) -> Iterator[list[float
 @pytest.mark.parametrize("dispatch", ["rref", "batched"])
 @pytest.mark.timeout(120)
 def test_training_goes_on_through_kills(dispatch: str, ahead: int) -> None:
-    with rp.launch(2, threads=1, heal=20) as cluster:  # steps take long on a busy machine
+    with rp.launch(2, threads=1, heal=20) as cluster:
         pipe = rp.Pipeline(mlp(), cluster, loss=cross_entropy, optimizer=adamw, chunks=4, dispatch=dispatch)
         oracle = Oracle(mlp(), adamw, cross_entropy, 4)
         data = list(batches(8)) * 12
         losses = [oracle.train_step(*batch) for batch in data]
-        with killing(cluster, 1, 0.25) as kills:
+        with killing(cluster, pipe, 1, 0.25) as kills:
             found = [result.loss for result in pipe.train(data, ahead=ahead)]
         assert found == losses
         assert_same_weights(pipe, oracle.model)
