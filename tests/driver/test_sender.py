@@ -63,7 +63,7 @@ def test_passes_under_way_in_any_order_need_no_kept_program() -> None:
     ]
     inputs = [torch.randn(size, 12) for size in sizes]
     for seed in range(3):
-        pipe = rp.Pipeline(mlp(), LocalCluster(2, seed), loss=cross_entropy, optimizer=sgd, chunks=40)
+        pipe = rp.Pipeline(mlp(2), LocalCluster(2, seed), loss=cross_entropy, optimizer=sgd, chunks=40)
         outputs = list(pipe.predict(inputs))
         assert [len(output) for output in outputs] == sizes
 
@@ -72,9 +72,9 @@ def test_passes_under_way_in_any_order_need_no_kept_program() -> None:
 def test_more_kinds_of_batches_than_workers_keep(dispatch: str) -> None:
     """Programs go from the workers and come again; the bits stay."""
     pipe = rp.Pipeline(
-        mlp(), LocalCluster(2, 7), loss=cross_entropy, optimizer=sgd, chunks=KEPT_PROGRAMS + 8, dispatch=dispatch
+        mlp(2), LocalCluster(2, 7), loss=cross_entropy, optimizer=sgd, chunks=KEPT_PROGRAMS + 8, dispatch=dispatch
     )  # fmt: skip
-    oracle = Oracle(mlp(), sgd, cross_entropy, KEPT_PROGRAMS + 8)
+    oracle = Oracle(mlp(2), sgd, cross_entropy, KEPT_PROGRAMS + 8)
     (x, y), *_ = batches(1, KEPT_PROGRAMS + 8)
     sizes = [*range(1, KEPT_PROGRAMS + 9), 3, 2, 1, KEPT_PROGRAMS, 3]
     for size in sizes:

@@ -27,7 +27,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 def train(cluster: Any, resizes: dict[int, dict[str, Any]], **options: Any) -> tuple[list[Any], Any]:
     given: dict[str, Any] = {"loss": cross_entropy, "optimizer": adamw, "chunks": 4} | options
-    pipe = rp.Pipeline(given.pop("model", None) or model(), cluster, **given)
+    pipe = rp.Pipeline(given.pop("model", None) or model(8), cluster, **given)
     cluster.deadly = True
     scheduler = torch.optim.lr_scheduler.StepLR(pipe.optimizer, 2, 0.5)
     figures = []

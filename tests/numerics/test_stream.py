@@ -30,7 +30,7 @@ def test_fifty_minibatches_are_the_definitions_to_the_bit(stages: int, policy: s
     make, dispatch = OPTIMIZERS[optimizer], ("rref", "batched")[(turn + stages // 2) % 2]
     pipe = pipeline(stages, policy, optimizer=make, chunks=chunks, dispatch=dispatch)
     oracle = Versioned(mlp(), make, cross_entropy, SIZES[stages])
-    count = 50 if policy == "2bw" else -(-50 // chunks)
+    count = -(-50 // chunks)
     results = list(pipe.train(batches(count)))
     assert [result.loss for result in results] == train(oracle, batches(count), policy, stages, chunks)
     assert_same_weights(pipe, oracle.model)

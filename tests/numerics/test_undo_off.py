@@ -171,7 +171,7 @@ def test_optimizers_that_part_say_that_nothing_was_rolled_back() -> None:
         made.register_step_post_hook(part)
         return made
 
-    pipe = pipeline(LocalCluster(2), model=model(), optimizer=factory, undo="off", balance=[3, 5])
+    pipe = pipeline(LocalCluster(2), model=model(), optimizer=factory, undo="off", balance=[1, 3])
     with pytest.raises(rp.ModelError, match=r"(?s)from all its parameters together.*applied on stages 0, 1") as e:
         pipe.train_step(*next(batches(1, 24)))
     assert "rolled back" not in str(e.value)

@@ -49,9 +49,9 @@ class Marked(nn.Module):
         return Wrong.apply(self.linear(x.clamp(-3, 3)), marked, self.raises)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def model(*, raises: bool = False) -> nn.Sequential:
+def model(layers: int = 4, *, raises: bool = False) -> nn.Sequential:
     torch.manual_seed(5)
-    return nn.Sequential(Marked(raises=raises), *mlp()[1:])
+    return nn.Sequential(Marked(raises=raises), *mlp(layers)[1:])
 
 
 def wait_for_gate(optimizer: torch.optim.Optimizer) -> None:
