@@ -106,8 +106,13 @@ rp.launch(workers=1, threads=1).close()
 """
 
 
-@pytest.mark.parametrize("program", [GENERATIONS, LOST_LISTENERS], ids=["rrefs are let go", "lost listeners"])
-def test_groups_that_follow_each_other(program: str) -> None:
+ENDED = "torch's RPC agent has ended; a second one never lets RRefs go: use a fresh process\n"
+
+
+@pytest.mark.parametrize(
+    ("program", "warning"), [(GENERATIONS, ""), (LOST_LISTENERS, 2 * ENDED)], ids=["rrefs are let go", "lost listeners"]
+)
+def test_groups_that_follow_each_other(program: str, warning: str) -> None:
     """RRefs are let go also after the process's first group, which may have had fewer workers.
 
     torch's listener closes for good when a process dies as it connects; the next launch gets a new one.
@@ -116,7 +121,7 @@ def test_groups_that_follow_each_other(program: str) -> None:
         [sys.executable, "-c", program], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False,
         timeout=60,
     )  # fmt: skip
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (0, warning)
 
 
 def test_a_network_cannot_be_changed(cluster: rp.Cluster) -> None:
