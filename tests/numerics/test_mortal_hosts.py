@@ -47,6 +47,21 @@ def test_snapshots_that_are_given_up_leave_the_newest_as_it_is() -> None:
     assert same(pipe.state_dict(), alone.state_dict())
 
 
+def test_a_snapshot_under_way_when_a_host_dies_is_no_snapshot() -> None:
+    cluster = MortalHosts(2, 0)
+    pipe = pipeline(cluster, model=model())
+    history: Any = pipe.runtime.history
+    for number, batch in enumerate(batches(6, 24)):
+        if number == 5:
+            history._snapshots.take()
+            pipe.evaluate([batch])  # by when the workers have taken it
+            cluster.lose_host("worker0")
+        pipe.train_step(*batch)
+    assert history.restored == 1
+    places = {copy.host for copies in history._snapshots._newest.values() for copy in copies if copy.kept.alive}
+    assert places <= set(cluster.hosts().values())
+
+
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.timeout(120)
 def test_training_gives_the_bits_of_a_run_without_deaths(name: str) -> None:

@@ -103,6 +103,8 @@ class Snapshots:
         if not all(map(is_done, now.replies)):
             self.refusal = now.failure
             return False
+        if self._hosts() != now.hosts:
+            return False  # a host has gone since, and copies with it
         copies: dict[str, list[_Copy]] = {name: [] for name in now.hosts}
         try:
             for name, keeper in now.keepers.items():

@@ -83,7 +83,7 @@ def plan(
     Raises PartitionError, which says what would fit, if nothing fits, and ArgumentError for a wrong argument.
     """
     if isinstance(memory, str):
-        memory = parse_bytes(memory)
+        memory = _bytes("memory", memory)
     if memory is not None:
         memory = require_positive("memory", memory, ', or text such as "80GiB", or None')
     if replicas is not None:
@@ -98,6 +98,13 @@ def plan(
     )  # fmt: skip
     rows = layouts(costs.machine.workers, costs.layers, replicas)
     return decide(Search(costs, batch_size(sample), schedules, rows, checkpoints), undo)
+
+
+def _bytes(name: str, text: str) -> float:
+    try:
+        return parse_bytes(text)
+    except ArgumentError as error:
+        raise ArgumentError(f"{name}: {error}") from None
 
 
 def cost_model(
