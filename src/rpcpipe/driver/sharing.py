@@ -13,8 +13,8 @@ from rpcpipe.driver.replies import is_done
 from rpcpipe.worker.operations import ShareWeights, Task
 
 
-class Sender(Protocol):
-    """Sends to the workers of a pipeline."""
+class Sequences(Protocol):
+    """The workers of a pipeline, to each of which tasks go in one sequence."""
 
     workers: list[str]
 
@@ -42,33 +42,33 @@ class Sharing:
         self.gathers: Mapping[str, list[Task]] = {}
         self._rounds: list[_Round] = []
 
-    def begin(self, sender: Sender) -> None:
+    def begin(self, driver: Sequences) -> None:
         """Have all workers send what they own, in their sequences; nothing is awaited."""
         if self.gathers:
-            step, first = sender.new_step(), sender.places()
-            replies = [self._send(sender, worker, step) for worker in sender.workers]
+            step, first = driver.new_step(), driver.places()
+            replies = [self._send(driver, worker, step) for worker in driver.workers]
             self._rounds = [*self._unfinished(), _Round(step, first, replies)]
 
-    def _send(self, sender: Sender, worker: str, step: int) -> Future[Any]:
-        reply = sender.send(worker, step, Task(ShareWeights(step)))
+    def _send(self, driver: Sequences, worker: str, step: int) -> Future[Any]:
+        reply = driver.send(worker, step, Task(ShareWeights(step)))
         for task in self.gathers.get(worker, []):
-            reply = sender.send(worker, step, task)
+            reply = driver.send(worker, step, task)
         return reply
 
     def _unfinished(self) -> list[_Round]:
         return [one for one in self._rounds if not all(map(is_done, one.replies))]
 
-    def again(self, sender: Sender) -> None:
+    def again(self, driver: Sequences) -> None:
         """Begin again, now that dead workers' successors are there, unless all had received everything.
 
         Whoever waits for a dead worker's weights does so in the oldest round that is not finished, whatever follows.
         """
         rounds, self._rounds = self._unfinished(), []
         if rounds:
-            sender.cancel(rounds[-1].step, rounds[0].first)
-            for worker in sender.workers:
-                sender.ensure_again(worker)
-            self.begin(sender)
+            driver.cancel(rounds[-1].step, rounds[0].first)
+            for worker in driver.workers:
+                driver.ensure_again(worker)
+            self.begin(driver)
 
     def end(self) -> None:
         """Note that the state of all workers has been replaced, and nothing is under way."""

@@ -152,9 +152,10 @@ def cost_model(
         measure = functools.partial(estimate, flops=flops, loss=loss)
     layer_costs = {part: _costs_of_size(measure, layers, sample, targets, part) for part in parts}
     machine = _machine(workers, device, flops, latency, bandwidth) if timed else Machine(count)
+    heals = _heals(workers, device)
     machine = replace(
         machine, memory=math.inf if memory is None else memory, moments=moments,
-        healing=Healing(_heals(workers, device), _hosts(workers, hosts)),
+        healing=Healing(heals, _hosts(workers, hosts, heals)),
     )  # fmt: skip
     return CostModel(layer_costs, machine, input_bytes=sum(leaf.nbytes for leaf in tensors(sample)) // size)
 
@@ -222,14 +223,15 @@ def _heals(workers: int | Cluster, device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def _hosts(workers: int | Cluster, hosts: int | None) -> tuple[str, ...]:
+def _hosts(workers: int | Cluster, hosts: int | None, heals: bool) -> tuple[str, ...]:
     """Return the host of every worker where snapshots are taken for the loss of one, else ().
 
-    ``hosts``: how many there are, of which each has its share of the workers.
+    ``hosts``: how many there are, of which each has its share of the workers. ``heals``: whether the workers of a
+    cluster are replaced.
     """
     if isinstance(workers, Cluster) and hosts is None:
         names = [worker.name for worker in workers.workers]
-        found = kept_apart(workers, names) if workers.spread and _heals(workers, torch.device("cpu")) else []
+        found = kept_apart(workers, names) if workers.spread and heals else []
         return tuple(found) if len(set(found)) > 1 else ()
     count = len(workers.workers) if isinstance(workers, Cluster) else workers
     return host_names(count, 1 if hosts is None else require_count("hosts", hosts, count))
